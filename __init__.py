@@ -1,5 +1,34 @@
-"""MiniGPT-3D for the Hugging Face Hub: a small language model that sees 3D (arXiv 2405.01413)."""
+"""MiniGPT-3D for the Hugging Face Hub: a small language model that sees 3D (arXiv 2405.01413).
+
+Importing the package registers it with transformers, so that `AutoModel`, `AutoProcessor` and `pipeline` read its
+folders without `trust_remote_code`.
+"""
 
 # pytest imports a root __init__.py a second time under the checkout folder's name; only the real package runs its body.
 if __name__ == "minigpt3d":
     __version__ = "0.1.0"
+
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    from .configuration_minigpt3d import HUB_ID, MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
+    from .modeling_minigpt3d import (
+        MiniGPT3DForConditionalGeneration,
+        MiniGPT3DModel,
+        MiniGPT3DPhiForCausalLM,
+    )
+
+    AutoConfig.register("minigpt3d", MiniGPT3DConfig, exist_ok=True)
+    AutoConfig.register("minigpt3d_phi", MiniGPT3DPhiConfig, exist_ok=True)
+    AutoModel.register(MiniGPT3DConfig, MiniGPT3DModel, exist_ok=True)
+    AutoModelForImageTextToText.register(MiniGPT3DConfig, MiniGPT3DForConditionalGeneration, exist_ok=True)
+    AutoModelForCausalLM.register(MiniGPT3DPhiConfig, MiniGPT3DPhiForCausalLM, exist_ok=True)
+
+    __all__ = [
+        "HUB_ID",
+        "MiniGPT3DConfig",
+        "MiniGPT3DForConditionalGeneration",
+        "MiniGPT3DModel",
+        "MiniGPT3DPhiConfig",
+        "MiniGPT3DPhiForCausalLM",
+        "MiniGPT3DPointConfig",
+    ]

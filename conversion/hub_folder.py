@@ -1,0 +1,43 @@
+"""Write a model as a folder that is ready for the Hub: weights, configuration, processor and the code that reads them."""
+
+import shutil
+from pathlib import Path
+
+import minigpt3d
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+
+def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: MiniGPT3DProcessor, output_dir: str | Path):
+    """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
+
+    The folder is complete or not there: it is written under a temporary name and renamed. One that exists is replaced.
+
+    Args:
+        model: its dtype is the dtype on disk.
+        processor: tokenizer, chat template and point cloud settings.
+        output_dir: a model's folder, or a new name.
+
+    Raises:
+        ValueError: `output_dir` exists and is something other than a model's folder.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "config.json").exists():
+        raise ValueError(f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model.")
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    package_dir = Path(minigpt3d.__file__).parent
+    for source in sorted(package_dir.glob("*_minigpt3d.py")):
+        shutil.copyfile(source, partial / source.name)
+    for name in ("LICENSE", "NOTICE"):
+        if (package_dir / name).exists():
+            shutil.copyfile(package_dir / name, partial / name)
+    replaced = output_dir.with_name(output_dir.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output_dir.exists():
+        output_dir.rename(replaced)
+    partial.rename(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
