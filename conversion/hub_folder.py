@@ -3,12 +3,13 @@
 import shutil
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
 import minigpt3d
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
-def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: MiniGPT3DProcessor, output_dir: str | Path):
+def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
     """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
 
     The folder is complete or not there: it is written under a temporary name and renamed. One that exists is replaced.
