@@ -1,0 +1,470 @@
+"""Training: the stage table against the paper's facts, data, what moves in a step, resuming, and stages one after another."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_tiny_config, make_tiny_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.conversion import authors_name, save_pretrained
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training import train as loop
+from minigpt3d.training.data import StageBatches, augment, read_annotations, read_point_cloud, to_messages
+from minigpt3d.training.stages import RECIPES, Lora, Stage, learning_rate, lora_targets, select_trainable
+from minigpt3d.training.train import RunOptions, make_optimizer, train, train_step
+from minigpt3d.training.weights import load_model, named_parameters, prepare_model, save_result, trainable_table
+
+
+STAGES = RECIPES["paper"]
+FACTS = {"I": "stage_1", "II": "stage_2", "III": "stage_3", "IV": "stage_4"}
+KINDS = {
+    "brief": "simple_description",
+    "detailed": "detailed_description",
+    "single_round": "single_round",
+    "multi_round": "multi_round",
+}
+
+
+def tiny(stage: Stage, **changes) -> Stage:
+    """A row for the tiny model: small factors, few steps, two samples a step, a rate that shows."""
+    changes = {"steps_per_epoch": 4, "epochs": 1, "warmup_steps": 1, "warmup_lr": 1e-3, "peak_lr": 1e-2} | changes
+    return replace(
+        stage,
+        mixture=tuple(replace(source, batch=3) for source in stage.mixture),
+        language_lora=Lora(rank=4, alpha=16, dropout=0.05),
+        qformer_lora=Lora(rank=2, alpha=4, dropout=0.1),
+        **changes,
+    )
+
+
+# The stage table
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_trainable_parameters_are_the_papers(name, golden):
+    """At full size: names, shapes and counts of facts/trainable_full.json, one to one."""
+    facts = golden("trainable_full.json")[FACTS[name]]
+    with torch.device("meta"):
+        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig()), STAGES[name], init="")
+    ours = {authors_name(n): list(p.shape) for n, p in named_parameters(model).items() if p.requires_grad}
+    theirs = facts["trainable_shapes"]
+    assert ours.keys() == theirs.keys()
+    for key, shape in theirs.items():  # their query tokens have a batch dimension
+        assert ours[key] == (shape[1:] if key.startswith("query_") and len(shape) == 3 else shape), key
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = {"I": 1_378_432, "II": 47_417_984, "III": 47_417_984, "IV": 395_528}[name]
+    assert total == expected == facts["trainable_total"]
+    assert f"{expected:,}" in trainable_table(model).splitlines()[-1]
+
+
+def test_union_of_the_stages_is_the_papers(golden):
+    facts = golden("trainable_full.json")
+    assert facts["union"]["total"] == 47_788_936
+    with torch.device("meta"):
+        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig()), STAGES["II"], init="")
+    sizes = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
+    union = set().union(*(select_trainable(stage, sizes) for stage in STAGES.values()))
+    assert sum(sizes[name] for name in union) == 47_788_936
+
+
+def test_learning_rates_are_the_authors(golden):
+    facts = golden("data_facts.json")["lr_schedule"]["values"]
+    for name, key in FACTS.items():
+        for value in facts[key]["values"]:
+            assert learning_rate(STAGES[name], value["global_step"]) == pytest.approx(value["lr"], rel=1e-12)
+    case = facts["synthetic_warmup_crosses_epoch"]
+    stage = replace(
+        STAGES["I"],
+        peak_lr=case["init_lr"],
+        min_lr=case["min_lr"],
+        warmup_lr=case["warmup_lr"],
+        warmup_steps=case["warmup_steps"],
+        steps_per_epoch=case["iters_per_epoch"],
+        epochs=case["max_epoch"],
+    )
+    rates = [learning_rate(stage, step) for step in range(stage.steps)]
+    assert rates == pytest.approx(case["values"], rel=1e-12)
+
+
+def test_paper_sees_a_million_and_a_half_samples():
+    def samples(stage):
+        weights = sum(source.weight for source in stage.mixture)
+        return stage.steps * sum(source.batch * source.weight for source in stage.mixture) / weights
+
+    assert sum(map(samples, STAGES.values())) == pytest.approx(1.53e6, rel=0.01)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    stage = replace(STAGES["I"], trainable=(r"model\.point_projection\..*", r"model\.proj2\..*"))
+    with pytest.raises(ValueError, match=r"model\\\\\.proj2.*matches none of the model's 1 parameters"):
+        select_trainable(stage, ["model.point_projection.linear_1.weight"])
+
+
+@pytest.mark.parametrize(("config", "per_layer"), [(LlamaConfig, 2), (Qwen3Config, 4)])
+def test_other_language_models_train_too(config, per_layer):
+    """LoRA finds the attention and the norms of other families."""
+    text_config = config(
+        vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16
+    )
+    model = prepare_model(make_tiny_model(make_tiny_config(text_config=text_config)), tiny(STAGES["II"]), init="")
+    trainable = [name for name, p in named_parameters(model).items() if p.requires_grad and "language_model" in name]
+    assert sum("lora_A" in name for name in trainable) == 2 * 4
+    assert sum("lora" not in name for name in trainable) == 2 * per_layer + 1
+
+
+def test_unknown_language_model_is_named():
+    with pytest.raises(ValueError, match=r"'gpt2'.*LANGUAGE_LORA_TARGETS"):
+        lora_targets(GPT2Config().model_type)
+
+
+# Data
+
+
+def record(object_id="a", kind="simple_description", rounds=(("What is it?", "A chair."),)) -> dict:
+    conversations = []
+    for question, answer in rounds:
+        question = question if conversations else f"<point>\n{question}"
+        conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"object_id": object_id, "conversation_type": kind, "conversations": conversations}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_annotations_are_read_as_the_authors_read_them(golden, tmp_path):
+    facts = golden("data_facts.json")["dataset_items"]
+    samples = read_annotations([write(tmp_path / "a.json", facts["annotations"])])
+    assert {source: len(s) for source, s in samples.items()} == {
+        "brief": 1,  # the record without a type; the two corrupt objects are gone
+        "detailed": 0,
+        "single_round": 1,
+        "multi_round": 1,
+    }
+    for source in ("brief", "single_round"):
+        item, (sample,) = facts["items"][KINDS[source]]["item"], samples[source]
+        assert f"<PC><PointCloudHere></PC> {sample.rounds[0][0]} " == item["instruction_input"]
+        assert (sample.rounds[0][1], sample.object_id) == (item["answer"], item["PC_id"])
+    item, (sample,) = facts["items"]["multi_round"]["item"], samples["multi_round"]
+    questions, answers = zip(*sample.rounds, strict=True)
+    assert "<PC><PointCloudHere></PC> " + "!@#".join(f"{q} " for q in questions) == item["conv_q"]
+    assert "!@#".join(answers) == item["conv_a"]
+    roles = [(m["role"], [part["type"] for part in m["content"]]) for m in to_messages(sample)]
+    assert roles == [("user", ["point_cloud", "text"]), ("assistant", ["text"])] + 2 * [
+        ("user", ["text"]),
+        ("assistant", ["text"]),
+    ]
+
+
+BROKEN = {
+    "no list": ({"a": 1}, "expected a JSON list"),
+    "no JSON": ("{", "not a JSON file"),
+    "no id": ([{"conversations": []}], "record 0: expected an object with a string 'object_id'"),
+    "kind": ([record(kind="poem")], "object_id 'a'.*conversation_type must be one of.*'poem'"),
+    "odd": ([record() | {"conversations": record()["conversations"][:1]}], "object_id 'a'.*question and answer"),
+    "order": ([record() | {"conversations": record()["conversations"][::-1]}], "object_id 'a'.*'from': 'human'"),
+    "no <point>": (
+        [record(rounds=[("<point> twice", "yes")])],
+        "object_id 'a'.*'<point>' must stand once, in the first question",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_annotations_name_the_object(content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_annotations([write(tmp_path / "a.json", content)])
+
+
+@pytest.mark.parametrize(
+    ("cloud", "message"),
+    [
+        (np.zeros((8, 3)), r"shape \(points, 6\), got \(8, 3\)"),
+        (np.full((8, 6), np.nan), "NaN"),
+        (np.full((8, 6), 255.0), r"colours in \[0, 1\]"),
+        (np.array([{}]), "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_broken_clouds_name_the_object(cloud, message, tmp_path):
+    if cloud is not None:
+        np.save(tmp_path / "a_8192.npy", cloud)
+    with pytest.raises(ValueError, match=rf"object_id 'a'.*{message}"):
+        read_point_cloud(tmp_path, "a")
+
+
+def test_augmented_clouds_are_seeded_and_of_the_same_kind():
+    rng = np.random.default_rng(0)
+    cloud = np.concatenate([rng.normal(size=(200, 3)) * [1, 3, 1], rng.random((200, 3))], 1).astype(np.float32)
+    before = cloud.copy()
+    again = [augment(cloud, np.random.default_rng(seed)) for seed in range(40)]
+    assert (cloud == before).all()
+    for seed, one in enumerate(again):
+        assert one.shape == cloud.shape and one.dtype == np.float32
+        assert (one == augment(cloud, np.random.default_rng(seed))).all()
+        assert 0 <= one[:, 3:].min() and one[:, 3:].max() <= 1
+        assert one[:, 1].std() > 1.5 * max(one[:, 0].std(), one[:, 2].std())  # what was upright still is
+    black = sum(not one[:, 3:].any() for one in again)
+    fewer = sum(len(np.unique(one, axis=0)) < 200 for one in again)
+    assert 0 < black < 15 and 0 < fewer < 25
+
+
+def test_processes_share_the_steps_and_epochs_go_through_everything(release, tiny_processor):
+    data_dir, annotations = release
+    stage = tiny(STAGES["III"], steps_per_epoch=30)
+    make = lambda **kw: StageBatches(stage, read_annotations(annotations), data_dir, tiny_processor, 0, **kw)  # noqa: E731
+    whole = make()
+    shares = [make(device_batch=1, process_index=rank, num_processes=2) for rank in range(2)]
+    source, micro_batches = whole[0]
+    assert [len(share[0][1]) for share in shares] == [2, 1]
+    assert all(share[0][0] == source for share in shares)
+    clouds = micro_batches[0]["point_clouds"]
+    for number, batch in ((0, shares[0][0][1][0]), (1, shares[1][0][1][0]), (2, shares[0][0][1][1])):
+        torch.testing.assert_close(batch["point_clouds"][0], clouds[number], rtol=0, atol=0)
+    seen = {name: [] for name in whole.samples}
+    for step in range(30):
+        source, samples = whole.plan(step)
+        seen[source.name] += [sample.object_id for sample in samples]
+    for ids in seen.values():
+        assert sorted(ids[:6]) == sorted(ids[6:12]) == [f"o{i}" for i in range(6)]
+        assert ids[:6] != ids[6:12]
+
+
+# One step
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """Six objects in PointLLM's layout: (folder of clouds, annotation files)."""
+    folder = tmp_path_factory.mktemp("release")
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(6):
+        cloud = np.concatenate([rng.normal(size=(128, 3)), rng.random((128, 3))], 1).astype(np.float32)
+        np.save(folder / f"o{i}_8192.npy", cloud)
+        for kind in KINDS.values():
+            rounds = [("What is it?", f"A red chair {i}."), ("Why?", "So.")][: 1 + (kind == "multi_round")]
+            records.append(record(f"o{i}", kind, rounds))
+    return folder, [write(folder / "annotations.json", records)]
+
+
+def prepared(stage: Stage) -> torch.nn.Module:
+    """The tiny model made ready for a stage, with LoRA factors that are not zero."""
+    model = prepare_model(make_tiny_model(), stage, init="")
+    for name, parameter in named_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def first_batches(stage, release, processor, **kwargs) -> list[dict]:
+    data_dir, annotations = release
+    return StageBatches(stage, read_annotations(annotations), data_dir, processor, seed=0, **kwargs)[0][1]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_step_moves_exactly_the_tables_parameters(name, release, tiny_processor):
+    stage = tiny(STAGES[name])
+    accelerator = Accelerator(cpu=True)
+    model = prepared(stage)
+    before = {name: parameter.clone() for name, parameter in named_parameters(model).items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
+    train_step(accelerator, model, optimizer, first_batches(stage, release, tiny_processor), lr=1e-2)
+    moved = {name for name, p in named_parameters(model).items() if not torch.equal(p, before[name])}
+    assert moved == select_trainable(stage, before)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_trainable_parameter_gets_a_gradient(name, release, tiny_processor):
+    """… and nothing else does: the encoder, and what lies below the trained parts, is outside the graph."""
+    stage = replace(tiny(STAGES[name]), router_type="soft" if name == "IV" else "none")
+    model = prepared(stage)
+    (batch,) = first_batches(stage, release, tiny_processor)
+    model(**batch).loss.backward()
+    for parameter_name, parameter in named_parameters(model).items():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+        else:
+            assert parameter.grad is None, parameter_name
+    assert not model.get_submodule(
+        "base_model.model.model.point_encoder" if stage.trains_lora else "model.point_encoder"
+    )(batch["point_clouds"]).requires_grad
+
+
+def test_weight_decay_acts_on_matrices_only():
+    stage = tiny(STAGES["II"])
+    decayed, others = make_optimizer(stage, prepared(stage)).param_groups
+    assert decayed["weight_decay"] == 0.05 and all(p.ndim >= 2 for p in decayed["params"])
+    assert others["weight_decay"] == 0 and all(p.ndim < 2 for p in others["params"])
+    assert decayed["betas"] == (0.9, 0.999)
+
+
+def test_dropout_acts_where_the_authors_have_it(point_clouds):
+    """LoRA's in training; the Q-Former's own never, whatever its configuration says; none in evaluation."""
+    config = make_tiny_config()
+    config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.5
+
+    def repeats(model):
+        features = model.base_model.model if hasattr(model, "merge_and_unload") else model
+        return torch.equal(features.get_point_features(point_clouds), features.get_point_features(point_clouds))
+
+    assert repeats(prepare_model(make_tiny_model(config), tiny(STAGES["I"]), init=""))
+    model = prepare_model(make_tiny_model(config), tiny(STAGES["II"]), init="")
+    for name, parameter in named_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    assert not repeats(model)
+    assert repeats(model.eval())
+
+
+def test_accumulated_gradients_equal_the_whole_batch(release, tiny_processor):
+    """Micro-batches with unequal numbers of answer tokens: the same loss, the same step."""
+    stage = tiny(STAGES["I"])
+    accelerator = Accelerator(cpu=True)
+    results = []
+    for device_batch in (None, 2):
+        model = make_tiny_model()
+        model.config.text_config.resid_pdrop = 0.0
+        model = prepare_model(make_tiny_model(make_tiny_config(text_config=model.config.text_config)), stage, init="")
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        batches = first_batches(stage, release, tiny_processor, device_batch=device_batch)
+        loss = train_step(accelerator, model, optimizer, batches, lr=1.0)
+        results.append((loss, [p.detach().clone() for p in model.parameters() if p.requires_grad]))
+    (loss, whole), (loss_of_parts, parts) = results
+    assert loss_of_parts == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+# Whole runs
+
+
+@pytest.fixture
+def base(tmp_path, tiny_processor):
+    save_pretrained(make_tiny_model(), tiny_processor, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def options(init, output_dir, release, **changes) -> RunOptions:
+    data_dir, annotations = release
+    return RunOptions(str(init), data_dir, annotations, output_dir, **{"num_workers": 0} | changes)
+
+
+def history(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in ("step", "source", "loss", "lr")} for line in lines]
+
+
+def same_files(one, other) -> bool:
+    names = ["model.safetensors", "training_state/lora.safetensors"]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_a_killed_run_goes_on_exactly(base, release, tmp_path, monkeypatch):
+    """Twice the same run gives the same bits, and so does a run killed behind its checkpoint and resumed."""
+    stage = tiny(STAGES["II"], augment=True)
+    straight = train(stage, options(base, tmp_path / "straight", release))
+    again = train(stage, options(base, tmp_path / "again", release, num_workers=1))
+    assert same_files(straight, again) and history(straight) == history(again)
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    calls = []
+    monkeypatch.setattr(loop, "train_step", killed)
+    run = options(base, tmp_path / "killed", release, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, run)
+    monkeypatch.undo()
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(ValueError, match="unfinished run.*--resume"):
+        train(stage, run)
+    with pytest.raises(ValueError, match="seed 42, but now it is 1"):
+        train(stage, replace(run, resume=True, seed=1))
+    resumed = train(stage, replace(run, resume=True))
+    assert same_files(straight, resumed) and history(straight) == history(resumed)
+    assert not (tmp_path / "killed.unfinished").exists()
+
+
+def test_four_stages_one_after_another(base, release, tmp_path, point_clouds):
+    """Each starts from the folder of the one before; LoRA goes on unmerged; the experts start from stage III's."""
+    folder, folders = base, {}
+    for name in STAGES:
+        stage = tiny(STAGES[name])
+        folder = folders[name] = train(stage, options(folder, tmp_path / name, release, max_steps=2))
+        assert [line["lr"] for line in history(folder)] == [learning_rate(stage, step) for step in range(2)]
+    assert not (folders["I"] / "training_state" / "lora.safetensors").exists()
+
+    def features(model):
+        inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
+        return inner.eval().get_point_features(point_clouds)
+
+    stage = tiny(STAGES["III"])
+    unmerged = prepare_model(load_model(folders["II"]), stage, folders["II"])
+    kept = load_file(folders["II"] / "training_state" / "lora.safetensors")
+    parameters = named_parameters(unmerged)
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in kept.items())
+    torch.testing.assert_close(features(unmerged), features(load_model(folders["II"])), rtol=1e-5, atol=1e-5)
+
+    fourth = prepare_model(load_model(folders["III"]), tiny(STAGES["IV"]), folders["III"])
+    experts = [p for name, p in named_parameters(fourth).items() if "query_experts" in name]
+    assert all(torch.equal(expert, experts[0]) for expert in experts)
+    third, last = load_model(folders["III"]), load_model(folders["IV"])
+    assert (third.config.router_type, last.config.router_type) == ("none", "sparse")
+    changed = {name for name, p in last.named_parameters() if not torch.equal(p, third.get_parameter(name))}
+    assert changed == select_trainable(STAGES["IV"], dict(last.named_parameters()))
+    kept = [load_file(folders[name] / "training_state" / "lora.safetensors") for name in ("III", "IV")]
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
+    with pytest.raises(ValueError, match="starts from stage II's result.*is the result of stage IV"):
+        train(stage, options(folders["IV"], tmp_path / "wrong", release))
+
+
+def test_a_recipe_with_other_ranks_is_refused(base, release, tmp_path, tiny_processor):
+    second = tiny(STAGES["II"])
+    save_result(tmp_path / "II", prepared(second), tiny_processor, {"stage": "II"})
+    with pytest.raises(ValueError, match=r"lora\.safetensors does not fit.*expected.*Use the recipe that made it"):
+        prepare_model(load_model(tmp_path / "II"), STAGES["III"], tmp_path / "II")
+
+
+def test_mistakes_are_told_before_anything_is_loaded(base, release, tmp_path, capsys):
+    stage = tiny(STAGES["III"])
+    good = options(base, tmp_path / "out", release)
+    for changes, message in (
+        ({"data": tmp_path / "nowhere"}, "--data .*nowhere is no folder"),
+        ({"annotations": [tmp_path / "no.json"]}, "--annotations .*no.json is no file"),
+        ({"output_dir": base}, "--output_dir .* exists already"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(stage, replace(good, **changes))
+    brief = write(tmp_path / "brief.json", [record("o0")])
+    with pytest.raises(ValueError, match="'detailed' conversations, but the annotations hold none"):
+        train(stage, replace(good, annotations=[brief]))
+    unknown = write(tmp_path / "unknown.json", [record("o0"), record("ghost")])
+    with pytest.raises(ValueError, match="1 of 2 annotated objects have no cloud.*'ghost'"):
+        train(tiny(STAGES["I"]), replace(good, annotations=[unknown]))
+    arguments = ["--init", str(base), "--data", "nowhere", "--annotations", "x", "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(SystemExit, match="error: --data nowhere is no folder"):
+        loop.main("I", arguments)
+    with pytest.raises(SystemExit):
+        loop.main("III", ["--help"])
+    text = capsys.readouterr().out
+    assert "Stage III" in text and "multi_round (4 a step)" in text and "--resume" in text
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, release, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", lambda *args: float("nan"))
+    with pytest.raises(RuntimeError, match="The loss is nan at step 0"):
+        train(tiny(STAGES["I"]), options(base, tmp_path / "out", release))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,6 @@
+"""Stage II. `accelerate launch training/stage2.py --help` says what it trains and what it needs."""
+
+from minigpt3d.training.train import main
+
+if __name__ == "__main__":
+    main("II")

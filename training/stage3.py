@@ -1,0 +1,6 @@
+"""Stage III. `accelerate launch training/stage3.py --help` says what it trains and what it needs."""
+
+from minigpt3d.training.train import main
+
+if __name__ == "__main__":
+    main("III")

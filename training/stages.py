@@ -1,0 +1,241 @@
+"""The four stages of MiniGPT-3D as a table: what trains, on which data, with which learning rates. Paper: §3.3, table 1.
+
+A stage is one row. Each later row is its forerunner with what differs, so the science of a recipe is read here and
+changed here; the command line changes only how a run is carried out. Patterns are regular expressions that match whole
+parameter names, with LoRA's factors named as in an adapter's file (`….query.lora_A.weight`).
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+# ---- What a stage is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of conversation in a stage's mixture.
+
+    Args:
+        name: "brief", "detailed", "single_round" or "multi_round".
+        batch: samples of one optimizer step, over all devices.
+        weight: share of the steps that draw this source, relative to the other sources.
+    """
+
+    name: str
+    batch: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Size of the LoRA factors: B·A of this rank, times alpha / rank; dropout acts on A's input, in training only."""
+
+    rank: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Args:
+        name: "I" to "IV".
+        starts_from: what `--init` should hold: "base" (the parts as the paper takes them ready-made) or a stage's name.
+        teaches: what the stage is for, in words.
+        trainable: patterns of the parameters that train. Everything else is frozen.
+        mixture: the sources; one is drawn for each step.
+        warmup_lr, peak_lr, min_lr: learning rates at the first step, at the end of warm-up, and at the last step.
+        warmup_steps: steps of the linear warm-up.
+        steps_per_epoch, epochs: their product is the length of the stage in optimizer steps.
+        router_type: routing of the query experts; "none" uses expert 0 alone.
+        language_lora, qformer_lora: sizes of the LoRA factors, in the language model and in the Q-Former.
+        augment: whether clouds are rotated, scaled and thinned out at random (see `data.augment`).
+        max_text_length: tokens kept behind the first prompt of a conversation.
+        betas, weight_decay: AdamW's; the decay acts on tensors with two or more dimensions only.
+    """
+
+    name: str
+    starts_from: str
+    teaches: str
+    trainable: tuple[str, ...]
+    mixture: tuple[Source, ...]
+    warmup_lr: float
+    peak_lr: float
+    min_lr: float
+    warmup_steps: int
+    steps_per_epoch: int
+    epochs: int = 1
+    router_type: str = "none"
+    language_lora: Lora = Lora(rank=64, alpha=16, dropout=0.05)
+    qformer_lora: Lora = Lora(rank=8, alpha=16, dropout=0.1)
+    augment: bool = False
+    max_text_length: int = 1024
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def trains_lora(self) -> bool:
+        return any("lora" in pattern for pattern in self.trainable)
+
+
+# ---- What trains ----------------------------------------------------------------------------------------------------
+
+POINT_PROJECTION = (r"model\.point_projection\..*",)
+# Norm weights train and norm biases do not; the first LayerNorm of the Q-Former, outside its encoder, does not either.
+QFORMER = (r"model\.qformer\..*\.lora_[AB]\.weight", r"model\.qformer\.encoder\..*\.LayerNorm\.weight")
+QUERY_TOKENS = (r"model\.query_experts\.0\.weight",)
+LANGUAGE_PROJECTION = (r"model\.language_projection\..*",)
+LANGUAGE_MODEL = (r"model\.language_model\..*\.lora_[AB]\.weight", r"model\.language_model\..*norm\.weight")
+MIXTURE_OF_QUERY_EXPERTS = (r"model\.query_experts\.\d+\.weight", r"model\.router\..*")
+
+# Where LoRA goes: the Q-Former's self- and cross-attention, and the language model's attention by its family.
+QFORMER_LORA_TARGETS = r"model\.qformer\..*\.(query|key|value)"
+_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LANGUAGE_LORA_TARGETS = {
+    "minigpt3d_phi": ("query_key_value", "dense"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
+    "phi3": ("qkv_proj", "o_proj"),
+    "gpt_neox": ("query_key_value", "dense"),
+    "llama": _SPLIT_ATTENTION,
+    "mistral": _SPLIT_ATTENTION,
+    "qwen2": _SPLIT_ATTENTION,
+    "qwen3": _SPLIT_ATTENTION,
+    "smollm3": _SPLIT_ATTENTION,
+}
+
+
+def lora_targets(language_model_type: str) -> str:
+    """Pattern of the modules that get LoRA factors, for a language model of this `model_type`.
+
+    Raises:
+        ValueError: the family has no row in `LANGUAGE_LORA_TARGETS`.
+    """
+    if language_model_type not in LANGUAGE_LORA_TARGETS:
+        raise ValueError(
+            f"No LoRA targets are known for a language model of type {language_model_type!r}; known: "
+            f"{', '.join(LANGUAGE_LORA_TARGETS)}. Add the names of its attention's linear layers to "
+            "LANGUAGE_LORA_TARGETS in training/stages.py."
+        )
+    attention = "|".join(LANGUAGE_LORA_TARGETS[language_model_type])
+    return rf"{QFORMER_LORA_TARGETS}|model\.language_model\..*\.({attention})"
+
+
+def select_trainable(stage: Stage, names: Iterable[str]) -> set[str]:
+    """The names that the stage trains.
+
+    Raises:
+        ValueError: a pattern of the stage matches none of the names.
+    """
+    names = list(names)
+    chosen = set()
+    for pattern in stage.trainable:
+        matches = {name for name in names if re.fullmatch(pattern, name)}
+        if not matches:
+            raise ValueError(
+                f"Stage {stage.name}: the trainable pattern {pattern!r} matches none of the model's {len(names)} "
+                f"parameters (such as {', '.join(names[:3])}). Correct the pattern in training/stages.py."
+            )
+        chosen |= matches
+    return chosen
+
+
+# ---- When it trains how fast ----------------------------------------------------------------------------------------
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Learning rate of a step, counted from 0 over the whole stage, as in the authors' runs.
+
+    Two habits of theirs are kept. The ramp uses the step *within the epoch*, so a warm-up longer than an epoch starts
+    anew. The cosine counts from step 0, not from the end of warm-up, so the rate drops a little where warm-up ends.
+    """
+    if step < stage.warmup_steps:
+        step_in_epoch = step % stage.steps_per_epoch
+        return stage.warmup_lr + (stage.peak_lr - stage.warmup_lr) * step_in_epoch / stage.warmup_steps
+    return stage.min_lr + (stage.peak_lr - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+
+
+# ---- The paper's recipe ---------------------------------------------------------------------------------------------
+
+STAGE_1 = Stage(
+    name="I",
+    starts_from="base",
+    teaches="the point projection carries the encoder's features to a frozen Q-Former and language model",
+    trainable=POINT_PROJECTION,
+    mixture=(Source("brief", batch=9, weight=1),),
+    warmup_lr=1e-6,
+    peak_lr=3e-5,
+    min_lr=1e-5,
+    warmup_steps=7_000,
+    steps_per_epoch=70_000,
+)
+STAGE_2 = replace(
+    STAGE_1,
+    name="II",
+    starts_from="I",
+    teaches="Q-Former, projections and language model learn to name objects together",
+    trainable=POINT_PROJECTION + QFORMER + QUERY_TOKENS + LANGUAGE_PROJECTION + LANGUAGE_MODEL,
+)
+STAGE_3 = replace(
+    STAGE_2,
+    name="III",
+    starts_from="II",
+    teaches="the same parameters learn detailed descriptions and conversations",
+    mixture=(
+        Source("detailed", batch=6, weight=2),
+        Source("single_round", batch=10, weight=3),
+        Source("multi_round", batch=4, weight=3),
+    ),
+    peak_lr=1e-5,
+    min_lr=1e-6,
+    warmup_steps=3_000,
+    steps_per_epoch=10_000,
+    epochs=3,
+)
+STAGE_4 = replace(
+    STAGE_3,
+    name="IV",
+    starts_from="III",
+    teaches="eight query experts, copies of stage III's queries, part ways while a router learns to choose",
+    trainable=MIXTURE_OF_QUERY_EXPERTS,
+    peak_lr=5e-6,
+    warmup_steps=1_000,
+    epochs=1,
+    router_type="sparse",
+)
+
+
+# ---- The household recipe: the same stages for a small model, few objects and two cores ------------------------------
+
+
+def _household(stage: Stage, **changes) -> Stage:
+    return replace(
+        stage,
+        mixture=tuple(replace(source, batch=32) for source in stage.mixture),
+        warmup_lr=1e-5,
+        peak_lr=1e-3,
+        min_lr=1e-5,
+        warmup_steps=30,
+        epochs=1,
+        language_lora=Lora(rank=16, alpha=16, dropout=0.05),
+        qformer_lora=Lora(rank=8, alpha=16, dropout=0.1),
+        augment=True,
+        **changes,
+    )
+
+
+RECIPES: dict[str, dict[str, Stage]] = {
+    "paper": {stage.name: stage for stage in (STAGE_1, STAGE_2, STAGE_3, STAGE_4)},
+    "household": {
+        "I": _household(STAGE_1, steps_per_epoch=300),
+        "II": _household(STAGE_2, steps_per_epoch=900),
+        "III": _household(STAGE_3, steps_per_epoch=600),
+        "IV": _household(STAGE_4, steps_per_epoch=200),
+    },
+}

@@ -1,0 +1,296 @@
+"""The training loop of all four stages. What a stage is stands in `stages`; the loop does not know which one it runs.
+
+A run works in `OUTPUT_DIR.unfinished` (history.jsonl and the newest checkpoint) and renames its result to OUTPUT_DIR at
+the end: the folder is there if and only if the stage is done.
+"""
+
+import json
+import math
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from .data import StageBatches, make_loader, read_annotations
+from .stages import RECIPES, Stage, learning_rate
+from .weights import (
+    STAGE_FILE,
+    load_checkpoint,
+    load_model,
+    prepare_model,
+    read_stage,
+    save_checkpoint,
+    save_result,
+    trainable_table,
+)
+
+HISTORY_FILE = "history.jsonl"
+
+
+@dataclass
+class RunOptions:
+    """How a run is carried out. What is trained, on what, and how fast is in the table of training/stages.py."""
+
+    init: str = field(
+        metadata={
+            "help": "The model to start from: a folder or a Hub id. For stage I the parts as the paper takes them "
+            "ready-made, for the others the OUTPUT_DIR of the stage before."
+        }
+    )
+    data: Path = field(metadata={"help": "Folder with a cloud {object_id}_8192.npy for every annotated object."})
+    annotations: list[Path] = field(
+        metadata={"help": "JSON lists of conversations in PointLLM's layout; each stage picks the kinds it trains on."}
+    )
+    output_dir: Path = field(
+        metadata={"help": "Folder for the result. It appears when the stage is done; until then see *.unfinished."}
+    )
+    recipe: Literal["paper", "household"] = field(
+        default="paper", metadata={"help": "Rows of the stage table: the paper's, or those of the small demo model."}
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many optimizer steps; the learning rates stay those of the whole stage."},
+    )
+    device_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most samples that a device takes at once. The table's batch is kept by accumulating gradients; "
+            "without this option a device takes its whole share."
+        },
+    )
+    num_workers: int = field(default=2, metadata={"help": "Processes that read clouds ahead; 0 reads in the loop."})
+    seed: int = field(default=42, metadata={"help": "Of sampling, augmentation, new weights and dropout."})
+    save_every: int = field(default=1000, metadata={"help": "Steps between checkpoints; the newest one is kept."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest checkpoint of this OUTPUT_DIR, if there is one."}
+    )
+
+
+def main(stage_name: str, argv: list[str] | None = None):
+    """The command line of a stage: read the options, run, and turn mistakes of the user into one line."""
+    parser = HfArgumentParser(RunOptions, description=_describe(RECIPES["paper"][stage_name]))
+    (options,) = parser.parse_args_into_dataclasses(argv)
+    try:
+        train(RECIPES[options.recipe][stage_name], options)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _describe(stage: Stage) -> str:
+    sources = ", ".join(f"{source.name} ({source.batch} a step)" for source in stage.mixture)
+    return (
+        f"Stage {stage.name} of MiniGPT-3D: {stage.teaches}. The paper's run starts from "
+        f"{'the ready-made parts' if stage.starts_from == 'base' else 'stage ' + stage.starts_from} and takes "
+        f"{stage.steps:,} steps on {sources}, with learning rates {stage.warmup_lr:g} → {stage.peak_lr:g} → "
+        f"{stage.min_lr:g}. These are in training/stages.py; the options below say how to run it."
+    )
+
+
+def train(stage: Stage, options: RunOptions) -> Path:
+    """Run a stage from `options.init` to its result in `options.output_dir`, which is returned.
+
+    Raises:
+        ValueError: options, data or weights that do not fit, all found before the first step.
+        RuntimeError: the loss is no longer a number.
+    """
+    work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
+    num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
+    check_options(stage, options, work_dir)
+    samples = read_annotations(options.annotations)
+    accelerator = Accelerator()
+    processor = MiniGPT3DProcessor.from_pretrained(options.init)
+    batches = StageBatches(
+        stage,
+        samples,
+        options.data,
+        processor,
+        options.seed,
+        options.device_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+    set_seed(options.seed)  # new LoRA factors
+    model = prepare_model(load_model(options.init), stage, options.init)
+    accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
+    checkpoint = newest_checkpoint(work_dir) if options.resume else None
+    optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
+    model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
+    first_step = 0
+    if checkpoint:
+        first_step = check_checkpoint(checkpoint, stage, options)
+        restore_optimizer(accelerator, optimizer, optimizer_state)
+        accelerator.print(f"Going on from {checkpoint} at step {first_step}.")
+
+    run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
+    if accelerator.is_main_process:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        cut_history(work_dir / HISTORY_FILE, first_step)
+    loader = make_loader(batches, range(first_step, num_steps), options.num_workers)
+    bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
+    for step, (source, micro_batches) in enumerate(loader, start=first_step):
+        start = time.perf_counter()
+        reseed(options.seed, step, accelerator.process_index)
+        lr = learning_rate(stage, step)
+        loss = train_step(accelerator, model, optimizer, micro_batches, lr)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in {work_dir} "
+                "is sound: resume from it with a lower learning rate or in a wider dtype."
+            )
+        if accelerator.is_main_process:
+            batch = stage.mixture[batches.draws[step]].batch
+            entry = {"step": step, "source": source, "loss": loss, "lr": lr}
+            entry["samples_per_second"] = round(batch / (time.perf_counter() - start), 2)
+            with open(work_dir / HISTORY_FILE, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, {entry['samples_per_second']:.1f} samples/s")
+            bar.update()
+            if (step + 1) % options.save_every == 0 and step + 1 < num_steps:
+                replace_checkpoint(work_dir, accelerator, model, optimizer, run | {"step": step + 1})
+    bar.close()
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_result(work_dir / "result", accelerator.unwrap_model(model), processor, run | {"step": num_steps})
+        (work_dir / HISTORY_FILE).rename(work_dir / "result" / HISTORY_FILE)
+        (work_dir / "result").rename(options.output_dir)
+        shutil.rmtree(work_dir)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"Stage {stage.name} is done: {options.output_dir}")
+    return options.output_dir
+
+
+# ---- Before the first step ------------------------------------------------------------------------------------------
+
+
+def check_options(stage: Stage, options: RunOptions, work_dir: Path):
+    """Refuse what cannot work, before anything heavy is loaded.
+
+    Raises:
+        ValueError: with what is wrong and what to do.
+    """
+    for name in ("max_steps", "device_batch", "save_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if not options.data.is_dir():
+        raise ValueError(f"--data {options.data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
+    for path in options.annotations:
+        if not path.is_file():
+            raise ValueError(f"--annotations {path} is no file.")
+    if options.output_dir.exists():
+        raise ValueError(f"--output_dir {options.output_dir} exists already. Pass a new one, or remove it.")
+    if work_dir.exists() and any(work_dir.iterdir()) and not options.resume:
+        raise ValueError(f"{work_dir} holds an unfinished run. Go on with --resume, or remove it.")
+    made_by = read_stage(options.init)
+    if made_by and made_by["stage"] != stage.starts_from:
+        raise ValueError(
+            f"Stage {stage.name} starts from stage {stage.starts_from}'s result, but --init {options.init} is the "
+            f"result of stage {made_by['stage']}. Pass the right folder, or, to train a finished model further, a copy "
+            "without its training_state/."
+        )
+
+
+def make_optimizer(stage: Stage, model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW over what trains; weight decay on tensors with two or more dimensions only."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": stage.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.warmup_lr, betas=stage.betas)
+
+
+# ---- One step -------------------------------------------------------------------------------------------------------
+
+
+def reseed(seed: int, step: int, process_index: int):
+    """Dropout as a function of seed, step and process: a resumed run needs no state of random generators."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
+
+
+def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[dict], lr: float) -> float:
+    """One optimizer step on the table's batch, in as many micro-batches as the devices need.
+
+    The loss is the mean over all answer tokens of the batch, so its split over micro-batches and processes, which hold
+    unequal numbers of tokens, changes nothing.
+
+    Returns:
+        That loss, over all processes.
+    """
+    device = accelerator.device
+    num_tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
+    all_tokens = accelerator.reduce(torch.tensor(float(sum(num_tokens)), device=device)).item()
+    batch_loss = torch.zeros((), device=device)
+    for index, batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):  # gradients are averaged over processes once
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss = model(**batch, use_cache=False).loss * (num_tokens[index] / all_tokens)
+            accelerator.backward(loss * accelerator.num_processes)
+        batch_loss += loss.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batch_loss = accelerator.reduce(batch_loss).item()
+    if math.isfinite(batch_loss):
+        optimizer.step()
+    optimizer.zero_grad()
+    return batch_loss
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(work_dir: Path) -> Path | None:
+    """The checkpoint with the highest step; unfinished ones (*.tmp) do not count."""
+    found = [path for path in work_dir.glob("checkpoint-*") if path.suffix != ".tmp"]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def replace_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, run: dict):
+    """Write the checkpoint of a step, then remove the one before."""
+    before = list(work_dir.glob("checkpoint-*"))
+    state = {"optimizer": optimizer.state_dict()}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    save_checkpoint(work_dir / f"checkpoint-{run['step']}", accelerator.unwrap_model(model), state, run)
+    for path in before:
+        shutil.rmtree(path)
+
+
+def check_checkpoint(checkpoint: Path, stage: Stage, options: RunOptions) -> int:
+    """The step to go on with.
+
+    Raises:
+        ValueError: the checkpoint is of a run with other settings.
+    """
+    run = json.loads((checkpoint / STAGE_FILE).read_text())
+    ours = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
+    for name, value in ours.items():
+        if run[name] != value:
+            raise ValueError(f"--resume: {checkpoint} is of a run with {name} {run[name]!r}, but now it is {value!r}.")
+    return run["step"]
+
+
+def restore_optimizer(accelerator: Accelerator, optimizer, state: dict):
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def cut_history(path: Path, first_step: int):
+    """Keep the history up to the step that comes next: steps behind the checkpoint are done again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:first_step]))
