@@ -8,20 +8,20 @@ folders without `trust_remote_code`.
 if __name__ == "minigpt3d":
     __version__ = "0.1.0"
 
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from .configuration_minigpt3d import HUB_ID, MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
     from .modeling_minigpt3d import (
         MiniGPT3DForConditionalGeneration,
         MiniGPT3DModel,
-        MiniGPT3DPhiForCausalLM,
+        MiniGPT3DPhiModel,
     )
 
     AutoConfig.register("minigpt3d", MiniGPT3DConfig, exist_ok=True)
     AutoConfig.register("minigpt3d_phi", MiniGPT3DPhiConfig, exist_ok=True)
     AutoModel.register(MiniGPT3DConfig, MiniGPT3DModel, exist_ok=True)
     AutoModelForImageTextToText.register(MiniGPT3DConfig, MiniGPT3DForConditionalGeneration, exist_ok=True)
-    AutoModelForCausalLM.register(MiniGPT3DPhiConfig, MiniGPT3DPhiForCausalLM, exist_ok=True)
+    AutoModel.register(MiniGPT3DPhiConfig, MiniGPT3DPhiModel, exist_ok=True)
 
     __all__ = [
         "HUB_ID",
@@ -29,6 +29,6 @@ if __name__ == "minigpt3d":
         "MiniGPT3DForConditionalGeneration",
         "MiniGPT3DModel",
         "MiniGPT3DPhiConfig",
-        "MiniGPT3DPhiForCausalLM",
+        "MiniGPT3DPhiModel",
         "MiniGPT3DPointConfig",
     ]

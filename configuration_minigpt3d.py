@@ -137,6 +137,7 @@ class MiniGPT3DConfig(PreTrainedConfig):
             no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             self.qformer_config = _build(no_dropout | dict(self.qformer_config or {}), Blip2QFormerConfig)
         self.text_config = _build(self.text_config, MiniGPT3DPhiConfig)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._validate()
         super().__post_init__(**kwargs)
         # register_for_auto_class keeps only one Auto class; this serves them all, and the pipeline.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Blip2QFormerModel, initialization as init
-from transformers.activations import ACT2FN
+from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, initialization as init
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
@@ -23,7 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.phi.modeling_phi import (
     PhiAttention,
     PhiDecoderLayer,
-    PhiForCausalLM,
     PhiModel,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -325,24 +324,15 @@ class MiniGPT3DPhiDecoderLayer(PhiDecoderLayer):
 
 
 class MiniGPT3DPhiModel(PhiModel):
+    """The paper's language model, without its head."""
+
     config: MiniGPT3DPhiConfig
+    config_class = MiniGPT3DPhiConfig
     _no_split_modules = ["MiniGPT3DPhiDecoderLayer"]
 
     def __init__(self, config: MiniGPT3DPhiConfig):
         super().__init__(config)
         self.layers = nn.ModuleList([MiniGPT3DPhiDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.post_init()
-
-
-class MiniGPT3DPhiForCausalLM(PhiForCausalLM):
-    """The paper's language model."""
-
-    config: MiniGPT3DPhiConfig
-    _no_split_modules = ["MiniGPT3DPhiDecoderLayer"]
-
-    def __init__(self, config: MiniGPT3DPhiConfig):
-        super().__init__(config)
-        self.model = MiniGPT3DPhiModel(config)
         self.post_init()
 
 
@@ -405,10 +395,7 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
 
 
 class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
-    """MiniGPT-3D from cloud and text to the language model's last hidden states. Paper: figure 2.
-
-    The language model is whole (its head too), so that whatever a backbone does to its logits stays its own business.
-    """
+    """MiniGPT-3D from cloud and text to the language model's last hidden states. Paper: figure 2."""
 
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
@@ -421,9 +408,9 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         self.qformer = Blip2QFormerModel(config.qformer_config)
         self.language_projection = LanguageProjection(config)
         if config.text_config.model_type == MiniGPT3DPhiConfig.model_type:
-            self.language_model = MiniGPT3DPhiForCausalLM(config.text_config)
+            self.language_model = MiniGPT3DPhiModel(config.text_config)
         else:
-            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+            self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -539,7 +526,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
         inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds)
-        outputs = self.language_model.get_decoder()(
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -549,12 +536,36 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         return MiniGPT3DModelOutputWithPast(**outputs, point_features=point_features)
 
 
+def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
+    """The head that the backbone's own causal language model has: with a bias (Phi) or without (Llama).
+
+    Raises:
+        ValueError: a backbone that does more to its logits than one linear layer.
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(text_config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"text_config.{name} is {getattr(text_config, name)}: {text_config.model_type} changes its logits behind "
+                "its head, which MiniGPT-3D does not. Choose a backbone with a plain head, such as Phi, Llama or Qwen3."
+            )
+    with torch.device("meta"):  # of interest is its shape alone
+        if text_config.model_type == MiniGPT3DPhiConfig.model_type:
+            bias = True
+        else:
+            bias = AutoModelForCausalLM.from_config(text_config).get_output_embeddings().bias is not None
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
+
+
 class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
     """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
+
+    # Where text_config ties them.
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
         self.model = MiniGPT3DModel(config)
+        self.lm_head = build_lm_head(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -564,13 +575,10 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.language_model.get_output_embeddings()
+        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module):
-        self.model.language_model.set_output_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.language_model.get_decoder()
+        self.lm_head = value
 
     def get_point_features(
         self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
@@ -607,36 +615,56 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         Raises:
             ValueError: placeholders and clouds that do not match, or clouds of a wrong shape.
         """
-        inputs_embeds, point_features = self.model.embed(input_ids, point_clouds, inputs_embeds)
-        outputs = self.model.language_model(
-            inputs_embeds=inputs_embeds,
+        outputs = self.model(
+            input_ids=input_ids,
             attention_mask=attention_mask,
+            point_clouds=point_clouds,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MiniGPT3DCausalLMOutputWithPast(
-            loss=outputs.loss,
-            logits=outputs.logits,
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            point_features=point_features,
+            point_features=outputs.point_features,
         )
 
-    def prepare_inputs_for_generation(self, *args, point_clouds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
         """The clouds go in with the prompt; afterwards they are in the cache."""
-        model_inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["point_clouds"] = point_clouds
         return model_inputs
 
 
+
 __all__ = [
     "MiniGPT3DForConditionalGeneration",
     "MiniGPT3DModel",
-    "MiniGPT3DPhiForCausalLM",
+    "MiniGPT3DPhiModel",
     "MiniGPT3DPreTrainedModel",
 ]

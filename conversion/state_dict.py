@@ -52,7 +52,8 @@ NAMES = {
     "llama_proj": "model.language_projection.linear_1",
     "llama_proj2": "model.language_projection.linear_2",
     # Phi
-    "llama_model.base_model.model": "model.language_model",
+    "llama_model.base_model.model.model": "model.language_model",
+    "llama_model.base_model.model.lm_head": "lm_head",
 }
 
 # The same tensor under a second name: accepted where it is equal, else refused.
