@@ -1,0 +1,235 @@
+"""`minigpt3d describe` and `minigpt3d chat`: what a 3D model is, from the command line.
+
+A module of its own beside the package, because importing the package imports torch and transformers, and `--help` and
+mistyped commands must not wait for that.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+
+BUNDLED_MODEL = Path(__file__).resolve().parent / "checkpoints" / "household"
+
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit codes, beside 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minigpt3d", description="Ask a small language model what a 3D object is.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--model", help="folder or Hub id (default: checkpoints/household if it is there, else the Hub)"
+    )
+    shared.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if there is one)")
+    shared.add_argument(
+        "--max-new-tokens", type=_positive, default=150, metavar="N", help="longest answer, in tokens (default: 150)"
+    )
+    shared.add_argument("--up-axis", choices=["x", "y", "z"], help="the file's up axis, to turn the object upright")
+    shared.add_argument(
+        "--missing-color", metavar="COLOR", help="colour of points without one: black (default), white, gray"
+    )
+
+    describe = commands.add_parser(
+        "describe",
+        parents=[shared],
+        help="describe files, or all readable files in folders",
+        description="Describe 3D models: one line each on standard output, errors on standard error.",
+        epilog="Exit code: 0, 1 if a file failed, 2 for a wrong command line.",
+    )
+    describe.add_argument(
+        "paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="point cloud, mesh, or a folder"
+    )
+    describe.add_argument("--prompt", help='the question (default: "What is this?")')
+    describe.add_argument("--json", action="store_true", help="print one JSON object per line: file, prompt, answer")
+    describe.set_defaults(run=run_describe)
+
+    chat = commands.add_parser(
+        "chat",
+        parents=[shared],
+        help="ask several questions about one file",
+        description="Talk about a 3D model. Questions are read line by line; an empty input or /quit ends it.",
+    )
+    chat.add_argument("path", type=Path, metavar="FILE", help="point cloud or mesh")
+    chat.set_defaults(run=run_chat)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def resolve_model(model: str | None) -> str:
+    """The model to load: what was asked for, else the one that lies in the checkout, else the published one."""
+    if model is not None:
+        return model
+    if (BUNDLED_MODEL / "config.json").exists():
+        return str(BUNDLED_MODEL)
+    from minigpt3d import HUB_ID
+
+    return HUB_ID
+
+
+def load_pipeline(args: argparse.Namespace):
+    """Load the model and its processor.
+
+    Raises:
+        CommandError: there is no such model, or it cannot be read.
+    """
+    from transformers import logging
+
+    from minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor, PointCloudToTextPipeline
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name = resolve_model(args.model)
+    try:
+        model = MiniGPT3DForConditionalGeneration.from_pretrained(name)
+        processor = MiniGPT3DProcessor.from_pretrained(name)
+        describe = PointCloudToTextPipeline(model=model, processor=processor, device=args.device)
+    except Exception as error:
+        fix = "pass --model with the folder of a model or its Hub id"
+        raise CommandError(f"cannot load the model {name}: {_one_line(error)} ({fix})") from error
+    settings = {"up_axis": args.up_axis, "missing_color": args.missing_color}
+    for setting, value in settings.items():
+        if value is not None:
+            setattr(processor.feature_extractor, setting, value)
+    return describe
+
+
+class CommandError(Exception):
+    """What ends the whole command, in words for its user."""
+
+
+def complain(message: str):
+    """One line on standard error, clear of a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"minigpt3d: {message}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (OSError, ValueError, ImportError, CommandError))
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+def find_files(paths: list[Path]) -> Iterator[Path]:
+    """The named files, and for a folder all readable files within, sorted."""
+    from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
+
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in READABLE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+        if not found:
+            raise CommandError(
+                f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}"
+            )
+        yield from found
+
+
+def run_describe(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    exit_code = 0
+    files = []
+    for path in args.paths:
+        try:
+            files.extend(find_files([path]))
+        except CommandError as error:
+            complain(str(error))
+            exit_code = FAILED
+    if not files:
+        return exit_code
+    describe = load_pipeline(args)
+    from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
+
+    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
+    for path in tqdm(files, unit="file", file=sys.stderr, disable=None if len(files) > 1 else True):
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                answer = describe(path, prompt=prompt, max_new_tokens=args.max_new_tokens)[0]["generated_text"]
+        except Exception as error:  # whatever a file does, the others are still done
+            complain(f"{path}: {_one_line(error)}")
+            exit_code = FAILED
+            continue
+        for warning in caught:
+            complain(f"{path}: warning: {warning.message}")
+        if args.json:
+            line = json.dumps({"file": str(path), "prompt": prompt, "answer": answer}, ensure_ascii=False)
+        else:
+            line = answer if len(files) == 1 else f"{path}: {answer}"
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    return exit_code
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    if not args.path.is_file():
+        raise CommandError(f"{args.path}: no such file")
+    describe = load_pipeline(args)
+    from minigpt3d.pipeline_minigpt3d import AnswerStreamer
+
+    streamer = AnswerStreamer(describe.processor.tokenizer)
+    content = [{"type": "point_cloud", "point_cloud": args.path}]
+    messages = []
+    for question in read_questions():
+        content.append({"type": "text", "text": question})
+        messages.append({"role": "user", "content": content})
+        try:
+            answer = describe(messages, max_new_tokens=args.max_new_tokens, streamer=streamer)[0]["generated_text"]
+        except (OSError, ValueError, ImportError) as error:
+            raise CommandError(f"{args.path}: {_one_line(error)}") from error
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        content = []
+    return 0
+
+
+def read_questions() -> Iterator[str]:
+    """Questions from standard input, a line each, until its end or /quit; a prompt is shown to people, not to pipes."""
+    sign = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(sign).strip()
+        except EOFError:
+            return
+        if question == "/quit":
+            return
+        if question:
+            yield question
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        complain(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the answers has left, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
