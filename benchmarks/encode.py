@@ -1,0 +1,332 @@
+"""Time the way from a cloud to the language model's vectors: the published algorithm, written out plainly, beside ours.
+
+    python benchmarks/encode.py --batch 4 --repeats 5 --threads 2
+
+Both run in turn in this one process, on the same clouds with the same full-size random weights (the language model is
+left out), and must give the same numbers: the largest difference over the largest value stands in the table, and more
+than 1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
+farthest point sampling as a loop of torch operations, neighbours from the full distance matrix, 1×1 convolutions with
+BatchNorm, softmax attention written out, one Q-Former pass for each chosen expert with its keys and values computed anew.
+
+Shapes: B clouds, N points, G groups, K neighbours, Q query tokens, E experts, D width.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
+from minigpt3d.grouping_minigpt3d import group
+from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
+
+
+# Largest difference over largest value.
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 1e-1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published algorithm, plainly. Weights are read from our model, so that both sides have the same.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plain_group(point_clouds: torch.Tensor, num_groups: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, N, C) → neighbourhoods (B, G, K, C), xyz relative to the centre, and centres (B, G, 3)."""
+    coord = point_clouds[..., :3]
+    rows = torch.arange(len(coord), device=coord.device)
+    distance = coord.new_full(coord.shape[:2], torch.inf)  # (B, N)
+    farthest = rows.new_zeros(len(coord))
+    indices = []
+    for _ in range(num_groups):
+        indices.append(farthest)
+        difference = coord - coord[rows, farthest][:, None]  # (B, N, 3)
+        distance = torch.minimum(distance, difference.pow(2).sum(-1))
+        farthest = distance.argmax(-1)
+    center = coord[rows[:, None], torch.stack(indices, dim=1)]  # (B, G, 3)
+    # From differences: |a|² + |b|² - 2ab, as published, rounds to other neighbours where two are nearly equally far.
+    matrix = torch.cdist(center, coord, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, N)
+    neighbors = matrix.topk(group_size, largest=False).indices  # (B, G, K)
+    neighborhood = point_clouds[rows[:, None, None], neighbors]  # (B, G, K, C)
+    relative = neighborhood[..., :3] - center[:, :, None]
+    return torch.cat([relative, neighborhood[..., 3:]], dim=-1), center
+
+
+class PlainMiniPointNet(nn.Module):
+    """Two pairs of 1×1 convolutions over points with BatchNorm between, the group's maximum concatenated to each point."""
+
+    def __init__(self, ours: nn.Module):
+        super().__init__()
+        convolutions = []
+        for linear in (ours.linear_1, ours.linear_2, ours.linear_3, ours.linear_4):
+            convolution = nn.Conv1d(linear.in_features, linear.out_features, 1)
+            convolution.load_state_dict({"weight": linear.weight[:, :, None], "bias": linear.bias})
+            convolutions.append(convolution)
+        conv_1, conv_2, conv_3, conv_4 = convolutions
+        self.first = nn.Sequential(conv_1, copy.deepcopy(ours.norm_1), nn.ReLU(inplace=True), conv_2)
+        self.second = nn.Sequential(conv_3, copy.deepcopy(ours.norm_2), nn.ReLU(inplace=True), conv_4)
+        self.to(ours.linear_1.weight.device).eval()
+
+    def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
+        """(B, G, K, C) → (B, G, D)."""
+        points = self.first(neighborhood.flatten(0, 1).transpose(1, 2))  # (B*G, 256, K)
+        maximum = points.amax(2, keepdim=True).expand_as(points)  # (B*G, 256, K)
+        points = self.second(torch.cat([maximum, points], dim=1))  # (B*G, D, K)
+        return points.amax(2).unflatten(0, neighborhood.shape[:2])
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Softmax attention, (B, T, D) and twice (B, S, D) → (B, T, D)."""
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)  # (B, H, T, S)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def plain_transformer(encoder: nn.Module, groups: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """Embedded groups (B, G, D_group) around centres (B, G, 3) → (B, 1+G, D), the cls token first."""
+    tokens = encoder.group_projection(groups)  # (B, G, D)
+    tokens = torch.cat([encoder.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+G, D)
+    position = encoder.position_embedding(center)
+    position = torch.cat([encoder.cls_position.expand(len(tokens), -1, -1), position], dim=1)
+    for block in encoder.blocks:
+        tokens = tokens + position
+        query, key, value = block.attention.qkv(block.norm_1(tokens)).chunk(3, dim=-1)
+        attended = plain_attention(query, key, value, encoder.config.num_attention_heads)
+        tokens = tokens + block.attention.proj(attended)
+        tokens = tokens + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm_2(tokens))))
+    return encoder.norm(tokens)
+
+
+def plain_qformer(qformer: nn.Module, queries: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    """One pass: queries (B, Q, D) read (B, 1+G, D_encoder) → (B, Q, D)."""
+    num_heads = qformer.config.num_attention_heads
+
+    def attend(attention: nn.Module, hidden_states: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        projection, output = attention.attention, attention.output
+        attended = plain_attention(
+            projection.query(hidden_states), projection.key(source), projection.value(source), num_heads
+        )
+        return output.LayerNorm(output.dense(attended) + hidden_states)
+
+    hidden_states = qformer.layernorm(queries)
+    for layer in qformer.encoder.layer:
+        hidden_states = attend(layer.attention, hidden_states, hidden_states)
+        if layer.has_cross_attention:
+            hidden_states = attend(layer.crossattention, hidden_states, encoder_hidden_states)
+        inner = nn.functional.gelu(layer.intermediate_query.dense(hidden_states))
+        output = layer.output_query
+        hidden_states = output.LayerNorm(output.dense(inner) + hidden_states)
+    return hidden_states
+
+
+def plain_query_output(model: MiniGPT3DModel, point_features: torch.Tensor, router_type: str) -> torch.Tensor:
+    """Point features (B, 1+G, D_point) → mixture of query experts (B, Q, D), one Q-Former pass per chosen expert."""
+    config = model.config
+    encoder_hidden_states = model.point_projection(point_features)  # (B, 1+G, D_encoder)
+    queries = torch.stack([expert.weight for expert in model.query_experts])  # (E, Q, D)
+    if router_type == "none":
+        return plain_qformer(model.qformer, queries[:1].expand(len(point_features), -1, -1), encoder_hidden_states)
+    feature = torch.cat([point_features[:, 0], point_features[:, 1:].amax(1)], dim=-1)  # (B, 2*D_point)
+    router = model.router
+    probabilities = router.linear_2(nn.functional.gelu(router.linear_1(feature))).softmax(-1)  # (B, E)
+    num_used = config.num_experts_per_cloud if router_type == "sparse" else config.num_query_experts
+    weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S)
+    output = 0
+    for weight, expert in zip(weights.T, experts.T, strict=True):
+        output = output + weight[:, None, None] * plain_qformer(model.qformer, queries[expert], encoder_hidden_states)
+    return output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both, side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One line of the table. Times are medians in seconds per cloud; difference is relative to the largest value."""
+
+    part: str
+    plain_seconds: float
+    ours_seconds: float
+    ratio: float
+    difference: float
+
+
+def make_model(config: MiniGPT3DConfig | None = None, seed: int = 0) -> MiniGPT3DModel:
+    """Random weights, BatchNorm statistics among them. By default full size, with a language model of no layers."""
+    if config is None:
+        text_config = MiniGPT3DPhiConfig(
+            vocab_size=2, num_hidden_layers=0, bos_token_id=1, eos_token_id=1, pad_token_id=1
+        )
+        config = MiniGPT3DConfig(text_config=text_config, point_token_id=0)
+    torch.manual_seed(seed)
+    model = MiniGPT3DModel(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    return model
+
+
+def make_point_clouds(batch_size: int, num_points: int, num_channels: int = 6, seed: int = 0) -> torch.Tensor:
+    """(B, N, C): points on the surface of bent ellipsoids, normalised, the other channels in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coord = nn.functional.normalize(torch.randn(batch_size, num_points, 3, generator=generator), dim=-1)
+    coord *= 0.3 + torch.rand(batch_size, 1, 3, generator=generator)
+    coord[..., 2] += 0.5 * coord[..., 0].pow(2)
+    coord -= coord.mean(1, keepdim=True)
+    coord /= coord.norm(dim=-1).amax(1)[:, None, None]
+    rest = torch.rand(batch_size, num_points, num_channels - 3, generator=generator)
+    return torch.cat([coord, rest], dim=-1)
+
+
+def measure(function: Callable, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(part: str, plain: Callable, ours: Callable, view: Callable, batch_size: int, repeats: int) -> Row:
+    """Run both in turn, so that whatever else the machine does falls on both, after one warm-up each."""
+    expected, got = view(plain()), view(ours())
+    device = expected.device
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    sides = (plain, ours)
+    times = [[measure(side, device) / batch_size for side in sides] for _ in range(repeats)]
+    plain_seconds, ours_seconds = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+    return Row(part, plain_seconds, ours_seconds, plain_seconds / ours_seconds, difference)
+
+
+def view_groups(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What of (B, G, K, C) and (B, G, 3) must agree: the neighbours' order is free."""
+    neighborhood, center = result
+    return torch.cat([neighborhood.amax(2), neighborhood.amin(2), neighborhood.mean(2), center], dim=-1)
+
+
+@torch.inference_mode()
+def run(model: MiniGPT3DModel, point_clouds: torch.Tensor, repeats: int = 5) -> list[Row]:
+    """Every part in fp32, then the whole in bf16 against the plain algorithm in fp32.
+
+    Args:
+        model: in eval mode, fp32, on the device of the clouds.
+        point_clouds: (B, N, C) float32.
+        repeats: timed runs of each side; the median counts.
+
+    Raises:
+        RuntimeError: a part whose two results differ by more than rounding in fp32.
+    """
+    encoder = model.point_encoder
+    sizes = encoder.config.num_groups, encoder.config.group_size
+    plain_mini_pointnet = PlainMiniPointNet(encoder.mini_pointnet)
+    transformer = copy.deepcopy(encoder)
+    transformer.mini_pointnet = nn.Identity()
+    model_bf16 = copy.deepcopy(model).to(torch.bfloat16)
+    rows = []
+
+    def add(part: str, plain: Callable, ours: Callable, view: Callable = torch.Tensor.float, tolerance=FP32_TOLERANCE):
+        row = compare(part, plain, ours, view, len(point_clouds), repeats)
+        if not row.difference <= tolerance:
+            raise RuntimeError(
+                f"{part}: ours differs from the plain algorithm by {row.difference:.1e} of the largest value, "
+                f"{tolerance:.0e} is allowed. If it starts at grouping, two points may be equally far within rounding: "
+                "try another --seed. Otherwise the model's code is wrong."
+            )
+        rows.append(row)
+
+    def plain_encoder() -> torch.Tensor:
+        neighborhood, center = plain_group(point_clouds, *sizes)
+        return plain_transformer(encoder, plain_mini_pointnet(neighborhood), center)
+
+    def plain_vectors() -> torch.Tensor:
+        return model.language_projection(plain_query_output(model, plain_encoder(), "sparse"))
+
+    neighborhood, center = plain_group(point_clouds, *sizes)
+    groups = plain_mini_pointnet(neighborhood)
+    point_features = plain_transformer(encoder, groups, center)
+
+    add("grouping", lambda: plain_group(point_clouds, *sizes), lambda: group(point_clouds, *sizes), view_groups)
+    add("mini-PointNet", lambda: plain_mini_pointnet(neighborhood), lambda: encoder.mini_pointnet(neighborhood))
+    add(
+        "transformer",
+        lambda: plain_transformer(encoder, groups, center),
+        lambda: transformer.encode_groups(groups, center),
+    )
+    add("point encoder as a whole", plain_encoder, lambda: encoder(point_clouds))
+    for router_type in ("none", "sparse", "soft"):
+        model.config.router_type = router_type
+        add(
+            f"Q-Former, {router_type}",
+            lambda router_type=router_type: plain_query_output(model, point_features, router_type),
+            lambda: model.get_query_output(point_features),
+        )
+    model.config.router_type = model_bf16.config.router_type = "sparse"
+    add("cloud to vectors, sparse", plain_vectors, lambda: model.get_point_features(point_clouds))
+    add(
+        "the same, ours in bf16",
+        plain_vectors,
+        lambda: model_bf16.get_point_features(point_clouds),
+        tolerance=BF16_TOLERANCE,
+    )
+    return rows
+
+
+def format_table(rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = ["| seconds per cloud | plain | ours | ratio | largest difference |", "|-|-|-|-|-|"]
+    lines += [
+        f"| {row.part} | {row.plain_seconds:.4f} | {row.ours_seconds:.4f} | {row.ratio:.2f} | {row.difference:.1e} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=4, help="clouds per batch (4)")
+    parser.add_argument("--points", type=int, default=8192, help="points per cloud (8192)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts (5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and clouds (0)")
+    parser.add_argument("--json", type=Path, help="write the table to this file too")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 on both sides is fp32
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    setup = {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "batch": args.batch,
+        "points": args.points,
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
+    model = make_model(seed=args.seed).to(device)
+    point_clouds = make_point_clouds(args.batch, args.points, model.config.point_config.num_channels, args.seed)
+    rows = run(model, point_clouds.to(device), args.repeats)
+    print(format_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({**setup, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
