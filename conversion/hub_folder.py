@@ -3,10 +3,26 @@
 import shutil
 from pathlib import Path
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 import minigpt3d
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+
+
+END_SIGN = "###"
+
+
+def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    """Stop at the end sign without being asked: every token that completes it by itself ends a sequence, as eos does.
+
+    A tokenizer that spells the sign in several tokens needs `generate(stop_strings=["###"], tokenizer=tokenizer)`,
+    which is what the pipeline passes.
+    """
+    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_SIGN)]
+    config = model.generation_config
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = sorted({tokenizer.eos_token_id, *ends})
+    config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
 
 
 def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
@@ -28,6 +44,7 @@ def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: Process
     partial = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    set_generation_defaults(model, processor.tokenizer)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     package_dir = Path(minigpt3d.__file__).parent
