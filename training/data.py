@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from minigpt3d.processing_minigpt3d import clean_question
 from torch.utils.data import DataLoader, Dataset
 
+from minigpt3d.processing_minigpt3d import clean_question
+
 from .stages import Source, Stage
+
 
 # Two clouds of the release whose colours are broken; the authors leave them out too.
 CORRUPT_OBJECT_IDS = {"6760e543e1d645d5aaacd3803bcae524", "b91c0711149d460a8004f9c06d3b7f38"}

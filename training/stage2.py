@@ -2,5 +2,6 @@
 
 from minigpt3d.training.train import main
 
+
 if __name__ == "__main__":
     main("II")

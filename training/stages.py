@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+
 # ---- What a stage is ------------------------------------------------------------------------------------------------
 
 

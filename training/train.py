@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from .data import StageBatches, make_loader, read_annotations
 from .stages import RECIPES, Stage, learning_rate
@@ -33,6 +35,7 @@ from .weights import (
     save_result,
     trainable_table,
 )
+
 
 HISTORY_FILE = "history.jsonl"
 
@@ -76,9 +79,18 @@ class RunOptions:
     )
 
 
+class ArgumentDefaultsShown(ArgumentDefaultsHelpFormatter):
+    """Help with defaults, for the options that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(stage_name: str, argv: list[str] | None = None):
     """The command line of a stage: read the options, run, and turn mistakes of the user into one line."""
-    parser = HfArgumentParser(RunOptions, description=_describe(RECIPES["paper"][stage_name]))
+    parser = HfArgumentParser(
+        RunOptions, description=_describe(RECIPES["paper"][stage_name]), formatter_class=ArgumentDefaultsShown
+    )
     (options,) = parser.parse_args_into_dataclasses(argv)
     try:
         train(RECIPES[options.recipe][stage_name], options)
@@ -138,8 +150,8 @@ def train(stage: Stage, options: RunOptions) -> Path:
         cut_history(work_dir / HISTORY_FILE, first_step)
     loader = make_loader(batches, range(first_step, num_steps), options.num_workers)
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
+    start = time.perf_counter()
     for step, (source, micro_batches) in enumerate(loader, start=first_step):
-        start = time.perf_counter()
         reseed(options.seed, step, accelerator.process_index)
         lr = learning_rate(stage, step)
         loss = train_step(accelerator, model, optimizer, micro_batches, lr)
@@ -149,9 +161,10 @@ def train(stage: Stage, options: RunOptions) -> Path:
                 "is sound: resume from it with a lower learning rate or in a wider dtype."
             )
         if accelerator.is_main_process:
-            batch = stage.mixture[batches.draws[step]].batch
+            seconds, start = time.perf_counter() - start, time.perf_counter()  # with the wait for data
+            num_samples = stage.mixture[batches.draws[step]].batch
             entry = {"step": step, "source": source, "loss": loss, "lr": lr}
-            entry["samples_per_second"] = round(batch / (time.perf_counter() - start), 2)
+            entry["samples_per_second"] = round(num_samples / seconds, 2)
             with open(work_dir / HISTORY_FILE, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, {entry['samples_per_second']:.1f} samples/s")
@@ -230,14 +243,14 @@ def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[d
         That loss, over all processes.
     """
     device = accelerator.device
-    num_tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches]
-    all_tokens = accelerator.reduce(torch.tensor(float(sum(num_tokens)), device=device)).item()
+    num_tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+    num_tokens = accelerator.reduce(num_tokens.to(device))
     batch_loss = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):  # gradients are averaged over processes once
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss = model(**batch, use_cache=False).loss * (num_tokens[index] / all_tokens)
+            loss = model(**batch, use_cache=False, num_items_in_batch=num_tokens).loss
             accelerator.backward(loss * accelerator.num_processes)
         batch_loss += loss.detach()
     for group in optimizer.param_groups:

@@ -20,14 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from minigpt3d.conversion import save_pretrained
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minigpt3d.conversion import save_pretrained
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+
 from .stages import Stage, lora_targets, select_trainable
+
 
 STATE_DIR = "training_state"
 LORA_FILE = "lora.safetensors"
@@ -151,7 +153,7 @@ def trainable_table(model: nn.Module) -> str:
     """How many parameters train, are frozen, and are there in all, module by module."""
     counts: dict[str, list[int]] = {}
     for name, parameter in named_parameters(model).items():
-        module = name.split(".")[1]
+        module = name.removeprefix("model.").split(".")[0]
         counts.setdefault(module, [0, 0])[not parameter.requires_grad] += parameter.numel()
     rows = [(module, trainable, frozen) for module, (trainable, frozen) in counts.items()]
     rows.append(("in all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
