@@ -8,7 +8,7 @@ folders without `trust_remote_code`.
 if __name__ == "minigpt3d":
     __version__ = "0.1.0"
 
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     from .configuration_minigpt3d import HUB_ID, MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
     from .modeling_minigpt3d import (

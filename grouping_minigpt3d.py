@@ -79,7 +79,9 @@ def _farthest_point_sampling_loop(planes: torch.Tensor, num_samples: int, start:
 if triton is not None:
 
     @triton.jit
-    def _farthest_point_sampling_kernel(planes, distance, indices, start, num_points, num_samples, BLOCK: tl.constexpr):
+    def _farthest_point_sampling_kernel(
+        planes, distance, indices, start, num_points, num_samples, BLOCK: tl.constexpr
+    ):
         """One program per cloud; the whole loop runs on the device."""
         row = tl.program_id(0)
         stride = tl.num_programs(0) * num_points

@@ -144,12 +144,21 @@ class PointBertBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.norm_2(hidden_states))
 
 
-class PointBert(nn.Module):
+class PointBert(PreTrainedModel):
     """The 3D encoder: neighbourhoods become tokens, a transformer relates them. Paper: §3.1.1."""
 
+    config: MiniGPT3DPointConfig
+    config_class = MiniGPT3DPointConfig
+    main_input_name = "point_clouds"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PointBertBlock", "MiniPointNet"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
     def __init__(self, config: MiniGPT3DPointConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.mini_pointnet = MiniPointNet(config)
         self.group_projection = nn.Linear(config.group_embedding_size, config.hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -158,6 +167,13 @@ class PointBert(nn.Module):
         self.blocks = nn.ModuleList([PointBertBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PointBert):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.normal_(module.cls_position, std=self.config.initializer_range)
 
     def encode_groups(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Neighbourhoods (B, G, K, C) around centres (B, G, 3) → (B, 1+G, D), the cls token first."""
@@ -386,12 +402,8 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        std = self.config.get_text_config().initializer_range
-        if isinstance(module, PointBert):
-            init.normal_(module.cls_token, std=std)
-            init.normal_(module.cls_position, std=std)
-        elif isinstance(module, QueryTokens):
-            init.normal_(module.weight, std=std)
+        if isinstance(module, QueryTokens):
+            init.normal_(module.weight, std=self.config.qformer_config.initializer_range)
 
 
 class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
@@ -659,7 +671,6 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["point_clouds"] = point_clouds
         return model_inputs
-
 
 
 __all__ = [

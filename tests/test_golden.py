@@ -120,7 +120,10 @@ def test_qformer(golden, variant):
     qformer.load_state_dict({k.removeprefix("model.qformer."): v for k, v in converted.items()})
     assert any("lora_" in key for key in state) == (variant == "lora")
 
-    inputs = {"query_embeds": query_tokens.expand(2, -1, -1), "encoder_hidden_states": expected["encoder_hidden_states"]}
+    inputs = {
+        "query_embeds": query_tokens.expand(2, -1, -1),
+        "encoder_hidden_states": expected["encoder_hidden_states"],
+    }
     output = qformer(**inputs, encoder_attention_mask=expected["encoder_attention_mask"], output_hidden_states=True)
     relative_close(output.last_hidden_state, expected["last_hidden_state"])
     hidden = [qformer.layernorm(query_tokens.expand(2, -1, -1)), *output.hidden_states[-4:]]
@@ -212,9 +215,7 @@ def test_router(golden):
     expected = golden("full.encode_pc.io")
     inner = full_model(golden).model
     features = inner.point_encoder(expected["points"])
-    relative_close(
-        torch.cat([features[:, 0], features[:, 1:].amax(1)], dim=-1), expected["sparse.pc_global_feature"]
-    )
+    relative_close(torch.cat([features[:, 0], features[:, 1:].amax(1)], dim=-1), expected["sparse.pc_global_feature"])
     logits = inner.router.get_logits(features)
     relative_close(logits, expected["sparse.router_logits"])
     relative_close(logits.softmax(-1), expected["sparse.router_softmax"])
@@ -293,7 +294,9 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
     output.loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
-        name = authors_name(name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", "."))
+        name = authors_name(
+            name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+        )
         gradients[name] = parameter.grad
     compared = 0
     for name, norm in results["grad_norms"].items():

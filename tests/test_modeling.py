@@ -129,7 +129,9 @@ def test_every_trainable_parameter_gets_a_gradient(backbone_model, point_clouds,
         backbone_model.gradient_checkpointing_enable()
     backbone_model.train()
     inputs = make_inputs(point_clouds, padding_side="right")
-    backbone_model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
+    backbone_model(
+        **inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    ).loss.backward()
     without = [name for name, p in backbone_model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert not without
 

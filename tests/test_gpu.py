@@ -1,0 +1,26 @@
+"""What only a GPU can show. `pytest -m gpu`"""
+
+import pytest
+import torch
+from conftest import make_tiny_model
+
+from minigpt3d.grouping_minigpt3d import _farthest_point_sampling_loop, farthest_point_sampling
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("num_points", [100, 8192, 20000])
+def test_the_sampling_kernel_equals_the_loop(num_points):
+    coord = torch.rand(3, num_points, 3, generator=torch.Generator().manual_seed(0))
+    start = torch.tensor([0, 7, 99])
+    expected = _farthest_point_sampling_loop(coord.permute(2, 0, 1), 64, start)
+    assert torch.equal(farthest_point_sampling(coord.cuda(), 64, start.cuda()).cpu(), expected)
+
+
+def test_features_on_gpu_equal_those_on_cpu(point_clouds):
+    model = make_tiny_model()
+    expected = model.get_point_features(point_clouds)
+    torch.testing.assert_close(
+        model.cuda().get_point_features(point_clouds.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4
+    )
