@@ -9,7 +9,6 @@ number alone, so a resumed run goes on where it stopped and the number of worker
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +216,7 @@ class StageBatches(Dataset):
         for source in range(len(weights)):
             (steps,) = np.nonzero(self.draws == source)
             self.earlier_draws[steps] = np.arange(len(steps))
-        self._order = lru_cache(maxsize=2 * len(weights))(self._order)
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # of each source, the last epoch asked for
 
     def _check(self):
         for source in self.stage.mixture:
@@ -245,7 +244,9 @@ class StageBatches(Dataset):
         return np.random.default_rng([*self.seed, *purpose.encode(), *numbers])
 
     def _order(self, source: str, epoch: int) -> np.ndarray:
-        return self._rng(source, epoch).permutation(len(self.samples[source]))
+        if source not in self._orders or self._orders[source][0] != epoch:
+            self._orders[source] = epoch, self._rng(source, epoch).permutation(len(self.samples[source]))
+        return self._orders[source][1]
 
     def __len__(self) -> int:
         return self.stage.steps
