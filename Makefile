@@ -20,7 +20,7 @@ install: $(INSTALLED)  ## make the environment; all others do it where it is mis
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e ".[dev]"
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0 -e ".[dev]"
 	@touch $@.new && mv $@.new $@
 
 demo: $(INSTALLED)  ## describe three real objects with the bundled checkpoint
