@@ -1,4 +1,7 @@
-"""Stage I. `accelerate launch training/stage1.py --help` says what it trains and what it needs."""
+"""Stage I: the point projection learns to carry the frozen encoder's features to a frozen Q-Former and language model.
+
+    accelerate launch training/stage1.py --init BASE --data CLOUDS --annotations brief.json --output_dir stage1
+"""
 
 from minigpt3d.training.train import main
 

@@ -1,4 +1,7 @@
-"""Stage II. `accelerate launch training/stage2.py --help` says what it trains and what it needs."""
+"""Stage II: Q-Former, projections and language model learn to name objects together.
+
+    accelerate launch training/stage2.py --init stage1 --data CLOUDS --annotations brief.json --output_dir stage2
+"""
 
 from minigpt3d.training.train import main
 

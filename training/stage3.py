@@ -1,4 +1,7 @@
-"""Stage III. `accelerate launch training/stage3.py --help` says what it trains and what it needs."""
+"""Stage III: the same parameters learn detailed descriptions and conversations.
+
+    accelerate launch training/stage3.py --init stage2 --data CLOUDS --annotations complex.json --output_dir stage3
+"""
 
 from minigpt3d.training.train import main
 
