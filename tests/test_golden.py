@@ -25,8 +25,8 @@ def close(actual, expected, rtol, atol):
 
 def relative_close(actual, expected, tolerance=1e-5):
     """Relative to the tensor's largest value, as a feature's error is."""
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
+    error, scale = (actual - expected).abs().max(), expected.abs().max()
+    assert error <= tolerance * scale, f"error {error:.2e} on a scale of {scale:.2e}, allowed {tolerance:.0e} of it"
 
 
 def load_part(golden, file: str, part: str, prefix: str = "", config=None):
@@ -269,18 +269,21 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
         parameter.requires_grad_(True)
     inputs, points = training_inputs(golden, tiny_processor, case)
     inputs["point_clouds"] = points  # bit for bit those of the golden: normalising again moves the last digit
-    if f"{case}.targets" in expected:
-        targets, attention_mask = expected[f"{case}.targets"], expected[f"{case}.attention_mask"]
-        assert torch.equal(inputs["labels"], targets)
-        if case.startswith("multi"):
-            # A fault of the authors': inside a multi-round batch every bos is masked away, because bos = pad.
-            ours = inputs["attention_mask"].clone()
-            assert ((ours == 1) & (attention_mask == 0) & (inputs["input_ids"] != 292)).sum() == 0
-        else:
-            assert torch.equal(inputs["attention_mask"], attention_mask.long())
+    width = inputs["input_ids"].shape[1]
+    reference = expected.get(f"{case}.attention_mask")
+    if reference is not None:
+        # The authors pad prompts and answers apart, so that their rows can end in more padding than any row needs.
+        assert (reference[:, width:] == 0).all() and (expected[f"{case}.targets"][:, width:] == -100).all()
+        assert torch.equal(inputs["labels"], expected[f"{case}.targets"][:, :width])
+        reference = reference[:, :width].long()
     if case.startswith("multi"):
-        reference = expected.get(f"{case}.attention_mask", expected.get("multi.sparse.attention_mask"))
-        inputs["attention_mask"] = reference.long()
+        # A fault of the authors': inside a multi-round batch every bos but the first is masked away, because bos = pad.
+        faulty = inputs["attention_mask"] * (inputs["input_ids"] != 292)
+        faulty[:, 0] = 1
+        assert reference is None or torch.equal(faulty, reference)
+        inputs["attention_mask"] = faulty
+    else:
+        assert reference is None or torch.equal(inputs["attention_mask"], reference)
 
     output = model(**inputs)
     close(output.loss, torch.tensor(results["loss"]), **LOGITS)
@@ -289,7 +292,7 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
         inner = model.model if lora == "merge" else model.base_model.model.model
         embeds, _ = inner.embed(inputs["input_ids"], points)
         seen = inputs["attention_mask"].bool()
-        relative_close(embeds[seen], expected[f"{case}.inputs_embeds"][seen])
+        relative_close(embeds[seen], expected[f"{case}.inputs_embeds"][:, :width][seen])
 
     output.loss.backward()
     gradients = {}
@@ -298,11 +301,9 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
             name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
         )
         gradients[name] = parameter.grad
-    compared = 0
     for name, norm in results["grad_norms"].items():
-        if lora == "merge" and ("lora_" in name):
+        if lora == "merge" and "lora_" in name:  # it is part of its weight
             continue
-        compared += 1
         gradient = gradients[name]
         if norm is None:
             assert gradient is None or gradient.abs().max() == 0, name
@@ -310,7 +311,6 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
             close(gradient.norm(), torch.tensor(norm), **GRADIENTS)
         if (full := expected.get(f"{case}.grad.{name}")) is not None:
             relative_close(gradient.reshape(full.shape), full, 1e-3)
-    assert compared >= (40 if lora == "merge" else len(results["grad_norms"]))
 
 
 # Generation
@@ -335,10 +335,10 @@ def test_generation(golden, tiny_processor, run):
     The authors' ids begin with a bos that is never fed to the model but counts towards min_length, so their
     min_length n is our min_new_tokens n-1.
     """
-    expected, recorded = golden("full.generate.io"), golden("full.generate.json")["runs"][run]
-    model = full_model(golden)
-    if bump := recorded.get("lm_head_bias_added_at_eos"):
-        model.get_output_embeddings().bias.data[292] += bump
+    expected, runs = golden("full.generate.io"), golden("full.generate.json")["runs"]
+    recorded, model = runs[run], full_model(golden)
+    if "eos_bump" in run:
+        model.lm_head.bias.data[292] += runs["greedy_eos_bump"]["lm_head_bias_added_at_eos"]
     points = golden("full.encode_pc.io")["points"][:2]
     conversations = [
         [{"role": "user", "content": [{"type": "point_cloud", "point_cloud": cloud}, {"type": "text", "text": text}]}]
