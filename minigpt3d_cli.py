@@ -5,6 +5,7 @@ mistyped commands must not wait for that.
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 BUNDLED_MODEL = Path(__file__).resolve().parent / "checkpoints" / "household"
 
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit codes, beside 0
+FAILED, INTERRUPTED = 1, 130  # exit codes, beside 0 and argparse's 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,11 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if there is one)")
     shared.add_argument(
-        "--max-new-tokens", type=_positive, default=150, metavar="N", help="longest answer, in tokens (default: 150)"
+        "--max-new-tokens",
+        type=positive_int,
+        default=150,
+        metavar="N",
+        help="longest answer, in tokens (default: 150)",
     )
-    shared.add_argument("--up-axis", choices=["x", "y", "z"], help="the file's up axis, to turn the object upright")
+    shared.add_argument("--up-axis", choices=["x", "y", "z"], help="axis that points up in the file (default: y)")
     shared.add_argument(
-        "--missing-color", metavar="COLOR", help="colour of points without one: black (default), white, gray"
+        "--missing-color", choices=["black", "gray", "white"], help="colour of points that have none (default: black)"
     )
 
     describe = commands.add_parser(
@@ -62,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -80,15 +85,21 @@ def resolve_model(model: str | None) -> str:
     return HUB_ID
 
 
-def load_pipeline(args: argparse.Namespace):
-    """Load the model and its processor.
+def load(args: argparse.Namespace):
+    """Load the model.
+
+    Returns:
+        The pipeline, and a function from path to cloud that follows `args`. Read apart, a file that cannot be read is
+        told from a model that fails, and a conversation reads its file once.
 
     Raises:
         CommandError: there is no such model, or it cannot be read.
     """
     from transformers import logging
 
-    from minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor, PointCloudToTextPipeline
+    from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+    from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
+    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -96,19 +107,36 @@ def load_pipeline(args: argparse.Namespace):
     try:
         model = MiniGPT3DForConditionalGeneration.from_pretrained(name)
         processor = MiniGPT3DProcessor.from_pretrained(name)
-        describe = PointCloudToTextPipeline(model=model, processor=processor, device=args.device)
     except Exception as error:
         fix = "pass --model with the folder of a model or its Hub id"
-        raise CommandError(f"cannot load the model {name}: {_one_line(error)} ({fix})") from error
-    settings = {"up_axis": args.up_axis, "missing_color": args.missing_color}
-    for setting, value in settings.items():
-        if value is not None:
-            setattr(processor.feature_extractor, setting, value)
-    return describe
+        raise CommandError(f"cannot load the model {name}: {one_line(error)} ({fix})") from error
+    try:
+        describe = PointCloudToTextPipeline(model=model, processor=processor, device=args.device)
+    except Exception as error:
+        raise CommandError(f"cannot use the device {args.device}: {one_line(error)} (leave out --device)") from error
+    reader = copy.copy(processor.feature_extractor)
+    reader.up_axis = args.up_axis or reader.up_axis
+    reader.missing_color = args.missing_color or reader.missing_color
+    processor.feature_extractor.up_axis = None  # what it gets has been turned
+
+    def read(path: Path):
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                cloud = reader(path)["point_clouds"][0]
+        except Exception as error:  # whatever is wrong with a file, the others are still done
+            text = one_line(error).removeprefix(f"{path}: ")  # the reader names its file already
+            raise CommandError(f"{path}: {text}") from error
+        for warning in caught:
+            text = str(warning.message).removeprefix(f"{path}: ")
+            complain(f"{path}: warning: {' '.join(text.split())}")
+        return cloud
+
+    return describe, read
 
 
 class CommandError(Exception):
-    """What ends the whole command, in words for its user."""
+    """What went wrong, in one line for the user."""
 
 
 def complain(message: str):
@@ -118,30 +146,26 @@ def complain(message: str):
     tqdm.write(f"minigpt3d: {message}", file=sys.stderr)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    expected = isinstance(error, (OSError, ValueError, ImportError, CommandError))
-    return text if expected and text else f"{type(error).__name__}: {text}"
+def one_line(error: Exception) -> str:
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    is_expected = message and isinstance(error, (OSError, ValueError, ImportError))
+    return " ".join((message if is_expected else f"{type(error).__name__}: {message}").split())
 
 
-def find_files(paths: list[Path]) -> Iterator[Path]:
-    """The named files, and for a folder all readable files within, sorted."""
+def find_files(path: Path) -> list[Path]:
+    """The file itself, or all readable files in a folder and its subfolders, sorted."""
+    if not path.is_dir():
+        return [path]
     from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in READABLE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
-        if not found:
-            raise CommandError(
-                f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}"
-            )
-        yield from found
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in READABLE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not found:
+        raise CommandError(f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}")
+    return found
 
 
 def run_describe(args: argparse.Namespace) -> int:
@@ -151,28 +175,25 @@ def run_describe(args: argparse.Namespace) -> int:
     files = []
     for path in args.paths:
         try:
-            files.extend(find_files([path]))
+            files.extend(find_files(path))
         except CommandError as error:
             complain(str(error))
             exit_code = FAILED
     if not files:
         return exit_code
-    describe = load_pipeline(args)
+    describe, read = load(args)
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
     for path in tqdm(files, unit="file", file=sys.stderr, disable=None if len(files) > 1 else True):
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                answer = describe(path, prompt=prompt, max_new_tokens=args.max_new_tokens)[0]["generated_text"]
-        except Exception as error:  # whatever a file does, the others are still done
-            complain(f"{path}: {_one_line(error)}")
+            cloud = read(path)
+        except CommandError as error:
+            complain(str(error))
             exit_code = FAILED
             continue
-        for warning in caught:
-            complain(f"{path}: warning: {warning.message}")
+        answer = describe(cloud, prompt=prompt, max_new_tokens=args.max_new_tokens)[0]["generated_text"]
         if args.json:
             line = json.dumps({"file": str(path), "prompt": prompt, "answer": answer}, ensure_ascii=False)
         else:
@@ -185,19 +206,17 @@ def run_describe(args: argparse.Namespace) -> int:
 def run_chat(args: argparse.Namespace) -> int:
     if not args.path.is_file():
         raise CommandError(f"{args.path}: no such file")
-    describe = load_pipeline(args)
+    describe, read = load(args)
     from minigpt3d.pipeline_minigpt3d import AnswerStreamer
 
     streamer = AnswerStreamer(describe.processor.tokenizer)
-    content = [{"type": "point_cloud", "point_cloud": args.path}]
-    messages = []
+    messages, content = (
+        [],
+        [{"type": "point_cloud", "point_cloud": read(args.path)}],
+    )  # the first question has the cloud
     for question in read_questions():
-        content.append({"type": "text", "text": question})
-        messages.append({"role": "user", "content": content})
-        try:
-            answer = describe(messages, max_new_tokens=args.max_new_tokens, streamer=streamer)[0]["generated_text"]
-        except (OSError, ValueError, ImportError) as error:
-            raise CommandError(f"{args.path}: {_one_line(error)}") from error
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        answer = describe(messages, max_new_tokens=args.max_new_tokens, streamer=streamer)[0]["generated_text"]
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         content = []
     return 0
@@ -221,13 +240,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except CommandError as error:
-        complain(str(error))
-        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the answers has left, `head` for one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (CommandError, OSError, ValueError) as error:
+        complain(str(error) if isinstance(error, CommandError) else one_line(error))
         return FAILED
 
 

@@ -1,0 +1,169 @@
+"""`PointCloudToTextPipeline`: what goes in, what comes out, and where an answer ends."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from ways_in import make_cloud, make_processor, make_seeing_model
+
+from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipeline
+
+
+def make_chat(cloud, *texts: str) -> list[dict]:
+    """Question, answer, question … about one cloud."""
+    messages = []
+    for i, text in enumerate(texts):
+        content = [{"type": "text", "text": text}]
+        if i == 0:
+            content.insert(0, {"type": "point_cloud", "point_cloud": cloud})
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content})
+    return messages
+
+
+@pytest.fixture
+def clouds() -> list[np.ndarray]:
+    return [make_cloud(seed) for seed in range(3)]
+
+
+def make_pipeline(model, **arguments) -> PointCloudToTextPipeline:
+    return PointCloudToTextPipeline(model=model, processor=make_processor(), device="cpu", **arguments)
+
+
+@pytest.fixture
+def describe() -> PointCloudToTextPipeline:
+    return make_pipeline(make_seeing_model(), max_new_tokens=8)
+
+
+@pytest.fixture
+def ending() -> PointCloudToTextPipeline:
+    """Writes `#` for ever, if nobody stops it."""
+    ending = make_pipeline(make_seeing_model(), max_new_tokens=20)
+    (token, *_) = ending.processor.tokenizer("#", add_special_tokens=False)["input_ids"]
+    head = ending.model.get_output_embeddings()
+    head.weight.data.zero_()
+    head.bias.data.zero_()
+    head.bias.data[token] = 1.0
+    return ending
+
+
+def text_of(output: list[dict[str, str]]) -> str:
+    assert [set(answer) for answer in output] == [{"generated_text"}]
+    return output[0]["generated_text"]
+
+
+def test_one_input_of_every_kind_gives_one_answer(describe, clouds, tmp_path):
+    np.save(tmp_path / "cloud.npy", clouds[0])
+    answer = text_of(describe(clouds[0]))
+    assert answer
+    for same in (tmp_path / "cloud.npy", str(tmp_path / "cloud.npy"), torch.from_numpy(clouds[0])):
+        assert text_of(describe(same)) == answer
+
+
+def test_a_list_gives_a_list_whatever_the_batch(describe, clouds):
+    alone = [describe(cloud) for cloud in clouds]
+    assert describe(clouds) == alone
+    assert describe(clouds, batch_size=2) == alone
+    assert list(describe(cloud for cloud in clouds)) == alone
+    assert describe([]) == []
+    assert len({text_of(answer) for answer in alone}) > 1  # the clouds were looked at
+
+
+def test_questions_of_unequal_length_in_one_batch(describe, clouds):
+    chats = [make_chat(clouds[0], "What?"), make_chat(clouds[1], "Which color does this 3D object have?")]
+    assert describe(chats, batch_size=2) == [describe(chat) for chat in chats]
+
+
+def test_a_prompt_is_a_chat_of_one_turn(describe, clouds):
+    question = "What color is it?"
+    assert describe(clouds[0], prompt=question) == describe(make_chat(clouds[0], question))
+    assert describe(clouds[0]) == describe(make_chat(clouds[0], "What is this?"))
+
+
+def test_a_chat_of_several_turns(describe, clouds):
+    chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
+    before = repr(chat)
+    assert text_of(describe(chat)) != text_of(describe(make_chat(clouds[0], "What color is it?")))
+    assert repr(chat) == before  # the caller's messages are left alone
+
+
+def test_chats_and_files_mixed(describe, clouds):
+    chat = make_chat(clouds[1], "What color is it?")
+    assert describe([clouds[0], chat], batch_size=2) == [describe(clouds[0]), describe(chat)]
+
+
+def test_chats_with_none_one_and_two_clouds_in_one_batch(describe, clouds):
+    none = [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]
+    two = make_chat(clouds[0], "What is this?", "A chair.", "And this?")
+    two[2]["content"].insert(0, {"type": "point_cloud", "point_cloud": clouds[1]})
+    chats = [none, make_chat(clouds[2], "What is this?"), two]
+    assert describe(chats, batch_size=3) == [describe(chat) for chat in chats]
+
+
+def test_arguments_of_generate(describe, clouds):
+    assert len(describe(clouds[0], num_beams=3, num_return_sequences=2)) == 2
+    batched = describe(clouds, num_beams=3, num_return_sequences=2, batch_size=3)
+    assert batched == [describe(cloud, num_beams=3, num_return_sequences=2) for cloud in clouds]
+    torch.manual_seed(0)
+    sampled = describe(clouds[0], do_sample=True, temperature=5.0)
+    assert sampled != describe(clouds[0])
+    assert len(text_of(describe(clouds[0], max_new_tokens=2))) < len(text_of(describe(clouds[0])))
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=describe.processor.tokenizer.pad_token_id)
+    assert make_pipeline(describe.model)(clouds[0], generation_config=config) == describe(clouds[0], max_new_tokens=2)
+    assert config.stop_strings is None  # the caller's own is left alone
+
+
+def test_an_answer_ends_at_its_mark(ending, clouds):
+    """Three `#`, and no fourth: the mark stops the generation and is cut off."""
+    steps = []
+    ending.model.register_forward_hook(lambda *_: steps.append(1))
+    assert ending(clouds[0]) == [{"generated_text": ""}]
+    assert len(steps) == 3
+    config = GenerationConfig(max_new_tokens=20)
+    assert ending(clouds[:2], generation_config=config, batch_size=2) == [[{"generated_text": ""}]] * 2
+
+
+def test_the_caller_can_stop_earlier(ending, clouds):
+    assert ending(clouds[0], stop_strings="##") == [{"generated_text": "##"}]
+
+
+def test_streaming(describe, ending, clouds, capsys):
+    tokenizer = describe.processor.tokenizer
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = text_of(describe(clouds[0], streamer=streamer))
+    assert "".join(streamer).strip() == answer
+    describe(clouds[0], streamer=AnswerStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == answer
+    ending(clouds[0], streamer=AnswerStreamer(tokenizer))
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "message"),
+    [
+        ({"path": "chair.ply"}, {}, "got a dict with the keys ['path']"),
+        (make_chat(make_cloud(0), "What is this?"), {"prompt": "Why?"}, "leave out prompt, got 'Why?'"),
+        (np.zeros((0, 6), np.float32), {}, "point"),
+    ],
+    ids=["dict", "prompt beside a chat", "empty cloud"],
+)
+def test_inputs_that_are_refused(describe, inputs, arguments, message):
+    with pytest.raises(ValueError) as error:
+        describe(inputs, **arguments)
+    assert message in str(error.value)
+
+
+def test_image_text_to_text_takes_the_same_chat(describe, clouds):
+    """transformers' own pipeline for chats with something to look at."""
+    general = pipeline("image-text-to-text", model=describe.model, processor=describe.processor, device="cpu")
+    chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
+    (output,) = general(text=chat, max_new_tokens=8, return_full_text=False)
+    assert output["generated_text"].strip() == text_of(describe(chat))
+    (output,) = general(text=chat, max_new_tokens=8)
+    assert output["generated_text"][-1]["role"] == "assistant"
+
+
+def test_image_text_to_text_ends_at_the_mark(ending, clouds):
+    general = pipeline("image-text-to-text", model=ending.model, processor=ending.processor, device="cpu")
+    chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
+    (output,) = general(text=chat, max_new_tokens=20, return_full_text=False)
+    assert output["generated_text"] == ""
