@@ -10,6 +10,14 @@ from transformers.configuration_utils import PreTrainedConfig
 # The published model. The one place to change when it moves.
 HUB_ID = "org/minigpt3d"
 
+CUSTOM_PIPELINES = {
+    "point-cloud-to-text": {
+        "impl": "pipeline_minigpt3d.PointCloudToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
 
 @strict
 class MiniGPT3DPointConfig(PreTrainedConfig):
@@ -139,20 +147,21 @@ class MiniGPT3DConfig(PreTrainedConfig):
         self.text_config = _build(self.text_config, MiniGPT3DPhiConfig)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._validate()
+        kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        # register_for_auto_class keeps only one Auto class; this serves them all, and the pipeline.
+        # register_for_auto_class keeps only one Auto class; this serves them all.
         self.auto_map = {
             "AutoConfig": "configuration_minigpt3d.MiniGPT3DConfig",
             "AutoModel": "modeling_minigpt3d.MiniGPT3DModel",
             "AutoModelForImageTextToText": "modeling_minigpt3d.MiniGPT3DForConditionalGeneration",
         }
-        self.custom_pipelines = {
-            "point-cloud-to-text": {
-                "impl": "pipeline_minigpt3d.PointCloudToTextPipeline",
-                "pt": ["AutoModelForImageTextToText"],
-                "type": "multimodal",
-            }
-        }
+        # Where this package is installed its registered pipeline serves, which needs no trust_remote_code.
+        if __name__.startswith("transformers_modules."):
+            self.custom_pipelines = CUSTOM_PIPELINES
+
+    def to_dict(self) -> dict:
+        """As config.json holds it, the pipeline's file among it."""
+        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
 
     def _validate(self):
         if not 1 <= self.num_experts_per_cloud <= self.num_query_experts:
