@@ -1,5 +1,6 @@
 """Configuration of MiniGPT-3D (arXiv 2405.01413): the architecture, and nothing of training. Defaults are the paper's model."""
 
+from copy import deepcopy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -157,11 +158,11 @@ class MiniGPT3DConfig(PreTrainedConfig):
         }
         # Where this package is installed its registered pipeline serves, which needs no trust_remote_code.
         if __name__.startswith("transformers_modules."):
-            self.custom_pipelines = CUSTOM_PIPELINES
+            self.custom_pipelines = deepcopy(CUSTOM_PIPELINES)  # transformers writes into it
 
     def to_dict(self) -> dict:
         """As config.json holds it, the pipeline's file among it."""
-        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        return super().to_dict() | {"custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     def _validate(self):
         if not 1 <= self.num_experts_per_cloud <= self.num_query_experts:

@@ -409,6 +409,8 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
 class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
     """MiniGPT-3D from cloud and text to the language model's last hidden states. Paper: figure 2."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
         if "flash" in (config.qformer_config._attn_implementation or ""):
