@@ -48,6 +48,11 @@ class PointCloudToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A batch is padded by the base class, as this says; an answer must follow its question without a gap.
+        self.processor.tokenizer.padding_side = "left"
+
     def __call__(self, inputs: Any, **kwargs) -> list[dict[str, str]] | list[list[dict[str, str]]]:
         """Describe objects.
 

@@ -1,0 +1,80 @@
+"""`make demo`: three real objects, what the bundled model says about them, and a picture of each cloud beside its answers.
+
+The objects lie in demo/objects, the model in checkpoints/household; the pictures go to demo/pictures.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from transformers import logging
+
+from minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor, PointCloudToTextPipeline
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit('demo: its pictures need matplotlib, which is not installed. Install it: pip install "minigpt3d[demo]"')
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIXES = (".obj", ".glb", ".ply", ".npy")
+QUESTIONS = ("What is this?", "What color is it?", "Caption this 3D model in detail.")
+
+
+def ask(describe: PointCloudToTextPipeline, cloud: np.ndarray) -> list[tuple[str, str]]:
+    """Each of `QUESTIONS` with its answer, about one cloud."""
+    return [(question, describe(cloud, prompt=question)[0]["generated_text"]) for question in QUESTIONS]
+
+
+def draw(cloud: np.ndarray, title: str, answers: list[tuple[str, str]], path: Path):
+    """Write a picture: the cloud (N, 6), y up, in its own colours, and to its right what was said about it."""
+    figure = Figure(figsize=(8, 4), facecolor="#eeeeee")
+    axes = figure.add_axes((0.0, 0.0, 0.5, 1.0), projection="3d", facecolor="none")
+    x, y, z = cloud[:, :3].T
+    axes.scatter(x, -z, y, c=cloud[:, 3:], s=4, linewidths=0, depthshade=False)
+    axes.set_box_aspect([np.ptp(x), np.ptp(z), np.ptp(y)], zoom=1.2)
+    axes.set_axis_off()
+    axes.view_init(elev=20, azim=-60)
+    lines = [title, ""]
+    for question, answer in answers:
+        lines += [*textwrap.wrap(f"› {question}", 46), *textwrap.wrap(answer, 46), ""]
+    figure.text(0.52, 0.5, "\n".join(lines), va="center", fontsize=9, family="monospace", parse_math=False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version in it: the same answers, the same file
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Describe the objects of demo/objects and draw them.")
+    parser.add_argument("--model", default=ROOT / "checkpoints" / "household", type=Path, help="folder of a model")
+    parser.add_argument("--objects", default=ROOT / "demo" / "objects", type=Path, help="folder of objects")
+    parser.add_argument("--pictures", default=ROOT / "demo" / "pictures", type=Path, help="folder to write to")
+    args = parser.parse_args()
+    if not (args.model / "config.json").exists():
+        sys.exit(
+            f"demo: there is no model in {args.model}. Get it with git, or rebuild it: make household LIBRARIES=…"
+        )
+    objects = sorted(path for path in args.objects.rglob("*") if path.suffix in SUFFIXES)
+    if not objects:
+        sys.exit(f"demo: there are no objects in {args.objects}; expected files ending in {', '.join(SUFFIXES)}.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(args.model)
+    processor = MiniGPT3DProcessor.from_pretrained(args.model)
+    describe = PointCloudToTextPipeline(model=model, processor=processor)
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    for path in objects:
+        cloud = processor.feature_extractor(path)["point_clouds"][0]  # (N, 6)
+        answers = ask(describe, cloud)
+        picture = args.pictures / f"{path.stem}.png"
+        draw(cloud, path.name, answers, picture)
+        print(path.name)
+        for question, answer in answers:
+            print(f"  {question}\n    {answer}")
+        print(f"  picture: {picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture}\n")
+
+
+if __name__ == "__main__":
+    main()
