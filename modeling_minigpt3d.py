@@ -62,15 +62,14 @@ class MiniPointNet(nn.Module):
 
     def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
         """(B, G, K, C) → (B, G, D). The order of the neighbours does not matter."""
-        num_neighbors = neighborhood.shape[2]
-        points = neighborhood.flatten(0, 2)  # (B*G*K, C)
+        points = neighborhood.flatten(0, 1)  # (B*G, K, C)
         points = nn.functional.linear(points, *fold_batch_norm(self.linear_1, self.norm_1)).relu_()
-        points = self.linear_2(points)  # (B*G*K, 256)
-        groups = points.unflatten(0, (-1, num_neighbors)).amax(1)  # (B*G, 256)
+        points = self.linear_2(points)  # (B*G, K, 256)
+        groups = points.amax(1)  # (B*G, 256)
         weight, bias = fold_batch_norm(self.linear_3, self.norm_2)
         group_weight, point_weight = weight.chunk(2, dim=1)
         groups = nn.functional.linear(groups, group_weight, bias)  # (B*G, 512)
-        points = nn.functional.linear(points, point_weight).unflatten(0, (-1, num_neighbors))  # (B*G, K, 512)
+        points = nn.functional.linear(points, point_weight)  # (B*G, K, 512)
         points = self.linear_4(points.add_(groups[:, None]).relu_())  # (B*G, K, D)
         return points.amax(1).unflatten(0, neighborhood.shape[:2])  # (B, G, D)
 
