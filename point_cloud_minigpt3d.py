@@ -484,8 +484,8 @@ def _normalize(coord: np.ndarray) -> np.ndarray:
     """xyz minus its mean, divided by the largest norm. In float64, or clouds far from the origin lose their shape."""
     if (coord == coord[0]).all():
         raise PointCloudError(f"all its points are equal, {coord[0].tolist()}; an object has some extent.")
-    coord = coord - coord.mean(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
+        coord = coord - coord.mean(axis=0)
         normalized = coord / np.linalg.norm(coord, axis=1).max()
     if not np.isfinite(normalized).all() or not normalized.any():
         raise PointCloudError(f"its coordinates are too large or too small to compute with (up to {coord.max():g}).")
@@ -535,7 +535,7 @@ def _sample_scene(
         here = (start <= chosen) & (chosen < end)
         if here.any():
             found = _surface_colors(mesh, chosen[here] - start, weights[here])
-            color[here] = fill if found is None else found
+            color[here] = np.where(np.isnan(found), fill, found)
     return coord, color
 
 
@@ -547,47 +547,61 @@ def _vertex_colors(geometry: Any) -> np.ndarray | None:
     return np.asarray(visual.vertex_colors)[:, :3]
 
 
-def _surface_colors(mesh: Any, faces: np.ndarray, weights: np.ndarray) -> np.ndarray | None:
-    """Colours (P, 3) in [0, 1] at points of a mesh, given by face (P,) and barycentric weights (P, 3); None if it has none."""
+def _surface_colors(mesh: Any, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Colours (P, 3) in [0, 1] at points of a mesh, given by face (P,) and barycentric weights (P, 3); NaN where it has none."""
     visual = mesh.visual
     if visual.kind == "face":
         return visual.face_colors[faces, :3] / 255
     if visual.kind == "vertex":
         return np.einsum("pk,pkd->pd", weights, visual.vertex_colors[mesh.faces[faces], :3] / 255)
-    if visual.kind != "texture" or visual.material is None:
-        return None
+    color = np.full((len(faces), 3), np.nan)
+    if visual.kind != "texture":
+        return color
     uv = visual.uv
     if uv is not None and len(uv) == len(mesh.vertices):
         uv = np.einsum("pk,pkd->pd", weights, np.asarray(uv, dtype=np.float64)[mesh.faces[faces], :2])  # (P, 2)
     else:
         uv = None
-    material, face_materials = visual.material, getattr(visual, "face_materials", None)
-    if face_materials is None or not hasattr(material, "materials"):
-        return _material_colors(material, uv, len(faces))
-    color = np.zeros((len(faces), 3))
-    index = np.asarray(face_materials)[faces]
+    materials, index = [visual.material], np.zeros(len(faces), dtype=int)
+    if getattr(visual, "face_materials", None) is not None:
+        materials, index = visual.material.materials, np.asarray(visual.face_materials)[faces]
     for number in np.unique(index):
         here = index == number
-        part = material.materials[number]
-        color[here] = _material_colors(part, None if uv is None else uv[here], int(here.sum()))
+        color[here] = _material_colors(materials[number], None if uv is None else uv[here])
     return color
 
 
-def _material_colors(material: Any, uv: np.ndarray | None, count: int) -> np.ndarray:
-    """A material's texture at uv (P, 2), times its colour where the format says so; its colour alone without texture."""
+def _material_colors(material: Any, uv: np.ndarray | None) -> np.ndarray:
+    """A material's texture at uv, (P, 3), times its colour where the format says so; without texture its colour alone, (3,)."""
     is_pbr = hasattr(material, "baseColorFactor")
     image = material.baseColorTexture if is_pbr else getattr(material, "image", None)
-    base = np.asarray(material.main_color, dtype=np.float64)[:3] / 255
+    if is_pbr and material.baseColorFactor is None:
+        base = np.ones(3)  # what glTF takes for it
+    else:
+        base = np.asarray(material.main_color, dtype=np.float64)[:3] / 255
+    if not is_pbr and _is_placeholder(material, image):
+        return np.full(3, np.nan)
     if image is None or uv is None:
-        return np.tile(base, (count, 1))
-    pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), the first row is v = 1
+        return base
+    pixels = np.asarray(image.convert("RGB"))  # (height, width, 3), the first row is v = 1
     height, width = pixels.shape[:2]
     uv = np.where(np.isfinite(uv), uv, 0) % 1  # textures repeat
     column = np.minimum((uv[:, 0] * width).astype(int), width - 1)
     row = np.minimum(((1 - uv[:, 1]) * height).astype(int), height - 1)
     color = pixels[row, column] / 255
     # glTF multiplies both. In MTL many exporters leave Kd at black beside a texture, so there the texture counts alone.
-    return color * base if is_pbr and material.baseColorFactor is not None else color
+    return color * base if is_pbr else color
+
+
+def _is_placeholder(material: Any, image: Any) -> bool:
+    """Whether trimesh made the colour up: a grey where the file names no material, or a material no colour."""
+    given = getattr(material, "kwargs", {})
+    if given.get("kd") is not None:
+        return False
+    if image is None:
+        return np.array_equal(material.main_color, _import("trimesh").visual.color.DEFAULT_COLOR)
+    made_up = _import("trimesh").visual.material.empty_material().image
+    return not given and image.size == made_up.size and image.tobytes() == made_up.tobytes()
 
 
 __all__ = ["READABLE_SUFFIXES", "UP_AXIS", "PointCloudError", "load_point_cloud"]

@@ -77,7 +77,8 @@ def prepare_tokenizer(tokenizer):
 
     `<point>` becomes a special token of its own (the language model's embedding must have a row for it). Text is cut
     behind `[/INST]` and `###` before it is tokenised, because the authors tokenise prompts and answers apart: no token
-    spans both, so each label stands on an answer or does not. A tokenizer without pad token pads with eos.
+    spans both, so each label stands on an answer or does not. Padding goes to the left, and is eos where the tokenizer
+    has no pad token.
 
     Args:
         tokenizer: any fast tokenizer of transformers.
@@ -96,6 +97,7 @@ def prepare_tokenizer(tokenizer):
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has neither pad nor eos token. Set tokenizer.pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # where generation, and what pads for it, wants it
     if POINT_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(POINT_TOKEN, special=True, normalized=False)], special_tokens=True)
 
@@ -232,7 +234,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         padding: bool | str = True,
         truncation: bool = False,
         max_length: int | None = None,
-        padding_side: str = "left",
+        padding_side: str | None = None,
         up_axis: str | None = None,
     ) -> BatchFeature:
         """Texts in which `<point>` stands for a cloud, and those clouds in order.
@@ -245,7 +247,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             padding: True to the longest text, "max_length" to `max_length`, False not at all.
             truncation: whether a text that is too long is cut at its end. Placeholders of clouds are never cut.
             max_length: the most tokens of a text, placeholders counted; by default what the tokenizer says the model has.
-            padding_side: "left" for generation, "right".
+            padding_side: "left" or "right"; by default the tokenizer's, which is left, as generation needs it.
             up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
 
         Returns:
@@ -263,7 +265,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             texts = [text] if isinstance(text, str) else list(text)
             rows = self._tokenize(texts, [[]] * len(texts), len(sources))
             rows = [self._fit(row, max_length, truncation) for row in rows]
-            data, _ = self._pad(rows, padding, padding_side, max_length)
+            data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
         if sources:
             data["point_clouds"] = self.feature_extractor(sources, up_axis=up_axis)["point_clouds"]
         if not data:
