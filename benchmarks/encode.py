@@ -6,7 +6,8 @@ Both run in turn in this one process, on the same clouds with the same full-size
 left out), and must give the same numbers: the largest difference over the largest value stands in the table, and more
 than 1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
 farthest point sampling as a loop of torch operations, neighbours from the full distance matrix, 1×1 convolutions with
-BatchNorm, softmax attention written out, one Q-Former pass for each chosen expert with its keys and values computed anew.
+BatchNorm, softmax attention written out, one Q-Former pass for each cloud and chosen expert with its keys and values
+computed anew.
 
 Shapes: B clouds, N points, G groups, K neighbours, Q query tokens, E experts, D width.
 """
@@ -129,7 +130,7 @@ def plain_qformer(qformer: nn.Module, queries: torch.Tensor, encoder_hidden_stat
 
 
 def plain_query_output(model: MiniGPT3DModel, point_features: torch.Tensor, router_type: str) -> torch.Tensor:
-    """Point features (B, 1+G, D_point) → mixture of query experts (B, Q, D), one Q-Former pass per chosen expert."""
+    """Point features (B, 1+G, D_point) → mixture of query experts (B, Q, D), one pass per cloud and chosen expert."""
     config = model.config
     encoder_hidden_states = model.point_projection(point_features)  # (B, 1+G, D_encoder)
     queries = torch.stack([expert.weight for expert in model.query_experts])  # (E, Q, D)
@@ -140,10 +141,11 @@ def plain_query_output(model: MiniGPT3DModel, point_features: torch.Tensor, rout
     probabilities = router.linear_2(nn.functional.gelu(router.linear_1(feature))).softmax(-1)  # (B, E)
     num_used = config.num_experts_per_cloud if router_type == "sparse" else config.num_query_experts
     weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S)
-    output = 0
-    for weight, expert in zip(weights.T, experts.T, strict=True):
-        output = output + weight[:, None, None] * plain_qformer(model.qformer, queries[expert], encoder_hidden_states)
-    return output
+    mixed = []
+    for row, source in enumerate(encoder_hidden_states.split(1)):  # (1, 1+G, D_encoder)
+        outputs = [plain_qformer(model.qformer, queries[expert][None], source) for expert in experts[row]]
+        mixed.append(sum(weight * output for weight, output in zip(weights[row], outputs, strict=True)))
+    return torch.cat(mixed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
