@@ -1,0 +1,453 @@
+"""What the paper takes ready-made, trained first: the 3D encoder, the Q-Former, the tokenizer and the language model.
+
+    python -m minigpt3d.training.household.pretrain --data DIR --output_dir BASE
+
+Order: a byte-level tokenizer from the captions; the encoder and the Q-Former together, by telling kind, noun, category
+and colours of objects (heads that are thrown away afterwards, as is the projection between the two, which is what
+stage I trains); the language model, on text alone. The result is a folder that `training/stage1.py --init` takes.
+
+Shapes: B objects, G groups, K neighbours, D width.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.conversion import save_pretrained
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, MiniPointNet
+from minigpt3d.processing_minigpt3d import (
+    MiniGPT3DPointCloudProcessor,
+    MiniGPT3DProcessor,
+    clean_question,
+    prepare_tokenizer,
+)
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from .build_data import NUM_POINTS
+from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
+from .colors import COLORS
+from .kinds import KINDS, head_noun
+from .procedural import make_object
+from .views import augment_views, color_shares, group_views
+
+
+# 64 groups of 16 neighbours see every one of 1024 points about once, at an eighth of the paper's density.
+CLOUD_POINTS = 1024
+NUM_QUERY_TOKENS = 8
+VOCABULARY = 1200
+CONTEXT = 320
+
+
+def make_config(vocab_size: int, point_token_id: int, end_token_id: int) -> MiniGPT3DConfig:
+    """The paper's network, about a thousandth of its size."""
+    return MiniGPT3DConfig(
+        point_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "num_groups": 64,
+            "group_size": 16,
+            "group_embedding_size": 128,
+        },
+        qformer_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "encoder_hidden_size": 128,
+            "cross_attention_frequency": 2,
+            "vocab_size": 1,  # the Q-Former has no word embeddings
+            "max_position_embeddings": 1,
+        },
+        text_config={
+            "model_type": "minigpt3d_phi",
+            "vocab_size": vocab_size,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "resid_pdrop": 0.0,
+            "bos_token_id": end_token_id,
+            "eos_token_id": end_token_id,
+            "pad_token_id": end_token_id,
+        },
+        num_query_tokens=NUM_QUERY_TOKENS,
+        num_query_experts=8,
+        num_experts_per_cloud=2,
+        router_type="none",
+        router_hidden_size=64,
+        point_projection_hidden_size=128,
+        language_projection_hidden_size=256,
+        point_token_id=point_token_id,
+    )
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object of the release: its line of metadata.jsonl and its cloud (8192, 6)."""
+
+    name: str
+    kind: str | None
+    category: str
+    is_validation: bool
+    cloud: np.ndarray
+
+
+def read_objects(data_dir: Path) -> list[Object]:
+    objects = []
+    for line in (data_dir / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        is_validation = row["split"] == "validation"
+        folder = data_dir / ("validation" if is_validation else "clouds")
+        cloud = np.load(folder / f"{row['object_id']}_{NUM_POINTS}.npy")
+        objects.append(Object(row["name"], row["kind"], row["category"], is_validation, cloud))
+    return objects
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up to `peak`, then a cosine down to a hundredth of it."""
+    return peak * min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters, younger at the start."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.998):
+        self.module, self.decay, self.steps = module, decay, 0
+        self.average = copy.deepcopy(module).eval()
+
+    @torch.no_grad()
+    def update(self):
+        self.steps += 1
+        weight = 1 - min(self.decay, self.steps / (self.steps + 10))
+        for average, current in zip(self.average.parameters(), self.module.parameters(), strict=True):
+            average.lerp_(current, weight)
+
+
+def adamw(module: nn.Module, weight_decay: float = 0.05) -> torch.optim.AdamW:
+    decayed = [p for p in module.parameters() if p.ndim >= 2]
+    others = [p for p in module.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+
+
+# ---- Encoder and Q-Former -------------------------------------------------------------------------------------------
+
+
+class EncoderTraining(nn.Module):
+    """The parts of the model between cloud and queries, with heads on the encoder's and on the Q-Former's output."""
+
+    def __init__(self, model: MiniGPT3DModel, head_sizes: dict[str, int]):
+        super().__init__()
+        self.point_encoder, self.point_projection = model.point_encoder, model.point_projection
+        self.queries, self.qformer = model.query_experts[0], model.qformer
+        self.head_sizes = head_sizes
+        total = sum(head_sizes.values())
+        self.encoder_head = nn.Linear(3 * model.config.point_config.hidden_size, total)
+        self.qformer_head = nn.Linear(model.config.qformer_config.hidden_size, total)
+
+    def forward(self, neighborhood: torch.Tensor, center: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """(B, G, K, 6), (B, G, 3) → logits by target, from the encoder and from the Q-Former."""
+        features = self.point_encoder.encode_groups(neighborhood, center)  # (B, 1+G, D)
+        pooled = torch.cat([features[:, 0], features[:, 1:].amax(1), features[:, 1:].mean(1)], dim=-1)  # (B, 3*D)
+        query_output = self.qformer(
+            query_embeds=self.queries.weight.expand(len(features), -1, -1),
+            encoder_hidden_states=self.point_projection(features),
+        ).last_hidden_state  # (B, Q, D)
+        sizes = list(self.head_sizes.values())
+        both = (self.encoder_head(pooled), self.qformer_head(query_output.mean(1)))
+        return [dict(zip(self.head_sizes, logits.split(sizes, dim=-1), strict=True)) for logits in both]
+
+
+@torch.no_grad()
+def calibrate(mini_pointnet: MiniPointNet, neighborhood: torch.Tensor):
+    """Set the BatchNorms' running statistics from data, once: they are never updated, in training or later."""
+    points = mini_pointnet.linear_1(neighborhood.flatten(0, 2))  # (B*G*K, 128)
+    _set_statistics(mini_pointnet.norm_1, points)
+    points = mini_pointnet.norm_1.eval()(points).relu()
+    points = mini_pointnet.linear_2(points).unflatten(0, (-1, neighborhood.shape[2]))  # (B*G, K, 256)
+    points = torch.cat([points.amax(1, keepdim=True).expand_as(points), points], dim=-1)
+    _set_statistics(mini_pointnet.norm_2, mini_pointnet.linear_3(points).flatten(0, 1))
+
+
+def _set_statistics(norm: nn.BatchNorm1d, values: torch.Tensor):
+    norm.running_mean.copy_(values.mean(0))
+    norm.running_var.copy_(values.var(0))
+
+
+WEIGHTS = {"kind": 1.0, "noun": 0.5, "category": 0.3, "color": 0.5}
+OTHER_SHARE = 0.25  # of the views, objects of no kind
+PROCEDURAL_SHARE = 0.3
+
+
+def train_encoder(
+    model: MiniGPT3DModel, objects: list[Object], steps: int, batch_size: int, num_procedural: int, seed: int
+) -> dict:
+    """Train point encoder, query tokens and Q-Former in place; returns how well the heads do on validation objects."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    config = model.config.point_config
+    procedural = [make_object(rng) for _ in tqdm(range(num_procedural), desc="procedural objects", unit="")]
+    nouns = sorted({head_noun(o.name) for o in objects if not o.is_validation} | {name for name, _, _ in procedural})
+    categories = sorted({o.category for o in objects if not o.is_validation})
+    kinds = [*KINDS, None]
+
+    views, targets, weights = [], [], []
+    for obj in tqdm(objects, desc="grouping", unit="", mininterval=5):
+        neighborhood, center = group_views(obj.cloud, config, CLOUD_POINTS, 1 if obj.is_validation else 16, rng)
+        views.append((neighborhood.half(), center))
+        noun = head_noun(obj.name)
+        targets.append(
+            (
+                kinds.index(obj.kind),
+                nouns.index(noun) if noun in nouns else -100,
+                categories.index(obj.category) if obj.category in categories else -100,
+            )
+        )
+        weights.append(0.0 if obj.is_validation else 1.0)
+    for noun, kind, cloud in tqdm(procedural, desc="grouping", unit="", mininterval=5):
+        neighborhood, center = group_views(cloud, config, CLOUD_POINTS, 2, rng)
+        views.append((neighborhood.half(), center))
+        targets.append((kinds.index(kind), nouns.index(noun), -100))
+        weights.append(1.0)
+    targets, weights = torch.tensor(targets), np.array(weights)  # (M, 3), (M,)
+    is_real = np.arange(len(views)) < len(objects)
+    is_other = (targets[:, 0] == len(kinds) - 1).numpy()
+    for part, share in (
+        (is_real & is_other, OTHER_SHARE),
+        (~is_real, PROCEDURAL_SHARE if num_procedural else 0),
+        (is_real & ~is_other, 1 - OTHER_SHARE - (PROCEDURAL_SHARE if num_procedural else 0)),
+    ):
+        counts = np.bincount(targets[part, 0], weights[part], minlength=len(kinds))
+        weights[part] /= np.sqrt(np.maximum(counts[targets[part, 0]], 1))  # rare kinds more often than they occur
+        weights[part] *= share / max(weights[part].sum(), 1e-9)
+
+    sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
+    training = EncoderTraining(model, sizes)
+    start = [views[index][0][0].float() for index in rng.choice(len(views), 64, p=weights / weights.sum())]
+    calibrate(model.point_encoder.mini_pointnet, torch.stack(start))
+    average, optimizer = MovingAverage(training), adamw(training)
+    progress = tqdm(range(steps), desc="encoder", unit="step", mininterval=5)
+    for step in progress:
+        chosen = rng.choice(len(views), batch_size, p=weights / weights.sum())
+        numbers = [int(rng.integers(len(views[index][1]))) for index in chosen]
+        neighborhood = torch.stack([views[i][0][v] for i, v in zip(chosen, numbers, strict=True)]).float()
+        center = torch.stack([views[i][1][v] for i, v in zip(chosen, numbers, strict=True)])
+        neighborhood, center = augment_views(neighborhood, center, generator)
+        shares = color_shares(neighborhood[..., 3:])
+        losses = [_loss(logits, targets[chosen], shares) for logits in training(neighborhood, center)]
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = cosine(step, steps, 2e-3)
+        optimizer.zero_grad()
+        sum(losses).backward()
+        nn.utils.clip_grad_norm_(training.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        if step % 10 == 0:
+            progress.set_postfix(encoder=f"{losses[0].item():.2f}", qformer=f"{losses[1].item():.2f}")
+        if (step + 1) % max(1, steps // 6) == 0 or step + 1 == steps:
+            scores = score_heads(average.average, objects, views, targets)
+            progress.write(f"step {step + 1}: {json.dumps(scores)}")
+    training.load_state_dict(average.average.state_dict())
+    return scores
+
+
+def _loss(logits: dict[str, torch.Tensor], targets: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    loss = 0.0
+    for column, target in enumerate(("kind", "noun", "category")):
+        value = targets[:, column]
+        if (value >= 0).any():
+            loss = loss + WEIGHTS[target] * nn.functional.cross_entropy(logits[target], value, label_smoothing=0.1)
+    color = logits["color"].log_softmax(-1)
+    soft, hard = -(shares * color).sum(-1).mean(), nn.functional.nll_loss(color, shares.argmax(-1))
+    return loss + WEIGHTS["color"] * (soft + hard)
+
+
+@torch.no_grad()
+def score_heads(training: EncoderTraining, objects: list[Object], views: list, targets: torch.Tensor) -> dict:
+    """Kind and main-colour accuracy of both heads on the validation objects of a kind."""
+    chosen = [i for i, o in enumerate(objects) if o.is_validation and o.kind is not None]
+    if not chosen:
+        return {}
+    neighborhood = torch.stack([views[i][0][0].float() for i in chosen])
+    color = torch.stack([color_shares(torch.from_numpy(objects[i].cloud[None, None, :, 3:]))[0] for i in chosen])
+    outputs = training(neighborhood, torch.stack([views[i][1][0] for i in chosen]))
+    scores = {}
+    for part, logits in zip(("encoder", "qformer"), outputs, strict=True):
+        kind = logits["kind"][:, :-1].argmax(-1)  # "something else" is no answer
+        scores[f"{part}_kind"] = round((kind == targets[chosen, 0]).float().mean().item(), 3)
+        scores[f"{part}_color"] = round((logits["color"].argmax(-1) == color.argmax(-1)).float().mean().item(), 3)
+    return scores
+
+
+# ---- Language -------------------------------------------------------------------------------------------------------
+
+
+class TextSource:
+    """Conversations about things that exist or might: real names and shapes, in any colours.
+
+    What stands in the place of the cloud is a list of keywords, so that the language model learns to answer from what
+    is between `<PC>` and `</PC>`. Stage I and II put vectors there instead.
+    """
+
+    def __init__(self, objects: list[Object], rng: np.random.Generator):
+        self.rng = rng
+        self.facts = [get_facts(o.name, o.category, o.cloud) for o in objects if not o.is_validation]
+        self.named = [facts for facts in self.facts if facts.kind]
+
+    def conversation(self) -> list[dict]:
+        """Chat messages; single rounds have their questions cleaned or not, as both occur in training and use."""
+        pool = self.named if self.rng.random() < 0.75 else self.facts
+        facts = pool[self.rng.integers(len(pool))]
+        if self.rng.random() < 0.5:
+            number = 1 + int(self.rng.integers(3))
+            colors = tuple(COLORS[i] for i in self.rng.permutation(len(COLORS))[:number])
+            facts = Facts(facts.noun, facts.name, facts.kind, facts.category, colors, facts.extent)
+        records = annotate("text", facts, 4, self.rng)
+        record = records[self.rng.integers(len(records))]
+        turns = [turn["value"].replace("<point>\n", "") for turn in record["conversations"]]
+        clean = record["conversation_type"] != "multi_round" and self.rng.random() < 0.5
+        messages = []
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            hint = "" if messages else f"<PC>{' '.join(keywords(facts, self.rng))}</PC> "
+            messages.append({"role": "user", "content": hint + (clean_question(question) if clean else question)})
+            messages.append({"role": "assistant", "content": answer})
+        return messages
+
+
+def train_tokenizer(texts: TextSource, num_texts: int = 6000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the captions; `<|endoftext|>` is bos, eos and padding, as in Phi-2."""
+    end = "<|endoftext|>"
+    corpus = [message["content"] for _ in range(num_texts) for message in texts.conversation()]
+    corpus += [*PLACES.values(), *filter(None, USES.values()), "[INST] <PC></PC>  [/INST]###"]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(corpus, vocab_size=VOCABULARY, special_tokens=[end], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer,
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+        model_max_length=CONTEXT,
+    )
+    return prepare_tokenizer(tokenizer)
+
+
+def train_language_model(
+    model: MiniGPT3DForConditionalGeneration,
+    processor: MiniGPT3DProcessor,
+    texts: TextSource,
+    steps: int,
+    batch_size: int,
+) -> float:
+    """Train the language model in place on text alone, with loss on the answers; returns the last mean loss."""
+    language_model = nn.ModuleList([model.model.language_model, model.lm_head])
+    optimizer, losses = adamw(language_model), []
+    progress = tqdm(range(steps), desc="language model", unit="step", mininterval=5)
+    for step in progress:
+        conversations = [texts.conversation() for _ in range(batch_size)]
+        batch = encode_text(processor, conversations)
+        loss = model(**batch).loss
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = cosine(step, steps, 2e-3, warmup=50)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    return float(np.mean(losses[-20:])) if losses else math.nan
+
+
+def encode_text(processor: MiniGPT3DProcessor, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+    """Conversations without clouds in the chat format, right-padded: input_ids, attention_mask, labels (B, T)."""
+    batch = processor.encode_training(conversations, [])
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    data_dir: Path,
+    output_dir: Path,
+    encoder_steps: int = 700,
+    encoder_batch: int = 48,
+    num_procedural: int = 1500,
+    language_steps: int = 500,
+    seed: int = 0,
+) -> dict:
+    """Write a model's folder whose encoder, Q-Former and language model are trained, and return scores and times."""
+    torch.manual_seed(seed)
+    objects = read_objects(data_dir)
+    texts = TextSource(objects, np.random.default_rng(seed))
+    tokenizer = train_tokenizer(texts)
+    feature_extractor = MiniGPT3DPointCloudProcessor(num_points=CLOUD_POINTS)
+    processor = MiniGPT3DProcessor(feature_extractor, tokenizer, num_query_tokens=NUM_QUERY_TOKENS)
+    config = make_config(len(tokenizer), processor.point_token_id, tokenizer.eos_token_id)
+    model = MiniGPT3DForConditionalGeneration(config)
+    started = time.perf_counter()
+    report = {"parameters": sum(p.numel() for p in model.parameters())}
+    report["language_loss"] = train_language_model(model, processor, texts, language_steps, batch_size=48)
+    report["language_minutes"] = (time.perf_counter() - started) / 60
+    started = time.perf_counter()
+    report |= train_encoder(model.model, objects, encoder_steps, encoder_batch, num_procedural, seed)
+    report["encoder_minutes"] = (time.perf_counter() - started) / 60
+    reset_what_stage_1_trains(model.model)
+    model.eval()
+    save_pretrained(model, processor, output_dir)
+    (Path(output_dir) / "pretrain.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+@torch.no_grad()
+def reset_what_stage_1_trains(model: MiniGPT3DModel):
+    """Fresh weights for the point projection, and the trained queries for all experts."""
+    for layer in (model.point_projection.linear_1, model.point_projection.linear_2):
+        layer.reset_parameters()
+    for expert in model.query_experts[1:]:
+        expert.weight.copy_(model.query_experts[0].weight)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder for the model, which stage I starts from"
+    )
+    parser.add_argument("--encoder_steps", type=int, default=700)
+    parser.add_argument("--encoder_batch", type=int, default=48)
+    parser.add_argument("--num_procedural", type=int, default=1500, help="made-up objects beside the real ones")
+    parser.add_argument("--language_steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of torch; 1 where other programs use the cores")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    report = pretrain(
+        args.data,
+        args.output_dir,
+        args.encoder_steps,
+        args.encoder_batch,
+        args.num_procedural,
+        args.language_steps,
+        args.seed,
+    )
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
