@@ -319,17 +319,6 @@ class MiniGPT3DProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs
-    ) -> list[str]:
-        """Ids (B, T), prompts with their answers or prompts alone → texts that end with their last answer, without `###`.
-
-        For transformers' image-text-to-text pipeline. An earlier answer's `###` has the next question behind it.
-        """
-        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        question = f"(?:{re.escape(self.tokenizer.bos_token or '')})?{re.escape('[INST]')}"
-        return [re.sub(f"{END_OF_ANSWER}(?!{question}).*", "", text, flags=re.DOTALL) for text in texts]
-
     def encode_training(
         self, conversations: list[list[dict]], point_clouds: Any = None, max_text_length: int | None = None
     ) -> BatchFeature:
@@ -374,7 +363,10 @@ class MiniGPT3DProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type="pt")
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
-        """Ids (B, T) → texts, each without the `###` behind its last answer and what may follow it."""
+        """Ids (B, T) of prompts with or without answers → texts that end with the last answer, without its `###`.
+
+        For transformers' image-text-to-text pipeline.
+        """
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         cut = []
         for text in texts:
