@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor

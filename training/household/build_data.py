@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from tqdm import tqdm
+
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .captions import annotate, get_facts
 from .colors import main_color
@@ -60,6 +61,7 @@ class Task:
 def read_piece(task: Task) -> tuple[np.ndarray | None, str]:
     """The cloud of a piece, (8192, 6) float32 normalised, or None and what is wrong with its model."""
     torch.set_num_threads(1)
+    temporary = str(task.library)
     try:
         with (
             FurnitureLibrary(task.library) as library,
@@ -67,9 +69,11 @@ def read_piece(task: Task) -> tuple[np.ndarray | None, str]:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
+            temporary = folder
             cloud = load_point_cloud(library.extract(task.piece, folder), num_points=NUM_POINTS)
     except Exception as error:  # whatever a reader stumbles over in somebody's model must not end the build
-        return None, f"{type(error).__name__}: {error}"
+        # The temporary folder has another name each time; what is reported must not.
+        return None, f"{type(error).__name__}: {error}".replace(temporary, task.piece.library)
     cloud[:, :3] = cloud[:, :3] @ task.piece.rotation.T.astype(np.float32)
     return cloud, ""
 

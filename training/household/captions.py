@@ -184,9 +184,9 @@ def questions(facts: Facts, rng: np.random.Generator) -> list[tuple[str, str]]:
         ),
     ]
     if place := place_answer(facts):
-        pairs.append(
-            (_pick(rng, "Where would you find it?", "Which room does it belong in?"), f"You would find it {place}.")
-        )
+        is_room = facts.category in ("Living room", "Kitchen", "Bedroom", "Bathroom", "Office")
+        question = "Which room does it belong in?" if is_room and rng.random() < 0.5 else "Where would you find it?"
+        pairs.append((question, f"You would find it {place}."))
     if use := USES.get(facts.kind):
         pairs.append((_pick(rng, "What is it used for?", "What can you do with it?"), f"It is used for {use}."))
     if facts.kind:

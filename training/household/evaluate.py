@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
-from tqdm import tqdm
 
 from .build_data import NUM_POINTS
 from .colors import names_color

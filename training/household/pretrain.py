@@ -19,6 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, MiniPointNet
@@ -28,10 +33,6 @@ from minigpt3d.processing_minigpt3d import (
     clean_question,
     prepare_tokenizer,
 )
-from tokenizers import ByteLevelBPETokenizer
-from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from .build_data import NUM_POINTS
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
@@ -237,6 +238,9 @@ def train_encoder(
         weights[part] /= np.sqrt(np.maximum(counts[targets[part, 0]], 1))  # rare kinds more often than they occur
         weights[part] *= share / max(weights[part].sum(), 1e-9)
 
+    for module in model.point_encoder.modules():
+        if isinstance(module, nn.Linear):  # transformers' small initial weights would hide where the groups are
+            module.reset_parameters()
     sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
     training = EncoderTraining(model, sizes)
     start = [views[index][0][0].float() for index in rng.choice(len(views), 64, p=weights / weights.sum())]
@@ -332,8 +336,10 @@ class TextSource:
 def train_tokenizer(texts: TextSource, num_texts: int = 6000) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the captions; `<|endoftext|>` is bos, eos and padding, as in Phi-2."""
     end = "<|endoftext|>"
-    corpus = [message["content"] for _ in range(num_texts) for message in texts.conversation()]
-    corpus += [*PLACES.values(), *filter(None, USES.values()), "[INST] <PC></PC>  [/INST]###"]
+    frames = {"user": "[INST] {}  [/INST]", "assistant": "{}###"}
+    messages = [message for _ in range(num_texts) for message in texts.conversation()]
+    corpus = [frames[message["role"]].format(message["content"]) for message in messages]
+    corpus += [*PLACES.values(), *filter(None, USES.values())]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(corpus, vocab_size=VOCABULARY, special_tokens=[end], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
@@ -402,7 +408,7 @@ def pretrain(
     model = MiniGPT3DForConditionalGeneration(config)
     started = time.perf_counter()
     report = {"parameters": sum(p.numel() for p in model.parameters())}
-    report["language_loss"] = train_language_model(model, processor, texts, language_steps, batch_size=48)
+    report["language_loss"] = train_language_model(model, processor, texts, language_steps, batch_size=32)
     report["language_minutes"] = (time.perf_counter() - started) / 60
     started = time.perf_counter()
     report |= train_encoder(model.model, objects, encoder_steps, encoder_batch, num_procedural, seed)

@@ -9,6 +9,7 @@ Shapes: B views, G groups, K neighbours.
 
 import numpy as np
 import torch
+
 from minigpt3d.configuration_minigpt3d import MiniGPT3DPointConfig
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
