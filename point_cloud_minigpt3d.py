@@ -300,7 +300,7 @@ def _read_pcd(path: Path) -> _Points:
 def _read_text(path: Path) -> _Points:
     """Rows of numbers between commas, semicolons, tabs or blanks; a header may name the columns; '#' comments."""
     skipped, names, first = 0, None, None
-    with open(path, encoding="utf-8-sig") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
             words = _words(line)
             if not words:
@@ -318,7 +318,7 @@ def _read_text(path: Path) -> _Points:
     if first is None:
         raise PointCloudError("there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line.")
     delimiter = next((mark for mark in ",;" if mark in first), None)
-    with open(path, encoding="utf-8-sig") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         table = np.loadtxt(lines, delimiter=delimiter, comments="#", skiprows=skipped, ndmin=2, dtype=np.float64)
     if names is not None and len(names) == table.shape[1]:
         points = _columns(dict(zip(names, table.T, strict=True)), names)
@@ -382,7 +382,7 @@ def _open_trimesh(source: Any) -> "_Points | Any":
     clouds = [
         _Points(_transform(geometry.vertices, matrix), _vertex_colors(geometry))
         for geometry, matrix in _instances(scene)
-        if hasattr(geometry, "vertices") and len(geometry.vertices)
+        if hasattr(geometry, "visual") and len(geometry.vertices)  # paths have none
     ]
     if not clouds:
         return _Points(np.zeros((0, 3)), None)
@@ -541,10 +541,10 @@ def _sample_scene(
 
 def _vertex_colors(geometry: Any) -> np.ndarray | None:
     """(V, 3) uint8 colours of a trimesh geometry's vertices, or None where it has none."""
-    visual = getattr(geometry, "visual", None)
-    if visual is None or getattr(visual, "kind", None) != "vertex":
+    if geometry.visual.kind != "vertex":
         return None
-    return np.asarray(visual.vertex_colors)[:, :3]
+    color = np.asarray(geometry.visual.vertex_colors)
+    return color[:, :3] if len(color) == len(geometry.vertices) else None
 
 
 def _surface_colors(mesh: Any, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -140,6 +140,20 @@ def test_arrays_tensors_and_trimesh_point_clouds(tmp_path):
     np.testing.assert_allclose(np.sort(load_point_cloud(scene, num_points=200), 0), np.sort(expected, 0), atol=1e-6)
 
 
+def test_vertices_without_faces_are_points(tmp_path):
+    coord = make_cloud(100)[0]
+    (tmp_path / "points.obj").write_text("".join(f"v {x!r} {y!r} {z!r}\n" for x, y, z in coord.tolist()))
+    for source in (trimesh.PointCloud(coord), tmp_path / "points.obj"):
+        cloud = load_point_cloud(source, 100, missing_color="white")
+        np.testing.assert_allclose(cloud[:, :3], normalized(coord), atol=1e-6)
+        assert (cloud[:, 3:] == 1).all()
+
+
+def test_comments_in_another_encoding(tmp_path):
+    (tmp_path / "cloud.txt").write_bytes("# caf\xe9\n0 0 0\n1 1 1\n".encode("latin1"))
+    check(load_point_cloud(tmp_path / "cloud.txt", 10), 10)
+
+
 # Meshes
 
 
