@@ -235,8 +235,8 @@ RECIPES: dict[str, dict[str, Stage]] = {
     "paper": {stage.name: stage for stage in (STAGE_1, STAGE_2, STAGE_3, STAGE_4)},
     "household": {
         "I": _household(STAGE_1, steps_per_epoch=300),
-        "II": _household(STAGE_2, steps_per_epoch=900),
-        "III": _household(STAGE_3, steps_per_epoch=600),
+        "II": _household(STAGE_2, steps_per_epoch=800),
+        "III": _household(STAGE_3, steps_per_epoch=500),
         "IV": _household(STAGE_4, steps_per_epoch=200),
     },
 }

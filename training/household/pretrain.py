@@ -391,10 +391,10 @@ def encode_text(processor: MiniGPT3DProcessor, conversations: list[list[dict]]) 
 def pretrain(
     data_dir: Path,
     output_dir: Path,
-    encoder_steps: int = 700,
-    encoder_batch: int = 48,
-    num_procedural: int = 1500,
-    language_steps: int = 500,
+    encoder_steps: int,
+    encoder_batch: int,
+    num_procedural: int,
+    language_steps: int,
     seed: int = 0,
 ) -> dict:
     """Write a model's folder whose encoder, Q-Former and language model are trained, and return scores and times."""
@@ -435,10 +435,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder for the model, which stage I starts from"
     )
-    parser.add_argument("--encoder_steps", type=int, default=700)
+    parser.add_argument("--encoder_steps", type=int, default=800)
     parser.add_argument("--encoder_batch", type=int, default=48)
     parser.add_argument("--num_procedural", type=int, default=1500, help="made-up objects beside the real ones")
-    parser.add_argument("--language_steps", type=int, default=500)
+    parser.add_argument("--language_steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of torch; 1 where other programs use the cores")
     args = parser.parse_args(argv)
