@@ -99,12 +99,21 @@ def write_model_card(folder: Path, data_dir: Path, results: dict, times: dict, p
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
 
+# Pieces whose own licence file says otherwise than the library that holds them.
+OWN_LICENSES = {
+    "blendswap-cc-0-winchesterarmchair": "CC-BY 3.0 by its own licence file",
+    "blendswap-cc-0-winchestersofa": "CC-BY 3.0 by its own licence file",
+}
+
+
 def creators(data_dir: Path) -> str:
     """Who made what, under which licence, library by library."""
     libraries: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     licenses = {}
     for row in read_metadata(data_dir):
-        libraries[row["library"]][row["creator"]].append(row["name"])
+        own_license = OWN_LICENSES.get(row["object_id"])
+        name = f"{row['name']} ({own_license})" if own_license else row["name"]
+        libraries[row["library"]][row["creator"]].append(name)
         licenses[row["library"]] = row["license"]
     lines = ["# Creators of the objects this model was trained and scored on", ""]
     for library, by_creator in sorted(libraries.items()):
