@@ -153,7 +153,6 @@ class PointBert(PreTrainedModel):
     _no_split_modules = ["PointBertBlock", "MiniPointNet"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: MiniGPT3DPointConfig):
@@ -226,7 +225,11 @@ class QueryTokens(nn.Module):
 
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_query_tokens, config.qformer_config.hidden_size))  # (Q, D)
+        self.weight = nn.Parameter(torch.empty(config.num_query_tokens, config.qformer_config.hidden_size))
+
+    def forward(self) -> torch.Tensor:
+        """(Q, D)."""
+        return self.weight
 
 
 class QueryExpertRouter(nn.Module):
@@ -383,6 +386,12 @@ class MiniGPT3DModelOutputWithPast(BaseModelOutputWithPast):
     point_features: torch.Tensor | None = None
 
 
+def pin_qformer_attention(config: MiniGPT3DConfig):
+    """The Q-Former runs eager or sdpa attention, whatever the rest runs: the others take no block-diagonal mask."""
+    if config.qformer_config._attn_implementation not in (None, "eager"):
+        config.qformer_config._attn_implementation = "sdpa"
+
+
 class MiniGPT3DPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
@@ -395,9 +404,12 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        pin_qformer_attention(self.config)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -412,8 +424,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
 
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
-        if "flash" in (config.qformer_config._attn_implementation or ""):
-            config.qformer_config._attn_implementation = "sdpa"  # flash attention takes no block-diagonal mask
+        pin_qformer_attention(config)
         self.point_encoder = PointBert(config.point_config)
         self.point_projection = PointProjection(config)
         self.router = QueryExpertRouter(config)
@@ -445,16 +456,16 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             (B, Q, D_qformer).
         """
         experts, weights = self.router(point_features)  # (B, S), (B, S)
-        queries = torch.stack([expert.weight for expert in self.query_experts])  # (E, Q, D)
+        queries = torch.stack([expert() for expert in self.query_experts])  # (E, Q, D)
         num_used, num_queries = experts.shape[1], queries.shape[1]
-        queries = queries[experts].flatten(1, 2)  # (B, S*Q, D)
+        queries = queries[experts.to(queries.device)].flatten(1, 2)  # (B, S*Q, D)
         output = self.qformer(
             query_embeds=queries,
             attention_mask=block_diagonal_mask(num_used, num_queries, like=queries) if num_used > 1 else None,
             encoder_hidden_states=self.point_projection(point_features),
         ).last_hidden_state  # (B, S*Q, D)
         output = output.unflatten(1, (num_used, num_queries))  # (B, S, Q, D)
-        return torch.einsum("bs,bsqd->bqd", weights.to(output.dtype), output)
+        return torch.einsum("bs,bsqd->bqd", weights.to(output.device, output.dtype), output)
 
     def get_point_features(
         self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
@@ -469,7 +480,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             (B, Q, D_text).
 
         Raises:
-            ValueError: a tensor of another shape, or with values that are not finite.
+            ValueError: a tensor of another shape.
         """
         num_channels = self.config.point_config.num_channels
         if point_clouds.ndim != 3 or point_clouds.shape[-1] != num_channels:
@@ -480,20 +491,23 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         point_features = self.point_encoder(point_clouds, fps_start)  # (B, 1+G, D_point)
         return self.language_projection(self.get_query_output(point_features))
 
+    def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the point vectors go: (B, T) bool."""
+        token_id = self.config.point_token_id
+        if input_ids is not None:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, point_features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Where the point vectors go: (B, T, 1) bool.
+        """Where the point vectors go, once it is sure that they fit: (B, T, 1) bool.
 
         Raises:
-            ValueError: as many placeholders as vectors are needed, with both counts in the message.
+            ValueError: other than one placeholder for each vector, with both counts in the message.
         """
-        token_id = self.config.point_token_id
-        if input_ids is not None:
-            mask = input_ids == token_id
-        else:
-            placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-            mask = (inputs_embeds == placeholder).all(-1)
+        mask = self.find_placeholders(input_ids, inputs_embeds)
         num_clouds = 0 if point_features is None else len(point_features)
         num_vectors = num_clouds * self.config.num_query_tokens
         torch_compilable_check(
@@ -546,7 +560,13 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        return MiniGPT3DModelOutputWithPast(**outputs, point_features=point_features)
+        return MiniGPT3DModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            point_features=point_features,
+        )
 
 
 def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
@@ -572,13 +592,13 @@ def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
 class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
     """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
 
-    # Where text_config ties them.
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
         self.model = MiniGPT3DModel(config)
         self.lm_head = build_lm_head(config.text_config)
+        embedding = self.get_input_embeddings()  # its name is the backbone's own
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # where text_config ties them
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -651,6 +671,18 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
             point_features=outputs.point_features,
         )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, point_clouds=None, **kwargs):
+        """For beams and several answers: a row's clouds go with each of its copies, however many it has."""
+        if point_clouds is not None and expand_size > 1:
+            embeds = kwargs.get("inputs_embeds")
+            mask = self.model.find_placeholders(None if embeds is not None else input_ids, embeds)
+            clouds_per_row = (mask.sum(1) // self.config.num_query_tokens).tolist()
+            point_clouds = torch.cat([row.repeat(expand_size, 1, 1) for row in point_clouds.split(clouds_per_row)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, model_kwargs | {"point_clouds": point_clouds}
 
     def prepare_inputs_for_generation(
         self,

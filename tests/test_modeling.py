@@ -4,30 +4,33 @@ import pytest
 import torch
 from conftest import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel, Qwen3Config
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.grouping_minigpt3d import farthest_point_sampling, nearest_neighbors
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
 
 
-SMALL_TEXT = {
-    "vocab_size": 300,
+SPECIAL = {"vocab_size": 300, "bos_token_id": 292, "eos_token_id": 292, "pad_token_id": 292}
+SMALL_TEXT = SPECIAL | {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "bos_token_id": 292,
-    "eos_token_id": 292,
-    "pad_token_id": 292,
 }
 BACKBONES = {
     "phi": {},
     "llama": {"text_config": LlamaConfig(**SMALL_TEXT)},
     "llama-tied": {"text_config": LlamaConfig(**SMALL_TEXT, tie_word_embeddings=True)},
     "qwen3": {"text_config": Qwen3Config(**SMALL_TEXT, head_dim=16)},
+    "gpt2-tied": {"text_config": GPT2Config(**SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=512)},
+    "opt-tied": {
+        "text_config": OPTConfig(
+            **SPECIAL, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4
+        )
+    },
 }
 
 
@@ -71,6 +74,24 @@ def test_left_padded_batch_equals_its_rows(backbone_model, point_clouds):
             input_ids=inputs["input_ids"][row][seen][None], point_clouds=point_clouds[row : row + 1], **GREEDY
         )
         assert torch.equal(alone[0, -8:], batch[row])
+
+
+@pytest.mark.parametrize("with_embeds", [False, True])
+def test_beams_keep_the_clouds_of_their_row(tiny_model, point_clouds, with_embeds):
+    """Rows with two, no and one cloud, each copied for several answers."""
+    placeholders = torch.full((6,), POINT_TOKEN_ID)
+    words = torch.arange(10, 16)
+    rows = [torch.cat([placeholders, placeholders, words]), torch.cat([words, words, words])]
+    rows.append(torch.cat([words, words, placeholders]))
+    input_ids = torch.stack(rows)
+    inputs = {"input_ids": input_ids, "point_clouds": point_clouds}
+    if with_embeds:
+        inputs["inputs_embeds"] = tiny_model.get_input_embeddings()(inputs.pop("input_ids"))
+    expected = tiny_model.generate(input_ids=input_ids, point_clouds=point_clouds, **GREEDY)[:, -8:]
+    repeated = tiny_model.generate(**inputs, **GREEDY | {"do_sample": True, "top_k": 1, "num_return_sequences": 2})[
+        :, -8:
+    ]
+    assert torch.equal(repeated, expected.repeat_interleave(2, 0))
 
 
 @pytest.mark.parametrize("router_type", ["none", "sparse", "soft", "constant"])
@@ -191,6 +212,38 @@ def test_half_precision(tmp_path, point_clouds, dtype):
     expected = make_tiny_model().get_point_features(point_clouds)
     assert (features - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert model.generate(**make_inputs(point_clouds), **GREEDY).shape == (3, 23)
+
+
+def test_the_qformer_keeps_to_attention_that_takes_its_mask(tiny_model, monkeypatch):
+    """flash attention and the like are for encoder and language model alone."""
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda self, name: _set_everywhere(self, name))
+    tiny_model.set_attn_implementation("flash_attention_2")
+    assert tiny_model.config.qformer_config._attn_implementation == "sdpa"
+    assert tiny_model.config.point_config._attn_implementation == "flash_attention_2"
+    with pytest.raises(ValueError, match="flex"):
+        MiniGPT3DForConditionalGeneration._from_config(make_tiny_config(), attn_implementation="flex_attention")
+
+
+def _set_everywhere(model, name):
+    for config in (model.config.point_config, model.config.qformer_config, model.config.text_config):
+        config._attn_implementation = name
+
+
+def test_offloaded_query_experts(tmp_path, point_clouds):
+    make_tiny_model().save_pretrained(tmp_path)
+    device_map = {"model.point_encoder": "cpu", "model.point_projection": "cpu", "model.router": "cpu"}
+    device_map |= {"model.query_experts": "disk", "model.qformer": "disk", "model.language_projection": "cpu"}
+    device_map |= {"model.language_model": "cpu", "lm_head": "cpu"}
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    expected = make_tiny_model().get_point_features(point_clouds)
+    torch.testing.assert_close(model.get_point_features(point_clouds), expected)
+
+
+def test_backbones_that_change_their_logits_are_refused():
+    with pytest.raises(ValueError, match="final_logit_softcapping is 30.0: gemma2"):
+        make_tiny_model(make_tiny_config(text_config=Gemma2Config(**SMALL_TEXT, head_dim=16)))
 
 
 def test_device_map(tmp_path, point_clouds):

@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None):
         raise SystemExit(f"error: {error}") from error
     pretrain_options = ["--data", data, "--output_dir", base]
     if args.max_steps:
-        pretrain_options += ["--encoder_steps", args.max_steps, "--language_steps", args.max_steps]
+        for name in ("encoder", "qformer", "language"):
+            pretrain_options += [f"--{name}_steps", args.max_steps]
     recipe.step(
         "encoder, Q-Former and language model",
         base / "pretrain.json",  # written last

@@ -3,8 +3,8 @@
     python -m minigpt3d.training.household.pretrain --data DIR --output_dir BASE
 
 Order: a byte-level tokenizer from the captions; the encoder and the Q-Former together, by telling kind, noun, category
-and colours of objects (heads that are thrown away afterwards, as is the projection between the two, which is what
-stage I trains); the language model, on text alone. The result is a folder that `training/stage1.py --init` takes.
+and colours of objects, then the Q-Former on by itself (heads are thrown away afterwards, as is the projection between
+the two, which is what stage I trains); the language model, on text alone. The result is a folder that `training/stage1.py --init` takes.
 
 Shapes: B objects, G groups, K neighbours, D width.
 """
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, MiniPointNet
 from minigpt3d.processing_minigpt3d import (
@@ -195,23 +195,49 @@ def _set_statistics(norm: nn.BatchNorm1d, values: torch.Tensor):
 WEIGHTS = {"kind": 1.0, "noun": 0.5, "category": 0.3, "color": 0.5}
 OTHER_SHARE = 0.25  # of the views, objects of no kind
 PROCEDURAL_SHARE = 0.3
+QFORMER_LR = 2e-3
 
 
-def train_encoder(
-    model: MiniGPT3DModel, objects: list[Object], steps: int, batch_size: int, num_procedural: int, seed: int
-) -> dict:
-    """Train point encoder, query tokens and Q-Former in place; returns how well the heads do on validation objects."""
+@dataclass
+class Views:
+    """Grouped views of all objects, real and made up, with their targets and how often each object is drawn."""
+
+    neighborhoods: list[torch.Tensor]  # (V, G, K, 6) each
+    centers: list[torch.Tensor]  # (V, G, 3) each
+    targets: torch.Tensor  # (M, 3) kind, noun and category, -100 where there is none
+    weights: np.ndarray  # (M,), adding up to 1
+    head_sizes: dict[str, int]
+    rng: np.random.Generator
+    generator: torch.Generator
+
+    def reseed(self, seed: int):
+        """Draw anew, so that a training does not depend on how long the one before it was."""
+        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+
+    def batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Augmented neighbourhoods (B, G, K, 6), centres (B, G, 3) and targets (B, 3)."""
+        chosen = self.rng.choice(len(self.targets), batch_size, p=self.weights)
+        numbers = [int(self.rng.integers(len(self.centers[index]))) for index in chosen]
+        picked = list(zip(chosen, numbers, strict=True))
+        neighborhood = torch.stack([self.neighborhoods[index][view] for index, view in picked]).float()
+        center = torch.stack([self.centers[index][view] for index, view in picked])
+        neighborhood, center = augment_views(neighborhood, center, self.generator)
+        return neighborhood, center, self.targets[chosen]
+
+
+def make_views(config: MiniGPT3DPointConfig, objects: list[Object], num_procedural: int, seed: int) -> Views:
+    """Group every object a few times; validation objects once, and they are never drawn."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    config = model.config.point_config
     procedural = [make_object(rng) for _ in tqdm(range(num_procedural), desc="procedural objects", unit="")]
     nouns = sorted({head_noun(o.name) for o in objects if not o.is_validation} | {name for name, _, _ in procedural})
     categories = sorted({o.category for o in objects if not o.is_validation})
     kinds = [*KINDS, None]
 
-    views, targets, weights = [], [], []
+    neighborhoods, centers, targets, weights = [], [], [], []
     for obj in tqdm(objects, desc="grouping", unit="", mininterval=5):
         neighborhood, center = group_views(obj.cloud, config, CLOUD_POINTS, 1 if obj.is_validation else 16, rng)
-        views.append((neighborhood.half(), center))
+        neighborhoods.append(neighborhood.half())
+        centers.append(center)
         noun = head_noun(obj.name)
         targets.append(
             (
@@ -223,11 +249,12 @@ def train_encoder(
         weights.append(0.0 if obj.is_validation else 1.0)
     for noun, kind, cloud in tqdm(procedural, desc="grouping", unit="", mininterval=5):
         neighborhood, center = group_views(cloud, config, CLOUD_POINTS, 2, rng)
-        views.append((neighborhood.half(), center))
+        neighborhoods.append(neighborhood.half())
+        centers.append(center)
         targets.append((kinds.index(kind), nouns.index(noun), -100))
         weights.append(1.0)
     targets, weights = torch.tensor(targets), np.array(weights)  # (M, 3), (M,)
-    is_real = np.arange(len(views)) < len(objects)
+    is_real = np.arange(len(targets)) < len(objects)
     is_other = (targets[:, 0] == len(kinds) - 1).numpy()
     for part, share in (
         (is_real & is_other, OTHER_SHARE),
@@ -237,25 +264,46 @@ def train_encoder(
         counts = np.bincount(targets[part, 0], weights[part], minlength=len(kinds))
         weights[part] /= np.sqrt(np.maximum(counts[targets[part, 0]], 1))  # rare kinds more often than they occur
         weights[part] *= share / max(weights[part].sum(), 1e-9)
+    sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
+    return Views(neighborhoods, centers, targets, weights / weights.sum(), sizes, rng, generator)
 
+
+def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
+    """Train point encoder, query tokens and Q-Former in place; returns how well the heads do on validation objects."""
     for module in model.point_encoder.modules():
         if isinstance(module, nn.Linear):  # transformers' small initial weights would hide where the groups are
             module.reset_parameters()
-    sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
-    training = EncoderTraining(model, sizes)
-    start = [views[index][0][0].float() for index in rng.choice(len(views), 64, p=weights / weights.sum())]
-    calibrate(model.point_encoder.mini_pointnet, torch.stack(start))
+    training = EncoderTraining(model, views.head_sizes)
+    first = views.rng.choice(len(views.targets), 64, p=views.weights)
+    calibrate(model.point_encoder.mini_pointnet, torch.stack([views.neighborhoods[i][0].float() for i in first]))
+    return _train_heads("encoder", training, objects, views, steps, batch_size, peak_lr=2e-3)
+
+
+def train_qformer(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
+    """Train query tokens and Q-Former on in place, the encoder frozen: they learn later than it, and cost less."""
+    model.point_encoder.requires_grad_(False)
+    reset_projection(model)
+    training = EncoderTraining(model, views.head_sizes)
+    return _train_heads("Q-Former", training, objects, views, steps, batch_size, peak_lr=QFORMER_LR)
+
+
+def _train_heads(
+    title: str,
+    training: EncoderTraining,
+    objects: list[Object],
+    views: Views,
+    steps: int,
+    batch_size: int,
+    peak_lr: float,
+) -> dict:
     average, optimizer = MovingAverage(training), adamw(training)
-    progress = tqdm(range(steps), desc="encoder", unit="step", mininterval=5)
+    progress = tqdm(range(steps), desc=title, unit="step", mininterval=5)
     for step in progress:
-        chosen = rng.choice(len(views), batch_size, p=weights / weights.sum())
-        numbers = [int(rng.integers(len(views[index][1]))) for index in chosen]
-        neighborhood = torch.stack([views[i][0][v] for i, v in zip(chosen, numbers, strict=True)]).float()
-        center = torch.stack([views[i][1][v] for i, v in zip(chosen, numbers, strict=True)])
-        neighborhood, center = augment_views(neighborhood, center, generator)
+        neighborhood, center, targets = views.batch(batch_size)
         shares = color_shares(neighborhood[..., 3:])
-        losses = [_loss(logits, targets[chosen], shares) for logits in training(neighborhood, center)]
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = cosine(step, steps, 2e-3)
+        losses = [_loss(logits, targets, shares) for logits in training(neighborhood, center)]
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, steps, peak_lr)
         optimizer.zero_grad()
         sum(losses).backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
@@ -264,7 +312,7 @@ def train_encoder(
         if step % 10 == 0:
             progress.set_postfix(encoder=f"{losses[0].item():.2f}", qformer=f"{losses[1].item():.2f}")
         if (step + 1) % max(1, steps // 6) == 0 or step + 1 == steps:
-            scores = score_heads(average.average, objects, views, targets)
+            scores = score_heads(average.average, objects, views)
             progress.write(f"step {step + 1}: {json.dumps(scores)}")
     training.load_state_dict(average.average.state_dict())
     return scores
@@ -282,18 +330,18 @@ def _loss(logits: dict[str, torch.Tensor], targets: torch.Tensor, shares: torch.
 
 
 @torch.no_grad()
-def score_heads(training: EncoderTraining, objects: list[Object], views: list, targets: torch.Tensor) -> dict:
+def score_heads(training: EncoderTraining, objects: list[Object], views: Views) -> dict:
     """Kind and main-colour accuracy of both heads on the validation objects of a kind."""
     chosen = [i for i, o in enumerate(objects) if o.is_validation and o.kind is not None]
     if not chosen:
         return {}
-    neighborhood = torch.stack([views[i][0][0].float() for i in chosen])
+    neighborhood = torch.stack([views.neighborhoods[i][0].float() for i in chosen])
     color = torch.stack([color_shares(torch.from_numpy(objects[i].cloud[None, None, :, 3:]))[0] for i in chosen])
-    outputs = training(neighborhood, torch.stack([views[i][1][0] for i in chosen]))
+    outputs = training(neighborhood, torch.stack([views.centers[i][0] for i in chosen]))
     scores = {}
     for part, logits in zip(("encoder", "qformer"), outputs, strict=True):
         kind = logits["kind"][:, :-1].argmax(-1)  # "something else" is no answer
-        scores[f"{part}_kind"] = round((kind == targets[chosen, 0]).float().mean().item(), 3)
+        scores[f"{part}_kind"] = round((kind == views.targets[chosen, 0]).float().mean().item(), 3)
         scores[f"{part}_color"] = round((logits["color"].argmax(-1) == color.argmax(-1)).float().mean().item(), 3)
     return scores
 
@@ -392,7 +440,8 @@ def pretrain(
     data_dir: Path,
     output_dir: Path,
     encoder_steps: int,
-    encoder_batch: int,
+    qformer_steps: int,
+    batch_size: int,
     num_procedural: int,
     language_steps: int,
     seed: int = 0,
@@ -411,22 +460,27 @@ def pretrain(
     report["language_loss"] = train_language_model(model, processor, texts, language_steps, batch_size=32)
     report["language_minutes"] = (time.perf_counter() - started) / 60
     started = time.perf_counter()
-    report |= train_encoder(model.model, objects, encoder_steps, encoder_batch, num_procedural, seed)
+    views = make_views(config.point_config, objects, num_procedural, seed)
+    train_encoder(model.model, objects, views, encoder_steps, batch_size)
     report["encoder_minutes"] = (time.perf_counter() - started) / 60
-    reset_what_stage_1_trains(model.model)
+    started = time.perf_counter()
+    torch.manual_seed(seed + 1)
+    views.reseed(seed + 1)
+    report |= train_qformer(model.model, objects, views, qformer_steps, batch_size)
+    report["qformer_minutes"] = (time.perf_counter() - started) / 60
+    reset_projection(model.model)
+    for expert in model.model.query_experts[1:]:
+        expert.load_state_dict(model.model.query_experts[0].state_dict())
     model.eval()
     save_pretrained(model, processor, output_dir)
     (Path(output_dir) / "pretrain.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-@torch.no_grad()
-def reset_what_stage_1_trains(model: MiniGPT3DModel):
-    """Fresh weights for the point projection, and the trained queries for all experts."""
+def reset_projection(model: MiniGPT3DModel):
+    """Fresh weights for the point projection: stage I trains it, and what was learned before it is thrown away."""
     for layer in (model.point_projection.linear_1, model.point_projection.linear_2):
         layer.reset_parameters()
-    for expert in model.query_experts[1:]:
-        expert.weight.copy_(model.query_experts[0].weight)
 
 
 def main(argv: list[str] | None = None):
@@ -436,7 +490,8 @@ def main(argv: list[str] | None = None):
         "--output_dir", type=Path, required=True, help="folder for the model, which stage I starts from"
     )
     parser.add_argument("--encoder_steps", type=int, default=800)
-    parser.add_argument("--encoder_batch", type=int, default=48)
+    parser.add_argument("--qformer_steps", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=48, help="views in a step of encoder and Q-Former")
     parser.add_argument("--num_procedural", type=int, default=1500, help="made-up objects beside the real ones")
     parser.add_argument("--language_steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
@@ -447,7 +502,8 @@ def main(argv: list[str] | None = None):
         args.data,
         args.output_dir,
         args.encoder_steps,
-        args.encoder_batch,
+        args.qformer_steps,
+        args.batch_size,
         args.num_procedural,
         args.language_steps,
         args.seed,
