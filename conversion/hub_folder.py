@@ -21,7 +21,7 @@ def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer:
     ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_SIGN)]
     config = model.generation_config
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    config.eos_token_id = sorted({tokenizer.eos_token_id, *ends})
+    config.eos_token_id = sorted({index for index in (tokenizer.eos_token_id, *ends) if index is not None})
     config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
 
 
@@ -36,9 +36,18 @@ def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: Process
         output_dir: a model's folder, or a new name.
 
     Raises:
-        ValueError: `output_dir` exists and is something other than a model's folder.
+        ValueError: `output_dir` exists and is something other than a model's folder, or the processor is for another
+            model.
     """
-    output_dir = Path(output_dir)
+    for name, ours, theirs in (
+        ("num_query_tokens", model.config.num_query_tokens, processor.num_query_tokens),
+        ("point_token_id", model.config.point_token_id, processor.point_token_id),
+    ):
+        if ours != theirs:
+            raise ValueError(f"model and processor do not belong together: {name} is {ours} there and {theirs} here.")
+    output_dir = Path(output_dir).resolve()
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir} is a file; pass the name of a folder.")
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "config.json").exists():
         raise ValueError(f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model.")
     partial = output_dir.with_name(output_dir.name + ".partial")

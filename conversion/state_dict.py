@@ -163,14 +163,24 @@ def convert_state_dict(
         else:
             converted[name], authors[name] = _our_shape(tensor, name), key
     expected = _expected_shapes(config, part)
+    if not expected:
+        raise ValueError(f"part must be the beginning of our names, such as 'model.qformer', got {part!r}.")
     lora = {name for name in converted if _LORA_KEY.fullmatch(name)}
     for name in lora:
         match = _LORA_KEY.fullmatch(name)
         other = f"{match['module']}.lora_{'B' if match['matrix'] == 'A' else 'A'}.weight"
         if other not in lora:
             problems.append(f"{authors[name]} has no partner: {authors_name(other)} is missing")
-        if f"{match['module']}.weight" not in expected:
+        weight = expected.get(f"{match['module']}.weight")
+        if weight is None:
             problems.append(f"{authors[name]} belongs to no weight of this configuration")
+        elif (other in lora) and match["matrix"] == "A":
+            got = (len(converted[other]), *converted[name].shape[1:])
+            if got != tuple(weight) or converted[other].shape[1] != len(converted[name]):
+                problems.append(
+                    f"{authors[name]} and its partner have shapes {tuple(converted[name].shape)} and "
+                    f"{tuple(converted[other].shape)}, their product does not fit {tuple(weight)}"
+                )
     for name in expected.keys() - converted.keys():
         problems.append(f"{authors_name(name)} is missing (it becomes {name})")
     for name in converted.keys() - expected.keys() - lora:

@@ -433,6 +433,16 @@ def test_aliases_and_peft_spellings(golden):
             lambda s: s.pop("llama_model.base_model.model.model.layers.0.self_attn.dense.lora_A.default.weight"),
             "has no partner",
         ),
+        (
+            lambda s: s.update(
+                {
+                    "llama_model.base_model.model.model.layers.0.self_attn.dense.lora_A.default.weight": torch.zeros(
+                        8, 63
+                    )
+                }
+            ),
+            r"their product does not fit \(64, 64\)",
+        ),
     ],
 )
 def test_a_wrong_state_dict_is_refused(golden, change, message):
