@@ -7,56 +7,7 @@ from pathlib import Path
 from .evaluate import read_metadata, to_table
 
 
-_CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [point-cloud, 3d, minigpt3d]
----
-
-# MiniGPT-3D, household
-
-A small MiniGPT-3D ({parameters:,} parameters, {megabytes:.1f} MB) that says what a piece of furniture is, which colour it has and what it
-is for. It shows that the whole recipe works on two CPU cores; it knows the things of a household and nothing else.
-
-```python
-from transformers import pipeline
-
-describe = pipeline("point-cloud-to-text", model="checkpoints/household", trust_remote_code=True)
-print(describe("chair.ply"))
-```
-
-The up axis is y, as in OBJ and glTF files (`up_axis="z"` in the processor turns others). Objects without colour are
-read as black.
-
-## Data
-
-{objects} objects of {num_libraries} furniture libraries of Sweet Home 3D ({libraries}), sampled to coloured points:
-{train} for training, {validation} held out by name and by base model, {scored} of them of one of the {num_kinds} kinds
-of the table in `training/household/kinds.py`. `CREATORS.md` names every object's creator and licence. Captions and questions are
-made from name, category, size and the colours of the points, by `training/household/captions.py`.
-
-## Recipe
-
-`make household LIBRARIES="…"` rebuilds it. What the paper takes ready-made is trained first: a byte-level tokenizer and a language
-model on the captions alone, then the 3D encoder together with the Q-Former, by telling kind, noun, category and
-colours of real and of made-up objects (`training/household/pretrain.py`). Then come stages I to IV of the paper, by
-`training/stage1.py` to `stage4.py --recipe household`. Minutes on the machine that made it: {times}.
-
-## Numbers
-
-Objects whose names and base models were never seen; the question is "What is this?", decoding greedy; *blind* is the same
-model with every point and colour zero; the *majority answer* is "{majority}" for every object.
-
-{table}
-
-By kind, of the shipped checkpoint: {by_kind}.
-
-The pre-trained encoder with classification heads, for comparison: {heads}.
-
-`python -m minigpt3d.training.household.evaluate --data build/household/data --models checkpoints/household` gives the numbers of
-this folder again.
-"""
+_TEMPLATE = Path(__file__).resolve().parents[2] / "model_card" / "household.md"
 
 
 def write_model_card(folder: Path, data_dir: Path, results: dict, times: dict, pretraining: dict):
@@ -74,7 +25,7 @@ def write_model_card(folder: Path, data_dir: Path, results: dict, times: dict, p
     heads = [
         f"{key.replace('_', ' ')} {value:.2f}" for key, value in pretraining.items() if key.endswith(("kind", "color"))
     ]
-    card = _CARD.format(
+    card = _TEMPLATE.read_text(encoding="utf-8").format(
         parameters=pretraining["parameters"],
         megabytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
         objects=report["objects"],
