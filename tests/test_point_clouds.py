@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import time
@@ -147,6 +148,25 @@ def test_vertices_without_faces_are_points(tmp_path):
         cloud = load_point_cloud(source, 100, missing_color="white")
         np.testing.assert_allclose(cloud[:, :3], normalized(coord), atol=1e-6)
         assert (cloud[:, 3:] == 1).all()
+
+
+def test_masked_points_are_left_out():
+    coord, color = make_cloud(100)
+    array = np.concatenate([coord, color], axis=1)
+    mask = np.zeros(array.shape, bool)
+    mask[[3, 70], [0, 4]] = True
+    expected = load_point_cloud(np.delete(array, [3, 70], axis=0), 98)
+    np.testing.assert_array_equal(load_point_cloud(np.ma.array(array, mask=mask), 98), expected)
+
+
+def test_ascii_ply_reads_as_binary_does_without_plyfile(tmp_path, monkeypatch):
+    """plyfile takes ten times as long for text."""
+    coord, color = make_cloud()
+    write_ply(tmp_path / "binary.ply", coord, color // 128, text=False)  # bytes of 0 and 1 are still bytes
+    write_ply(tmp_path / "ascii.ply", coord, color // 128, text=True)
+    expected = load_point_cloud(tmp_path / "binary.ply")
+    monkeypatch.setitem(sys.modules, "plyfile", None)
+    np.testing.assert_allclose(load_point_cloud(tmp_path / "ascii.ply"), expected, atol=1e-6)
 
 
 def test_comments_in_another_encoding(tmp_path):
@@ -385,12 +405,17 @@ print(hashlib.sha256(load_point_cloud(sys.argv[1]).tobytes()).hexdigest())
         (np.array([0, 1, 1], np.uint8), [0, 1 / 255, 1 / 255]),  # bytes are bytes, however dark
         (np.array([0, 13107, 65535], np.uint16), [0, 0.2, 1]),
         (np.array([0, 51, 255], np.int64), [0, 0.2, 1]),
+        (np.array([-1e-8, 0.5, 1.0000001]), [0, 0.5, 1]),  # what interpolation leaves
+        (np.array([-1e-3, 0.5, 1.001]), [0, 0.5, 1]),
+        (np.array([-1e-8, 51, 255.0001]), [0, 0.2, 1]),
     ],
 )
 def test_color_range_by_dtype_and_range(tmp_path, stored, expected):
     path = tmp_path / "cloud.npz"
     np.savez(path, points=make_cloud(3)[0], colors=np.repeat(stored[:, None], 3, axis=1))
-    np.testing.assert_allclose(load_point_cloud(path, 3)[:, 3], expected, atol=1e-6)
+    cloud = load_point_cloud(path, 3)
+    check(cloud, 3)
+    np.testing.assert_allclose(cloud[:, 3], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +539,7 @@ def test_up_axis_becomes_y_without_a_mirror(axis):
     np.testing.assert_allclose(turned[:, 1], plain[:, "xyz".index(axis)], atol=1e-6)
     rotation = np.linalg.lstsq(plain, turned, rcond=None)[0]
     np.testing.assert_allclose(np.linalg.det(rotation), 1, atol=1e-4)
-    if axis == point_cloud_minigpt3d.UP_AXIS:
+    if axis == "y":
         np.testing.assert_array_equal(turned, plain)
 
 
@@ -577,8 +602,9 @@ def test_wrong_types():
     refused(np.ones((5, 3), complex), "real numbers")
     with pytest.raises(PointCloudError, match="a dict cannot be read"):
         load_point_cloud({"points": 1})
-    with pytest.raises(ValueError, match="num_points must be at least 1, got 0"):
-        load_point_cloud(make_cloud()[0], num_points=0)
+    for num_points in (0, "8", 2.5, None):
+        with pytest.raises(ValueError, match=f"num_points must be a whole number of at least 1, got {num_points!r}"):
+            load_point_cloud(make_cloud()[0], num_points=num_points)
     with pytest.raises(ValueError, match="up_axis must be 'x', 'y', 'z' or None.*got 'up'"):
         load_point_cloud(make_cloud()[0], up_axis="up")
     for color in ("pink", (0, 0, 255), (1, 1)):
@@ -663,6 +689,19 @@ def test_truncated_files(tmp_path):
         refused(path)
 
 
+@pytest.mark.parametrize("name", ["ascii.pcd", "binary.pcd", "ascii.ply", "binary.ply"])
+def test_files_that_end_behind_a_whole_row(tmp_path, name):
+    path, short = tmp_path / name, tmp_path / f"short.{name}"
+    WRITERS[name](path, *make_cloud(5))
+    WRITERS[name](short, *make_cloud(2))
+    header = {"pcd": rb"(?s).*?DATA \w+\n", "ply": rb"(?s).*?end_header\r?\n"}[path.suffix[1:]]
+    promise = re.match(header, path.read_bytes())[0]
+    path.write_bytes(promise + re.sub(header, b"", short.read_bytes(), count=1))
+    refused(path, "truncated or corrupt")
+    if name != "binary.ply":  # plyfile has words of its own
+        refused(path, "header says 5", "but 2 follow")
+
+
 def test_corrupt_files(tmp_path):
     noise = np.random.default_rng(0).bytes(2000)
     for suffix in READABLE_SUFFIXES:
@@ -731,8 +770,21 @@ def test_zip_bombs(tmp_path, monkeypatch):
     refused(tmp_path / "cloud.pcd", "would unpack to 4,000,000,000 bytes")
 
 
+def test_zip_bombs_by_their_ratio(tmp_path, monkeypatch):
+    """5 MB in 5 kB are too much; in a tenth of their size, or below the floor, they are not."""
+    zeros = np.zeros((200_000, 6), np.float32)
+    zeros[0] = 1
+    np.savez_compressed(tmp_path / "bomb.npz", points=zeros)
+    check(load_point_cloud(tmp_path / "bomb.npz", 500_000), 500_000)
+    monkeypatch.setattr(point_cloud_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
+    refused(tmp_path / "bomb.npz", "would unpack to 4,800,128 bytes", "zip bomb")
+    zeros[:40_000, :3] = make_cloud(40_000)[0]
+    np.savez_compressed(tmp_path / "cloud.npz", points=zeros)
+    check(load_point_cloud(tmp_path / "cloud.npz"), 8192)
+
+
 def test_a_missing_reader_is_named_with_its_install_command(tmp_path, monkeypatch):
-    WRITERS["ascii.ply"](tmp_path / "cloud.ply", *make_cloud())
+    WRITERS["binary.ply"](tmp_path / "cloud.ply", *make_cloud())
     monkeypatch.setitem(sys.modules, "plyfile", None)
     with pytest.raises(ImportError, match=r"pip install 'plyfile'"):
         load_point_cloud(tmp_path / "cloud.ply")
