@@ -3,6 +3,9 @@
 One chat template serves training, evaluation, pipeline and demo (paper: §3.1.3, and the authors' code to the character).
 In text a cloud is one `<point>`; in `input_ids` it is `num_query_tokens` of them, which the model replaces by vectors.
 
+Nothing here changes what is asked. As in the authors' code, training data lower-cases the questions of single rounds
+(`clean_question`) and leaves those of longer talks alone; at inference a question stays as it was typed.
+
 Shapes: B texts, C clouds of the batch, P points, T tokens.
 """
 
@@ -25,6 +28,7 @@ END_OF_PROMPT = "[/INST]"
 END_OF_ANSWER = "###"
 DEFAULT_PROMPT = "What is this?"
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             point_clouds: one source or C of them (lists of lists, too), see `load_point_cloud`.
             images, videos, audio: not for this model.
             return_tensors: "pt", "np", or None for lists.
-            padding: True to the longest text, "max_length" to `max_length`, False not at all.
+            padding: True or "longest" to the longest text, "max_length" to `max_length`, False or "do_not_pad" not at all.
             truncation: whether a text that is too long is cut at its end. Placeholders of clouds are never cut.
             max_length: the most tokens of a text, placeholders counted; by default what the tokenizer says the model has.
             padding_side: "left" or "right"; by default the tokenizer's, which is left, as generation needs it.
@@ -259,10 +263,16 @@ class MiniGPT3DProcessor(ProcessorMixin):
         for name, given in (("images", images), ("videos", videos), ("audio", audio)):
             if given is not None:
                 raise ValueError(f"MiniGPT-3D reads point clouds and text, got {name}. Pass point_clouds=… instead.")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}.")
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"padding_side must be 'left', 'right' or None (the tokenizer's), got {padding_side!r}.")
         sources = list(_sources(point_clouds))
         data = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
+            if not texts:
+                raise ValueError("text is an empty list. Pass at least one text, or none at all (None).")
             rows = self._tokenize(texts, [[]] * len(texts), len(sources))
             rows = [self._fit(row, max_length, truncation) for row in rows]
             data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
@@ -331,23 +341,24 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
         Returns:
             BatchFeature of tensors: `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; labels are the
-            ids of answers and their `###`, and -100 elsewhere. `point_clouds` (C, num_points, 6). As in the authors' code
-            T is the longest first prompt plus the longest rest, even where these are two different rows.
+            ids of answers and their `###`, and -100 elsewhere. `point_clouds` (C, num_points, 6). T is the longest row; the
+            authors' batches are as wide as the longest first prompt plus the longest rest, and empty beyond it.
 
         Raises:
             ValueError: as `__call__`; also a conversation without answer, or a cloud behind `max_text_length`.
         """
+        if not conversations:
+            raise ValueError("conversations is an empty list. Pass at least one conversation.")
         if point_clouds is None:
             point_clouds = list(_message_clouds(conversations))
         sources = list(_sources(point_clouds))
         texts, spans = self._render(conversations, None)
-        rows, prompt_lengths = [], []
+        rows = []
         for index, row in enumerate(self._tokenize(texts, spans, len(sources))):
             if not row.is_answer.any():
                 raise ValueError(f"Conversation {index} has no answer to learn from; the last message must be one.")
-            prompt_lengths.append(int(row.is_answer.argmax()))
             if max_text_length is not None:
-                end = prompt_lengths[-1] + max_text_length
+                end = int(row.is_answer.argmax()) + max_text_length
                 if (row.ids[end:] == self.point_token_id).any():
                     raise ValueError(
                         f"Conversation {index}: max_text_length={max_text_length} would cut off a point cloud. "
@@ -355,8 +366,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
                     )
                 row = row[:end]
             rows.append(self._fit(row, None, truncation=False))
-        rest = max(len(row.ids) - length for row, length in zip(rows, prompt_lengths, strict=True))
-        data, is_answer = self._pad(rows, "max_length", "right", max(prompt_lengths) + rest)
+        data, is_answer = self._pad(rows, "longest", "right", None)
         data["labels"] = np.where(is_answer, data["input_ids"], IGNORED_LABEL)
         if sources:
             data["point_clouds"] = self.feature_extractor(sources)["point_clouds"]
@@ -435,7 +445,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], np.ndarray]:
         """Rows → `input_ids` and `attention_mask` (B, T), and which of them are answers, (B, T)."""
         lengths = [len(row.ids) for row in rows]
-        if not padding and len(set(lengths)) > 1:
+        if padding in (False, "do_not_pad") and len(set(lengths)) > 1:
             return {"input_ids": [r.ids.tolist() for r in rows], "attention_mask": [[1] * n for n in lengths]}, None
         if padding == "max_length" and max_length is None:
             max_length = self.tokenizer.model_max_length
@@ -453,7 +463,9 @@ class MiniGPT3DProcessor(ProcessorMixin):
 def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     """One conversation or a batch of them → a batch, and whether it was one."""
     conversation = getattr(conversation, "messages", conversation)
-    if len(conversation) and isinstance(conversation[0], dict):
+    if not len(conversation):
+        raise ValueError("The conversation is an empty list. Pass at least one message.")
+    if isinstance(conversation[0], dict):
         return [conversation], False
     return [getattr(item, "messages", item) for item in conversation], True
 

@@ -134,9 +134,13 @@ def test_ids_labels_and_mask_are_the_authors(tiny_processor, golden, case, max_t
     expected = golden("full.loss.io")
     conversations = golden_conversations(golden, case.removesuffix("_trunc"))
     inputs = tiny_processor.encode_training(conversations, max_text_length=max_text_length)
-    assert torch.equal(inputs["labels"], expected[f"{case}.sparse.targets"])
+    # Theirs are as wide as the longest prompt plus the longest rest; what they have beyond our width is empty.
+    width = inputs["input_ids"].shape[1]
+    targets, theirs = expected[f"{case}.sparse.targets"], expected[f"{case}.sparse.attention_mask"].long()
+    assert (targets[:, width:] == -100).all() and (theirs[:, width:] == 0).all()
+    assert torch.equal(inputs["labels"], targets[:, :width])
 
-    mask, theirs = inputs["attention_mask"], expected[f"{case}.sparse.attention_mask"].long()
+    mask, theirs = inputs["attention_mask"], theirs[:, :width]
     if case.startswith("multi"):
         later_bos = (inputs["input_ids"] == tiny_processor.tokenizer.bos_token_id) & (mask == 1)
         later_bos[:, 0] = False
@@ -146,7 +150,10 @@ def test_ids_labels_and_mask_are_the_authors(tiny_processor, golden, case, max_t
     table = golden("full.state")["llama_model.base_model.model.model.embed_tokens.weight"]
     is_text = mask.bool() & (inputs["input_ids"] != tiny_processor.point_token_id)
     torch.testing.assert_close(
-        table[inputs["input_ids"][is_text]], expected[f"{case}.sparse.inputs_embeds"][is_text], rtol=0, atol=0
+        table[inputs["input_ids"][is_text]],
+        expected[f"{case}.sparse.inputs_embeds"][:, :width][is_text],
+        rtol=0,
+        atol=0,
     )
     assert (inputs["input_ids"] == tiny_processor.point_token_id).sum() == 6 * len(conversations)
 
@@ -186,6 +193,13 @@ def test_training_clouds_are_normalised_and_in_order(tiny_processor):
     same = tiny_processor.encode_training(given, [cloud(1), cloud(2)])
     assert all(torch.equal(inputs[name], same[name]) for name in inputs)
     torch.testing.assert_close(inputs["point_clouds"][..., :3].norm(dim=-1).max(1).values, torch.ones(2))
+
+
+def test_training_pads_to_the_longest_row_and_no_further(tiny_processor):
+    """One long question and one long answer: their sum is nobody's length."""
+    chats = [[user("what " * 20, cloud()), assistant("A.")], [user("Hm?", cloud()), assistant("a chair " * 10)]]
+    mask = tiny_processor.encode_training(chats)["attention_mask"]
+    assert mask.shape[1] == mask.sum(1).max()
 
 
 def test_training_needs_an_answer(tiny_processor):
@@ -241,8 +255,9 @@ def test_calling_with_text_and_clouds(tiny_processor, tmp_path):
     assert set(tiny_processor(point_clouds=cloud())) == {"point_clouds"}
     right = tiny_processor(text=["Hello there", "Hm"], padding_side="right", return_tensors="np")
     assert right["attention_mask"][1, -1] == 0
-    unpadded = tiny_processor(text=["Hello there", "Hm"], padding=False)["input_ids"]
-    assert len(unpadded[0]) > len(unpadded[1])
+    for padding in (False, "do_not_pad"):
+        unpadded = tiny_processor(text=["Hello there", "Hm"], padding=padding)["input_ids"]
+        assert len(unpadded[0]) > len(unpadded[1])
     assert tiny_processor(text="Hm", padding="max_length", max_length=9, return_tensors="pt")["input_ids"].shape == (
         1,
         9,
@@ -306,6 +321,21 @@ def test_nothing_and_pictures(tiny_processor):
         tiny_processor(text="a", images=["a.png"])
     with pytest.raises(ValueError, match="empty list"):
         tiny_processor.feature_extractor([])
+    with pytest.raises(ValueError, match="text is an empty list"):
+        tiny_processor(text=[])
+    for options in ({}, TENSORS):
+        with pytest.raises(ValueError, match="conversation is an empty list"):
+            tiny_processor.apply_chat_template([], **options)
+    with pytest.raises(ValueError, match="conversations is an empty list"):
+        tiny_processor.encode_training([])
+
+
+def test_paddings_that_are_none(tiny_processor):
+    for padding in ("nonsense", None):
+        with pytest.raises(ValueError, match=f"padding must be one of .*'do_not_pad', got {padding!r}"):
+            tiny_processor(text="a", padding=padding)
+    with pytest.raises(ValueError, match="padding_side must be 'left', 'right' or None .*got 'up'"):
+        tiny_processor(text="a", padding_side="up")
 
 
 # Tokenizers
