@@ -37,7 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest answer, in tokens (default: 150)",
     )
-    shared.add_argument("--up-axis", choices=["x", "y", "z"], help="axis that points up in the file (default: y)")
+    shared.add_argument(
+        "--up-axis",
+        choices=["x", "y", "z"],
+        help="axis that points up in the file; it is turned to y (default: the model's own setting, else not turned)",
+    )
     shared.add_argument(
         "--missing-color", choices=["black", "gray", "white"], help="colour of points that have none (default: black)"
     )
@@ -60,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "chat",
         parents=[shared],
         help="ask several questions about one file",
-        description="Talk about a 3D model. Questions are read line by line; an empty input or /quit ends it.",
+        description="Talk about a 3D model. Questions are read line by line; blank ones are skipped; /quit or the end of input ends it.",
     )
     chat.add_argument("path", type=Path, metavar="FILE", help="point cloud or mesh")
     chat.set_defaults(run=run_chat)
@@ -68,10 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def resolve_model(model: str | None) -> str:
@@ -85,6 +88,35 @@ def resolve_model(model: str | None) -> str:
     return HUB_ID
 
 
+def load_model(name: str):
+    """The model and the processor in a folder or of a Hub id.
+
+    Raises:
+        CommandError: there is no such model, it cannot be read, or weights are missing.
+    """
+    from transformers import logging
+
+    from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True)
+        processor = MiniGPT3DProcessor.from_pretrained(name)
+    except Exception as error:
+        fix = "pass --model with the folder of a model or its Hub id"
+        raise CommandError(f"cannot load the model {name}: {one_line(error)} ({fix})") from error
+    # Weights that are not in the files stay random; tied ones are not among them.
+    absent = sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
+    if absent:
+        raise CommandError(
+            f"cannot load the model {name}: {len(absent)} of its weights are missing or of another shape, "
+            f"{absent[0]} for one (fetch or save it again)"
+        )
+    return model, processor
+
+
 def load(args: argparse.Namespace):
     """Load the model.
 
@@ -95,21 +127,9 @@ def load(args: argparse.Namespace):
     Raises:
         CommandError: there is no such model, or it cannot be read.
     """
-    from transformers import logging
-
-    from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
     from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
-    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    name = resolve_model(args.model)
-    try:
-        model = MiniGPT3DForConditionalGeneration.from_pretrained(name)
-        processor = MiniGPT3DProcessor.from_pretrained(name)
-    except Exception as error:
-        fix = "pass --model with the folder of a model or its Hub id"
-        raise CommandError(f"cannot load the model {name}: {one_line(error)} ({fix})") from error
+    model, processor = load_model(resolve_model(args.model))
     try:
         describe = PointCloudToTextPipeline(model=model, processor=processor, device=args.device)
     except Exception as error:
@@ -143,7 +163,12 @@ def complain(message: str):
     """One line on standard error, clear of a progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(f"minigpt3d: {message}", file=sys.stderr)
+    tqdm.write(printable(f"minigpt3d: {message}"), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    r"""Text that a stream takes even if a file name in it is not UTF-8: such bytes as `\udcff`, which JSON knows too."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def one_line(error: Exception) -> str:
@@ -193,12 +218,17 @@ def run_describe(args: argparse.Namespace) -> int:
             complain(str(error))
             exit_code = FAILED
             continue
-        answer = describe(cloud, prompt=prompt, max_new_tokens=args.max_new_tokens)[0]["generated_text"]
+        try:
+            answer = describe(cloud, prompt=prompt, max_new_tokens=args.max_new_tokens)[0]["generated_text"]
+        except Exception as error:  # out of memory, say: the next cloud may still fit
+            complain(f"{path}: no answer: {one_line(error)}")
+            exit_code = FAILED
+            continue
         if args.json:
             line = json.dumps({"file": str(path), "prompt": prompt, "answer": answer}, ensure_ascii=False)
         else:
             line = answer if len(files) == 1 else f"{path}: {answer}"
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(printable(line), file=sys.stdout)
         sys.stdout.flush()
     return exit_code
 
@@ -209,17 +239,22 @@ def run_chat(args: argparse.Namespace) -> int:
     describe, read = load(args)
     from minigpt3d.pipeline_minigpt3d import AnswerStreamer
 
-    streamer = AnswerStreamer(describe.processor.tokenizer)
-    messages, content = (
-        [],
-        [{"type": "point_cloud", "point_cloud": read(args.path)}],
-    )  # the first question has the cloud
+    exit_code, messages = 0, []
+    content = [{"type": "point_cloud", "point_cloud": read(args.path)}]  # the first question has the cloud
     for question in read_questions():
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
-        answer = describe(messages, max_new_tokens=args.max_new_tokens, streamer=streamer)[0]["generated_text"]
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        streamer = AnswerStreamer(describe.processor.tokenizer)
+        try:
+            (output,) = describe([*messages, turn], max_new_tokens=args.max_new_tokens, streamer=streamer)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # the turn is dropped, the conversation goes on
+            complain(f"no answer: {one_line(error)}")
+            exit_code = FAILED
+            continue
+        messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": output["generated_text"]}]}]
         content = []
-    return 0
+    return exit_code
 
 
 def read_questions() -> Iterator[str]:

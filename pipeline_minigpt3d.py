@@ -71,7 +71,7 @@ class PointCloudToTextPipeline(Pipeline):
             list of such lists.
 
         Raises:
-            ValueError: an input that cannot be read, or a `prompt` beside a chat.
+            ValueError: an input that cannot be read, a `prompt` beside a chat, or one that is no text.
         """
         if _is_chat(inputs):
             inputs = {"messages": inputs}  # in a dict, or the base class takes its messages for a batch
@@ -82,6 +82,10 @@ class PointCloudToTextPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, prompt: str | None = None, **generate_kwargs) -> tuple[dict, dict, dict]:
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(
+                f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Ask different questions in chats or one by one."
+            )
         return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
 
     def preprocess(self, inputs: Any, prompt: str | None = None) -> dict[str, Any]:
@@ -99,6 +103,10 @@ class PointCloudToTextPipeline(Pipeline):
             inputs = {"messages": inputs.messages}
         elif _is_chat(inputs):  # an item of a dataset
             inputs = {"messages": inputs}
+        if inputs is None:
+            raise ValueError(
+                f"{TASK}: None cannot be read; an input is a path, an array, a mesh or a list of messages."
+            )
         if not isinstance(inputs, dict):
             question = DEFAULT_PROMPT if prompt is None else prompt
             content = [{"type": "point_cloud", "point_cloud": inputs}, {"type": "text", "text": question}]

@@ -9,9 +9,9 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from transformers import logging
 
-from minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor, PointCloudToTextPipeline
+from minigpt3d import PointCloudToTextPipeline
+from minigpt3d_cli import CommandError, load_model
 
 
 try:
@@ -59,10 +59,10 @@ def main():
     objects = sorted(path for path in args.objects.rglob("*") if path.suffix in SUFFIXES)
     if not objects:
         sys.exit(f"demo: there are no objects in {args.objects}; expected files ending in {', '.join(SUFFIXES)}.")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = MiniGPT3DForConditionalGeneration.from_pretrained(args.model)
-    processor = MiniGPT3DProcessor.from_pretrained(args.model)
+    try:
+        model, processor = load_model(str(args.model))
+    except CommandError as error:
+        sys.exit(f"demo: {error}")
     describe = PointCloudToTextPipeline(model=model, processor=processor)
     args.pictures.mkdir(parents=True, exist_ok=True)
     for path in objects:

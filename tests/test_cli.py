@@ -2,11 +2,16 @@
 
 import io
 import json
+import os
+import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 import minigpt3d_cli
@@ -72,6 +77,20 @@ def test_a_wrong_command_line_exits_with_2(arguments, capsys):
     assert "usage: minigpt3d" in capsys.readouterr().err
 
 
+def test_numbers_that_are_none(capsys):
+    for text in ("abc", "-1", "2.5"):
+        with pytest.raises(SystemExit):
+            minigpt3d_cli.main(["describe", "x", f"--max-new-tokens={text}"])
+        assert f"must be a whole number of at least 1, got '{text}'" in capsys.readouterr().err
+
+
+def test_help_says_what_happens(capsys):
+    for command, expected in (("describe", "else not turned"), ("chat", "blank ones are skipped")):
+        with pytest.raises(SystemExit):
+            minigpt3d_cli.main([command, "--help"])
+        assert expected in " ".join(capsys.readouterr().out.split())
+
+
 def test_one_file_gives_its_answer(run, objects):
     code, out, err = run("describe", objects / "b.npy")
     assert (code, err) == (0, [])
@@ -122,6 +141,65 @@ def test_a_missing_model_is_one_line_with_the_fix(run, objects, tmp_path):
         assert len(err) == 1 and "nowhere" in err[0] and "--model" in err[0]
 
 
+@pytest.fixture(scope="module")
+def incomplete_model_dir(model_dir, tmp_path_factory):
+    """The tiny model, less one of its weights."""
+    folder = tmp_path_factory.mktemp("cli") / "incomplete"
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.language_projection.linear_2.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_incomplete_checkpoint_does_not_answer(run, objects, incomplete_model_dir):
+    for command in ("describe", "chat"):
+        code, out, err = run(command, objects / "b.npy", model=incomplete_model_dir)
+        assert (code, out) == (1, [])
+        assert len(err) == 1 and "1 of its weights" in err[0] and "language_projection.linear_2.weight" in err[0]
+
+
+def test_the_demo_needs_a_complete_checkpoint(objects, incomplete_model_dir, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    options = ["--model", incomplete_model_dir, "--objects", objects, "--pictures", tmp_path / "pictures"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, options)])
+    with pytest.raises(SystemExit, match="demo: cannot load the model .*: 1 of its weights"):
+        runpy.run_path(str(Path(__file__).parent.parent / "demo" / "demo.py"), run_name="__main__")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_model_that_fails_on_one_file_goes_on_with_the_next(run, objects, monkeypatch):
+    from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
+
+    forward, calls = PointCloudToTextPipeline._forward, []
+
+    def fail_once(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of\nmemory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PointCloudToTextPipeline, "_forward", fail_once)
+    code, out, err = run("describe", objects, "--json")
+    assert code == 1
+    assert [json.loads(line)["file"] for line in out] == [str(objects / "more" / "a.npy")]
+    assert err == [f"minigpt3d: {objects / 'b.npy'}: no answer: RuntimeError: out of memory"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_file_names_that_are_not_utf8(run, objects):
+    name = os.fsdecode(b"a\xff.npy")
+    np.save(objects / name, make_cloud(2))
+    (objects / os.fsdecode(b"bad\xff.npy")).write_bytes(b"not an array")
+    code, out, err = run("describe", objects, "--json")
+    assert code == 1 and len(out) == 3
+    assert json.loads(out[0])["file"] == str(objects / name)
+    assert len(err) == 1 and "bad\\udcff.npy: " in err[0]
+    code, out, err = run("describe", objects / name, objects / "b.npy")
+    assert (code, len(out), err) == (0, 2, [])
+    assert out[0].startswith(f"{objects}/a\\udcff.npy: ")
+
+
 def test_the_model_in_the_checkout_goes_before_the_hub(tmp_path, monkeypatch):
     from minigpt3d import HUB_ID
 
@@ -154,6 +232,17 @@ def test_chat_answers_each_line_and_remembers(run, objects, monkeypatch):
     assert both[: len(first)] == first
     assert both[len(first) :] and both[len(first) :] != ask("What color is it?")[1]
     assert ask()[:2] == (0, [])
+
+
+def test_chat_drops_a_bad_question_and_goes_on(run, objects, monkeypatch):
+    def ask(*lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return run("chat", objects / "b.npy")
+
+    good = ask("What is this?", "What color is it?")[1]
+    code, out, err = ask("A <point>?", "What is this?", "what " * 3000, "What color is it?")
+    assert (code, out) == (1, good)
+    assert len(err) == 2 and "2 <point> placeholders" in err[0] and "the context has" in err[1]
 
 
 def test_chat_about_a_bad_file(run, tmp_path, monkeypatch):
