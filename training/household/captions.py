@@ -119,9 +119,8 @@ def what_is_this(facts: Facts) -> str:
 
 
 def color_answer(facts: Facts) -> str:
-    if len(facts.colors) == 1:
-        return f"It is {facts.colors[0]}."
-    return f"It is mostly {facts.colors[0]}, with some {' and '.join(facts.colors[1:])}."
+    """The main colour alone: taught to name a second one, so small a model says "mostly white, with some white"."""
+    return f"It is {facts.colors[0]}."
 
 
 def shape_answer(facts: Facts) -> str:
@@ -153,14 +152,10 @@ def place_answer(facts: Facts) -> str | None:
 
 
 def detailed(facts: Facts, rng: np.random.Generator) -> str:
-    """Kind and colour, then shape, further colours, place and use."""
+    """Kind and colour, then shape, place and use."""
     thing = with_article(f"{facts.colors[0]} {facts.noun}")
     sentences = [_pick(rng, f"This is {thing}.", f"This is {thing}.", f"The object is {thing}.")]
-    if facts.name != facts.noun and facts.kind:
-        sentences.append(f"It could be called {with_article(facts.name)}.")
     sentences.append(_pick(rng, f"It is {shape_answer(facts)}.", f"Its shape is {shape_answer(facts)}."))
-    if len(facts.colors) > 1:
-        sentences.append(f"Besides {facts.colors[0]} it has some {' and '.join(facts.colors[1:])}.")
     use, place = USES.get(facts.kind), place_answer(facts)
     if use and place:
         sentences.append(f"It is used for {use} and can be found {place}.")
