@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt3d import PointCloudToTextPipeline
+from minigpt3d import PointCloudToTextPipeline, load_point_cloud
 from minigpt3d_cli import CommandError, load_model
 
 
@@ -35,7 +35,7 @@ def draw(cloud: np.ndarray, title: str, answers: list[tuple[str, str]], path: Pa
     figure = Figure(figsize=(8, 4), facecolor="#eeeeee")
     axes = figure.add_axes((0.0, 0.0, 0.5, 1.0), projection="3d", facecolor="none")
     x, y, z = cloud[:, :3].T
-    axes.scatter(x, -z, y, c=cloud[:, 3:], s=4, linewidths=0, depthshade=False)
+    axes.scatter(x, -z, y, c=cloud[:, 3:], s=2, linewidths=0, depthshade=False)
     axes.set_box_aspect([np.ptp(x), np.ptp(z), np.ptp(y)], zoom=1.2)
     axes.set_axis_off()
     axes.view_init(elev=20, azim=-60)
@@ -69,7 +69,7 @@ def main():
         cloud = processor.feature_extractor(path)["point_clouds"][0]  # (N, 6)
         answers = ask(describe, cloud)
         picture = args.pictures / f"{path.stem}.png"
-        draw(cloud, path.name, answers, picture)
+        draw(load_point_cloud(path), path.name, answers, picture)
         print(path.name)
         for question, answer in answers:
             print(f"  {question}\n    {answer}")
