@@ -1,0 +1,174 @@
+"""Grouping a point cloud: farthest point sampling, then the nearest neighbours of each centre. Paper: §3.1.1.
+
+Both are exact. On a CPU the sampling runs coordinate by coordinate and the neighbours come from a k-d tree (scipy, where
+it is installed); on a GPU the sampling is one Triton kernel and the neighbours come from the distance matrix.
+
+Shapes: B clouds, N points, G groups, K neighbours.
+"""
+
+import numpy as np
+import torch
+
+
+try:
+    from scipy.spatial import cKDTree
+except ImportError:  # slower, same neighbours
+    cKDTree = None
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU build of torch
+    triton = None
+
+
+def farthest_point_sampling(
+    coord: torch.Tensor, num_samples: int, start: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Choose points one after the other, each the farthest from all chosen so far.
+
+    The authors start at a random point in every forward, in evaluation too; here the start is the first point unless
+    another is given, so that the same cloud always gives the same groups. Of equally far points the first is taken.
+
+    Args:
+        coord: (B, N, 3) float coordinates.
+        num_samples: G, how many to choose; at most N.
+        start: (B,) index of each cloud's first choice, or one index for all; 0 by default.
+
+    Returns:
+        (B, G) int64 indices into N.
+
+    Raises:
+        ValueError: fewer points than samples, or a start outside the cloud.
+    """
+    batch_size, num_points, _ = coord.shape
+    if num_samples > num_points:
+        raise ValueError(
+            f"a cloud of {num_points} points cannot give {num_samples} distinct centres. Pass more points "
+            "(the processor repeats a small cloud up to its num_points) or lower point_config.num_groups."
+        )
+    start = torch.as_tensor(0 if start is None else start, device=coord.device).expand(batch_size).long()
+    if ((start < 0) | (start >= num_points)).any():
+        raise ValueError(f"fps_start must be between 0 and {num_points - 1}, got {start.tolist()}.")
+    planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
+    if triton is not None and coord.is_cuda:
+        return _farthest_point_sampling_triton(planes, num_samples, start)
+    return _farthest_point_sampling_loop(planes, num_samples, start)
+
+
+def _farthest_point_sampling_loop(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+    """Coordinate by coordinate in NumPy, whose calls cost a fraction of torch's on arrays that fit into the cache."""
+    indices = np.empty((planes.shape[1], num_samples), dtype=np.int64)
+    for row, (x, y, z) in enumerate(planes.transpose(0, 1).cpu().numpy()):
+        distance = np.full_like(x, np.inf)
+        difference, squared = np.empty_like(x), np.empty_like(x)
+        farthest = int(start[row])
+        for step in range(num_samples):
+            indices[row, step] = farthest
+            np.subtract(x, x[farthest], out=squared)
+            np.multiply(squared, squared, out=squared)
+            for plane in (y, z):
+                np.subtract(plane, plane[farthest], out=difference)
+                np.multiply(difference, difference, out=difference)
+                np.add(squared, difference, out=squared)
+            np.minimum(distance, squared, out=distance)
+            farthest = distance.argmax()
+    return torch.from_numpy(indices).to(planes.device)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _farthest_point_sampling_kernel(
+        planes, distance, indices, start, num_points, num_samples, BLOCK: tl.constexpr
+    ):
+        """One program per cloud; the whole loop runs on the device."""
+        row = tl.program_id(0)
+        stride = tl.num_programs(0) * num_points
+        x = planes + row * num_points
+        y, z = x + stride, x + 2 * stride
+        distance += row * num_points
+        farthest = tl.load(start + row)
+        for step in range(num_samples):
+            tl.store(indices + row * num_samples + step, farthest)
+            cx, cy, cz = tl.load(x + farthest), tl.load(y + farthest), tl.load(z + farthest)
+            best = -1.0
+            for first in range(0, num_points, BLOCK):
+                offset = first + tl.arange(0, BLOCK)
+                inside = offset < num_points
+                dx = tl.load(x + offset, inside, 0.0) - cx
+                dy = tl.load(y + offset, inside, 0.0) - cy
+                dz = tl.load(z + offset, inside, 0.0) - cz
+                nearest = tl.minimum(tl.load(distance + offset, inside, -1.0), dx * dx + dy * dy + dz * dz)
+                tl.store(distance + offset, nearest, inside)
+                block_best = tl.max(nearest, 0)
+                block_farthest = tl.min(tl.where(nearest == block_best, offset, num_points), 0)
+                farthest = tl.where(block_best > best, block_farthest.to(tl.int64), farthest)
+                best = tl.maximum(best, block_best)
+
+
+def _farthest_point_sampling_triton(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+    _, batch_size, num_points = planes.shape
+    indices = torch.empty(batch_size, num_samples, dtype=torch.int64, device=planes.device)
+    distance = torch.full_like(planes[0], torch.inf)
+    block = min(triton.next_power_of_2(num_points), 8192)
+    _farthest_point_sampling_kernel[(batch_size,)](
+        planes, distance, indices, start.contiguous(), num_points, num_samples, BLOCK=block, num_warps=16
+    )
+    return indices
+
+
+def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+    """The points nearest to each centre, the centre itself among them, in no particular order.
+
+    Args:
+        coord: (B, N, 3) float coordinates.
+        center: (B, G, 3) float coordinates.
+        num_neighbors: K; at most N.
+
+    Returns:
+        (B, G, K) int64 indices into N.
+
+    Raises:
+        ValueError: fewer points than neighbours.
+    """
+    if num_neighbors > coord.shape[1]:
+        raise ValueError(
+            f"a cloud of {coord.shape[1]} points has no {num_neighbors} neighbours. Pass more points (the processor "
+            "repeats a small cloud up to its num_points) or lower point_config.group_size."
+        )
+    coord, center = coord.detach().float(), center.detach().float()
+    if cKDTree is not None and coord.device.type == "cpu":
+        points, centers = coord.numpy(), center.numpy()
+        return torch.stack(
+            [
+                torch.from_numpy(cKDTree(p).query(c, k=num_neighbors)[1].reshape(len(c), num_neighbors))
+                for p, c in zip(points, centers, strict=True)
+            ]
+        )
+    distance = torch.cdist(center, coord, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, N)
+    return distance.topk(num_neighbors, largest=False, sorted=False).indices
+
+
+def group(
+    point_clouds: torch.Tensor, num_groups: int, group_size: int, fps_start: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split each cloud into overlapping neighbourhoods around centres spread evenly over it.
+
+    Args:
+        point_clouds: (B, N, C) with xyz in the first three channels.
+        num_groups: G.
+        group_size: K.
+        fps_start: see `farthest_point_sampling`.
+
+    Returns:
+        neighborhood (B, G, K, C), xyz relative to the centre and the other channels as they are; center (B, G, 3).
+    """
+    coord = point_clouds[..., :3]
+    indices = farthest_point_sampling(coord, num_groups, fps_start)
+    center = coord.gather(1, indices[..., None].expand(-1, -1, 3))  # (B, G, 3)
+    neighbors = nearest_neighbors(coord, center, group_size).flatten(1)  # (B, G*K)
+    neighborhood = point_clouds.gather(1, neighbors[..., None].expand(-1, -1, point_clouds.shape[-1]))
+    neighborhood = neighborhood.unflatten(1, (num_groups, group_size))  # (B, G, K, C)
+    neighborhood[..., :3] -= center[:, :, None]
+    return neighborhood, center

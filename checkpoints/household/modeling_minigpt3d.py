@@ -1,0 +1,714 @@
+"""MiniGPT-3D: a small language model that sees 3D (arXiv 2405.01413), box by box in the order of the paper's figure 2.
+
+    point cloud ─ grouping ─ mini-PointNet ─ Point-BERT ─ point projection ─┐
+                                                │                           │ keys, values
+                                             router ─ query experts ─ Q-Former ─ language projection ─ LLM ─ text
+
+Shapes: B clouds, N points, G groups, K neighbours, Q query tokens, E experts, S experts used per cloud, T text tokens,
+D width (of whichever part the line is in), H heads, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, initialization as init
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.phi.modeling_phi import (
+    PhiAttention,
+    PhiDecoderLayer,
+    PhiModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+from .configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
+from .grouping_minigpt3d import group
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Point-BERT (paper: §3.1.1). Frozen in every stage, so neither dropout nor the authors' drop path is ever active here.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fold_batch_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor]:
+    """One linear layer that equals `norm(linear(x))` with the running statistics: weight (out, in), bias (out,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return linear.weight * scale[:, None], (linear.bias - norm.running_mean) * scale + norm.bias
+
+
+class MiniPointNet(nn.Module):
+    """Embed each neighbourhood: a point-wise MLP, a max over the group, again both with the group's maximum beside.
+
+    The authors' 1×1 convolutions are written as matrix products over points, BatchNorm (always with its running
+    statistics) folded in, and the half of the third layer that reads the group's maximum is applied once per group.
+    """
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.num_channels, 128)
+        self.norm_1 = nn.BatchNorm1d(128)
+        self.linear_2 = nn.Linear(128, 256)
+        self.linear_3 = nn.Linear(512, 512)
+        self.norm_2 = nn.BatchNorm1d(512)
+        self.linear_4 = nn.Linear(512, config.group_embedding_size)
+
+    def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
+        """(B, G, K, C) → (B, G, D). The order of the neighbours does not matter."""
+        points = neighborhood.flatten(0, 1)  # (B*G, K, C)
+        points = nn.functional.linear(points, *fold_batch_norm(self.linear_1, self.norm_1)).relu_()
+        points = self.linear_2(points)  # (B*G, K, 256)
+        groups = points.amax(1)  # (B*G, 256)
+        weight, bias = fold_batch_norm(self.linear_3, self.norm_2)
+        group_weight, point_weight = weight.chunk(2, dim=1)
+        groups = nn.functional.linear(groups, group_weight, bias)  # (B*G, 512)
+        points = nn.functional.linear(points, point_weight)  # (B*G, K, 512)
+        points = self.linear_4(points.add_(groups[:, None]).relu_())  # (B*G, K, D)
+        return points.amax(1).unflatten(0, neighborhood.shape[:2])  # (B, G, D)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned embedding of the groups' centres: Linear 3→128, GELU, Linear 128→D."""
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(3, 128)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(128, config.hidden_size)
+
+    def forward(self, center: torch.Tensor) -> torch.Tensor:
+        """(B, G, 3) → (B, G, D)."""
+        return self.linear_2(self.act(self.linear_1(center)))
+
+
+class PointBertAttention(nn.Module):
+    """Multi-head self-attention; the fused qkv has no bias, the output projection has one."""
+
+    is_causal = False
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, 1+G, D) → (B, 1+G, D)."""
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # (B, 1+G, 3, H, D/H)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, 1+G, D/H)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        hidden_states, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        return self.proj(hidden_states.flatten(2))
+
+
+class PointBertMLP(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class PointBertBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = PointBertAttention(config)
+        self.norm_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PointBertMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """(B, 1+G, D) twice → (B, 1+G, D). The positions are added before every block and stay in the residual."""
+        hidden_states = hidden_states + position
+        hidden_states = hidden_states + self.attention(self.norm_1(hidden_states))
+        return hidden_states + self.mlp(self.norm_2(hidden_states))
+
+
+class PointBert(PreTrainedModel):
+    """The 3D encoder: neighbourhoods become tokens, a transformer relates them. Paper: §3.1.1."""
+
+    config: MiniGPT3DPointConfig
+    config_class = MiniGPT3DPointConfig
+    main_input_name = "point_clouds"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PointBertBlock", "MiniPointNet"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__(config)
+        self.mini_pointnet = MiniPointNet(config)
+        self.group_projection = nn.Linear(config.group_embedding_size, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_position = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embedding = PositionEmbedding(config)
+        self.blocks = nn.ModuleList([PointBertBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PointBert):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.normal_(module.cls_position, std=self.config.initializer_range)
+
+    def encode_groups(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+        """Neighbourhoods (B, G, K, C) around centres (B, G, 3) → (B, 1+G, D), the cls token first."""
+        tokens = self.group_projection(self.mini_pointnet(neighborhood))  # (B, G, D)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+G, D)
+        position = self.position_embedding(center)  # (B, G, D)
+        position = torch.cat([self.cls_position.expand(len(tokens), -1, -1), position], dim=1)  # (B, 1+G, D)
+        for block in self.blocks:
+            tokens = block(tokens, position)
+        return self.norm(tokens)
+
+    def forward(self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None) -> torch.Tensor:
+        """(B, N, C) float32 → (B, 1+G, D), the cls token first; all tokens go on to the Q-Former.
+
+        Args:
+            point_clouds: xyz centred on the mean with largest norm 1, then rgb in [0, 1].
+            fps_start: index of the first centre, one or (B,); 0 by default, where the authors draw it at random.
+        """
+        # Distances need the full precision of the coordinates, whatever the model's dtype.
+        neighborhood, center = group(point_clouds.float(), self.config.num_groups, self.config.group_size, fps_start)
+        dtype = self.cls_token.dtype
+        return self.encode_groups(neighborhood.to(dtype), center.to(dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Point projection (paper: §3.1.2): the one new part of stage I
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PointProjection(nn.Module):
+    """MLP from the 3D encoder's width to the width that the Q-Former's cross-attention reads: Linear, GELU, Linear."""
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.point_config.hidden_size, config.point_projection_hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(config.point_projection_hidden_size, config.qformer_config.encoder_hidden_size)
+
+    def forward(self, point_features: torch.Tensor) -> torch.Tensor:
+        """(B, 1+G, D_point) → (B, 1+G, D_encoder)."""
+        return self.linear_2(self.act(self.linear_1(point_features)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixture of query experts (paper: §3.2): the experts differ in their queries alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class QueryTokens(nn.Module):
+    """One expert: its query tokens. A module, because PEFT saves modules and passes over bare parameters."""
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_query_tokens, config.qformer_config.hidden_size))
+
+    def forward(self) -> torch.Tensor:
+        """(Q, D)."""
+        return self.weight
+
+
+class QueryExpertRouter(nn.Module):
+    """Choose the experts of each cloud and their weights from the frozen encoder's features. Paper: §3.2."""
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__()
+        self.config = config
+        self.linear_1 = nn.Linear(2 * config.point_config.hidden_size, config.router_hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(config.router_hidden_size, config.num_query_experts)
+
+    def get_logits(self, point_features: torch.Tensor) -> torch.Tensor:
+        """(B, 1+G, D) → (B, E), from the cls feature beside the maximum over the others."""
+        global_feature = torch.cat([point_features[:, 0], point_features[:, 1:].amax(1)], dim=-1)  # (B, 2*D)
+        return self.linear_2(self.act(self.linear_1(global_feature)))
+
+    def forward(self, point_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 1+G, D) → chosen experts (B, S) int64 and their weights (B, S), most probable first."""
+        num_experts, router_type = self.config.num_query_experts, self.config.router_type
+        if router_type in ("sparse", "soft"):
+            probabilities = self.get_logits(point_features).softmax(-1, dtype=torch.float32)  # (B, E)
+            num_used = self.config.num_experts_per_cloud if router_type == "sparse" else num_experts
+            weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S); as they are, not renormalised
+            return experts, weights.to(point_features.dtype)
+        num_used = num_experts if router_type == "constant" else 1  # "none" is expert 0 alone
+        experts = torch.arange(num_used, device=point_features.device).expand(len(point_features), -1)
+        return experts, point_features.new_full(experts.shape, 1 / num_used)
+
+
+def block_diagonal_mask(num_blocks: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive attention mask (1, 1, S*Q, S*Q) under which each of S blocks of Q tokens sees itself alone."""
+    block = torch.arange(num_blocks, device=like.device).repeat_interleave(block_size)
+    apart = block[:, None] != block[None]
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill_(apart, torch.finfo(like.dtype).min)[None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Q-Former (paper: §3.1.2) is transformers' Blip2QFormerModel. Language projection (paper: §3.1.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LanguageProjection(nn.Module):
+    """From the Q-Former's width to the LLM's: TinyGPT-V's linear layer, then a new one, no activation between."""
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.qformer_config.hidden_size, config.language_projection_hidden_size)
+        self.linear_2 = nn.Linear(config.language_projection_hidden_size, config.text_config.hidden_size)
+
+    def forward(self, query_output: torch.Tensor) -> torch.Tensor:
+        """(B, Q, D_qformer) → (B, Q, D_text)."""
+        return self.linear_2(self.linear_1(query_output))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phi-2 as TinyGPT-V changed it (paper: §3.1.3): what differs from transformers' Phi
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class MiniGPT3DPhiAttention(PhiAttention):
+    """Phi's attention with a fused projection, laid out (heads, 3, head_dim) per token, and normed queries and keys."""
+
+    def __init__(self, config: MiniGPT3DPhiConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) → (B, T, D) and the attention weights where the implementation gives them."""
+        qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # (B, T, H, 3, D/H)
+        query, key, value = qkv.permute(3, 0, 2, 1, 4)  # each (B, H, T, D/H)
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query_rotary, query_pass = query.split([self.rotary_ndims, self.head_dim - self.rotary_ndims], dim=-1)
+        key_rotary, key_pass = key.split([self.rotary_ndims, self.head_dim - self.rotary_ndims], dim=-1)
+        query_rotary, key_rotary = apply_rotary_pos_emb(query_rotary, key_rotary, *position_embeddings)
+        query, key = torch.cat([query_rotary, query_pass], dim=-1), torch.cat([key_rotary, key_pass], dim=-1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.dense(output.flatten(2)), weights
+
+
+class MiniGPT3DPhiDecoderLayer(PhiDecoderLayer):
+    """Phi's parallel block with an RMSNorm on the attention branch: x + rmsnorm(attn(ln(x))) + mlp(ln(x))."""
+
+    def __init__(self, config: MiniGPT3DPhiConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = MiniGPT3DPhiAttention(config, layer_idx)
+        self.post_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """(B, T, D) → (B, T, D)."""
+        normed = self.input_layernorm(hidden_states)
+        attention = self.post_layernorm(self.self_attn(normed, **kwargs)[0])
+        return hidden_states + self.resid_dropout(attention) + self.resid_dropout(self.mlp(normed))
+
+
+class MiniGPT3DPhiModel(PhiModel):
+    """The paper's language model, without its head."""
+
+    config: MiniGPT3DPhiConfig
+    config_class = MiniGPT3DPhiConfig
+    _no_split_modules = ["MiniGPT3DPhiDecoderLayer"]
+
+    def __init__(self, config: MiniGPT3DPhiConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([MiniGPT3DPhiDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MiniGPT3DCausalLMOutputWithPast(ModelOutput):
+    """What a language model returns, and what the clouds became.
+
+    Args:
+        loss: scalar, where labels were given.
+        logits: (B, T, V).
+        past_key_values: the cache.
+        hidden_states, attentions: of the language model, where asked for.
+        point_features: (clouds, Q, D_text), where clouds were given.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    point_features: torch.Tensor | None = None
+
+
+@dataclass
+class MiniGPT3DModelOutputWithPast(BaseModelOutputWithPast):
+    """A decoder's output; `point_features` (clouds, Q, D_text) is what the clouds became."""
+
+    point_features: torch.Tensor | None = None
+
+
+def pin_qformer_attention(config: MiniGPT3DConfig):
+    """The Q-Former runs eager or sdpa attention, whatever the rest runs: the others take no block-diagonal mask."""
+    if config.qformer_config._attn_implementation not in (None, "eager"):
+        config.qformer_config._attn_implementation = "sdpa"
+
+
+class MiniGPT3DPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: MiniGPT3DConfig
+    config_class = MiniGPT3DConfig
+    base_model_prefix = "model"
+    input_modalities = ("point_cloud", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PointBertBlock", "MiniPointNet", "Blip2QFormerLayer", "MiniGPT3DPhiDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        pin_qformer_attention(self.config)
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, QueryTokens):
+            init.normal_(module.weight, std=self.config.qformer_config.initializer_range)
+
+
+class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
+    """MiniGPT-3D from cloud and text to the language model's last hidden states. Paper: figure 2."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__(config)
+        pin_qformer_attention(config)
+        self.point_encoder = PointBert(config.point_config)
+        self.point_projection = PointProjection(config)
+        self.router = QueryExpertRouter(config)
+        self.query_experts = nn.ModuleList([QueryTokens(config) for _ in range(config.num_query_experts)])
+        self.qformer = Blip2QFormerModel(config.qformer_config)
+        self.language_projection = LanguageProjection(config)
+        if config.text_config.model_type == MiniGPT3DPhiConfig.model_type:
+            self.language_model = MiniGPT3DPhiModel(config.text_config)
+        else:
+            self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_query_output(self, point_features: torch.Tensor) -> torch.Tensor:
+        """Mixture of query experts: each chosen expert's queries go through the Q-Former, the outputs are mixed.
+
+        All of a cloud's experts share one Q-Former call, and with it the cross-attention's keys and values; a
+        block-diagonal mask keeps them apart, so the result equals one call per expert. Paper: §3.2.
+
+        Args:
+            point_features: (B, 1+G, D_point) from the 3D encoder.
+
+        Returns:
+            (B, Q, D_qformer).
+        """
+        experts, weights = self.router(point_features)  # (B, S), (B, S)
+        queries = torch.stack([expert() for expert in self.query_experts])  # (E, Q, D)
+        num_used, num_queries = experts.shape[1], queries.shape[1]
+        queries = queries[experts.to(queries.device)].flatten(1, 2)  # (B, S*Q, D)
+        output = self.qformer(
+            query_embeds=queries,
+            attention_mask=block_diagonal_mask(num_used, num_queries, like=queries) if num_used > 1 else None,
+            encoder_hidden_states=self.point_projection(point_features),
+        ).last_hidden_state  # (B, S*Q, D)
+        output = output.unflatten(1, (num_used, num_queries))  # (B, S, Q, D)
+        return torch.einsum("bs,bsqd->bqd", weights.to(output.device, output.dtype), output)
+
+    def get_point_features(
+        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """What the language model reads in place of a cloud.
+
+        Args:
+            point_clouds: (B, N, 6) float32, xyz centred on the mean with largest norm 1, then rgb in [0, 1].
+            fps_start: index of the first centre, one or (B,); 0 by default.
+
+        Returns:
+            (B, Q, D_text).
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        num_channels = self.config.point_config.num_channels
+        if point_clouds.ndim != 3 or point_clouds.shape[-1] != num_channels:
+            raise ValueError(
+                f"point_clouds must have shape (clouds, points, {num_channels}): xyz and rgb; "
+                f"got {tuple(point_clouds.shape)}. MiniGPT3DProcessor makes it from files, arrays and meshes."
+            )
+        point_features = self.point_encoder(point_clouds, fps_start)  # (B, 1+G, D_point)
+        return self.language_projection(self.get_query_output(point_features))
+
+    def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the point vectors go: (B, T) bool."""
+        token_id = self.config.point_token_id
+        if input_ids is not None:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, point_features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where the point vectors go, once it is sure that they fit: (B, T, 1) bool.
+
+        Raises:
+            ValueError: other than one placeholder for each vector, with both counts in the message.
+        """
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        num_clouds = 0 if point_features is None else len(point_features)
+        num_vectors = num_clouds * self.config.num_query_tokens
+        torch_compilable_check(
+            mask.sum() == num_vectors,
+            lambda: (
+                f"the text holds {int(mask.sum())} point placeholders, but {num_clouds} point clouds of "
+                f"{self.config.num_query_tokens} vectors each need {num_vectors}. Pass as many point_clouds as the "
+                "text has <point> marks; MiniGPT3DProcessor writes the right number."
+            ),
+        )
+        return mask[..., None]
+
+    def embed(
+        self,
+        input_ids: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text and clouds as the language model reads them: embeddings (B, T, D), point features or None."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        point_features = None
+        if point_clouds is not None:
+            point_features = self.get_point_features(point_clouds).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, point_features)
+        elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
+            self.get_placeholder_mask(input_ids, inputs_embeds, None)
+        return inputs_embeds, point_features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MiniGPT3DModelOutputWithPast:
+        """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
+        inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return MiniGPT3DModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            point_features=point_features,
+        )
+
+
+def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
+    """The head that the backbone's own causal language model has: with a bias (Phi) or without (Llama).
+
+    Raises:
+        ValueError: a backbone that does more to its logits than one linear layer.
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(text_config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"text_config.{name} is {getattr(text_config, name)}: {text_config.model_type} changes its logits behind "
+                "its head, which MiniGPT-3D does not. Choose a backbone with a plain head, such as Phi, Llama or Qwen3."
+            )
+    with torch.device("meta"):  # of interest is its shape alone
+        if text_config.model_type == MiniGPT3DPhiConfig.model_type:
+            bias = True
+        else:
+            bias = AutoModelForCausalLM.from_config(text_config).get_output_embeddings().bias is not None
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
+
+
+class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
+    """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
+
+    def __init__(self, config: MiniGPT3DConfig):
+        super().__init__(config)
+        self.model = MiniGPT3DModel(config)
+        self.lm_head = build_lm_head(config.text_config)
+        embedding = self.get_input_embeddings()  # its name is the backbone's own
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # where text_config ties them
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_point_features(
+        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """See `MiniGPT3DModel.get_point_features`: (B, N, 6) → (B, Q, D_text)."""
+        return self.model.get_point_features(point_clouds, fps_start)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MiniGPT3DCausalLMOutputWithPast:
+        """Score text about point clouds.
+
+        Args:
+            input_ids: (B, T) int64; each cloud is `num_query_tokens` placeholders (`config.point_token_id`).
+            attention_mask: (B, T), 0 at padding.
+            point_clouds: (clouds in the batch, N, 6) float32 in the order of their placeholders, xyz centred with
+                largest norm 1, rgb in [0, 1].
+            labels: (B, T) int64, -100 where no loss is wanted; shifted by the loss itself.
+            position_ids: (B, T); plain counting by default, whatever the mask (generation counts from the mask).
+            past_key_values: cache of an earlier call.
+            inputs_embeds: (B, T, D_text) instead of `input_ids`.
+            logits_to_keep: only the last so many positions get logits; 0 means all.
+
+        Raises:
+            ValueError: placeholders and clouds that do not match, or clouds of a wrong shape.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            point_clouds=point_clouds,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return MiniGPT3DCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            point_features=outputs.point_features,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, point_clouds=None, **kwargs):
+        """For beams and several answers: a row's clouds go with each of its copies, however many it has."""
+        if point_clouds is not None and expand_size > 1:
+            embeds = kwargs.get("inputs_embeds")
+            mask = self.model.find_placeholders(None if embeds is not None else input_ids, embeds)
+            clouds_per_row = (mask.sum(1) // self.config.num_query_tokens).tolist()
+            point_clouds = torch.cat([row.repeat(expand_size, 1, 1) for row in point_clouds.split(clouds_per_row)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, model_kwargs | {"point_clouds": point_clouds}
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        point_clouds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
+        """The clouds go in with the prompt; afterwards they are in the cache."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs["point_clouds"] = point_clouds
+        return model_inputs
+
+
+__all__ = [
+    "MiniGPT3DForConditionalGeneration",
+    "MiniGPT3DModel",
+    "MiniGPT3DPhiModel",
+    "MiniGPT3DPreTrainedModel",
+]

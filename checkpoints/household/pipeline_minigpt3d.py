@@ -1,0 +1,185 @@
+"""From a 3D object to text in one call: `pipeline("point-cloud-to-text")`."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, Pipeline
+from transformers.generation.streamers import TextStreamer
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER
+
+
+TASK = "point-cloud-to-text"
+# The authors' benchmarks stop at 150 on Objaverse. Paper: §4.
+DEFAULT_MAX_NEW_TOKENS = 150
+
+
+def _is_chat(item: Any) -> bool:
+    """Whether this is one conversation, a list of `{"role": …, "content": …}`."""
+    return (
+        isinstance(item, (list, tuple))
+        and len(item) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in item)
+    )
+
+
+class PointCloudToTextPipeline(Pipeline):
+    """Answer a question about a 3D object, or go on with a conversation about one.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> describe = pipeline("point-cloud-to-text", model=folder_or_id, trust_remote_code=True)
+    >>> describe("chair.ply")
+    [{'generated_text': 'A brown wooden chair.'}]
+    >>> describe(["chair.ply", "lamp.npy"], prompt="What color is it?", batch_size=2)
+    [[{'generated_text': 'Brown.'}], [{'generated_text': 'White.'}]]
+    ```
+
+    Decoding is greedy and ends at `###`, which is not part of the text.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A batch is padded by the base class, as this says; an answer must follow its question without a gap.
+        self.processor.tokenizer.padding_side = "left"
+
+    def __call__(self, inputs: Any, **kwargs) -> list[dict[str, str]] | list[list[dict[str, str]]]:
+        """Describe objects.
+
+        Args:
+            inputs: one input or a list (or a generator, or a `torch.utils.data.Dataset`) of them. An input is what the
+                processor reads as a point cloud (a path, an array or a tensor (N, 3 or 6), a trimesh object), or a chat: a list of
+                messages whose content holds `{"type": "point_cloud", "point_cloud": …}` and
+                `{"type": "text", "text": …}`.
+            prompt (`str`, *optional*): the question about each object that is not a chat; "What is this?" by default.
+            batch_size (`int`, *optional*): inputs that are answered together, 1 by default.
+            kwargs: any argument of `generate`, here or in `pipeline(…)`: `max_new_tokens` (150 by default), `num_beams`,
+                `do_sample`, `streamer` …
+
+        Returns:
+            For one input a list of `{"generated_text": str}`, as many as `num_return_sequences`; for a list of inputs a
+            list of such lists.
+
+        Raises:
+            ValueError: an input that cannot be read, a `prompt` beside a chat, or one that is no text.
+        """
+        if _is_chat(inputs):
+            inputs = {"messages": inputs}  # in a dict, or the base class takes its messages for a batch
+        elif isinstance(inputs, (list, tuple)):
+            if not inputs:
+                return []
+            inputs = [{"messages": item} if _is_chat(item) else item for item in inputs]
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, prompt: str | None = None, **generate_kwargs) -> tuple[dict, dict, dict]:
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(
+                f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Ask different questions in chats or one by one."
+            )
+        return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
+
+    def preprocess(self, inputs: Any, prompt: str | None = None) -> dict[str, Any]:
+        """One input → `input_ids` (1, T), `attention_mask` (1, T) and `point_clouds`, a list of one (C, N, 6) or of none."""
+        messages = self._messages(inputs, prompt)
+        encoded = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        # A list, because what collates a batch would keep the first cloud of each chat only.
+        clouds = encoded.pop("point_clouds", None)
+        return {**encoded, "point_clouds": [] if clouds is None else [clouds]}
+
+    def _messages(self, inputs: Any, prompt: str | None) -> list[dict[str, Any]]:
+        if hasattr(inputs, "messages"):  # the base class has wrapped a generator's chats
+            inputs = {"messages": inputs.messages}
+        elif _is_chat(inputs):  # an item of a dataset
+            inputs = {"messages": inputs}
+        if inputs is None:
+            raise ValueError(
+                f"{TASK}: None cannot be read; an input is a path, an array, a mesh or a list of messages."
+            )
+        if not isinstance(inputs, dict):
+            question = DEFAULT_PROMPT if prompt is None else prompt
+            content = [{"type": "point_cloud", "point_cloud": inputs}, {"type": "text", "text": question}]
+            return [{"role": "user", "content": content}]
+        messages = inputs.get("messages")
+        if not _is_chat(messages):
+            raise ValueError(
+                f"{TASK}: an input is a path, an array, a mesh or a list of messages with 'role' and 'content', "
+                f"got a dict with the keys {sorted(map(str, inputs))}."
+            )
+        if prompt is not None:
+            raise ValueError(f"{TASK}: a chat brings its own questions; leave out prompt, got {prompt!r}.")
+        return [dict(message) for message in messages]
+
+    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
+        """Generate; returns the new tokens, (B, num_return_sequences, T)."""
+        model_inputs = dict(model_inputs)
+        clouds = list(_flatten(model_inputs.pop("point_clouds")))
+        if clouds:
+            model_inputs["point_clouds"] = torch.cat(clouds)
+        batch_size, prompt_length = model_inputs["input_ids"].shape
+        generated = self.model.generate(
+            **model_inputs, **self._generation_arguments(generate_kwargs), tokenizer=self.processor.tokenizer
+        )
+        sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
+        return {"answers": sequences[:, prompt_length:].unflatten(0, (batch_size, -1))}
+
+    def _generation_arguments(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The caller's arguments of `generate`, with an end for the answer: `###`, and a number of tokens if none is set."""
+        arguments = dict(generate_kwargs)
+        config = arguments.get("generation_config") or self.model.generation_config
+        stops = arguments.get("stop_strings") or config.stop_strings or []
+        ends = {"stop_strings": list(dict.fromkeys([*([stops] if isinstance(stops, str) else stops), END_OF_ANSWER]))}
+        if config.max_new_tokens is None and not {"max_new_tokens", "max_length"} & arguments.keys():
+            ends["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        if "generation_config" not in arguments:
+            return arguments | ends
+        config = copy.deepcopy(config)  # generate takes a configuration or arguments, not both
+        config.update(**ends)
+        return arguments | {"generation_config": config}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        """New tokens of one input, (1, num_return_sequences, T) → texts without their `###`."""
+        texts = self.processor.tokenizer.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
+        return [{"generated_text": text.split(END_OF_ANSWER)[0].strip()} for text in texts]
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer while it is made: neither the prompt nor the `###` behind it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        # Text is handed over in words, so the mark comes whole, behind the last of them.
+        super().on_finalized_text(text.split(END_OF_ANSWER)[0], stream_end)
+
+
+def _flatten(nested: Iterable) -> Iterable[torch.Tensor]:
+    """The tensors in a list, or in the list of lists that a batch of such lists is collated to."""
+    for item in nested:
+        if isinstance(item, torch.Tensor):
+            yield item
+        else:
+            yield from _flatten(item)
+
+
+def register():
+    """Make the task known where the package is installed, so that it needs no `trust_remote_code`."""
+    if TASK not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, pipeline_class=PointCloudToTextPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+        )
+
+
+__all__ = ["AnswerStreamer", "PointCloudToTextPipeline", "register"]

@@ -1,0 +1,491 @@
+"""Processor of MiniGPT-3D: point clouds and chat text in, `input_ids`, `attention_mask` and `point_clouds` out.
+
+One chat template serves training, evaluation, pipeline and demo (paper: §3.1.3, and the authors' code to the character).
+In text a cloud is one `<point>`; in `input_ids` it is `num_query_tokens` of them, which the model replaces by vectors.
+
+Nothing here changes what is asked. As in the authors' code, training data lower-cases the questions of single rounds
+(`clean_question`) and leaves those of longer talks alone; at inference a question stays as it was typed.
+
+Shapes: B texts, C clouds of the batch, P points, T tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .point_cloud_minigpt3d import load_point_cloud
+
+
+POINT_TOKEN = "<point>"
+END_OF_PROMPT = "[/INST]"
+END_OF_ANSWER = "###"
+DEFAULT_PROMPT = "What is this?"
+IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def _chat_template(opening: str, cloud: str, closing: str) -> str:
+    """User turns as opening, `cloud` for each of its clouds, text, closing; assistant turns as text and `###`."""
+    return (
+        "{%- for message in messages -%}"
+        "{%- set content = [{'type': 'text', 'text': message['content']}] "
+        "if message['content'] is string else message['content'] -%}"
+        "{%- if message['role'] == 'user' -%}"
+        "{{- " + opening + " -}}"
+        "{%- for item in content -%}{%- if item['type'] == 'point_cloud' -%}{{- '" + cloud + "' -}}"
+        "{%- elif item['type'] != 'text' -%}"
+        "{{- raise_exception(\"Content must be of type 'text' or 'point_cloud', got '\" + item['type'] + \"'.\") -}}"
+        "{%- endif -%}{%- endfor -%}"
+        "{%- for item in content if item['type'] == 'text' -%}{{- item['text'] -}}{%- endfor -%}"
+        "{{- '" + closing + "' -}}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        "{%- generation -%}"
+        "{%- for item in content if item['type'] == 'text' -%}{{- item['text'] -}}{%- endfor -%}"
+        "{{- '" + END_OF_ANSWER + "' -}}"
+        "{%- endgeneration -%}"
+        "{%- else -%}"
+        "{{- raise_exception(\"Roles must be 'user' or 'assistant', got '\" + message['role'] + \"'.\") -}}"
+        "{%- endif -%}{%- endfor -%}"
+    )
+
+
+CHAT_TEMPLATES = {
+    # The authors put a blank behind every question and another in front of [/INST]: there are two.
+    "default": _chat_template(
+        "bos_token | default('', true) + '[INST] '", f"<PC>{POINT_TOKEN}</PC> ", f"  {END_OF_PROMPT}"
+    ),
+    # What the authors' evaluation scripts prompt with: <s> is plain text to Phi's tokenizer, [INST] stands twice, no bos.
+    "benchmark": _chat_template("'<s>[INST] '", f"<PC>{POINT_TOKEN}</PC> <s>[INST] ", f" {END_OF_PROMPT}"),
+}
+
+
+def clean_question(question: str) -> str:
+    """BLIP's caption clean-up, which the authors apply to the questions of single rounds (never to answers)."""
+    question = re.sub(r"[.!\"()*#:;~]", " ", question.lower())
+    question = re.sub(r"\s{2,}", " ", question).strip("\n").strip(" ")
+    return " ".join(question.split(" ")[:50])
+
+
+def prepare_tokenizer(tokenizer):
+    """Give a fast tokenizer what MiniGPT-3D needs; it is changed in place, and once is as good as twice.
+
+    `<point>` becomes a special token of its own (the language model's embedding must have a row for it). Text is cut
+    behind `[/INST]` and `###` before it is tokenised, because the authors tokenise prompts and answers apart: no token
+    spans both, so each label stands on an answer or does not. Padding goes to the left, and is eos where the tokenizer
+    has no pad token.
+
+    Args:
+        tokenizer: any fast tokenizer of transformers.
+
+    Returns:
+        The same tokenizer.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, or has neither pad nor eos token.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"MiniGPT-3D needs a fast tokenizer, got {type(tokenizer).__name__}. Convert it: a fast one is saved as tokenizer.json."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has neither pad nor eos token. Set tokenizer.pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # where generation, and what pads for it, wants it
+    if POINT_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(POINT_TOKEN, special=True, normalized=False)], special_tokens=True)
+
+    backend = tokenizer.backend_tokenizer
+    own = json.loads(backend.to_str())["pre_tokenizer"]
+    if END_OF_PROMPT not in json.dumps(own):
+        cuts = [pre_tokenizers.Split(mark, "merged_with_previous") for mark in (END_OF_PROMPT, END_OF_ANSWER)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *([backend.pre_tokenizer] if own else [])])
+    return tokenizer
+
+
+# ---- Point clouds ---------------------------------------------------------------------------------------------------
+
+
+class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
+    """Reads, samples and normalises point clouds; see `load_point_cloud`, whose arguments these are.
+
+    Args:
+        num_points: points of every cloud.
+        missing_color: "black" (as ModelNet40 in the paper), "gray", "white" or (r, g, b) in [0, 1] for points without
+            colour. The model takes it for the object's colour.
+        up_axis: the axis that points up in the sources, "x", "y" or "z"; None leaves them as they are.
+        seed: of the sampling.
+    """
+
+    model_input_names = ["point_clouds"]
+    _auto_class = "AutoFeatureExtractor"
+
+    def __init__(
+        self,
+        num_points: int = 8192,
+        missing_color: str | tuple[float, float, float] = "black",
+        up_axis: str | None = None,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_points = num_points
+        self.missing_color = missing_color
+        self.up_axis = up_axis
+        self.seed = seed
+
+    def __call__(self, point_clouds: Any, return_tensors: str | None = None, up_axis: str | None = None):
+        """One source or a list of them → BatchFeature with `point_clouds` (C, num_points, 6) float32.
+
+        `up_axis` goes before the processor's own, for these sources.
+        """
+        clouds = [
+            load_point_cloud(source, self.num_points, self.missing_color, up_axis or self.up_axis, self.seed)
+            for source in _sources(point_clouds)
+        ]
+        if not clouds:
+            raise ValueError("point_clouds is an empty list. Pass at least one cloud, or none at all (None).")
+        return BatchFeature({"point_clouds": np.stack(clouds)}, tensor_type=return_tensors)
+
+
+def _sources(point_clouds: Any) -> Iterator[Any]:
+    """Single sources out of one, a list of them, a list of lists, or an array (C, N, 6)."""
+    if point_clouds is None:
+        return
+    if isinstance(point_clouds, (list, tuple)) or getattr(point_clouds, "ndim", 0) == 3:
+        for item in point_clouds:
+            yield from _sources(item)
+    else:
+        yield point_clouds
+
+
+# ---- Processor ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One text, placeholders expanded: T ids, and for each whether it belongs to an answer."""
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+    def __getitem__(self, positions) -> "_Tokens":
+        return _Tokens(self.ids[positions], self.is_answer[positions])
+
+
+class MiniGPT3DProcessor(ProcessorMixin):
+    """Point clouds and text, together.
+
+    ```python
+    >>> content = [{"type": "point_cloud", "point_cloud": "chair.ply"}, {"type": "text", "text": "What is this?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
+    ... )
+    >>> sorted(inputs)
+    ['attention_mask', 'input_ids', 'point_clouds']
+    ```
+
+    Args:
+        feature_extractor: a `MiniGPT3DPointCloudProcessor`.
+        tokenizer: any fast tokenizer; `prepare_tokenizer` is applied to it.
+        num_query_tokens: vectors that the model makes of a cloud, thus placeholders for each in `input_ids`.
+        chat_template: a template, or several by name. By default "default" (the training prompt) and "benchmark" (that
+            of the authors' evaluation, for comparison with their numbers).
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        num_query_tokens: int = 32,
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        # Loading builds some tokenizers anew from their vocabulary, without what prepare_tokenizer had put in.
+        prepare_tokenizer(tokenizer)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES)
+        self.num_query_tokens = num_query_tokens
+
+    @property
+    def point_token_id(self) -> int:
+        """The id of `<point>`, for the model's configuration."""
+        return self.tokenizer.convert_tokens_to_ids(POINT_TOKEN)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "point_clouds"]
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        point_clouds: Any = None,
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        return_tensors: str | None = None,
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        up_axis: str | None = None,
+    ) -> BatchFeature:
+        """Texts in which `<point>` stands for a cloud, and those clouds in order.
+
+        Args:
+            text: one text or B of them, as `apply_chat_template` renders it. Nothing is added to it, no bos either.
+            point_clouds: one source or C of them (lists of lists, too), see `load_point_cloud`.
+            images, videos, audio: not for this model.
+            return_tensors: "pt", "np", or None for lists.
+            padding: True or "longest" to the longest text, "max_length" to `max_length`, False or "do_not_pad" not at all.
+            truncation: whether a text that is too long is cut at its end. Placeholders of clouds are never cut.
+            max_length: the most tokens of a text, placeholders counted; by default what the tokenizer says the model has.
+            padding_side: "left" or "right"; by default the tokenizer's, which is left, as generation needs it.
+            up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
+
+        Returns:
+            BatchFeature with `input_ids` and `attention_mask` (B, T), and `point_clouds` (C, num_points, 6) if there are any.
+
+        Raises:
+            ValueError: texts and clouds do not fit each other, a text is too long, or a cloud cannot be used.
+        """
+        for name, given in (("images", images), ("videos", videos), ("audio", audio)):
+            if given is not None:
+                raise ValueError(f"MiniGPT-3D reads point clouds and text, got {name}. Pass point_clouds=… instead.")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}.")
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"padding_side must be 'left', 'right' or None (the tokenizer's), got {padding_side!r}.")
+        sources = list(_sources(point_clouds))
+        data = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            if not texts:
+                raise ValueError("text is an empty list. Pass at least one text, or none at all (None).")
+            rows = self._tokenize(texts, [[]] * len(texts), len(sources))
+            rows = [self._fit(row, max_length, truncation) for row in rows]
+            data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
+        if sources:
+            data["point_clouds"] = self.feature_extractor(sources, up_axis=up_axis)["point_clouds"]
+        if not data:
+            raise ValueError("Nothing to process: pass text, point_clouds or both.")
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Conversations as the text that the model was trained on, or right away as its inputs.
+
+        Args:
+            conversation: a list of messages, `{"role": "user" | "assistant", "content": …}`, or B such lists. Content is
+                text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`.
+            chat_template: the name of one of the processor's templates, or a template; "default" by default.
+            add_generation_prompt: accepted and without effect: a prompt ends where the answer begins.
+            continue_final_message: leave the last answer open, so that the model goes on with it.
+            tokenize: whether to return ids rather than text.
+            return_tensors, return_dict: as everywhere in transformers.
+            processor_kwargs, kwargs: for `__call__`, such as `up_axis` and `padding`.
+
+        Returns:
+            With `tokenize` and `return_dict` what `__call__` returns; ids without `return_dict`; else text, one or B.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        conversations, is_batched = _conversations(conversation)
+        texts, _ = self._render(
+            conversations,
+            chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        if not tokenize:
+            return texts if is_batched else texts[0]
+        inputs = self(
+            text=texts,
+            point_clouds=list(_message_clouds(conversations)),
+            return_tensors=None if return_tensors == "auto" else return_tensors,
+            **(processor_kwargs or {}) | kwargs,
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def encode_training(
+        self, conversations: list[list[dict]], point_clouds: Any = None, max_text_length: int | None = None
+    ) -> BatchFeature:
+        """Whole conversations with their labels.
+
+        Args:
+            conversations: B lists of messages, see `apply_chat_template`, each with at least one answer.
+            point_clouds: their C clouds in order; by default those in the messages.
+            max_text_length: tokens kept of what follows the first prompt; the rest is cut off. The authors' `max_txt_len`.
+
+        Returns:
+            BatchFeature of tensors: `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; labels are the
+            ids of answers and their `###`, and -100 elsewhere. `point_clouds` (C, num_points, 6). T is the longest row; the
+            authors' batches are as wide as the longest first prompt plus the longest rest, and empty beyond it.
+
+        Raises:
+            ValueError: as `__call__`; also a conversation without answer, or a cloud behind `max_text_length`.
+        """
+        if not conversations:
+            raise ValueError("conversations is an empty list. Pass at least one conversation.")
+        if point_clouds is None:
+            point_clouds = list(_message_clouds(conversations))
+        sources = list(_sources(point_clouds))
+        texts, spans = self._render(conversations, None)
+        rows = []
+        for index, row in enumerate(self._tokenize(texts, spans, len(sources))):
+            if not row.is_answer.any():
+                raise ValueError(f"Conversation {index} has no answer to learn from; the last message must be one.")
+            if max_text_length is not None:
+                end = int(row.is_answer.argmax()) + max_text_length
+                if (row.ids[end:] == self.point_token_id).any():
+                    raise ValueError(
+                        f"Conversation {index}: max_text_length={max_text_length} would cut off a point cloud. "
+                        "Raise it, or show the cloud in the first question."
+                    )
+                row = row[:end]
+            rows.append(self._fit(row, None, truncation=False))
+        data, is_answer = self._pad(rows, "longest", "right", None)
+        data["labels"] = np.where(is_answer, data["input_ids"], IGNORED_LABEL)
+        if sources:
+            data["point_clouds"] = self.feature_extractor(sources)["point_clouds"]
+        return BatchFeature(data, tensor_type="pt")
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
+        """Ids (B, T) of prompts with or without answers → texts that end with the last answer, without its `###`.
+
+        For transformers' image-text-to-text pipeline.
+        """
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        cut = []
+        for text in texts:
+            prompt, mark, answer = text.rpartition(END_OF_PROMPT)
+            cut.append(prompt + mark + answer.split(END_OF_ANSWER)[0])
+        return cut
+
+    def _render(
+        self, conversations: list, chat_template: str | None, **kwargs
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """B texts, and for each the (start, end) of its answers in characters."""
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        if "{" not in template:
+            raise ValueError(f"chat_template must be one of {', '.join(templates)} or a template, got {template!r}.")
+        return render_jinja_template(
+            conversations=conversations,
+            chat_template=template,
+            return_assistant_tokens_mask="generation" in template,
+            **self.tokenizer.special_tokens_map,
+            **kwargs,
+        )
+
+    def _tokenize(self, texts: list[str], answer_spans: list[list[tuple[int, int]]], num_clouds: int) -> list[_Tokens]:
+        """Texts → tokens, `<point>` repeated for every vector of a cloud."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = []
+        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans, strict=True):
+            ids, starts = np.array(ids, dtype=np.int64), np.array([start for start, _ in offsets], dtype=np.int64)
+            is_answer = np.zeros(len(ids), dtype=bool)
+            for start, end in spans:
+                is_answer |= (start <= starts) & (starts < end)
+            rows.append(_Tokens(ids, is_answer))
+        num_placeholders = sum(int((row.ids == self.point_token_id).sum()) for row in rows)
+        if num_placeholders != num_clouds:
+            raise ValueError(
+                f"The text has {num_placeholders} {POINT_TOKEN} placeholders, but {num_clouds} point clouds were given. "
+                f"Write one {POINT_TOKEN} for each cloud, or let apply_chat_template do it."
+            )
+        return [
+            row[np.repeat(np.arange(len(row.ids)), np.where(row.ids == self.point_token_id, self.num_query_tokens, 1))]
+            for row in rows
+        ]
+
+    def _fit(self, row: _Tokens, max_length: int | None, truncation: bool) -> _Tokens:
+        """The row if it is short enough; else cut, if that was asked for."""
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
+        excess = len(row.ids) - limit
+        if excess <= 0:
+            return row
+        if not truncation:
+            raise ValueError(
+                f"The text has {len(row.ids)} tokens with {self.num_query_tokens} for each cloud, but the context has {limit}. "
+                "Shorten it, or pass truncation=True to lose its end."
+            )
+        (removable,) = np.nonzero(row.ids != self.point_token_id)
+        if excess > len(removable):
+            raise ValueError(
+                f"max_length={limit} has no room for the {len(row.ids) - len(removable)} vectors of the point clouds, "
+                "which are never truncated. Raise it."
+            )
+        return row[np.delete(np.arange(len(row.ids)), removable[len(removable) - excess :])]
+
+    def _pad(
+        self, rows: list[_Tokens], padding: bool | str, side: str, max_length: int | None
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Rows → `input_ids` and `attention_mask` (B, T), and which of them are answers, (B, T)."""
+        lengths = [len(row.ids) for row in rows]
+        if padding in (False, "do_not_pad") and len(set(lengths)) > 1:
+            return {"input_ids": [r.ids.tolist() for r in rows], "attention_mask": [[1] * n for n in lengths]}, None
+        if padding == "max_length" and max_length is None:
+            max_length = self.tokenizer.model_max_length
+        width = max_length if padding == "max_length" else max(lengths)
+        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+        is_answer = np.zeros((len(rows), width), dtype=bool)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            place = slice(width - length, width) if side == "left" else slice(0, length)
+            input_ids[number, place], attention_mask[number, place] = row.ids, 1
+            is_answer[number, place] = row.is_answer
+        return {"input_ids": input_ids, "attention_mask": attention_mask}, is_answer
+
+
+def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
+    """One conversation or a batch of them → a batch, and whether it was one."""
+    conversation = getattr(conversation, "messages", conversation)
+    if not len(conversation):
+        raise ValueError("The conversation is an empty list. Pass at least one message.")
+    if isinstance(conversation[0], dict):
+        return [conversation], False
+    return [getattr(item, "messages", item) for item in conversation], True
+
+
+def _message_clouds(conversations: Iterable[list[dict]]) -> Iterator[Any]:
+    """The sources in the messages, in order."""
+    for message in (message for conversation in conversations for message in conversation):
+        content = message["content"]
+        for item in [] if isinstance(content, str) else content:
+            if item["type"] == "point_cloud" and item.get("point_cloud") is not None:
+                yield item["point_cloud"]
+
+
+__all__ = [
+    "CHAT_TEMPLATES",
+    "DEFAULT_PROMPT",
+    "END_OF_ANSWER",
+    "POINT_TOKEN",
+    "MiniGPT3DPointCloudProcessor",
+    "MiniGPT3DProcessor",
+    "clean_question",
+    "prepare_tokenizer",
+]
