@@ -94,6 +94,8 @@ def load_model(name: str):
     Raises:
         CommandError: there is no such model, it cannot be read, or weights are missing.
     """
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
     from transformers import logging
 
     from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration

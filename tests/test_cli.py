@@ -273,3 +273,11 @@ def test_output_that_nobody_reads(objects, model_dir):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_a_model_that_cannot_be_is_refused_without_asking_the_hub(monkeypatch):
+    monkeypatch.setattr("minigpt3d.modeling_minigpt3d.MiniGPT3DForConditionalGeneration.from_pretrained", None)
+    with pytest.raises(
+        minigpt3d_cli.CommandError, match="there is no folder nonsense, and a model on the Hub is named OWNER/NAME"
+    ):
+        minigpt3d_cli.load_model("nonsense")
