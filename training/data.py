@@ -139,8 +139,8 @@ def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A cloud as it might have come out of another scan, at random: the same object, so the same answers hold.
 
     The proportions change by up to 10 % along each axis; the object turns about the up axis y, half of the time by no
-    more than 15°, since most objects stand straight; points are off by 0.5 % of the size; one cloud in ten loses its
-    colour (black, as `missing_color` makes it); one in four has fewer points, repeated up to the same number.
+    more than 15°, since most objects stand straight; points are off by 0.5 % of the size; one cloud in four has fewer
+    points, repeated up to the same number. Colours stay, as answers speak of them.
 
     Args:
         point_cloud: (N, 6) float32, xyz and rgb; it is left as it is.
@@ -155,8 +155,6 @@ def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     coord = coord @ np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
     coord = coord + rng.normal(scale=0.005 * np.linalg.norm(coord, axis=1).max(), size=coord.shape)
-    if rng.random() < 0.1:
-        color = np.zeros_like(color)
     cloud = np.concatenate([coord, color], axis=1).astype(np.float32)
     if rng.random() < 0.25:
         num_points = len(cloud)

@@ -61,6 +61,8 @@ def run_module(*command: str | Path):
         SystemExit: it failed; its own message stands above.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    # glibc would give every large tensor back and fetch it anew: 0.97 against 0.66 seconds a step of the encoder.
+    environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     completed = subprocess.run([sys.executable, "-m", *map(str, command)], env=environment, check=False)
     if completed.returncode:
         raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … ended with code {completed.returncode}.")

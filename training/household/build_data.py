@@ -46,7 +46,7 @@ SOURCES = {
     "multi_round": "multi_round",
 }
 # Half of all objects are of no kind of the table: the named ones are shown more often.
-BRIEF_PER_OBJECT = {True: 6, False: 2}
+BRIEF_PER_OBJECT = {True: 6, False: 1}
 RECOLORED_PER_OBJECT = {True: 2, False: 0}
 
 

@@ -54,7 +54,8 @@ def augment_views(
     """Turn, stretch, jitter and recolour views; their shape and thus their kind stays.
 
     Half of the views turn about the up axis y by at most 15°, the others by any angle; a quarter are mirrored; each
-    axis is stretched by up to 15 %; 40 % get new colours part by part, 12 % lose them (black), and the light changes a little.
+    axis is stretched by up to 15 %; half get new colours part by part, 12 % lose them (black), and the light changes a
+    little.
 
     Args:
         neighborhood: (B, G, K, 6), xyz relative to the centre and rgb.
@@ -87,7 +88,7 @@ def augment_views(
     noise = 0.01 * uniform(batch_size, 1, 1, 1) ** 2
     coord = coord + noise * torch.randn(coord.shape, generator=generator)
 
-    color = recolor(neighborhood[..., 3:], uniform(batch_size) < 0.4, generator)
+    color = recolor(neighborhood[..., 3:], uniform(batch_size) < 0.5, generator)
     light = 1 + 0.1 * (uniform(batch_size, 1, 1, 1) * 2 - 1)
     colored = uniform(batch_size) >= 0.12
     color = (color * light).clamp(0, 1) * colored[:, None, None, None]
