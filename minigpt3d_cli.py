@@ -1,4 +1,4 @@
-"""`minigpt3d describe` and `minigpt3d chat`: what a 3D model is, from the command line.
+"""`minigpt3d describe`, `chat`, `convert` and `verify`: the command line.
 
 A module of its own beside the package, because importing the package imports torch and transformers, and `--help` and
 mistyped commands must not wait for that.
@@ -68,7 +68,74 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("path", type=Path, metavar="FILE", help="point cloud or mesh")
     chat.set_defaults(run=run_chat)
+    add_convert(commands)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check that a converted model computes here what it computed where it was made",
+        description="Send a fixed cloud and prompt through a model, loaded without this package, and compare what comes "
+        "out with the verification.json of its folder.",
+        epilog="Exit code: 0 if it agrees, 1 if it does not or there is nothing to compare with.",
+    )
+    verify.add_argument("model", metavar="DIR_OR_ID", help="folder or Hub id")
+    verify.set_defaults(run=run_verify)
     return parser
+
+
+def add_convert(commands):
+    convert = commands.add_parser(
+        "convert",
+        help="make one Hub folder of the authors' released files, or of a training stage's result",
+        description="Make a folder that transformers loads. Without paths the released files are downloaded, after "
+        "you were told what and how large. Without stages 3 and 4 the result is what training/stage1.py starts from.",
+        epilog="Example: minigpt3d convert --out minigpt3d --dtype float16 --verify",
+    )
+    sources = convert.add_argument_group("the authors' files (none: download them all)")
+    for option, metavar, text in (
+        ("--phi", "DIR", "Phi-2: the authors' folder, or the official one"),
+        ("--blip2", "FILE", "blip2_pretrained_flant5xxl.pth"),
+        ("--point-encoder", "FILE", "point_model.pth"),
+        ("--tinygpt-v", "FILE", "TinyGPT-V_for_Stage3.pth"),
+        ("--stage3", "FILE", "MiniGPT_3D_stage_3.pth"),
+        ("--stage4", "FILE", "MiniGPT_3D_stage_4.pth"),
+    ):
+        sources.add_argument(option, type=Path, metavar=metavar, help=text)
+    sources.add_argument("--yes", action="store_true", help="download without asking")
+    convert.add_argument(
+        "--stage-result", type=Path, metavar="DIR", help="instead of files: what a run of training/stage*.py wrote"
+    )
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    convert.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float16",
+        help="of the weights (default: float16)",
+    )
+    convert.add_argument(
+        "--lora",
+        choices=["merge", "keep"],
+        default="merge",
+        help="merge: plain weights. keep: OUT/base and OUT/adapter, a PEFT adapter to go on training (default: merge)",
+    )
+    convert.add_argument(
+        "--router",
+        choices=["sparse", "soft", "constant", "none"],
+        help="mixing of the query experts (default: sparse, or none before stage IV)",
+    )
+    convert.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="let keys pass that do not fit, such as 'visual_encoder.*'; may be given several times, is recorded",
+    )
+    convert.add_argument(
+        "--config", type=Path, metavar="FILE", help="config.json of a model of other sizes (default: the paper's)"
+    )
+    convert.add_argument(
+        "--verify", action="store_true", help="load the result in a fresh process, and store what it computes"
+    )
+    convert.set_defaults(run=run_convert)
 
 
 def positive_int(text: str) -> int:
@@ -257,6 +324,87 @@ def run_chat(args: argparse.Namespace) -> int:
         messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": output["generated_text"]}]}]
         content = []
     return exit_code
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+    from minigpt3d.conversion import release, verify
+    from minigpt3d.conversion.hub_folder import check_folder
+
+    check_folder(args.out)
+    slots = ("phi", "blip2", "point_encoder", "tinygpt_v", "stage3", "stage4")
+    paths = {slot: getattr(args, slot) for slot in slots if getattr(args, slot) is not None}
+    if args.stage_result is not None:
+        if paths or args.config is not None:
+            raise CommandError("--stage-result stands alone: give it, or the authors' files")
+        if not (args.stage_result / "config.json").is_file():
+            raise CommandError(f"{args.stage_result}: no config.json; give the folder that training/stage*.py wrote")
+        from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+        config = MiniGPT3DConfig.from_pretrained(args.stage_result)
+        processor = MiniGPT3DProcessor.from_pretrained(args.stage_result)
+        sources = release.stage_sources(args.stage_result)
+    else:
+        config = MiniGPT3DConfig() if args.config is None else MiniGPT3DConfig.from_json_file(args.config)
+        paths, origins = (paths, {}) if paths else download_release(args.yes)
+        sources = release.release_sources(paths, origins)
+        processor = release.load_processor(paths["phi"], config)
+    plan = release.make_plan(sources, config, processor, args.router, args.ignore)
+    print(release.summary(plan), flush=True)
+
+    def check(folder: Path):
+        computed = verify.compute(folder)
+        verify.store(folder, computed)
+        print(verify.to_text(computed))
+
+    dtype = getattr(torch, args.dtype)
+    release.write_release(plan, args.out, dtype, args.lora, check if args.verify else lambda folder: None)
+    print(f"{args.out} is done")
+    return 0
+
+
+def download_release(yes: bool):
+    """Say what would be downloaded, ask, and download.
+
+    Raises:
+        CommandError: the answer is no, or nobody is there to ask.
+    """
+    from minigpt3d.conversion.download import fetch, find_release
+
+    download = find_release()
+    print(download, flush=True)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise CommandError("nothing was downloaded: there is nobody to ask; pass --yes")
+        if input("Download? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise CommandError("nothing was downloaded, as you said")
+    return fetch(download)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from minigpt3d.conversion import verify
+
+    if not Path(args.model).is_dir() and args.model.count("/") != 1:
+        raise CommandError(f"there is no folder {args.model}, and a model on the Hub is named OWNER/NAME")
+    stored = verify.read_stored(args.model)
+    computed = verify.compute(args.model)
+    print(verify.to_text(computed))
+    if stored is None:
+        raise CommandError(
+            f"{args.model} has no {verify.VERIFICATION_FILE}, so there is nothing to compare with (minigpt3d convert --verify writes one)"
+        )
+    found = verify.differences(computed, stored)
+    for line in found:
+        complain(line)
+    if found:
+        made = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
+        raise CommandError(f"{args.model} computes something else here than where it was made (with {made})")
+    if computed["text"] != stored["text"]:
+        print(f"stored    {stored['text']!r}: another text out of numbers that agree, as rounding may do")
+    print("agrees with verification.json")
+    return 0
 
 
 def read_questions() -> Iterator[str]:

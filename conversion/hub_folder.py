@@ -1,6 +1,9 @@
 """Write a model as a folder that is ready for the Hub: weights, configuration, processor and the code that reads them."""
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -25,6 +28,76 @@ def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer:
     config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
 
 
+def check_folder(output_dir: str | Path) -> Path:
+    """The folder's absolute path.
+
+    Raises:
+        ValueError: it exists and is something other than a model's folder.
+    """
+    output_dir = Path(output_dir).resolve()
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir} is a file; pass the name of a folder.")
+    if output_dir.exists() and any(output_dir.iterdir()) and not _is_a_models(output_dir):
+        raise ValueError(f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model.")
+    return output_dir
+
+
+def _is_a_models(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "base" / "config.json").exists()
+
+
+@contextmanager
+def written_whole(output_dir: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes `output_dir`'s name, and its place, once everything is in it.
+
+    Raises:
+        ValueError: as `check_folder`.
+        OSError: the disk is full; nothing of what was written is left.
+    """
+    output_dir = check_folder(output_dir)
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if "No space left on device" in str(error):  # safetensors has an error of its own for it
+            raise OSError(
+                errno.ENOSPC, f"the disk of {output_dir.parent} is full; free some space and run it again"
+            ) from error
+        raise
+    replaced = output_dir.with_name(output_dir.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output_dir.exists():
+        output_dir.rename(replaced)
+    partial.rename(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin):
+    """Generation config, processor, chat template, code and licences.
+
+    Raises:
+        ValueError: the processor is for another model.
+    """
+    for name, ours, theirs in (
+        ("num_query_tokens", model.config.num_query_tokens, processor.num_query_tokens),
+        ("point_token_id", model.config.point_token_id, processor.point_token_id),
+    ):
+        if ours != theirs:
+            raise ValueError(f"model and processor do not belong together: {name} is {ours} there and {theirs} here.")
+    set_generation_defaults(model, processor.tokenizer)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    package_dir = Path(minigpt3d.__file__).parent
+    for source in sorted(package_dir.glob("*_minigpt3d.py")):
+        shutil.copyfile(source, folder / source.name)
+    for name in ("LICENSE", "NOTICE"):
+        if (package_dir / name).exists():
+            shutil.copyfile(package_dir / name, folder / name)
+
+
 def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
     """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
 
@@ -39,32 +112,6 @@ def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: Process
         ValueError: `output_dir` exists and is something other than a model's folder, or the processor is for another
             model.
     """
-    for name, ours, theirs in (
-        ("num_query_tokens", model.config.num_query_tokens, processor.num_query_tokens),
-        ("point_token_id", model.config.point_token_id, processor.point_token_id),
-    ):
-        if ours != theirs:
-            raise ValueError(f"model and processor do not belong together: {name} is {ours} there and {theirs} here.")
-    output_dir = Path(output_dir).resolve()
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file; pass the name of a folder.")
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "config.json").exists():
-        raise ValueError(f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model.")
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    set_generation_defaults(model, processor.tokenizer)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    package_dir = Path(minigpt3d.__file__).parent
-    for source in sorted(package_dir.glob("*_minigpt3d.py")):
-        shutil.copyfile(source, partial / source.name)
-    for name in ("LICENSE", "NOTICE"):
-        if (package_dir / name).exists():
-            shutil.copyfile(package_dir / name, partial / name)
-    replaced = output_dir.with_name(output_dir.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output_dir.exists():
-        output_dir.rename(replaced)
-    partial.rename(output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with written_whole(output_dir) as partial:
+        write_all_but_weights(partial, model, processor)
+        model.save_pretrained(partial)

@@ -1,130 +1,320 @@
-"""The authors' state dict and ours: one table of names, read in both directions.
+"""The authors' state dicts and ours: one table of names, read in both directions, and every key accounted for.
 
-Every key is accounted for: what comes in is used, or is a named alias or leftover; what the model needs is filled, once.
+What comes in is used, superseded by a later file, or a named leftover; what the model needs comes from one place.
 """
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
-from peft import LoraConfig
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training.stages import lora_targets
+
+from .tables import ALIASES, FILES, FUSED_ATTENTION, LEFTOVERS, LORA_ALPHA, NAMES, SPLIT_ATTENTION, ZEROS, File
 
 
-# The authors' names → ours, in data-flow order (paper: figure 2). `#` is a number; a name stands for all that begins
-# with it: its weight, bias, running statistics and LoRA matrices.
-NAMES = {
-    # Point-BERT
-    "pc_encoder.cls_token": "model.point_encoder.cls_token",
-    "pc_encoder.cls_pos": "model.point_encoder.cls_position",
-    "pc_encoder.encoder.first_conv.0": "model.point_encoder.mini_pointnet.linear_1",
-    "pc_encoder.encoder.first_conv.1": "model.point_encoder.mini_pointnet.norm_1",
-    "pc_encoder.encoder.first_conv.3": "model.point_encoder.mini_pointnet.linear_2",
-    "pc_encoder.encoder.second_conv.0": "model.point_encoder.mini_pointnet.linear_3",
-    "pc_encoder.encoder.second_conv.1": "model.point_encoder.mini_pointnet.norm_2",
-    "pc_encoder.encoder.second_conv.3": "model.point_encoder.mini_pointnet.linear_4",
-    "pc_encoder.reduce_dim": "model.point_encoder.group_projection",
-    "pc_encoder.pos_embed.0": "model.point_encoder.position_embedding.linear_1",
-    "pc_encoder.pos_embed.2": "model.point_encoder.position_embedding.linear_2",
-    "pc_encoder.blocks.blocks.#.norm1": "model.point_encoder.blocks.#.norm_1",
-    "pc_encoder.blocks.blocks.#.attn": "model.point_encoder.blocks.#.attention",
-    "pc_encoder.blocks.blocks.#.norm2": "model.point_encoder.blocks.#.norm_2",
-    "pc_encoder.blocks.blocks.#.mlp": "model.point_encoder.blocks.#.mlp",
-    "pc_encoder.norm": "model.point_encoder.norm",
-    # point projection
-    "point_2_Qformer_proj.0": "model.point_projection.linear_1",
-    "point_2_Qformer_proj.2": "model.point_projection.linear_2",
-    # mixture of query experts
-    "query_router.0": "model.router.linear_1",
-    "query_router.2": "model.router.linear_2",
-    "query_tokens": "model.query_experts.0.weight",
-    "query_expert_dict.#": "model.query_experts.#.weight",
-    # Q-Former
-    "Qformer.bert.embeddings.LayerNorm": "model.qformer.layernorm",
-    "Qformer.bert.encoder.layer.#.attention.self": "model.qformer.encoder.layer.#.attention.attention",
-    "Qformer.bert.encoder.layer.#.attention.output": "model.qformer.encoder.layer.#.attention.output",
-    "Qformer.bert.encoder.layer.#.crossattention.self": "model.qformer.encoder.layer.#.crossattention.attention",
-    "Qformer.bert.encoder.layer.#.crossattention.output": "model.qformer.encoder.layer.#.crossattention.output",
-    "Qformer.bert.encoder.layer.#.intermediate_query": "model.qformer.encoder.layer.#.intermediate_query",
-    "Qformer.bert.encoder.layer.#.output_query": "model.qformer.encoder.layer.#.output_query",
-    # language projection
-    "llama_proj": "model.language_projection.linear_1",
-    "llama_proj2": "model.language_projection.linear_2",
-    # Phi
-    "llama_model.base_model.model.model": "model.language_model",
-    "llama_model.base_model.model.lm_head": "lm_head",
-}
+# ---- Names ----------------------------------------------------------------------------------------------------------
 
-# The same tensor under a second name: accepted where it is equal, else refused.
-ALIASES = {"query_expert_dict.0": "query_tokens", "point_encoder": "pc_encoder"}
-
-# What holds nothing that the network computes with.
-LEFTOVERS = {"Qformer.bert.embeddings.position_ids": "positions 0, 1, 2, …; the queries have no position embedding"}
-
-# alpha / r. The Q-Former's alpha is 2r in the authors' code whatever their YAML says; the LLM's is 16.
-LORA_ALPHA = {"model.qformer": lambda rank: 2 * rank, "model.language_model": lambda rank: 16}
-LORA_DROPOUT = {"model.qformer": 0.1, "model.language_model": 0.05}
-
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_SPLIT_KEY = re.compile(
+    rf"(?P<attention>.+\.self_attn)\.(?P<which>{'|'.join(SPLIT_ATTENTION)})\.(?P<kind>weight|bias)"
+)
 
 
-def _rename(name: str, table: dict[str, str]) -> str | None:
-    """`name` with the table's longest matching beginning replaced; None where nothing matches."""
-    for old, new in sorted(table.items(), key=lambda item: -len(item[0])):
-        pattern = re.escape(old).replace(r"\#", r"(\d+)")
-        if match := re.match(rf"{pattern}(?=\.|$)", name):
+def _compile(table: dict[str, str]) -> list[tuple[re.Pattern, str, str]]:
+    """Rows of a table of names, the longest beginning first."""
+    rows = sorted(table.items(), key=lambda item: -len(item[0]))
+    return [(re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), old, new) for old, new in rows]
+
+
+def _rename(name: str, rows: list[tuple[re.Pattern, str, str]]) -> str | None:
+    """`name` with the first matching beginning replaced; None where nothing matches."""
+    for pattern, old, new in rows:
+        if match := pattern.match(name):
             return new.replace("#", match[1] if "#" in old else "#") + name[match.end() :]
     return None
 
 
+_TO_OURS, _ORIGINALS = _compile(NAMES), _compile(ALIASES)
+_TO_AUTHORS = _compile(
+    {ours: theirs for theirs, ours in NAMES.items() if theirs != "query_expert_dict.#"}
+    | {"model.query_experts.#.weight": "query_expert_dict.#"}
+)
+
+
 def our_name(name: str) -> str | None:
     """Our name of the authors' tensor, old and new peft spellings alike; None where the table has none."""
-    name = _rename(name.replace(".base_layer.", "."), NAMES)
+    name = _rename(name.replace(".base_layer.", "."), _TO_OURS)
     return name and re.sub(r"\.lora_([AB])\.default\.", r".lora_\1.", name)
 
 
 def authors_name(name: str) -> str | None:
     """The authors' name of our tensor (the inverse of `our_name`); None where the table has none."""
-    inverse = {ours: theirs for theirs, ours in NAMES.items() if theirs != "query_expert_dict.#"}
-    inverse["model.query_experts.#.weight"] = "query_expert_dict.#"
-    name = _rename(name, inverse)
+    name = _rename(name, _TO_AUTHORS)
     return name and re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", name)
 
 
-def _our_shape(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """1×1 convolutions are linear layers here, and query tokens have no batch dimension."""
-    if ".mini_pointnet.linear_" in name and tensor.ndim == 3:
-        return tensor.squeeze(-1)
-    if name.startswith("model.query_experts.") and tensor.ndim == 3:
-        return tensor.squeeze(0)
-    return tensor
-
-
-def _part(name: str) -> str:
-    return next(part for part in LORA_ALPHA if name.startswith(part))
-
-
-def _merge(converted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add every LoRA product to its weight, in float32: W + alpha/r · B A."""
-    merged = {name: tensor for name, tensor in converted.items() if not _LORA_KEY.fullmatch(name)}
-    for name, lora_b in converted.items():
-        match = _LORA_KEY.fullmatch(name)
-        if match is None or match["matrix"] == "A":
-            continue
-        lora_a, weight = converted[f"{match['module']}.lora_A.weight"], merged[f"{match['module']}.weight"]
-        rank = len(lora_a)
-        scale = LORA_ALPHA[_part(name)](rank) / rank
-        merged[f"{match['module']}.weight"] = (weight.float() + scale * (lora_b.float() @ lora_a.float())).to(
-            weight.dtype
-        )
-    return merged
-
-
-def _expected_shapes(config: MiniGPT3DConfig, part: str) -> dict[str, torch.Size]:
+def expected_shapes(config: MiniGPT3DConfig, part: str = "") -> dict[str, torch.Size]:
+    """Shapes of the model's state dict, or of the part of it whose names begin so."""
     with torch.device("meta"):
         model = MiniGPT3DForConditionalGeneration(config)
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith(part)}
+
+
+# ---- Accounting -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from: keys of one file; three of them where the file has q, k and v apart."""
+
+    file: str
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {' + '.join(self.keys)}"
+
+
+@dataclass
+class Account:
+    """What became of every tensor, and where every parameter comes from.
+
+    Args:
+        origins: our name → where it comes from, LoRA factors among them.
+        superseded: (origin that a later file took the place of, our name).
+        aliases: (file, key, key of the same tensor).
+        leftovers: (file, key, reason).
+        ignored: (file, key or missing name) that `ignore` let pass.
+        zeros: our names that are in no file and are zero.
+        new: our names that are in no file and are for training to learn.
+    """
+
+    origins: dict[str, Origin] = field(default_factory=dict)
+    superseded: list[tuple[Origin, str]] = field(default_factory=list)
+    aliases: list[tuple[str, str, str]] = field(default_factory=list)
+    leftovers: list[tuple[str, str, str]] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+
+    @property
+    def lora(self) -> list[str]:
+        return [name for name in self.origins if _LORA_KEY.fullmatch(name)]
+
+
+def account(
+    files: dict[File, dict[str, tuple[int, ...]]],
+    expected: dict[str, torch.Size],
+    lora_modules: Iterable[str] = (),
+    new: Callable[[str], bool] = lambda name: False,
+    ignore: Iterable[str] = (),
+) -> Account:
+    """Find every parameter's origin, and say all that does not fit in one message.
+
+    Args:
+        files: keys and shapes in each file, in the order of loading.
+        expected: our names and shapes of the model, or of the part that the files are for.
+        lora_modules: modules that have LoRA factors in the files that give them.
+        new: whether a parameter that no file gives is for training to learn.
+        ignore: shell patterns of authors' keys that are let pass: not used if they are unknown, not asked for if they
+            are missing.
+
+    Raises:
+        ValueError: keys that nothing knows, keys that are missing, LoRA halves, wrong shapes.
+    """
+    result, problems, accepted = Account(), [], Counter()
+    required = [*expected, *(f"{module}.lora_{matrix}.weight" for module in lora_modules for matrix in "AB")]
+    ignored = lambda key: any(fnmatchcase(key, pattern) for pattern in ignore)  # noqa: E731
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, keys in files.items():
+        given = _names_in(file, keys, result, problems, ignored)
+        for name, origin in given.items():
+            if not _matches(name, (*file.gives, *file.may_give)):
+                if ignored(origin.keys[0]):
+                    result.ignored.append((file.slot, origin.keys[0]))
+                else:
+                    problems.append(f"{file.slot}: {origin.keys[0]} ({name}) is not what this file should hold")
+                continue
+            accepted[file] += 1
+            if name in result.origins:
+                result.superseded.append((result.origins[name], name))
+            result.origins[name], shapes[name] = origin, _our_shape([keys[key] for key in origin.keys], name)
+        for name in required:
+            if name not in given and _matches(name, file.gives):
+                key = (authors_name(name) or name).removeprefix(file.prefix)
+                if ignored(key):
+                    result.ignored.append((file.slot, key))
+                else:
+                    problems.append(f"{file.slot}: {key} is missing (it becomes {name})")
+    for name, shape in expected.items():
+        if name not in result.origins:
+            if _matches(name, ZEROS):
+                result.zeros.append(name)
+            elif new(name):
+                result.new.append(name)
+            elif not any(f"becomes {name})" in problem for problem in problems):
+                problems.append(f"{authors_name(name)} is missing from all files (it becomes {name})")
+        elif shapes[name] != tuple(shape):
+            origin = result.origins[name]
+            problems.append(f"{origin} has shape {shapes[name]}, the configuration needs {tuple(shape)}")
+    problems += _lora_problems(result, shapes, expected)
+    known = {*expected, *result.lora}
+    problems += [
+        f"{o} (here {name}) is not in this configuration" for name, o in result.origins.items() if name not in known
+    ]
+    if problems:
+        raise ValueError(_report(problems, files, accepted))
+    return result
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _names_in(file: File, keys: dict, result: Account, problems: list[str], ignored) -> dict[str, Origin]:
+    """Our name of everything that one file gives; what is left over or an alias goes into `result`."""
+    given: dict[str, Origin] = {}
+    split: dict[str, dict[str, str]] = {}
+    for key in keys:
+        full = file.prefix + key
+        reason = next((why for p, why in (LEFTOVERS | file.leftovers).items() if re.fullmatch(p, full)), None)
+        original = _rename(full, _ORIGINALS)
+        name = our_name(original or full)
+        if reason is not None:
+            result.leftovers.append((file.slot, key, reason))
+        elif original in keys:
+            result.aliases.append((file.slot, key, original))
+        elif name is None and ignored(key):
+            result.ignored.append((file.slot, key))
+        elif name is None:
+            problems.append(f"{file.slot}: {key} is no tensor of MiniGPT-3D")
+        elif match := _SPLIT_KEY.fullmatch(name):
+            fused = f"{match['attention']}.{FUSED_ATTENTION}.{match['kind']}"
+            split.setdefault(fused, {})[match["which"]] = key
+        elif name in given:
+            problems.append(f"{file.slot}: {key} and {given[name].keys[0]} are both {name}")
+        else:
+            given[name] = Origin(file.slot, (key,))
+    for name, parts in split.items():
+        if name in given or len(parts) < len(SPLIT_ATTENTION):
+            absent = [which for which in SPLIT_ATTENTION if which not in parts]
+            what = f"{', '.join(absent)} beside it" if absent else f"it once, not also as {given[name].keys[0]}"
+            problems.append(f"{file.slot}: {next(iter(parts.values()))} needs {what}")
+        given.setdefault(name, Origin(file.slot, tuple(parts[which] for which in SPLIT_ATTENTION if which in parts)))
+    return given
+
+
+def _our_shape(shapes: list[tuple[int, ...]], name: str) -> tuple[int, ...]:
+    """The shape that `to_our_shape` gives."""
+    shape = tuple(shapes[0])
+    if len(shapes) > 1:  # q, k and v
+        return (sum(each[0] for each in shapes), *shape[1:])
+    if ".mini_pointnet.linear_" in name and len(shape) == 3 and shape[2] == 1:
+        return shape[:2]
+    if name.startswith("model.query_experts.") and len(shape) == 3 and shape[0] == 1:
+        return shape[1:]
+    return shape
+
+
+def _lora_problems(result: Account, shapes: dict, expected: dict) -> Iterable[str]:
+    for name in result.lora:
+        match, origin = _LORA_KEY.fullmatch(name), result.origins[name]
+        partner = f"{match['module']}.lora_{'B' if match['matrix'] == 'A' else 'A'}.weight"
+        weight = expected.get(f"{match['module']}.weight")
+        if partner not in result.origins:
+            yield f"{origin} has no partner: {authors_name(partner)} is missing"
+        elif weight is None:
+            yield f"{origin} belongs to no weight of this configuration"
+        elif match["matrix"] == "A":
+            a, b = shapes[name], shapes[partner]
+            if len(a) != 2 or len(b) != 2 or b[1] != a[0] or (b[0], a[1]) != tuple(weight):
+                yield f"{origin} and its partner have shapes {a} and {b}, their product does not fit {tuple(weight)}"
+
+
+def _report(problems: list[str], files: dict, accepted: Counter) -> str:
+    """All problems, and which file looks like another slot's."""
+    lines = sorted(set(problems))
+    for file, keys in files.items():
+        if file not in FILES:
+            continue
+        fits = {}
+        for other in FILES:
+            names = [our_name(_rename(other.prefix + key, _ORIGINALS) or other.prefix + key) for key in keys]
+            fits[other] = sum(name is not None and _matches(name, other.gives) for name in names)
+        best = max(fits, key=fits.get)
+        if best is not file and fits[best] > fits[file]:
+            lines.insert(0, f"{file.slot}: this looks like the file of --{best.slot.replace('_', '-')} ({best.title})")
+    listed = "\n  ".join(lines)
+    return (
+        f"the tensors do not add up to the model of this configuration; {len(lines)} things do not fit:\n  {listed}\n"
+        "Check that each file is the right one and whole. To leave a key out, or to do without it in one file where "
+        "another gives it, name it by a pattern: --ignore 'PATTERN'."
+    )
+
+
+# ---- Tensors --------------------------------------------------------------------------------------------------------
+
+
+def fuse_attention(parts: list[torch.Tensor], num_heads: int) -> torch.Tensor:
+    """q, k, v of shape (D, ...) each → (3*D, ...) laid out (heads, 3, head_dim), as TinyGPT-V has it."""
+    return torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+
+def to_our_shape(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConfig) -> torch.Tensor:
+    """1×1 convolutions are linear layers here, query tokens have no batch dimension, q, k and v are one matrix."""
+    if len(tensors) > 1:
+        return fuse_attention(tensors, config.text_config.num_attention_heads)
+    return tensors[0].reshape(_our_shape([tuple(tensors[0].shape)], name))
+
+
+def lora_scale(name: str, rank: int) -> float:
+    """alpha / r of a module, by our name."""
+    return next(alpha(rank) for part, alpha in LORA_ALPHA.items() if name.startswith(part)) / rank
+
+
+def merge_lora_factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + alpha/r · B A, in float32."""
+    return weight.float() + scale * (lora_b.float() @ lora_a.float())
+
+
+class Reader:
+    """Tensors of the model by our names, read one at a time from where the account says.
+
+    Args:
+        accounted: of the files.
+        config: of the model.
+        read: (file's slot, key) → tensor.
+        fresh: our name → initial value of a parameter that is new.
+    """
+
+    def __init__(
+        self,
+        accounted: Account,
+        config: MiniGPT3DConfig,
+        expected: dict[str, torch.Size],
+        read: Callable[[str, str], torch.Tensor],
+        fresh: Callable[[str], torch.Tensor] | None = None,
+    ):
+        self.accounted, self.config, self.expected, self.fresh = accounted, config, expected, fresh
+        self.read = read
+        self.lora = set(accounted.lora)
+
+    def __call__(self, name: str, merge_lora: bool = False) -> torch.Tensor:
+        """The parameter; with its LoRA product added if asked for and it has one, then in float32."""
+        origin = self.accounted.origins.get(name)
+        if origin is None:
+            return torch.zeros(self.expected[name]) if name in self.accounted.zeros else self.fresh(name)
+        tensor = to_our_shape([self.read(origin.file, key) for key in origin.keys], name, self.config)
+        module = name.removesuffix(".weight")
+        if merge_lora and f"{module}.lora_A.weight" in self.lora:
+            lora_a, lora_b = self(f"{module}.lora_A.weight"), self(f"{module}.lora_B.weight")
+            tensor = merge_lora_factors(tensor, lora_a, lora_b, lora_scale(module, len(lora_a)))
+        return tensor
 
 
 def convert_state_dict(
@@ -140,77 +330,61 @@ def convert_state_dict(
         part: only this part of the model is in the file, by our name, such as "model.qformer"; by default all of it.
 
     Returns:
-        State dict of `MiniGPT3DForConditionalGeneration` (of `part` alone where given), complete and nothing else.
+        State dict of `MiniGPT3DForConditionalGeneration` (of `part` alone where given), complete and nothing else, in
+        the dtypes that came in.
 
     Raises:
         ValueError: keys that nothing knows, keys that are missing, LoRA halves, aliases that differ, wrong shapes;
             all of them in one message.
     """
-    problems, converted, authors = [], {}, {}
-    for key, tensor in state_dict.items():
-        if key in LEFTOVERS:
-            continue
-        if (original := _rename(key, ALIASES)) is not None:
-            if original in state_dict and not torch.equal(tensor, state_dict[original]):
-                problems.append(f"{key} should be the same tensor as {original}, but differs from it")
-            if original in state_dict:
-                continue
-        name = our_name(original or key)
-        if name is None:
-            problems.append(f"{key} is no tensor of MiniGPT-3D")
-        elif name in converted:
-            problems.append(f"{key} and {authors[name]} are both {name}")
-        else:
-            converted[name], authors[name] = _our_shape(tensor, name), key
-    expected = _expected_shapes(config, part)
+    expected = expected_shapes(config, part)
     if not expected:
         raise ValueError(f"part must be the beginning of our names, such as 'model.qformer', got {part!r}.")
-    lora = {name for name in converted if _LORA_KEY.fullmatch(name)}
-    for name in lora:
-        match = _LORA_KEY.fullmatch(name)
-        other = f"{match['module']}.lora_{'B' if match['matrix'] == 'A' else 'A'}.weight"
-        if other not in lora:
-            problems.append(f"{authors[name]} has no partner: {authors_name(other)} is missing")
-        weight = expected.get(f"{match['module']}.weight")
-        if weight is None:
-            problems.append(f"{authors[name]} belongs to no weight of this configuration")
-        elif (other in lora) and match["matrix"] == "A":
-            got = (len(converted[other]), *converted[name].shape[1:])
-            if got != tuple(weight) or converted[other].shape[1] != len(converted[name]):
-                problems.append(
-                    f"{authors[name]} and its partner have shapes {tuple(converted[name].shape)} and "
-                    f"{tuple(converted[other].shape)}, their product does not fit {tuple(weight)}"
-                )
-    for name in expected.keys() - converted.keys():
-        problems.append(f"{authors_name(name)} is missing (it becomes {name})")
-    for name in converted.keys() - expected.keys() - lora:
-        problems.append(f"{authors[name]} (here {name}) is not in this configuration")
-    for name in converted.keys() & expected.keys():
-        if converted[name].shape != expected[name]:
-            got, wanted = tuple(converted[name].shape), tuple(expected[name])
-            problems.append(f"{authors[name]} has shape {got}, the configuration needs {wanted}")
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(
-            f"this state dict is not one of the given configuration; {len(problems)} keys do not fit:\n  {listed}\n"
-            "Check that the file and the configuration belong together."
-        )
-    return _merge(converted) if merge_lora else converted
+    file = File("state dict", "a state dict", gives=(r"(?!.*lora_).*",), may_give=(r".*",))
+    accounted = account({file: {key: tuple(tensor.shape) for key, tensor in state_dict.items()}}, expected)
+    check_aliases(accounted, lambda slot, key: state_dict[key])
+    reader = Reader(accounted, config, expected, lambda slot, key: state_dict[key])
+    names = [*expected, *([] if merge_lora else accounted.lora)]
+    return {name: _like(reader(name, merge_lora), state_dict, accounted.origins.get(name)) for name in names}
 
 
-def lora_config(converted: dict[str, torch.Tensor]) -> LoraConfig:
+def _like(tensor: torch.Tensor, state_dict: dict[str, torch.Tensor], origin: Origin | None) -> torch.Tensor:
+    return tensor if origin is None else tensor.to(state_dict[origin.keys[0]].dtype)
+
+
+def check_aliases(accounted: Account, read: Callable[[str, str], torch.Tensor]):
+    """
+    Raises:
+        ValueError: a tensor's second name holds another tensor.
+    """
+    for slot, key, original in accounted.aliases:
+        if not torch.equal(read(slot, key), read(slot, original)):
+            raise ValueError(f"{slot}: {key} should be the same tensor as {original}, but differs from it.")
+
+
+def lora_config(converted: dict[str, torch.Tensor] | dict[str, torch.Size], **options):
     """The PEFT configuration of the LoRA matrices in an unmerged state dict: ranks read off, alphas the authors'.
+
+    Args:
+        converted: our names → tensors or shapes.
+        **options: further fields of `peft.LoraConfig`.
 
     Raises:
         ValueError: there are no LoRA matrices.
+        ImportError: peft is not installed.
     """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("Keeping LoRA apart needs peft: pip install 'minigpt3d[train]'") from error
+
     ranks = {}
-    for name, tensor in converted.items():
+    for name, value in converted.items():
         if (match := _LORA_KEY.fullmatch(name)) and match["matrix"] == "A":
-            ranks[match["module"]] = len(tensor)
+            ranks[match["module"]] = getattr(value, "shape", value)[0]
     if not ranks:
         raise ValueError("no lora_A matrices among the tensors. Convert with merge_lora=False to keep them.")
-    alphas = {module: LORA_ALPHA[_part(module)](rank) for module, rank in ranks.items()}
+    alphas = {module: round(lora_scale(module, rank) * rank) for module, rank in ranks.items()}
     rank = next(iter(ranks.values()))
     return LoraConfig(
         r=rank,
@@ -218,4 +392,12 @@ def lora_config(converted: dict[str, torch.Tensor]) -> LoraConfig:
         target_modules=sorted(ranks),
         rank_pattern={f"^{re.escape(module)}$": r for module, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(module)}$": alpha for module, alpha in alphas.items()},
+        **options,
     )
+
+
+def lora_modules(config: MiniGPT3DConfig, expected: Iterable[str]) -> list[str]:
+    """Modules that the stages give LoRA factors, by our names."""
+    pattern = re.compile(lora_targets(config.text_config.model_type))
+    modules = (name.removesuffix(".weight") for name in expected if name.endswith(".weight"))
+    return [module for module in modules if pattern.fullmatch(module)]

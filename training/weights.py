@@ -14,9 +14,6 @@ empty factors on its weights.
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minigpt3d.conversion import save_pretrained
+from minigpt3d.conversion.hub_folder import written_whole
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .stages import Stage, lora_targets, select_trainable
@@ -45,16 +43,6 @@ def own_name(name: str) -> str:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {own_name(name): parameter for name, parameter in model.named_parameters()}
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only once everything is in it."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    temporary.rename(folder)
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------

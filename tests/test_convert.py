@@ -1,0 +1,514 @@
+"""`minigpt3d convert` and `verify`: the golden model, released as the authors would, becomes a folder that computes the same."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import test_golden
+import torch
+from conftest import make_tiny_config
+from peft import PeftModel
+from release_files import release_contents, write_release
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from minigpt3d.conversion import release, save_pretrained
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training.stages import RECIPES, Lora
+from minigpt3d.training.weights import load_model, prepare_model, save_result
+from minigpt3d_cli import main
+
+
+STAGES = RECIPES["paper"]
+
+
+OPTIONS = {
+    slot: "--" + slot.replace("_", "-") for slot in ("phi", "blip2", "point_encoder", "tinygpt_v", "stage3", "stage4")
+}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    make_tiny_config().to_json_file(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture
+def convert(config_file, tmp_path, capsys):
+    """Run the command; returns exit code, the folder, and what was printed."""
+
+    def run(paths: dict, *options: str, out=tmp_path / "out"):
+        arguments = [str(a) for slot, path in paths.items() for a in (OPTIONS[slot], path)]
+        code = main(
+            ["convert", *arguments, "--out", str(out), "--config", str(config_file), "--dtype", "float32", *options]
+        )
+        printed = capsys.readouterr()
+        return code, out, printed.out + printed.err
+
+    return run
+
+
+# ---- Exactness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(released, config_file, tmp_path_factory):
+    return run_whole(released, config_file, tmp_path_factory.mktemp("merged") / "model", "--verify")
+
+
+@pytest.fixture(scope="module")
+def kept(released, config_file, tmp_path_factory):
+    return run_whole(released, config_file, tmp_path_factory.mktemp("kept") / "model", "--lora", "keep")
+
+
+def run_whole(paths, config_file, out, *options):
+    arguments = [str(a) for slot, path in paths.items() for a in (OPTIONS[slot], path)]
+    command = ["convert", *arguments, "--out", str(out), "--config", str(config_file), "--dtype", "float32", *options]
+    assert main(command) == 0
+    return out
+
+
+def load_converted(folder, router_type, lora):
+    """What stands in for `full_model` of tests/test_golden.py."""
+    if lora == "merge":
+        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not any(loading.values()), loading
+    else:
+        base = MiniGPT3DForConditionalGeneration.from_pretrained(folder / "base")
+        model = PeftModel.from_pretrained(base, folder / "adapter")
+    (model if lora == "merge" else model.base_model.model).config.router_type = router_type
+    return model.eval()
+
+
+@pytest.fixture(params=["merge", "adapter"])
+def converted(request, merged, kept, monkeypatch):
+    """The goldens' tests, on what was converted."""
+    folder = merged if request.param == "merge" else kept
+    load = lambda golden, router_type="sparse", lora="merge": load_converted(folder, router_type, request.param)  # noqa: E731
+    monkeypatch.setattr(test_golden, "full_model", load)
+    return request.param
+
+
+@pytest.mark.parametrize("router_type", ["none", "sparse", "soft", "constant"])
+def test_golden_features(converted, golden, router_type):
+    test_golden.test_point_features(golden, router_type, converted)
+
+
+@pytest.mark.parametrize("case", ["single.none", "single.sparse", "multi.sparse"])
+def test_golden_losses_and_gradients(converted, golden, tiny_processor, case):
+    if converted == "merge":
+        test_golden.test_loss_and_gradients(golden, tiny_processor, case, converted)
+    else:
+        # PEFT keeps the base's copy of a module that it replaces, so names differ: the loss alone.
+        inputs, points = test_golden.training_inputs(golden, tiny_processor, case)
+        if case.startswith("multi"):
+            inputs["attention_mask"] *= inputs["input_ids"] != 292
+            inputs["attention_mask"][:, 0] = 1
+        inputs["point_clouds"] = points
+        model = test_golden.full_model(golden, case.split(".")[1])
+        loss = torch.tensor(golden("full.loss.json")["results"][case]["loss"])
+        test_golden.close(model(**inputs).loss, loss, **test_golden.LOGITS)
+
+
+@pytest.mark.parametrize("run", ["greedy", "beam2_minlen10"])
+def test_golden_generations(converted, golden, tiny_processor, run, monkeypatch):
+    if converted == "adapter":  # the adapter's layers stay in the model that PEFT wrapped
+        load = test_golden.full_model
+        monkeypatch.setattr(test_golden, "full_model", lambda *args: load(*args).base_model.model)
+    test_golden.test_generation(golden, tiny_processor, run)
+
+
+def test_official_phi_gives_the_same_weights(merged, convert, tmp_path):
+    code, out, printed = convert(write_release(tmp_path / "release", phi="official"))
+    assert code == 0, printed
+    ours, theirs = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_kept_lora_computes_what_merged_lora_does(merged, kept, point_clouds):
+    whole = AutoModelForImageTextToText.from_pretrained(merged).eval()
+    apart = AutoModelForImageTextToText.from_pretrained(kept / "adapter").eval()  # the adapter names its base
+    inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
+    with torch.no_grad():
+        expected, got = whole(**inputs).logits, apart(**inputs).logits
+    test_golden.relative_close(got, expected)
+    assert any("lora_A" in name for name in apart.state_dict())
+
+
+def test_the_adapter_goes_on_training(kept):
+    base = MiniGPT3DForConditionalGeneration.from_pretrained(kept / "base")
+    model = PeftModel.from_pretrained(base, kept / "adapter", is_trainable=True)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part in ("lora_A", "query_experts", "router", "point_projection", "language_projection", "final_layernorm"):
+        assert any(part in name for name in trainable), part
+
+
+def test_half_precision_is_merged_before_it_is_cast(merged, convert, released):
+    code, out, printed = convert(released, "--dtype", "bfloat16")
+    assert code == 0, printed
+    ours, exact = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+    assert AutoModelForImageTextToText.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+
+
+def test_shards_hold_the_same(merged, convert, released, monkeypatch):
+    monkeypatch.setattr(release, "SHARD_SIZE", 500_000)
+    code, out, printed = convert(released)
+    assert code == 0, printed
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and (out / "model.safetensors.index.json").exists()
+    sharded = MiniGPT3DForConditionalGeneration.from_pretrained(out).state_dict()
+    assert all(torch.equal(sharded[name], tensor) for name, tensor in load_file(merged / "model.safetensors").items())
+
+
+# ---- Less than everything --------------------------------------------------------------------------------------------
+
+
+def test_without_the_stages_it_is_what_stage_1_starts_from(convert, released, tmp_path):
+    base = {slot: path for slot, path in released.items() if not slot.startswith("stage")}
+    code, out, printed = convert(base)
+    assert code == 0, printed
+    assert "new, for training: point_projection, query_experts, router" in printed
+    model, contents = MiniGPT3DForConditionalGeneration.from_pretrained(out), release_contents()
+    assert model.config.router_type == "none"
+    queries = contents["blip2"]["query_tokens"][0]
+    assert all(torch.equal(expert.weight, queries) for expert in model.model.query_experts)
+    projection = model.model.language_projection.linear_1.weight
+    assert torch.equal(projection, contents["tinygpt_v"]["llama_proj.weight"])
+    stage = replace(STAGES["I"], steps_per_epoch=1)
+    prepare_model(load_model(out), stage, out)  # what training/stage1.py --init does with it
+
+
+def test_stage_3_without_stage_4(convert, released):
+    code, out, printed = convert({slot: path for slot, path in released.items() if slot != "stage4"})
+    assert code == 0, printed
+    model, queries = (
+        MiniGPT3DForConditionalGeneration.from_pretrained(out),
+        release_contents()["stage3"]["query_tokens"],
+    )
+    assert model.config.router_type == "none"
+    assert all(torch.equal(expert.weight, queries[0]) for expert in model.model.query_experts)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "options", "message"),
+    [
+        (["blip2"], [], "give --blip2"),
+        (["phi", "tinygpt_v"], [], "give --phi, --tinygpt-v"),
+        (["stage3"], [], "give --stage3"),
+        (["stage4"], ["--router", "sparse"], "give --stage4 too"),
+        ([], ["--stage-result", "somewhere"], "stands alone"),
+    ],
+)
+def test_options_that_do_not_add_up(left_out, options, message, convert, released):
+    code, out, printed = convert({s: p for s, p in released.items() if s not in left_out}, *options)
+    assert code == 1 and message in printed
+    assert not out.exists()
+
+
+def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, convert, capsys):
+    """The result of a stage with LoRA: unmerged weights and factors beside the merged model."""
+    stage = replace(STAGES["II"], language_lora=Lora(4, 16, 0.0), qformer_lora=Lora(4, 8, 0.0))
+    result = tmp_path / "stage2"
+    tiny_model.config.router_type = "none"
+    save_pretrained(tiny_model, tiny_processor, result)
+    model = prepare_model(load_model(result), stage, result)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    save_result(result, model, tiny_processor, {"stage": "II"})
+    expected = MiniGPT3DForConditionalGeneration.from_pretrained(result).state_dict()
+    for lora in ("merge", "keep"):
+        out = tmp_path / lora
+        arguments = ["--stage-result", str(result), "--out", str(out), "--dtype", "float32", "--lora", lora]
+        assert main(["convert", *arguments]) == 0, capsys.readouterr().err
+        model = MiniGPT3DForConditionalGeneration.from_pretrained(out if lora == "merge" else out / "base")
+        if lora == "keep":
+            model = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
+        assert not (out / "training_state").exists()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+# ---- Accounting ------------------------------------------------------------------------------------------------------
+
+
+def change(slot, key, value):
+    def mutate(contents):
+        if value is None:
+            del contents[slot][key]
+        else:
+            contents[slot][key] = value
+        return contents
+
+    return mutate
+
+
+def swap(one, other):
+    def mutate(contents):
+        contents[one], contents[other] = contents[other], contents[one]
+        return contents
+
+    return mutate
+
+
+LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.default.weight"
+
+
+@pytest.mark.parametrize(
+    ("mutate", "message"),
+    [
+        (change("phi", "lm_head.bias", None), "phi: lm_head.bias is missing (it becomes lm_head.bias)"),
+        (change("blip2", "query_tokens", None), "blip2: query_tokens is missing"),
+        (change("stage3", LORA, None), f"stage3: {LORA} is missing"),
+        (change("stage4", "query_router.2.bias", None), "stage4: query_router.2.bias is missing"),
+        (change("stage3", "llama_proj3.weight", torch.ones(2)), "stage3: llama_proj3.weight is no tensor of MiniGPT-3D"),
+        (change("stage3", "query_router.0.bias", torch.ones(20)), "query_router.0.bias (model.router.linear_1.bias) is not what this file should hold"),
+        (change("phi", "lm_head.bias", torch.ones(7)), "phi: lm_head.bias has shape (7,), the configuration needs (300,)"),
+        (change("stage3", LORA, torch.ones(8, 3)), "their product does not fit (64, 64)"),
+        (change("stage4", "query_expert_dict.0", torch.ones(1, 6, 32)), "query_expert_dict.0 should be the same tensor as query_tokens"),
+        (swap("stage3", "stage4"), "stage3: this looks like the file of --stage4"),
+        (swap("stage3", "stage4"), "stage4: this looks like the file of --stage3"),
+        (swap("blip2", "tinygpt_v"), "blip2: this looks like the file of --tinygpt-v"),
+        (change("phi", "model.layers.0.self_attn.q_proj.weight", torch.ones(64, 64)), "needs k_proj, v_proj beside it"),
+    ],
+)  # fmt: skip
+def test_what_does_not_add_up_is_named(mutate, message, convert, tmp_path):
+    code, out, printed = convert(write_release(tmp_path / "release", mutate(release_contents())))
+    assert code == 1 and message in printed
+    assert not out.exists() and not list(tmp_path.glob("out*"))
+
+
+def test_everything_is_said_at_once_and_can_be_ignored(convert, tmp_path):
+    contents = release_contents()
+    contents["tinygpt_v"] |= {"Qformer.bert.pooler.weight": torch.ones(2), "strange.one": torch.ones(2)}
+    contents["stage3"] |= {"strange.two": torch.ones(2)}
+    paths = write_release(tmp_path / "release", contents)
+    code, _, printed = convert(paths)
+    assert code == 1
+    assert all(key in printed for key in ("Qformer.bert.pooler.weight", "strange.one", "strange.two", "--ignore"))
+    assert "--ignore nothing.*: no key needed it" in convert(paths, "--ignore", "*", "--ignore", "nothing.*")[2]
+    code, out, printed = convert(paths, "--ignore", "strange.*", "--ignore", "Qformer.bert.pooler.*")
+    assert code == 0, printed
+    recorded = json.loads((out / "provenance.json").read_text())["ignored"]
+    assert sorted(recorded) == [
+        "stage3: strange.two", "tinygpt_v: Qformer.bert.pooler.weight", "tinygpt_v: strange.one"
+    ]  # fmt: skip
+
+
+def test_a_missing_tensor_can_be_ignored_where_another_file_has_it(convert, tmp_path):
+    contents = release_contents()
+    before = contents["tinygpt_v"]["llama_proj.bias"]
+    del contents["stage3"]["llama_proj.bias"]
+    paths = write_release(tmp_path / "release", contents)
+    assert convert(paths)[0] == 1
+    code, out, printed = convert(paths, "--ignore", "llama_proj.bias")
+    assert code == 0, printed
+    assert torch.equal(load_file(out / "model.safetensors")["model.language_projection.linear_1.bias"], before)
+
+
+def test_old_and_new_peft_spellings(convert, merged, tmp_path):
+    contents = release_contents()
+    for slot in ("tinygpt_v", "stage3"):
+        contents[slot] = {key.replace(".default.", "."): tensor for key, tensor in contents[slot].items()}
+    contents["blip2"] = {
+        re.sub(r"\.(query|key|value)\.(weight|bias)$", r".\1.base_layer.\2", key): tensor
+        for key, tensor in contents["blip2"].items()
+    }
+    code, out, printed = convert(write_release(tmp_path / "release", contents))
+    assert code == 0, printed
+    ours, theirs = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_biases_that_no_file_has_are_zero(convert, tmp_path):
+    contents = release_contents()
+    contents["phi"] = {
+        key: t for key, t in contents["phi"].items() if not key.endswith(("q_layernorm.bias", "k_layernorm.bias"))
+    }
+    code, out, printed = convert(write_release(tmp_path / "release", contents))
+    assert code == 0 and "6 parameters are in no file and zero" in printed
+    tensors = load_file(out / "model.safetensors")
+    biases = [tensors[f"model.language_model.layers.{i}.self_attn.{n}_layernorm.bias"] for i in range(3) for n in "qk"]
+    assert not any(bias.any() for bias in biases)
+
+
+def test_the_table_adds_up(convert, released):
+    _, out, printed = convert(released)
+    rows = [line.split() for line in printed.splitlines()[1:7]]
+    assert [row[0] for row in rows] == list(OPTIONS)
+    for slot, *counts in rows:
+        total, *parts = map(int, counts)
+        assert total == sum(parts), slot
+    contents = release_contents()
+    assert {row[0]: int(row[1]) for row in rows} == {slot: len(tensors) for slot, tensors in contents.items()}
+    origins = json.loads((out / "provenance.json").read_text())["origins"]
+    assert origins["model.query_experts.0.weight"] == "stage4: query_tokens"
+    assert origins["model.qformer.encoder.layer.0.attention.attention.query.weight"].startswith("blip2: ")
+    assert origins["model.language_model.layers.0.input_layernorm.weight"].startswith("stage3: ")
+    assert "stage4 also has the state of the optimizer: not used" in printed
+
+
+# ---- Files from strangers --------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda paths, tmp: torch.save({"model": {"a": Malicious(tmp / "done")}}, paths["stage3"]), "system"),
+        (lambda paths, tmp: paths["stage3"].write_bytes(pickle.dumps({"model": Malicious(tmp / "done")})), "system"),
+        (lambda paths, tmp: cut(paths["blip2"]), "blip2.pth"),
+        (lambda paths, tmp: cut(paths["phi"] / "model.safetensors"), "cut off, damaged"),
+        (lambda paths, tmp: paths["stage4"].write_text("<html>not found</html>"), "cut off, damaged"),
+        (lambda paths, tmp: paths["stage4"].write_bytes(b""), "0 bytes) is cut off"),
+        (lambda paths, tmp: paths["stage4"].unlink(), "no such file"),
+        (lambda paths, tmp: torch.save({"state_dict": {}}, paths["stage4"]), "expected a dictionary of tensors under 'model', got the keys state_dict"),
+        (lambda paths, tmp: torch.save([torch.ones(2)], paths["stage4"]), "holds a list"),
+        (lambda paths, tmp: torch.save({"model": release_contents()["stage4"], "ema": {"a": torch.ones(2)}}, paths["stage4"]), "tensors under 'ema'"),
+        (lambda paths, tmp: (paths["phi"] / "model.safetensors").unlink(), "holds no weights"),
+        (lambda paths, tmp: (paths["phi"] / "tokenizer.json").unlink(), "no tokenizer can be loaded"),
+        (lambda paths, tmp: (paths["phi"] / "config.json").write_text('{"model_type": "phi", "num_attention_heads": 8}'), "num_attention_heads is 8"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_trusted(spoil, message, convert, tmp_path):
+    paths = write_release(tmp_path / "release")
+    spoil(paths, tmp_path)
+    code, out, printed = convert(paths)
+    assert code == 1 and message in printed
+    assert "Traceback" not in printed
+    assert not out.exists() and not (tmp_path / "done").exists()
+
+
+def test_values_that_do_not_fit_are_refused(convert, tmp_path):
+    contents = release_contents()
+    contents["phi"]["lm_head.weight"] = torch.full((300, 64), 1e6)
+    paths = write_release(tmp_path / "release", contents)
+    code, out, printed = convert(paths, "--dtype", "float16")
+    assert code == 1 and "too large for torch.float16. Use --dtype bfloat16" in printed and not out.exists()
+    contents["phi"]["lm_head.weight"] = torch.full((300, 64), torch.nan)
+    code, out, printed = convert(write_release(tmp_path / "again", contents))
+    assert code == 1 and "not finite" in printed and not out.exists()
+
+
+# ---- Nothing half-made -----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_nothing(convert, released, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(release.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    code, out, printed = convert(released)
+    assert code == 1 and "Free some space" in printed and not out.exists()
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(release, "save_file", full)
+    code, out, printed = convert(released)
+    assert code == 1 and "is full; free some space" in printed
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, tmp_path):
+    out = tmp_path / "out"
+    run_whole(released, config_file, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    program = (
+        "import os, sys\n"
+        "from minigpt3d.conversion import release\n"
+        "release.save_file = lambda *args, **kwargs: os._exit(9)\n"
+        "from minigpt3d_cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    arguments = [str(a) for slot, path in released.items() for a in (OPTIONS[slot], path)]
+    command = [sys.executable, "-c", program, "convert", *arguments, "--out", out, "--config", config_file]
+    assert subprocess.run(list(map(str, command)), capture_output=True).returncode == 9
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    run_whole(released, config_file, out)  # what the killed one left in its temporary folder is no hindrance
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_other_peoples_files_are_not_replaced(convert, released, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    code, out, printed = convert(released)
+    assert code == 1 and "holds other files than a model" in printed
+    assert (out / "thesis.tex").read_text() == "years"
+
+
+# ---- The folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_all_the_hub_needs(merged):
+    names = {path.name for path in merged.iterdir()}
+    assert names >= {
+        "README.md", "LICENSE", "NOTICE", "config.json", "generation_config.json", "processor_config.json",
+        "tokenizer.json", "tokenizer_config.json", "model.safetensors", "provenance.json", "verification.json",
+        "modeling_minigpt3d.py", "configuration_minigpt3d.py", "processing_minigpt3d.py", "pipeline_minigpt3d.py",
+    }  # fmt: skip
+    assert any("chat_template" in name for name in names)
+    card = (merged / "README.md").read_text()
+    assert "license: cc-by-nc-sa-4.0" in card and "base_model: microsoft/phi-2" in card and "superseded" in card
+    record = json.loads((merged / "provenance.json").read_text())
+    assert record["files"]["stage4"]["files"]["stage4.pth"]["sha256"] and record["versions"]["torch"]
+    assert record["command"][1:3] != [] and record["dtype"] == "float32" and record["lora"] == "merge"
+    assert AutoProcessor.from_pretrained(merged).point_token_id == 293
+
+
+# ---- Verification ----------------------------------------------------------------------------------------------------
+
+
+def test_verify_agrees_and_finds_what_changed(merged, tmp_path, capsys):
+    assert main(["verify", str(merged)]) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((merged / "verification.json").read_text())
+    assert "agrees" in printed and f"{stored['parameters']:,} parameters, float32" in printed
+    assert stored["parameters"] == sum(
+        p.numel() for p in MiniGPT3DForConditionalGeneration.from_pretrained(merged).parameters()
+    )
+
+    # Libraries that compute something else: the same folder, with an encoder that pools another way.
+    other = shutil.copytree(merged, tmp_path / "other")
+    source = (other / "modeling_minigpt3d.py").read_text()
+    assert "self.scaling = self.head_dim**-0.5" in source
+    (other / "modeling_minigpt3d.py").write_text(source.replace("self.head_dim**-0.5", "self.head_dim**-0.4", 1))
+    assert main(["verify", str(other)]) == 1
+    printed = capsys.readouterr().err
+    assert "features: off by" in printed and "computes something else here" in printed
+
+    (other / "verification.json").unlink()
+    assert main(["verify", str(other)]) == 1
+    assert "nothing to compare with" in capsys.readouterr().err
+    (other / "model.safetensors").unlink()
+    assert main(["verify", str(other)]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_verify_of_nothing(capsys):
+    assert main(["verify", "no-such-folder"]) == 1
+    assert "there is no folder no-such-folder" in capsys.readouterr().err
