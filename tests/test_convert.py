@@ -13,12 +13,14 @@ import pytest
 import test_golden
 import torch
 from conftest import make_tiny_config
+from hub_double import REVISION, serve
 from peft import PeftModel
 from release_files import release_contents, write_release
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from minigpt3d.conversion import release, save_pretrained
+from minigpt3d.conversion.download import AUTHORS_ID, PATHS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import RECIPES, Lora
 from minigpt3d.training.weights import load_model, prepare_model, save_result
@@ -478,6 +480,59 @@ def test_the_folder_has_all_the_hub_needs(merged):
     assert record["files"]["stage4"]["files"]["stage4.pth"]["sha256"] and record["versions"]["torch"]
     assert record["command"][1:3] != [] and record["dtype"] == "float32" and record["lora"] == "merge"
     assert AutoProcessor.from_pretrained(merged).point_token_id == 293
+
+
+# ---- Without paths ---------------------------------------------------------------------------------------------------
+
+
+def test_without_paths_the_release_is_downloaded(released, merged, config_file, tmp_path):
+    """From a Hub on loopback; BLIP-2's file, which is not on the Hub, goes on where it was cut off."""
+    files = {PATHS[slot]: path.read_bytes() for slot, path in released.items() if slot not in ("phi", "blip2")}
+    files |= {PATHS["phi"] + path.name: path.read_bytes() for path in released["phi"].iterdir()}
+    blip2 = released["blip2"].read_bytes()
+    program = (
+        "import sys\n"
+        "from minigpt3d.conversion import download\n"
+        "download.BLIP2_URL = sys.argv.pop(1)\n"
+        "from minigpt3d_cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    half = tmp_path / "hf" / "hub" / "minigpt3d" / "blip2.pth.partial"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(blip2[: len(blip2) // 2])
+    out = tmp_path / "out"
+    with serve({AUTHORS_ID: files}, {"/blip2.pth": blip2}) as (address, requests):
+        environment = os.environ | {
+            "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+
+        def run(*options):
+            command = [sys.executable, "-c", program, f"{address}/blip2.pth", "convert", "--out", out, *options]
+            command += ["--config", config_file, "--dtype", "float32"]
+            return subprocess.run(
+                list(map(str, command)), env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
+
+        asked = run()
+        assert asked.returncode == 1 and "pass --yes" in asked.stderr
+        assert f"{AUTHORS_ID} at {REVISION}" in asked.stdout and "blip2" in asked.stdout and "in all" in asked.stdout
+        assert not any(method == "GET" and "/resolve/" in path for method, path, _ in requests), "only asked so far"
+        done = run("--yes")
+        assert done.returncode == 0, done.stderr
+    assert ("GET", "/blip2.pth", f"bytes={len(blip2) // 2}-") in [(m, p, r) for m, p, r in requests]
+    ours, theirs = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    record = json.loads((out / "provenance.json").read_text())["files"]
+    assert record["stage4"]["source"] == f"{AUTHORS_ID}@{REVISION}/{PATHS['stage4']}"
+
+
+def test_a_release_that_cannot_be_reached(config_file, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "minigpt3d_cli", "convert", "--out", tmp_path / "out", "--yes"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot ask for the released files" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------

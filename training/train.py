@@ -266,8 +266,8 @@ def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[d
 
 
 def newest_checkpoint(work_dir: Path) -> Path | None:
-    """The checkpoint with the highest step; unfinished ones (*.tmp) do not count."""
-    found = [path for path in work_dir.glob("checkpoint-*") if path.suffix != ".tmp"]
+    """The checkpoint with the highest step; unfinished ones (*.partial) do not count."""
+    found = [path for path in work_dir.glob("checkpoint-*") if path.suffix == ""]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 

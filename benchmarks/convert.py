@@ -1,0 +1,118 @@
+"""Time and peak memory of `minigpt3d convert` on files of the released model's sizes.
+
+    python benchmarks/convert.py [--dir DIR] [--scale 1.0]
+
+Makes a set of random float16 files in the layout of the authors' release (2.95 G parameters, 6.5 GB; Phi-2 in its
+official layout, as .bin shards, which is the harder one), converts it in a process of its own, and prints how long that
+took and how much memory it needed at most, beside the largest shard that it wrote. `--scale 0.1` takes a tenth of the
+language model's layers.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.conversion.state_dict import authors_name, expected_shapes, lora_modules
+from minigpt3d.conversion.tables import FILES, FUSED_ATTENTION, SPLIT_ATTENTION
+from minigpt3d.training.stages import QFORMER_LORA_TARGETS, STAGE_3
+
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "household"
+LORA_RANKS = {True: STAGE_3.qformer_lora.rank, False: STAGE_3.language_lora.rank}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, help="for the files, twice 6.5 GB (default: a temporary folder)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the language model's 32 layers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        run(Path(folder), args.scale)
+
+
+def run(folder: Path, scale: float):
+    layers = max(1, round(32 * scale))
+    config = MiniGPT3DConfig(text_config={"num_hidden_layers": layers})
+    config.to_json_file(folder / "config.json")
+    options, size = write_files(folder, config)
+    out = folder / "out"
+    program = "import sys; from minigpt3d_cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "convert", *options, "--out", out, "--config", folder / "config.json"]
+    started = time.perf_counter()
+    subprocess.run(list(map(str, command)), check=True)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    shards = [path.stat().st_size for path in out.glob("*.safetensors")]
+    print(
+        f"{size / 1e9:.2f} GB of files, {sum(shards) / 1e9:.2f} GB written in {len(shards)} shards, largest "
+        f"{max(shards) / 1e9:.2f} GB\n{seconds:.0f} s, peak memory {peak / 1e9:.2f} GB, "
+        f"{(peak - max(shards)) / 1e9:.2f} GB above the largest shard"
+    )
+
+
+def write_files(folder: Path, config: MiniGPT3DConfig) -> tuple[list, int]:
+    """Random files of every slot; returns the options of the command, and the bytes written."""
+    shapes = dict(expected_shapes(config))
+    for module in lora_modules(config, shapes):
+        rank = LORA_RANKS[bool(re.fullmatch(QFORMER_LORA_TARGETS, module))]
+        width_out, width_in = shapes[f"{module}.weight"]
+        shapes |= {f"{module}.lora_A.weight": (rank, width_in), f"{module}.lora_B.weight": (width_out, rank)}
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.02).half()
+    options, size = [], 0
+    for file in tqdm(FILES, desc="files", unit="file"):
+        tensors = {}
+        for name, shape in shapes.items():
+            if any(re.fullmatch(pattern, name) for pattern in file.gives):
+                key = authors_name(name).removeprefix(file.prefix)
+                tensors |= random_tensors(key, tuple(shape), block, split=file.slot == "phi")
+        path = folder / (file.slot if file.slot == "phi" else f"{file.slot}.pth")
+        if file.slot == "phi":
+            write_phi(path, tensors)
+        else:
+            torch.save({file.container: tensors}, path)
+        files = path.iterdir() if path.is_dir() else [path]
+        size += sum(each.stat().st_size for each in files)
+        options += ["--" + file.slot.replace("_", "-"), path]
+    return options, size
+
+
+def random_tensors(key: str, shape: tuple[int, ...], block: torch.Tensor, split: bool) -> dict[str, torch.Tensor]:
+    """Values from one random block, repeated: what they are does not matter, that they are there does."""
+    if "num_batches_tracked" in key:
+        return {key: torch.tensor(0)}
+    if split and FUSED_ATTENTION in key:
+        part = (shape[0] // 3, *shape[1:])
+        return {
+            k: t
+            for name in SPLIT_ATTENTION
+            for k, t in random_tensors(key.replace(FUSED_ATTENTION, name), part, block, False).items()
+        }
+    count = torch.Size(shape).numel()
+    return {key: block.repeat(-(-count // len(block)))[:count].view(shape).clone()}
+
+
+def write_phi(folder: Path, tensors: dict[str, torch.Tensor]):
+    folder.mkdir()
+    names = sorted(tensors)
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for filename, keys in shards.items():
+        torch.save({key: tensors[key] for key in keys}, folder / filename)
+    index = {"weight_map": {key: filename for filename, keys in shards.items() for key in keys}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+
+
+if __name__ == "__main__":
+    main()
