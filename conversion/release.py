@@ -31,7 +31,17 @@ from minigpt3d.training.stages import STAGE_3, STAGE_4
 
 from .checkpoints import Checkpoint, sha256
 from .hub_folder import check_folder, write_all_but_weights, written_whole
-from .state_dict import Account, Reader, account, authors_name, check_aliases, lora_config, lora_modules, our_name
+from .state_dict import (
+    Account,
+    Reader,
+    account,
+    authors_name,
+    check_aliases,
+    expected_shapes,
+    lora_config,
+    lora_modules,
+    our_name,
+)
 from .tables import FILES, ZEROS, File
 
 
@@ -109,10 +119,13 @@ class Plan:
 
     def reader(self) -> Reader:
         by_slot = {source.file.slot: source for source in self.sources}
-        reader = Reader(self.accounted, self.config, self.expected, lambda slot, key: by_slot[slot].read(key))
-        fresh = _fresh_modules(self.config)
-        reader.fresh = lambda name: fresh[name] if name in fresh else reader("model.query_experts.0.weight")
-        return reader
+        linear = _fresh_linear_layers(self.config)
+
+        def fresh(name: str) -> torch.Tensor:
+            return linear[name] if name in linear else read("model.query_experts.0.weight")
+
+        read = Reader(self.accounted, self.config, self.expected, lambda slot, key: by_slot[slot].read(key), fresh)
+        return read
 
     def release(self):
         for source in self.sources:
@@ -134,28 +147,25 @@ def make_plan(
     Raises:
         ValueError: see `account`; or experts are asked for that no file has trained.
     """
-    slots = {source.file.slot for source in sources}
-    of_release = "phi" in slots
-    if of_release:
-        if router_type not in (None, "none") and "stage4" not in slots:
-            raise ValueError(f"--router {router_type} needs the experts that stage IV trains: give --stage4 too.")
-        config.router_type = router_type or ("sparse" if "stage4" in slots else "none")
-    elif router_type is not None:
-        config.router_type = router_type
-    config.point_token_id = processor.point_token_id
-    with torch.device("meta"):
-        model = MiniGPT3DForConditionalGeneration(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-    def learned_later(name: str) -> bool:
-        begins = () if not of_release or "stage4" in slots else ("model.router.", "model.query_experts.")
-        begins += () if not of_release or "stage3" in slots else ("model.point_projection.",)
-        return name.startswith(begins) if begins else False
-
-    keys = {source.file: source.shapes for source in sources}
-    modules = lora_modules(config, expected) if of_release else ()
-    accounted = account(keys, expected, modules, learned_later, ignore)
     by_slot = {source.file.slot: source for source in sources}
+    of_release = "phi" in by_slot
+    if of_release and "stage4" not in by_slot:
+        if router_type not in (None, "none"):
+            raise ValueError(f"--router {router_type} needs the experts that stage IV trains: give --stage4 too.")
+        router_type = "none"
+    config.router_type = router_type or config.router_type
+    config.point_token_id = processor.point_token_id
+    expected = expected_shapes(config)
+    # Before the stage that first trains it, a part is in no file.
+    new = () if not of_release or "stage4" in by_slot else ("model.router.", "model.query_experts.")
+    new += () if not of_release or "stage3" in by_slot else ("model.point_projection.",)
+    accounted = account(
+        {source.file: source.shapes for source in sources},
+        expected,
+        lora_modules(config, expected) if of_release else (),
+        lambda name: name.startswith(new),
+        ignore,
+    )
     check_aliases(accounted, lambda slot, key: by_slot[slot].read(key))
     idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for _, key in accounted.ignored)]
     plan = Plan(sources, config, processor, accounted, expected, idle)
@@ -163,7 +173,7 @@ def make_plan(
     return plan
 
 
-def _fresh_modules(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
+def _fresh_linear_layers(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
     """First weights of what training has yet to learn: PyTorch's own for linear layers, as the authors have them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,7 +4,6 @@ What comes in is used, superseded by a later file, or a named leftover; what the
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -60,10 +59,11 @@ def authors_name(name: str) -> str | None:
 
 
 def expected_shapes(config: MiniGPT3DConfig, part: str = "") -> dict[str, torch.Size]:
-    """Shapes of the model's state dict, or of the part of it whose names begin so."""
+    """Shapes of what a model's files hold, or of the part of it whose names begin so; tied weights count once."""
     with torch.device("meta"):
         model = MiniGPT3DForConditionalGeneration(config)
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith(part)}
+    tied = model.all_tied_weights_keys
+    return {name: t.shape for name, t in model.state_dict().items() if name.startswith(part) and name not in tied}
 
 
 # ---- Accounting -----------------------------------------------------------------------------------------------------
@@ -127,12 +127,13 @@ def account(
     Raises:
         ValueError: keys that nothing knows, keys that are missing, LoRA halves, wrong shapes.
     """
-    result, problems, accepted = Account(), [], Counter()
+    result, problems = Account(), []
     required = [*expected, *(f"{module}.lora_{matrix}.weight" for module in lora_modules for matrix in "AB")]
     ignored = lambda key: any(fnmatchcase(key, pattern) for pattern in ignore)  # noqa: E731
     shapes: dict[str, tuple[int, ...]] = {}
+    missing: set[str] = set()
     for file, keys in files.items():
-        given = _names_in(file, keys, result, problems, ignored)
+        given = _names_in(file, keys, expected, result, problems, ignored)
         for name, origin in given.items():
             if not _matches(name, (*file.gives, *file.may_give)):
                 if ignored(origin.keys[0]):
@@ -140,35 +141,36 @@ def account(
                 else:
                     problems.append(f"{file.slot}: {origin.keys[0]} ({name}) is not what this file should hold")
                 continue
-            accepted[file] += 1
             if name in result.origins:
                 result.superseded.append((result.origins[name], name))
-            result.origins[name], shapes[name] = origin, _our_shape([keys[key] for key in origin.keys], name)
+            shape = _our_shape([keys[key] for key in origin.keys], name)
+            if name in expected and shape != tuple(expected[name]):
+                problems.append(f"{origin} has shape {shape}, the configuration needs {tuple(expected[name])}")
+            result.origins[name], shapes[name] = origin, shape
         for name in required:
             if name not in given and _matches(name, file.gives):
                 key = (authors_name(name) or name).removeprefix(file.prefix)
                 if ignored(key):
                     result.ignored.append((file.slot, key))
                 else:
+                    missing.add(name)
                     problems.append(f"{file.slot}: {key} is missing (it becomes {name})")
-    for name, shape in expected.items():
-        if name not in result.origins:
-            if _matches(name, ZEROS):
-                result.zeros.append(name)
-            elif new(name):
-                result.new.append(name)
-            elif not any(f"becomes {name})" in problem for problem in problems):
-                problems.append(f"{authors_name(name)} is missing from all files (it becomes {name})")
-        elif shapes[name] != tuple(shape):
-            origin = result.origins[name]
-            problems.append(f"{origin} has shape {shapes[name]}, the configuration needs {tuple(shape)}")
+    for name in expected.keys() - result.origins.keys() - missing:
+        if _matches(name, ZEROS):
+            result.zeros.append(name)
+        elif new(name):
+            result.new.append(name)
+        else:
+            problems.append(f"{authors_name(name)} is missing from all files (it becomes {name})")
     problems += _lora_problems(result, shapes, expected)
     known = {*expected, *result.lora}
     problems += [
         f"{o} (here {name}) is not in this configuration" for name, o in result.origins.items() if name not in known
     ]
     if problems:
-        raise ValueError(_report(problems, files, accepted))
+        raise ValueError(_report(problems, files))
+    result.zeros.sort()
+    result.new.sort()
     return result
 
 
@@ -176,7 +178,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _names_in(file: File, keys: dict, result: Account, problems: list[str], ignored) -> dict[str, Origin]:
+def _names_in(file: File, keys: dict, expected: dict, result: Account, problems: list[str], ignored) -> dict:
     """Our name of everything that one file gives; what is left over or an alias goes into `result`."""
     given: dict[str, Origin] = {}
     split: dict[str, dict[str, str]] = {}
@@ -193,8 +195,7 @@ def _names_in(file: File, keys: dict, result: Account, problems: list[str], igno
             result.ignored.append((file.slot, key))
         elif name is None:
             problems.append(f"{file.slot}: {key} is no tensor of MiniGPT-3D")
-        elif match := _SPLIT_KEY.fullmatch(name):
-            fused = f"{match['attention']}.{FUSED_ATTENTION}.{match['kind']}"
+        elif (match := _SPLIT_KEY.fullmatch(name)) and (fused := _fused_name(match)) in expected:
             split.setdefault(fused, {})[match["which"]] = key
         elif name in given:
             problems.append(f"{file.slot}: {key} and {given[name].keys[0]} are both {name}")
@@ -207,6 +208,10 @@ def _names_in(file: File, keys: dict, result: Account, problems: list[str], igno
             problems.append(f"{file.slot}: {next(iter(parts.values()))} needs {what}")
         given.setdefault(name, Origin(file.slot, tuple(parts[which] for which in SPLIT_ATTENTION if which in parts)))
     return given
+
+
+def _fused_name(match: re.Match) -> str:
+    return f"{match['attention']}.{FUSED_ATTENTION}.{match['kind']}"
 
 
 def _our_shape(shapes: list[tuple[int, ...]], name: str) -> tuple[int, ...]:
@@ -236,7 +241,7 @@ def _lora_problems(result: Account, shapes: dict, expected: dict) -> Iterable[st
                 yield f"{origin} and its partner have shapes {a} and {b}, their product does not fit {tuple(weight)}"
 
 
-def _report(problems: list[str], files: dict, accepted: Counter) -> str:
+def _report(problems: list[str], files: dict) -> str:
     """All problems, and which file looks like another slot's."""
     lines = sorted(set(problems))
     for file, keys in files.items():

@@ -12,12 +12,12 @@ from dataclasses import replace
 import pytest
 import test_golden
 import torch
-from conftest import make_tiny_config
+from conftest import make_tiny_config, make_tiny_model
 from hub_double import REVISION, serve
 from peft import PeftModel
 from release_files import release_contents, write_release
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from minigpt3d.conversion import release, save_pretrained
 from minigpt3d.conversion.download import AUTHORS_ID, PATHS
@@ -245,6 +245,21 @@ def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, conve
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_stage_result_with_another_language_model(tmp_path, tiny_processor, capsys):
+    """q, k and v stay apart where the language model has them apart, and tied weights are not missing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    language = LlamaConfig(**sizes, vocab_size=300, bos_token_id=292, eos_token_id=292, tie_word_embeddings=True)
+    model = make_tiny_model(make_tiny_config(text_config=language))
+    save_pretrained(model, tiny_processor, tmp_path / "result")
+    out = tmp_path / "out"
+    arguments = ["--stage-result", str(tmp_path / "result"), "--out", str(out), "--dtype", "float32"]
+    assert main(["convert", *arguments]) == 0, capsys.readouterr().err
+    converted, loading = MiniGPT3DForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in converted.state_dict().items())
+    assert converted.lm_head.weight is converted.model.language_model.embed_tokens.weight
+
+
 # ---- Accounting ------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +296,7 @@ LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.defau
         (change("stage3", "query_router.0.bias", torch.ones(20)), "query_router.0.bias (model.router.linear_1.bias) is not what this file should hold"),
         (change("phi", "lm_head.bias", torch.ones(7)), "phi: lm_head.bias has shape (7,), the configuration needs (300,)"),
         (change("stage3", LORA, torch.ones(8, 3)), "their product does not fit (64, 64)"),
+        (change("blip2", "query_tokens", torch.ones(1, 7, 32)), "blip2: query_tokens has shape (7, 32), the configuration needs (6, 32)"),
         (change("stage4", "query_expert_dict.0", torch.ones(1, 6, 32)), "query_expert_dict.0 should be the same tensor as query_tokens"),
         (swap("stage3", "stage4"), "stage3: this looks like the file of --stage4"),
         (swap("stage3", "stage4"), "stage4: this looks like the file of --stage3"),
