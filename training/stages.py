@@ -220,7 +220,7 @@ def _household(stage: Stage, **changes) -> Stage:
         stage,
         mixture=tuple(replace(source, batch=32) for source in stage.mixture),
         warmup_lr=1e-5,
-        peak_lr=1e-3,
+        peak_lr=1e-3 * stage.peak_lr / STAGE_1.peak_lr,  # later stages take smaller steps, as in the paper
         min_lr=1e-5,
         warmup_steps=30,
         epochs=1,
