@@ -15,8 +15,9 @@ from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion import authors_name, save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training import train as loop
-from minigpt3d.training.data import StageBatches, augment, read_annotations, read_point_cloud, to_messages
-from minigpt3d.training.stages import RECIPES, Lora, Stage, learning_rate, lora_targets, select_trainable
+from minigpt3d.training.data import augment, open_sources, read_annotations, read_point_cloud, to_messages
+from minigpt3d.training.stages import RECIPES, Lora, Source, Stage, learning_rate, lora_targets, select_trainable
+from minigpt3d.training.stream import StageStream, pack_batch, pad_batch, split_micro_batches
 from minigpt3d.training.train import RunOptions, make_optimizer, train, train_step
 from minigpt3d.training.weights import load_model, named_parameters, prepare_model, save_result, trainable_table
 
@@ -216,25 +217,31 @@ def test_augmented_clouds_are_seeded_and_of_the_same_kind():
     assert 10 < fewer < 40
 
 
-def test_processes_share_the_steps_and_epochs_go_through_everything(release, tiny_processor):
+def open_stream(stage, release, processor, **kwargs) -> StageStream:
     data_dir, annotations = release
+    sources = open_sources([source.name for source in stage.mixture], data_dir, annotations)
+    return StageStream(stage, sources, processor, 0, **kwargs)
+
+
+def test_processes_share_the_steps_and_epochs_go_through_everything(release, tiny_processor):
     stage = tiny(STAGES["III"], steps_per_epoch=30)
-    make = lambda **kw: StageBatches(stage, read_annotations(annotations), data_dir, tiny_processor, 0, **kw)  # noqa: E731
-    whole = make()
-    shares = [make(device_batch=1, process_index=rank, num_processes=2) for rank in range(2)]
-    source, micro_batches = whole[0]
-    assert [len(share[0][1]) for share in shares] == [2, 1]
-    assert all(share[0][0] == source for share in shares)
-    clouds = micro_batches[0]["point_clouds"]
-    for number, batch in ((0, shares[0][0][1][0]), (1, shares[1][0][1][0]), (2, shares[0][0][1][1])):
-        torch.testing.assert_close(batch["point_clouds"][0], clouds[number], rtol=0, atol=0)
-    seen = {name: [] for name in whole.samples}
+    whole = open_stream(stage, release, tiny_processor)
+    shares = [open_stream(stage, release, tiny_processor, process_index=rank, num_processes=2) for rank in range(2)]
+    assert [list(share.slots(0)) for share in shares] == [[0, 2], [1]]
+    for rank, share in enumerate(shares):
+        assert share.source(0) == whole.source(0)
+        for slot in share.slots(0):
+            ours, theirs = share.encode(0, slot), whole.encode(0, slot)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (rank, slot)
+    seen = {name: [] for name in whole.sources}
     for step in range(30):
-        source, samples = whole.plan(step)
-        seen[source.name] += [sample.object_id for sample in samples]
-    for ids in seen.values():
-        assert sorted(ids[:6]) == sorted(ids[6:12]) == [f"o{i}" for i in range(6)]
-        assert ids[:6] != ids[6:12]
+        source = whole.source(step)
+        for slot in whole.slots(step):
+            _, row = whole.orders[source.name].address(int(whole.turns[step]), slot)
+            seen[source.name].append(row)
+    for rows in seen.values():
+        assert sorted(rows[:6]) == sorted(rows[6:12]) == list(range(6))
+        assert rows[:6] != rows[6:12]
 
 
 # One step
@@ -250,7 +257,9 @@ def release(tmp_path_factory):
         cloud = np.concatenate([rng.normal(size=(128, 3)), rng.random((128, 3))], 1).astype(np.float32)
         np.save(folder / f"o{i}_8192.npy", cloud)
         for kind in KINDS.values():
-            rounds = [("What is it?", f"A red chair {i}."), ("Why?", "So.")][: 1 + (kind == "multi_round")]
+            rounds = [("What is it?", f"A red chair {i}." + i * " Yes."), ("Why?", "So.")][
+                : 1 + (kind == "multi_round")
+            ]
             records.append(record(f"o{i}", kind, rounds))
     return folder, [write(folder / "annotations.json", records)]
 
@@ -264,9 +273,9 @@ def prepared(stage: Stage) -> torch.nn.Module:
     return model
 
 
-def first_batches(stage, release, processor, **kwargs) -> list[dict]:
-    data_dir, annotations = release
-    return StageBatches(stage, read_annotations(annotations), data_dir, processor, seed=0, **kwargs)[0][1]
+def first_batches(stage, release, processor, device_batch=None, **kwargs) -> list[list[dict]]:
+    stream = open_stream(stage, release, processor, **kwargs)
+    return split_micro_batches([stream.encode(0, slot) for slot in stream.slots(0)], device_batch)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -288,7 +297,8 @@ def test_every_trainable_parameter_gets_a_gradient(name, release, tiny_processor
     """… and nothing else does: the encoder, and what lies below the trained parts, is outside the graph."""
     stage = replace(tiny(STAGES[name]), router_type="soft" if name == "IV" else "none")
     model = prepared(stage)
-    (batch,) = first_batches(stage, release, tiny_processor)
+    (samples,) = first_batches(stage, release, tiny_processor)
+    batch = pack_batch(samples)
     model(**batch).loss.backward()
     for parameter_name, parameter in named_parameters(model).items():
         if parameter.requires_grad:
@@ -344,6 +354,30 @@ def test_accumulated_gradients_equal_the_whole_batch(release, tiny_processor):
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["II", "IV"])
+def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
+    """Loss and gradients, with several samples in a row, and with all in one."""
+    stage = replace(tiny(STAGES[name]), mixture=(Source("multi_round", batch=6, weight=1),))
+    stream = open_stream(stage, release, tiny_processor)
+    samples = [stream.encode(0, slot) for slot in stream.slots(0)]
+    model = prepared(stage).eval()
+    results = []
+    for batch in (pad_batch(samples, 292), pack_batch(samples), pack_batch(samples, one_row=True)):
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.loss.detach(), gradients, batch["input_ids"].shape, output.logits.shape))
+    (loss, gradients, padded, _), *others = results
+    assert len(others[1][1]) == len(gradients) and others[1][2][0] == 1 and others[0][2][0] < padded[0]
+    for packed_loss, packed_gradients, _, logits in others:
+        torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-6)
+        assert logits[1] == sum((sample["labels"] != -100).sum() for sample in samples), "no logits but the answers'"
+        for parameter, gradient in gradients.items():
+            scale = gradient.abs().max() + 1e-12
+            assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-4 * scale + 1e-8, parameter
+
+
 # Whole runs
 
 
@@ -355,7 +389,7 @@ def base(tmp_path, tiny_processor):
 
 def options(init, output_dir, release, **changes) -> RunOptions:
     data_dir, annotations = release
-    return RunOptions(str(init), data_dir, annotations, output_dir, **{"num_workers": 0} | changes)
+    return RunOptions(str(init), str(data_dir), output_dir, annotations, **{"num_workers": 0} | changes)
 
 
 def history(folder) -> list[dict]:
@@ -372,7 +406,7 @@ def test_a_killed_run_goes_on_exactly(base, release, tmp_path, monkeypatch):
     """Twice the same run gives the same bits, and so does a run killed behind its checkpoint and resumed."""
     stage = tiny(STAGES["II"], augment=True)
     straight = train(stage, options(base, tmp_path / "straight", release))
-    again = train(stage, options(base, tmp_path / "again", release, num_workers=1))
+    again = train(stage, options(base, tmp_path / "again", release, num_workers=2))
     assert same_files(straight, again) and history(straight) == history(again)
 
     def killed(*args):
@@ -449,7 +483,7 @@ def test_mistakes_are_told_before_anything_is_loaded(base, release, tmp_path, ca
         with pytest.raises(ValueError, match=message):
             train(stage, replace(good, **changes))
     brief = write(tmp_path / "brief.json", [record("o0")])
-    with pytest.raises(ValueError, match="'detailed' conversations, but the annotations hold none"):
+    with pytest.raises(ValueError, match="'detailed' conversations, but there are none"):
         train(stage, replace(good, annotations=[brief]))
     unknown = write(tmp_path / "unknown.json", [record("o0"), record("ghost")])
     with pytest.raises(ValueError, match="1 of 2 annotated objects have no cloud.*'ghost'"):

@@ -1,23 +1,18 @@
-"""Conversations about point clouds, from the files of the PointLLM release to a stage's batches.
+"""Conversations about point clouds, where they lie: the files of the PointLLM release, or packed shards.
 
-The order: `read_annotations` (check each record, skip the two corrupt objects, sort by source) → `StageBatches`, which
-for each optimizer step draws a source and its samples, reads their clouds (`read_point_cloud`), augments them where the
-recipe says so (`augment`) and encodes them with the processor. Every step is a function of the seed and the step's
-number alone, so a resumed run goes on where it stopped and the number of workers changes nothing.
+The order: `read_records` (check each record) → `open_sources`, which gives a stage's mixture as sources of rows: a
+`FolderSource` reads `.npy` files, a `PackedSource` Parquet shards (`pack`). Which rows a step trains on is in `stream`.
 """
 
 import json
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from minigpt3d.processing_minigpt3d import clean_question
-
-from .stages import Source, Stage
 
 
 # Two clouds of the release whose colours are broken; the authors leave them out too.
@@ -30,6 +25,9 @@ SOURCES = {
     "multi_round": "multi_round",
 }
 POINT_PLACEHOLDER = "<point>"
+# Of packed data (see `pack`).
+ROWS_PER_GROUP = 64
+MANIFEST_FILE = "packed.json"
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,27 @@ class Sample:
 
 
 def read_annotations(paths: Iterable[str | Path]) -> dict[str, list[Sample]]:
-    """Samples by source, from JSON lists of `{object_id, conversation_type, conversations: [{from, value}, …]}`.
+    """Samples by source, without the corrupt objects.
+
+    Raises:
+        ValueError: as `read_records`.
+    """
+    samples: dict[str, list[Sample]] = {source: [] for source in SOURCES.values()}
+    for source, sample, _ in read_records(paths):
+        if sample.object_id not in CORRUPT_OBJECT_IDS:
+            samples[source].append(sample)
+    return samples
+
+
+def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dict]]:
+    """Source, sample and record, from JSON lists of `{object_id, conversation_type, conversations: [{from, value}, …]}`.
 
     Raises:
         ValueError: a file that is no JSON list, or a record out of schema; the message names its `object_id`.
     """
-    samples: dict[str, list[Sample]] = {source: [] for source in SOURCES.values()}
     for path in paths:
         for index, record in enumerate(_read_list(Path(path))):
-            source, sample = _to_sample(record, f"{path}, record {index}")
-            if sample.object_id not in CORRUPT_OBJECT_IDS:
-                samples[source].append(sample)
-    return samples
+            yield *to_sample(record, f"{path}, record {index}"), record
 
 
 def _read_list(path: Path) -> list:
@@ -68,8 +75,12 @@ def _read_list(path: Path) -> list:
     return records
 
 
-def _to_sample(record, where: str) -> tuple[str, Sample]:
-    """Check one record and take it apart: (source, sample)."""
+def to_sample(record, where: str) -> tuple[str, Sample]:
+    """Check one record and take it apart: (source, sample).
+
+    Raises:
+        ValueError: it is out of schema; the message begins with its `object_id` and `where`.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("object_id"), str):
         raise ValueError(f"{where}: expected an object with a string 'object_id', got {str(record)[:80]!r}.")
     object_id = record["object_id"]
@@ -135,6 +146,20 @@ def read_point_cloud(data_dir: str | Path, object_id: str) -> np.ndarray:
     return cloud.astype(np.float32)
 
 
+def encode_cloud(cloud: np.ndarray) -> tuple[bytes, bytes]:
+    """(N, 6), xyz in [-1, 1] and rgb in [0, 1] → 6 bytes a point of coordinates, 3 of colours."""
+    coord = np.round((cloud[:, :3].astype(np.float64) + 1) * 32767.5)
+    return coord.astype("<u2").tobytes(), np.round(cloud[:, 3:] * 255).astype(np.uint8).tobytes()
+
+
+def decode_cloud(coord: bytes, color: bytes) -> np.ndarray:
+    """What `encode_cloud` packed, (N, 6) float32; coordinates are off by at most 1.6e-5."""
+    cloud = np.empty((len(color) // 3, 6), dtype=np.float32)
+    cloud[:, :3] = np.frombuffer(coord, "<u2").reshape(-1, 3) * np.float32(1 / 32767.5) - np.float32(1)
+    cloud[:, 3:] = np.frombuffer(color, np.uint8).reshape(-1, 3) * np.float32(1 / 255)
+    return cloud
+
+
 def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A cloud as it might have come out of another scan, at random: the same object, so the same answers hold.
 
@@ -167,73 +192,21 @@ def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cloud[np.resize(kept, len(cloud))]
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Sources --------------------------------------------------------------------------------------------------------
 
 
-class StageBatches(Dataset):
-    """The batches of a stage: item `step` is what this process trains on at that optimizer step.
-
-    An item is `(source name, micro-batches)`. A micro-batch is a dict of what the model takes: `input_ids`,
-    `attention_mask`, `labels` (B, T) and `point_clouds` (B, N, 6), with B at most `device_batch`. The samples of a step
-    are dealt out to the processes in turn, so a step is the same set of samples on any number of them.
-
-    Args:
-        stage: the row, for its mixture and augmentation.
-        samples: by source, as `read_annotations` returns them.
-        data_dir: the folder of `{object_id}_8192.npy`.
-        processor: a `MiniGPT3DProcessor`.
-        seed: of the draws, the order and the augmentation.
-        device_batch: the largest micro-batch; None for the whole share of a process.
-        process_index, num_processes: which share is ours.
+class FolderSource:
+    """Conversations of one kind whose clouds are `.npy` files: one shard, read row by row.
 
     Raises:
-        ValueError: a source of the mixture has no samples, clouds are missing, or a batch has fewer samples than there
-            are processes.
+        ValueError: clouds are missing.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        samples: dict[str, list[Sample]],
-        data_dir: str | Path,
-        processor,
-        seed: int,
-        device_batch: int | None = None,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
-        self.stage = stage
-        self.samples = {source.name: samples.get(source.name, []) for source in stage.mixture}
-        self.data_dir = Path(data_dir)
-        self.processor = processor
-        self.seed = [seed, *stage.name.encode()]
-        self.device_batch = device_batch
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self._check()
-        weights = np.array([source.weight for source in stage.mixture], dtype=float)
-        self.draws = self._rng("source").choice(len(weights), size=stage.steps, p=weights / weights.sum())  # (steps,)
-        # How often the source of a step was drawn before it: where that source's own order stands.
-        self.earlier_draws = np.zeros(stage.steps, dtype=np.int64)
-        for source in range(len(weights)):
-            (steps,) = np.nonzero(self.draws == source)
-            self.earlier_draws[steps] = np.arange(len(steps))
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # of each source, the last epoch asked for
-
-    def _check(self):
-        for source in self.stage.mixture:
-            if not self.samples[source.name]:
-                raise ValueError(
-                    f"Stage {self.stage.name} trains on {source.name!r} conversations, but the annotations hold none. "
-                    f"Give --annotations a file with conversation_type {_release_name(source.name)!r}."
-                )
-            if source.batch < self.num_processes:
-                raise ValueError(
-                    f"Stage {self.stage.name}: a batch of {source.batch} {source.name!r} samples cannot be shared by "
-                    f"{self.num_processes} processes. Launch at most {source.batch}."
-                )
+    def __init__(self, samples: list[Sample], data_dir: str | Path):
+        self.samples, self.data_dir = samples, Path(data_dir)
+        self.rows = [len(samples)]
         present = {path.name for path in self.data_dir.iterdir()}
-        wanted = {sample.object_id for samples in self.samples.values() for sample in samples}
+        wanted = {sample.object_id for sample in samples}
         missing = sorted(i for i in wanted if point_cloud_path(self.data_dir, i).name not in present)
         if missing:
             raise ValueError(
@@ -242,47 +215,126 @@ class StageBatches(Dataset):
                 "folder of the .npy files that belong to --annotations."
             )
 
-    def _rng(self, purpose: str, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng([*self.seed, *purpose.encode(), *numbers])
+    def read(self, shard: int, row: int) -> tuple[Sample, np.ndarray]:
+        """The sample and its cloud, (8192, 6) float32."""
+        sample = self.samples[row]
+        return sample, read_point_cloud(self.data_dir, sample.object_id)
 
-    def _order(self, source: str, epoch: int) -> np.ndarray:
-        if source not in self._orders or self._orders[source][0] != epoch:
-            self._orders[source] = epoch, self._rng(source, epoch).permutation(len(self.samples[source]))
-        return self._orders[source][1]
 
-    def __len__(self) -> int:
-        return self.stage.steps
+class PackedSource:
+    """One kind of conversations in a data set of `minigpt3d pack`, in a folder or on the Hub.
 
-    def plan(self, step: int) -> tuple[Source, list[Sample]]:
-        """The source of a step and all its samples. A source is gone through as a whole before it starts anew."""
-        source = self.stage.mixture[self.draws[step]]
-        samples = self.samples[source.name]
-        first = int(self.earlier_draws[step]) * source.batch
-        positions = (divmod(first + i, len(samples)) for i in range(source.batch))
-        return source, [samples[self._order(source.name, epoch)[position]] for epoch, position in positions]
+    Row groups are read as they are needed and kept while they are in use; nothing else is.
 
-    def __getitem__(self, step: int) -> tuple[str, list[dict[str, torch.Tensor]]]:
-        source, samples = self.plan(step)
-        ours = list(enumerate(samples))[self.process_index :: self.num_processes]
-        size = self.device_batch or len(ours)
-        micro_batches = [self._encode(step, ours[first : first + size]) for first in range(0, len(ours), size)]
-        return source.name, micro_batches
+    Args:
+        dataset: folder or Hub id.
+        manifest: its packed.json.
+        name: of the source.
+    """
 
-    def _encode(self, step: int, numbered_samples: list[tuple[int, Sample]]) -> dict[str, torch.Tensor]:
-        clouds = [read_point_cloud(self.data_dir, sample.object_id) for _, sample in numbered_samples]
-        if self.stage.augment:
-            clouds = [
-                augment(cloud, self._rng("augment", step, number))
-                for cloud, (number, _) in zip(clouds, numbered_samples, strict=True)
-            ]
-        conversations = [to_messages(sample) for _, sample in numbered_samples]
-        return dict(self.processor.encode_training(conversations, clouds, self.stage.max_text_length))
+    def __init__(self, dataset: str, manifest: dict, name: str):
+        self.dataset, self.name = dataset, name
+        self.rows = manifest["shards"].get(name, [])
+        self.num_points = manifest["num_points"]
+        # A row group for each sample of a batch, or the whole of a small data set.
+        self.groups_kept = max(64, min(256, sum(-(-rows // ROWS_PER_GROUP) for rows in self.rows)))
+        self._groups: OrderedDict[tuple[int, int], dict] = OrderedDict()
+        self._files: OrderedDict[int, object] = OrderedDict()
+
+    def read(self, shard: int, row: int) -> tuple[Sample, np.ndarray]:
+        """The sample and its cloud, (num_points, 6) float32, normalised.
+
+        Raises:
+            ValueError: the row is out of schema; the message names its object.
+        """
+        number, place = divmod(row, ROWS_PER_GROUP)
+        group = self._group(shard, number)
+        object_id = group["object_id"][place].as_py()
+        where = f"{self.dataset}, {self.name}, shard {shard}, row {row}"
+        kind = next(kind for kind, source in SOURCES.items() if source == self.name)
+        turns = group["conversations"][place].as_py()
+        record = {"object_id": object_id, "conversation_type": kind, "conversations": turns}
+        _, sample = to_sample(record, where)
+        cloud = decode_cloud(group["coord"][place].as_buffer(), group["color"][place].as_buffer())
+        if cloud.shape != (self.num_points, 6):
+            raise ValueError(
+                f"object_id {object_id!r} ({where}): expected {self.num_points} points, got {len(cloud)}."
+            )
+        return sample, cloud
+
+    def _group(self, shard: int, number: int) -> dict:
+        key = shard, number
+        if key not in self._groups:
+            table = self._file(shard).read_row_group(number)
+            self._groups[key] = {name: table[name].combine_chunks() for name in table.column_names}
+            if len(self._groups) > self.groups_kept:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def _file(self, shard: int):
+        if shard not in self._files:
+            import pyarrow.parquet
+
+            path = f"{self.name}/train-{shard:05d}-of-{len(self.rows):05d}.parquet"
+            self._files[shard] = pyarrow.parquet.ParquetFile(_open(self.dataset, path))
+            if len(self._files) > self.groups_kept:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict:
+        """For worker processes, which open files of their own."""
+        return self.__dict__ | {"_groups": OrderedDict(), "_files": OrderedDict()}
+
+
+def _open(dataset: str, path: str):
+    """A file of a data set, to read from: local, or streamed from the Hub."""
+    if Path(dataset).is_dir():
+        return open(Path(dataset) / path, "rb")
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().open(f"datasets/{dataset}/{path}", "rb")
+
+
+def read_manifest(dataset: str) -> dict:
+    """packed.json of a folder or Hub id.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        with _open(dataset, MANIFEST_FILE) as file:
+            return json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--data {dataset}: no {MANIFEST_FILE} there ({error}). Pass what `minigpt3d pack` wrote, a folder or the Hub "
+            "id of one; or a folder of .npy files together with --annotations."
+        ) from error
+
+
+def open_sources(names: Iterable[str], dataset: str, annotations: list[Path]) -> dict:
+    """The sources of a mixture by name: `.npy` files with annotations, or packed data without.
+
+    Raises:
+        ValueError: a source has no samples, clouds are missing, or records are out of schema.
+    """
+    if annotations:
+        samples = read_annotations(annotations)
+        sources = {name: samples[name] for name in names}
+    else:
+        manifest = read_manifest(dataset)
+        sources = {name: manifest["shards"].get(name) for name in names}
+    for name, rows in sources.items():
+        if not rows:
+            where = f"Give --annotations a file with conversation_type {_release_name(name)!r}." if annotations else (
+                f"Pack annotations with conversation_type {_release_name(name)!r} too."
+            )  # fmt: skip
+            raise ValueError(f"The stage trains on {name!r} conversations, but there are none. {where}")
+    if annotations:
+        return {name: FolderSource(rows, dataset) for name, rows in sources.items()}
+    return {name: PackedSource(dataset, manifest, name) for name in names}
 
 
 def _release_name(source: str) -> str:
     return next(kind for kind, name in SOURCES.items() if name == source)
-
-
-def make_loader(batches: StageBatches, steps: range, num_workers: int) -> DataLoader:
-    """The batches of these steps, in order, prepared ahead by `num_workers` processes."""
-    return DataLoader(batches, batch_size=None, sampler=steps, num_workers=num_workers)

@@ -23,8 +23,9 @@ from transformers import HfArgumentParser
 
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
-from .data import StageBatches, make_loader, read_annotations
+from .data import open_sources
 from .stages import RECIPES, Stage, learning_rate
+from .stream import StageStream, pack_batch, read_ahead, split_micro_batches
 from .weights import (
     STAGE_FILE,
     load_checkpoint,
@@ -50,12 +51,21 @@ class RunOptions:
             "ready-made, for the others the OUTPUT_DIR of the stage before."
         }
     )
-    data: Path = field(metadata={"help": "Folder with a cloud {object_id}_8192.npy for every annotated object."})
-    annotations: list[Path] = field(
-        metadata={"help": "JSON lists of conversations in PointLLM's layout; each stage picks the kinds it trains on."}
+    data: str = field(
+        metadata={
+            "help": "What `minigpt3d pack` wrote, a folder or the Hub id of one; or, with --annotations, a folder with a "
+            "cloud {object_id}_8192.npy for every annotated object."
+        }
     )
     output_dir: Path = field(
         metadata={"help": "Folder for the result. It appears when the stage is done; until then see *.unfinished."}
+    )
+    annotations: list[Path] = field(
+        default_factory=list,
+        metadata={
+            "help": "JSON lists of conversations in PointLLM's layout, for data that is not packed; each stage picks the "
+            "kinds that it trains on."
+        },
     )
     recipe: Literal["paper", "household"] = field(
         default="paper", metadata={"help": "Rows of the stage table: the paper's, or those of the small demo model."}
@@ -118,19 +128,10 @@ def train(stage: Stage, options: RunOptions) -> Path:
     work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
     num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
     check_options(stage, options, work_dir)
-    samples = read_annotations(options.annotations)
+    sources = open_sources([source.name for source in stage.mixture], options.data, options.annotations)
     accelerator = Accelerator()
     processor = MiniGPT3DProcessor.from_pretrained(options.init)
-    batches = StageBatches(
-        stage,
-        samples,
-        options.data,
-        processor,
-        options.seed,
-        options.device_batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    stream = StageStream(stage, sources, processor, options.seed, accelerator.process_index, accelerator.num_processes)
 
     set_seed(options.seed)  # new LoRA factors
     model = prepare_model(load_model(options.init), stage, options.init)
@@ -148,12 +149,13 @@ def train(stage: Stage, options: RunOptions) -> Path:
     if accelerator.is_main_process:
         work_dir.mkdir(parents=True, exist_ok=True)
         cut_history(work_dir / HISTORY_FILE, first_step)
-    loader = make_loader(batches, range(first_step, num_steps), options.num_workers)
+    steps = read_ahead(stream, range(first_step, num_steps), options.num_workers)
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     start = time.perf_counter()
-    for step, (source, micro_batches) in enumerate(loader, start=first_step):
+    for step, (source, samples) in enumerate(steps, start=first_step):
         reseed(options.seed, step, accelerator.process_index)
         lr = learning_rate(stage, step)
+        micro_batches = split_micro_batches(samples, options.device_batch)
         loss = train_step(accelerator, model, optimizer, micro_batches, lr)
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -162,7 +164,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
             )
         if accelerator.is_main_process:
             seconds, start = time.perf_counter() - start, time.perf_counter()  # with the wait for data
-            num_samples = stage.mixture[batches.draws[step]].batch
+            num_samples = stream.source(step).batch
             entry = {"step": step, "source": source, "loss": loss, "lr": lr}
             entry["samples_per_second"] = round(num_samples / seconds, 2)
             with open(work_dir / HISTORY_FILE, "a") as file:
@@ -197,7 +199,7 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
-    if not options.data.is_dir():
+    if options.annotations and not Path(options.data).is_dir():
         raise ValueError(f"--data {options.data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
     for path in options.annotations:
         if not path.is_file():
@@ -233,7 +235,7 @@ def reseed(seed: int, step: int, process_index: int):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
 
 
-def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[dict], lr: float) -> float:
+def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[list[dict]], lr: float) -> float:
     """One optimizer step on the table's batch, in as many micro-batches as the devices need.
 
     The loss is the mean over all answer tokens of the batch, so its split over micro-batches and processes, which hold
@@ -243,13 +245,15 @@ def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[d
         That loss, over all processes.
     """
     device = accelerator.device
-    num_tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+    attention = accelerator.unwrap_model(model).config.text_config._attn_implementation
+    one_row = (attention or "").startswith("flash")
+    num_tokens = sum((sample["labels"][1:] != -100).sum() for batch in micro_batches for sample in batch)
     num_tokens = accelerator.reduce(num_tokens.to(device))
     batch_loss = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):  # gradients are averaged over processes once
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in pack_batch(batch, one_row).items()}
             loss = model(**batch, use_cache=False, num_items_in_batch=num_tokens).loss
             accelerator.backward(loss * accelerator.num_processes)
         batch_loss += loss.detach()
