@@ -78,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 if it agrees, 1 if it does not or there is nothing to compare with.",
     )
     verify.add_argument("model", metavar="DIR_OR_ID", help="folder or Hub id")
+    verify.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a Hub id that is not this project's own"
+    )
     verify.set_defaults(run=run_verify)
     return parser
 
@@ -100,6 +103,7 @@ def add_convert(commands):
         ("--stage4", "FILE", "MiniGPT_3D_stage_4.pth"),
     ):
         sources.add_argument(option, type=Path, metavar=metavar, help=text)
+    sources.add_argument("--revision", help="commit of the authors' repository (default: the newest one)")
     sources.add_argument("--yes", action="store_true", help="download without asking")
     convert.add_argument(
         "--stage-result", type=Path, metavar="DIR", help="instead of files: what a run of training/stage*.py wrote"
@@ -242,6 +246,8 @@ def printable(text: str) -> str:
 
 def one_line(error: Exception) -> str:
     message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {message}"
     is_expected = message and isinstance(error, (OSError, ValueError, ImportError))
     return " ".join((message if is_expected else f"{type(error).__name__}: {message}").split())
 
@@ -330,12 +336,12 @@ def run_convert(args: argparse.Namespace) -> int:
     import torch
 
     from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-    from minigpt3d.conversion import release, verify
+    from minigpt3d.conversion import release, verify, write
     from minigpt3d.conversion.hub_folder import check_folder
+    from minigpt3d.conversion.tables import FILES
 
-    check_folder(args.out)
-    slots = ("phi", "blip2", "point_encoder", "tinygpt_v", "stage3", "stage4")
-    paths = {slot: getattr(args, slot) for slot in slots if getattr(args, slot) is not None}
+    paths = {file.slot: path for file in FILES if (path := getattr(args, file.slot)) is not None}
+    check_folder(args.out, [*paths.values(), *filter(None, [args.stage_result])])
     if args.stage_result is not None:
         if paths or args.config is not None:
             raise CommandError("--stage-result stands alone: give it, or the authors' files")
@@ -345,27 +351,54 @@ def run_convert(args: argparse.Namespace) -> int:
 
         config = MiniGPT3DConfig.from_pretrained(args.stage_result)
         processor = MiniGPT3DProcessor.from_pretrained(args.stage_result)
-        sources = release.stage_sources(args.stage_result)
+        sources = release.stage_sources(args.stage_result, keep_lora=args.lora == "keep")
     else:
-        config = MiniGPT3DConfig() if args.config is None else MiniGPT3DConfig.from_json_file(args.config)
-        paths, origins = (paths, {}) if paths else download_release(args.yes)
+        config = MiniGPT3DConfig() if args.config is None else read_config(args.config)
+        paths, origins = (paths, {}) if paths else download_release(args.revision, args.yes)
         sources = release.release_sources(paths, origins)
         processor = release.load_processor(paths["phi"], config)
-    plan = release.make_plan(sources, config, processor, args.router, args.ignore)
+    try:
+        plan = release.make_plan(sources, config, processor, args.router, args.ignore)
+    except ValueError as error:
+        raise CommandError(str(error)) from error  # line by line
     print(release.summary(plan), flush=True)
+    exit_code = 0
 
     def check(folder: Path):
-        computed = verify.compute(folder)
+        nonlocal exit_code
+        try:
+            computed = verify.compute(folder)
+        except verify.KilledError as error:  # hours of work are not thrown away for that
+            complain(f"not verified: {error}. Verify it on a larger machine: minigpt3d verify {args.out}")
+            exit_code = FAILED
+            return
         verify.store(folder, computed)
         print(verify.to_text(computed))
 
     dtype = getattr(torch, args.dtype)
-    release.write_release(plan, args.out, dtype, args.lora, check if args.verify else lambda folder: None)
+    write.write_release(plan, args.out, dtype, args.lora, args.argv, check if args.verify else lambda folder: None)
+    if args.lora == "keep":
+        print(
+            f"{args.out / 'adapter'} names its base as {args.out.resolve() / 'base'}: adapter_config.json, if you move it"
+        )
     print(f"{args.out} is done")
-    return 0
+    return exit_code
 
 
-def download_release(yes: bool):
+def read_config(path: Path):
+    """
+    Raises:
+        CommandError: it is no configuration of a model.
+    """
+    from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+
+    try:
+        return MiniGPT3DConfig.from_json_file(path)
+    except Exception as error:  # strict configurations raise what they like
+        raise CommandError(f"--config {path}: {one_line(error)}") from error
+
+
+def download_release(revision: str | None, yes: bool):
     """Say what would be downloaded, ask, and download.
 
     Raises:
@@ -373,7 +406,7 @@ def download_release(yes: bool):
     """
     from minigpt3d.conversion.download import fetch, find_release
 
-    download = find_release()
+    download = find_release(revision)
     print(download, flush=True)
     if not yes:
         if not sys.stdin.isatty():
@@ -386,8 +419,13 @@ def download_release(yes: bool):
 def run_verify(args: argparse.Namespace) -> int:
     from minigpt3d.conversion import verify
 
-    if not Path(args.model).is_dir() and args.model.count("/") != 1:
-        raise CommandError(f"there is no folder {args.model}, and a model on the Hub is named OWNER/NAME")
+    if not Path(args.model).is_dir():
+        from minigpt3d import HUB_ID
+
+        if args.model.count("/") != 1:
+            raise CommandError(f"there is no folder {args.model}, and a model on the Hub is named OWNER/NAME")
+        if args.model != HUB_ID and not args.trust_remote_code:
+            raise CommandError(f"{args.model} brings code of its own, which would be run: pass --trust-remote-code")
     stored = verify.read_stored(args.model)
     computed = verify.compute(args.model)
     print(verify.to_text(computed))
@@ -402,7 +440,9 @@ def run_verify(args: argparse.Namespace) -> int:
         made = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         raise CommandError(f"{args.model} computes something else here than where it was made (with {made})")
     if computed["text"] != stored["text"]:
-        print(f"stored    {stored['text']!r}: another text out of numbers that agree, as rounding may do")
+        print(f"stored    {stored['text']!r}")
+        print("the numbers agree with verification.json; the text does not, which rounding may explain")
+        return 0
     print("agrees with verification.json")
     return 0
 
@@ -423,6 +463,7 @@ def read_questions() -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

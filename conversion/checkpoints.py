@@ -12,6 +12,11 @@ from .tables import TRAINER_STATE
 
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I64": "int64"}
+# What a pickle of nothing but tensors imports.
+_HARMLESS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"} | {
+    f"torch.{kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Byte", "Bool")
+}
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -35,13 +40,18 @@ class Checkpoint:
         self._open: dict[Path, object] = {}
         self._where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # such as "float16"
         self.trainer_state: dict[str, str] = {}
         for file in self.files:
             if file.suffix == ".safetensors":
-                content = self._safetensors(file)
-                shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}
+                slices = {key: self._safetensors(file).get_slice(key) for key in self._safetensors(file).keys()}
+                shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+                self.dtypes |= {
+                    key: _SAFETENSORS_DTYPES.get(each.get_dtype(), each.get_dtype()) for key, each in slices.items()
+                }
             else:
                 shapes = {key: tuple(tensor.shape) for key, tensor in self._pickled(file).items()}
+                self.dtypes |= {k: str(t.dtype).removeprefix("torch.") for k, t in self._pickled(file).items()}
             for key in shapes.keys() & self._where.keys():
                 raise ValueError(
                     f"{self.path}: {key} is in {self._where[key].name} and in {file.name}. Remove one of them."
@@ -85,7 +95,15 @@ class Checkpoint:
                     "nothing is known about. Save the file again without them if they do not belong to the model."
                 )
             content = content[self.container]
-        tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{file}: {self.container!r} is a {type(content).__name__}, expected a dictionary of tensors."
+            )
+        tensors = {
+            key: value
+            for key, value in content.items()
+            if isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        }
         if len(tensors) < len(content) or not tensors:
             others = [key for key in content if key not in tensors][:5]
             expected = f" under {self.container!r}" if self.container else ""
@@ -110,8 +128,11 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or folder.")
     for name in _INDEXES:
         if (path / name).exists():
-            index = json.loads((path / name).read_text(encoding="utf-8"))
-            files = [path / shard for shard in sorted(set(index["weight_map"].values()))]
+            try:
+                weight_map = json.loads((path / name).read_text(encoding="utf-8"))["weight_map"]
+                files = [path / shard for shard in sorted(set(weight_map.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path / name}: not an index of shards ({error!r}). Download it again.") from error
             absent = [file.name for file in files if not file.exists()]
             if absent:
                 raise FileNotFoundError(f"{path}: {name} names {', '.join(absent)}, which is not there. Download it.")
@@ -149,19 +170,19 @@ def _unsafe_names(file: Path) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # not a zip file of torch's: read the first pickle's operations
-        names, strings = [], []
+        names, strings = set(), []
         try:
             with open(file, "rb") as stream:
-                for operation, argument, _ in pickletools.genops(stream):
-                    if operation.name == "GLOBAL":
-                        names.append(argument.replace(" ", "."))
-                    elif operation.name == "STACK_GLOBAL":
-                        names.append(".".join(strings[-2:]))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-        except Exception:  # no pickle either
-            return []
-        return sorted(names)
+                while True:  # torch's older format is several pickles in a row, then the tensors' bytes
+                    for operation, argument, _ in pickletools.genops(stream):
+                        if operation.name == "GLOBAL":
+                            names.add(argument.replace(" ", "."))
+                        elif operation.name == "STACK_GLOBAL":
+                            names.add(".".join(strings[-2:]))
+                        elif isinstance(argument, str):
+                            strings.append(argument)
+        except Exception:  # the end, or no pickle
+            return sorted(names - _HARMLESS)
 
 
 def _damaged(file: Path, error: Exception) -> str:

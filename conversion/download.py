@@ -44,14 +44,17 @@ class Download:
         return "\n".join([*lines, f"in all {total / 1e9:.1f} GB, kept in {constants.HF_HUB_CACHE}"])
 
 
-def find_release() -> Download:
+def find_release(revision: str | None = None) -> Download:
     """Ask for the revision and the sizes; nothing is fetched.
+
+    Args:
+        revision: commit of the authors' repository; by default the newest, which is then kept to.
 
     Raises:
         ValueError: no network, or the repository does not hold the files.
     """
     try:
-        info = HfApi().model_info(AUTHORS_ID, files_metadata=True)
+        info = HfApi().model_info(AUTHORS_ID, revision=revision, files_metadata=True)
         blip2_bytes = get_hf_file_metadata(BLIP2_URL, token=False).size or 0  # the Hub's token is not for others
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -59,6 +62,10 @@ def find_release() -> Download:
             f"cannot ask for the released files: {reason}. Check the network, or give the paths of files that you have: "
             "minigpt3d convert --help"
         ) from error
+    if not blip2_bytes:
+        raise ValueError(
+            f"{BLIP2_URL} does not say how large it is. Download it by hand, and give its path: --blip2 FILE"
+        )
     files = {}
     for slot, path in PATHS.items():
         found = {each.rfilename: each.size or 0 for each in info.siblings if each.rfilename.startswith(path)}
@@ -75,7 +82,18 @@ def fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
 
     Returns:
         Path of each slot, and where it is from.
+
+    Raises:
+        ValueError: the connection broke; what has come is kept.
     """
+    try:
+        return _fetch(download)
+    except Exception as error:  # each client under huggingface_hub has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"the download stopped: {reason}. Run it again, it goes on where it was.") from error
+
+
+def _fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
     local = {path: Path(hf_hub_download(AUTHORS_ID, path, revision=download.revision)) for path in download.files}
     paths = {}
     for slot, path in PATHS.items():

@@ -1,8 +1,10 @@
 """Write a model as a folder that is ready for the Hub: weights, configuration, processor and the code that reads them."""
 
 import errno
+import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,22 +30,46 @@ def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer:
     config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
 
 
-def check_folder(output_dir: str | Path) -> Path:
+# What a folder of a model may hold that is lost when the folder is replaced.
+_KEPT_APART = (".git", "training_state")
+
+
+def check_folder(output_dir: str | Path, sources: Iterable[str | Path] = ()) -> Path:
     """The folder's absolute path.
 
+    Args:
+        sources: files and folders that are read to fill it.
+
     Raises:
-        ValueError: it exists and is something other than a model's folder.
+        ValueError: it exists and is something other than a model's folder, holds what would be lost, or what it is to be
+            made of.
     """
     output_dir = Path(output_dir).resolve()
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file; pass the name of a folder.")
-    if output_dir.exists() and any(output_dir.iterdir()) and not _is_a_models(output_dir):
-        raise ValueError(f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model.")
+    for source in (Path(source).resolve() for source in sources):
+        if output_dir == source or output_dir in source.parents or source in output_dir.parents:
+            raise ValueError(
+                f"{output_dir} and {source}, which it is made of, lie in each other; pass another folder."
+            )
+    above = next(parent for parent in output_dir.parents if parent.exists())
+    if not above.is_dir() or output_dir.is_file():
+        raise ValueError(f"{above if not above.is_dir() else output_dir} is a file; pass the name of a folder.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not (_is_ours(output_dir) or _is_ours(output_dir / "base")):
+            raise ValueError(
+                f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model."
+            )
+        lost = [name for name in _KEPT_APART if (output_dir / name).exists()]
+        if lost or output_dir in (cwd := Path.cwd(), *cwd.parents):
+            what = f"holds {lost[0]}" if lost else "is where this runs"
+            raise ValueError(f"{output_dir} {what}, so it is not replaced; pass a new folder.")
     return output_dir
 
 
-def _is_a_models(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "base" / "config.json").exists()
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "minigpt3d"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager
@@ -55,19 +81,20 @@ def written_whole(output_dir: str | Path) -> Iterator[Path]:
         OSError: the disk is full; nothing of what was written is left.
     """
     output_dir = check_folder(output_dir)
-    partial = output_dir.with_name(output_dir.name + ".partial")
+    partial = output_dir.with_name(f".{output_dir.name}.minigpt3d-partial")
+    replaced = output_dir.with_name(f".{output_dir.name}.minigpt3d-replaced")
+    if replaced.exists() and not output_dir.exists():  # a run was killed between the two renames below
+        replaced.rename(output_dir)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if "No space left on device" in str(error):  # safetensors has an error of its own for it
-            raise OSError(
-                errno.ENOSPC, f"the disk of {output_dir.parent} is full; free some space and run it again"
-            ) from error
+        if re.search("No space left on device|Disk quota exceeded", str(error)):  # safetensors raises its own class
+            full = f"the disk of {output_dir.parent} is full; free some space and run it again"
+            raise OSError(errno.ENOSPC, full) from error
         raise
-    replaced = output_dir.with_name(output_dir.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if output_dir.exists():
         output_dir.rename(replaced)

@@ -4,6 +4,7 @@ What comes in is used, superseded by a later file, or a named leftover; what the
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,9 +13,14 @@ import torch
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.training.stages import lora_targets
+from minigpt3d.training.stages import STAGE_3, lora_targets
 
 from .tables import ALIASES, FILES, FUSED_ATTENTION, LEFTOVERS, LORA_ALPHA, NAMES, SPLIT_ATTENTION, ZEROS, File
+
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# PEFT has one for all modules; the Q-Former's, 0.1, is set by the training.
+LANGUAGE_LORA_DROPOUT = STAGE_3.language_lora.dropout
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -113,6 +119,8 @@ def account(
     lora_modules: Iterable[str] = (),
     new: Callable[[str], bool] = lambda name: False,
     ignore: Iterable[str] = (),
+    same: Callable[[str, str, str], bool] = lambda slot, key, original: True,
+    dtypes: dict[str, dict[str, str]] | None = None,
 ) -> Account:
     """Find every parameter's origin, and say all that does not fit in one message.
 
@@ -121,11 +129,14 @@ def account(
         expected: our names and shapes of the model, or of the part that the files are for.
         lora_modules: modules that have LoRA factors in the files that give them.
         new: whether a parameter that no file gives is for training to learn.
-        ignore: shell patterns of authors' keys that are let pass: not used if they are unknown, not asked for if they
-            are missing.
+        ignore: shell patterns of authors' keys: what they match is not used where it is, and not asked of the file where
+            it is missing. Something else must give it.
+        same: whether two keys of a file hold equal tensors.
+        dtypes: of each slot's keys, such as "float16"; not looked at by default.
 
     Raises:
-        ValueError: keys that nothing knows, keys that are missing, LoRA halves, wrong shapes.
+        ValueError: keys that nothing knows, keys that are missing, second names of other tensors, LoRA halves, wrong
+            shapes or dtypes.
     """
     result, problems = Account(), []
     required = [*expected, *(f"{module}.lora_{matrix}.weight" for module in lora_modules for matrix in "AB")]
@@ -136,16 +147,17 @@ def account(
         given = _names_in(file, keys, expected, result, problems, ignored)
         for name, origin in given.items():
             if not _matches(name, (*file.gives, *file.may_give)):
-                if ignored(origin.keys[0]):
-                    result.ignored.append((file.slot, origin.keys[0]))
-                else:
-                    problems.append(f"{file.slot}: {origin.keys[0]} ({name}) is not what this file should hold")
+                problems.append(f"{file.slot}: {origin.keys[0]} ({name}) is not what this file should hold")
                 continue
             if name in result.origins:
                 result.superseded.append((result.origins[name], name))
             shape = _our_shape([keys[key] for key in origin.keys], name)
             if name in expected and shape != tuple(expected[name]):
                 problems.append(f"{origin} has shape {shape}, the configuration needs {tuple(expected[name])}")
+            allowed = ("int64",) if name.endswith("num_batches_tracked") else FLOATS
+            for key in origin.keys if dtypes else ():
+                if dtypes[file.slot][key] not in allowed:
+                    problems.append(f"{file.slot}: {key} is {dtypes[file.slot][key]}, expected {' or '.join(allowed)}")
             result.origins[name], shapes[name] = origin, shape
         for name in required:
             if name not in given and _matches(name, file.gives):
@@ -154,14 +166,23 @@ def account(
                     result.ignored.append((file.slot, key))
                 else:
                     missing.add(name)
-                    problems.append(f"{file.slot}: {key} is missing (it becomes {name})")
+                    apart = (
+                        f", or {', '.join(SPLIT_ATTENTION)} apart" if FUSED_ATTENTION in key and file.prefix else ""
+                    )
+                    problems.append(f"{file.slot}: {key} is missing{apart} (it becomes {name})")
+    for slot, key, original in result.aliases:
+        if not same(slot, key, original):
+            problems.append(f"{slot}: {key} should be the same tensor as {original}, but differs from it")
     for name in expected.keys() - result.origins.keys() - missing:
         if _matches(name, ZEROS):
             result.zeros.append(name)
         elif new(name):
             result.new.append(name)
         else:
-            problems.append(f"{authors_name(name)} is missing from all files (it becomes {name})")
+            givers = [file.slot for file in files if _matches(name, (*file.gives, *file.may_give))]
+            problems.append(
+                f"{authors_name(name)} is missing from all files (it becomes {name}; {' or '.join(givers)} should have it)"
+            )
     problems += _lora_problems(result, shapes, expected)
     known = {*expected, *result.lora}
     problems += [
@@ -189,10 +210,10 @@ def _names_in(file: File, keys: dict, expected: dict, result: Account, problems:
         name = our_name(original or full)
         if reason is not None:
             result.leftovers.append((file.slot, key, reason))
+        elif ignored(key):
+            result.ignored.append((file.slot, key))
         elif original in keys:
             result.aliases.append((file.slot, key, original))
-        elif name is None and ignored(key):
-            result.ignored.append((file.slot, key))
         elif name is None:
             problems.append(f"{file.slot}: {key} is no tensor of MiniGPT-3D")
         elif (match := _SPLIT_KEY.fullmatch(name)) and (fused := _fused_name(match)) in expected:
@@ -204,8 +225,12 @@ def _names_in(file: File, keys: dict, expected: dict, result: Account, problems:
     for name, parts in split.items():
         if name in given or len(parts) < len(SPLIT_ATTENTION):
             absent = [which for which in SPLIT_ATTENTION if which not in parts]
-            what = f"{', '.join(absent)} beside it" if absent else f"it once, not also as {given[name].keys[0]}"
+            what = (
+                f"{', '.join(absent)} beside it" if absent else f"to be there once, not also as {given[name].keys[0]}"
+            )
             problems.append(f"{file.slot}: {next(iter(parts.values()))} needs {what}")
+        elif len({keys[key] for key in parts.values()}) > 1:
+            problems.append(f"{file.slot}: {', '.join(parts.values())} have different shapes")
         given.setdefault(name, Origin(file.slot, tuple(parts[which] for which in SPLIT_ATTENTION if which in parts)))
     return given
 
@@ -233,6 +258,8 @@ def _lora_problems(result: Account, shapes: dict, expected: dict) -> Iterable[st
         weight = expected.get(f"{match['module']}.weight")
         if partner not in result.origins:
             yield f"{origin} has no partner: {authors_name(partner)} is missing"
+        elif result.origins[partner].file != origin.file:
+            yield f"{origin} and {result.origins[partner]} are halves of different products"
         elif weight is None:
             yield f"{origin} belongs to no weight of this configuration"
         elif match["matrix"] == "A":
@@ -243,7 +270,7 @@ def _lora_problems(result: Account, shapes: dict, expected: dict) -> Iterable[st
 
 def _report(problems: list[str], files: dict) -> str:
     """All problems, and which file looks like another slot's."""
-    lines = sorted(set(problems))
+    lines, count = sorted(set(problems)), len(set(problems))
     for file, keys in files.items():
         if file not in FILES:
             continue
@@ -256,8 +283,8 @@ def _report(problems: list[str], files: dict) -> str:
             lines.insert(0, f"{file.slot}: this looks like the file of --{best.slot.replace('_', '-')} ({best.title})")
     listed = "\n  ".join(lines)
     return (
-        f"the tensors do not add up to the model of this configuration; {len(lines)} things do not fit:\n  {listed}\n"
-        "Check that each file is the right one and whole. To leave a key out, or to do without it in one file where "
+        f"the tensors do not add up to the model of this configuration; {count} things do not fit:\n  {listed}\n"
+        "Check that each file is the right one and whole. To leave a key out, or to do without it in a file where "
         "another gives it, name it by a pattern: --ignore 'PATTERN'."
     )
 
@@ -295,6 +322,7 @@ class Reader:
         config: of the model.
         read: (file's slot, key) → tensor.
         fresh: our name → initial value of a parameter that is new.
+        scale: (module, rank) → factor of its LoRA product.
     """
 
     def __init__(
@@ -304,9 +332,10 @@ class Reader:
         expected: dict[str, torch.Size],
         read: Callable[[str, str], torch.Tensor],
         fresh: Callable[[str], torch.Tensor] | None = None,
+        scale: Callable[[str, int], float] = lora_scale,
     ):
         self.accounted, self.config, self.expected, self.fresh = accounted, config, expected, fresh
-        self.read = read
+        self.read, self.scale = read, scale
         self.lora = set(accounted.lora)
 
     def __call__(self, name: str, merge_lora: bool = False) -> torch.Tensor:
@@ -318,7 +347,7 @@ class Reader:
         module = name.removesuffix(".weight")
         if merge_lora and f"{module}.lora_A.weight" in self.lora:
             lora_a, lora_b = self(f"{module}.lora_A.weight"), self(f"{module}.lora_B.weight")
-            tensor = merge_lora_factors(tensor, lora_a, lora_b, lora_scale(module, len(lora_a)))
+            tensor = merge_lora_factors(tensor, lora_a, lora_b, self.scale(module, len(lora_a)))
         return tensor
 
 
@@ -346,8 +375,8 @@ def convert_state_dict(
     if not expected:
         raise ValueError(f"part must be the beginning of our names, such as 'model.qformer', got {part!r}.")
     file = File("state dict", "a state dict", gives=(r"(?!.*lora_).*",), may_give=(r".*",))
-    accounted = account({file: {key: tuple(tensor.shape) for key, tensor in state_dict.items()}}, expected)
-    check_aliases(accounted, lambda slot, key: state_dict[key])
+    same = lambda slot, key, original: torch.equal(state_dict[key], state_dict[original])  # noqa: E731
+    accounted = account({file: {key: tuple(tensor.shape) for key, tensor in state_dict.items()}}, expected, same=same)
     reader = Reader(accounted, config, expected, lambda slot, key: state_dict[key])
     names = [*expected, *([] if merge_lora else accounted.lora)]
     return {name: _like(reader(name, merge_lora), state_dict, accounted.origins.get(name)) for name in names}
@@ -357,21 +386,16 @@ def _like(tensor: torch.Tensor, state_dict: dict[str, torch.Tensor], origin: Ori
     return tensor if origin is None else tensor.to(state_dict[origin.keys[0]].dtype)
 
 
-def check_aliases(accounted: Account, read: Callable[[str, str], torch.Tensor]):
-    """
-    Raises:
-        ValueError: a tensor's second name holds another tensor.
-    """
-    for slot, key, original in accounted.aliases:
-        if not torch.equal(read(slot, key), read(slot, original)):
-            raise ValueError(f"{slot}: {key} should be the same tensor as {original}, but differs from it.")
-
-
-def lora_config(converted: dict[str, torch.Tensor] | dict[str, torch.Size], **options):
+def lora_config(
+    converted: dict[str, torch.Tensor] | dict[str, torch.Size],
+    scale: Callable[[str, int], float] = lora_scale,
+    **options,
+):
     """The PEFT configuration of the LoRA matrices in an unmerged state dict: ranks read off, alphas the authors'.
 
     Args:
         converted: our names → tensors or shapes.
+        scale: (module, rank) → factor of its LoRA product.
         **options: further fields of `peft.LoraConfig`.
 
     Raises:
@@ -389,14 +413,17 @@ def lora_config(converted: dict[str, torch.Tensor] | dict[str, torch.Size], **op
             ranks[match["module"]] = getattr(value, "shape", value)[0]
     if not ranks:
         raise ValueError("no lora_A matrices among the tensors. Convert with merge_lora=False to keep them.")
-    alphas = {module: round(lora_scale(module, rank) * rank) for module, rank in ranks.items()}
-    rank = next(iter(ranks.values()))
+    alphas = {module: round(scale(module, rank) * rank) for module, rank in ranks.items()}
+    (rank, alpha), _ = Counter((ranks[module], alphas[module]) for module in ranks).most_common(1)[0]
+    # Without "model." the ends of the names fit the model with its head and the one without alike.
+    short = {module: module.removeprefix("model.") for module in ranks}
     return LoraConfig(
         r=rank,
-        lora_alpha=alphas[next(iter(ranks))],
-        target_modules=sorted(ranks),
-        rank_pattern={f"^{re.escape(module)}$": r for module, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{re.escape(module)}$": alpha for module, alpha in alphas.items()},
+        lora_alpha=alpha,
+        lora_dropout=LANGUAGE_LORA_DROPOUT,
+        target_modules=sorted(short.values()),
+        rank_pattern={re.escape(short[module]): r for module, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(short[module]): a for module, a in alphas.items() if a != alpha},
         **options,
     )
 

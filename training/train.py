@@ -270,8 +270,8 @@ def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[l
 
 
 def newest_checkpoint(work_dir: Path) -> Path | None:
-    """The checkpoint with the highest step; unfinished ones (*.partial) do not count."""
-    found = [path for path in work_dir.glob("checkpoint-*") if path.suffix == ""]
+    """The checkpoint with the highest step; unfinished ones have a name that begins with a dot."""
+    found = list(work_dir.glob("checkpoint-*"))
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 

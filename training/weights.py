@@ -3,7 +3,7 @@
 A stage's result is one folder:
 
     config.json, model.safetensors, …      the model with LoRA merged in: `from_pretrained` reads it, the Hub takes it
-    training_state/lora.safetensors        LoRA factors, and beside each the weight as it was without them
+    training_state/lora.safetensors        LoRA factors and their scales, and beside each the weight without them
     training_state/stage.json              which stage made it
     history.jsonl                          loss and learning rate of every step
 
@@ -217,9 +217,11 @@ def load_checkpoint(folder: Path, model: nn.Module) -> dict:
 def save_result(folder: Path, model: nn.Module, processor, run: dict):
     """Write a stage's result (see the top of this file). LoRA is merged into `model`, which ends here."""
     lora = {name: tensor.detach().cpu().clone() for name, tensor in _lora_tensors(model).items()}
+    # The only key: two would be written in an order drawn at random.
+    scales = {own_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     save_pretrained(merged, processor, folder)
     (folder / STATE_DIR).mkdir()
     if lora:
-        save_file(lora, folder / STATE_DIR / LORA_FILE)
+        save_file(lora, folder / STATE_DIR / LORA_FILE, metadata={"scales": json.dumps(scales)})
     (folder / STATE_DIR / STAGE_FILE).write_text(json.dumps(run, indent=1))

@@ -643,7 +643,8 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             position_ids: (B, T); plain counting by default, whatever the mask (generation counts from the mask).
             past_key_values: cache of an earlier call.
             inputs_embeds: (B, T, D_text) instead of `input_ids`.
-            logits_to_keep: only the last so many positions get logits; 0 means all.
+            logits_to_keep: only the last so many positions get logits; 0 means all. A mask (B, T) bool picks positions of
+                each row, K in all: the logits are (1, K, V) then, and the loss is theirs.
 
         Raises:
             ValueError: placeholders and clouds that do not match, or clouds of a wrong shape.
@@ -658,8 +659,14 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])  # (B, T, V)
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+            hidden_states = hidden_states[logits_to_keep][None]  # (1, K, D_text)
+            if labels is not None:
+                kwargs["shift_labels"] = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:][logits_to_keep]
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]  # (B, T, D_text)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)

@@ -1,0 +1,213 @@
+"""Write a conversion: tensors stream through one at a time, into shards that are written as they fill.
+
+What is written is what `release` accounted for. A folder appears whole or not at all.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training.stages import STAGE_3, STAGE_4
+
+from .hub_folder import check_folder, write_all_but_weights, written_whole
+from .release import LORA_FILE, STATE_DIR, Plan, provenance, summary
+from .state_dict import lora_config
+
+
+SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of what a conversion needs
+PROVENANCE_FILE = "provenance.json"
+ADAPTER_DIR, BASE_DIR = "adapter", "base"
+_CARD = Path(__file__).with_name("model_card.jinja")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def write_release(
+    plan: Plan,
+    output_dir: Path,
+    dtype: torch.dtype,
+    lora: str = "merge",
+    command: Iterable[str] = (),
+    before_rename: Callable[[Path], None] = lambda folder: None,
+):
+    """Write the folder, whole or not at all.
+
+    Args:
+        plan: from `make_plan`.
+        output_dir: a new folder, or a model's, which is replaced.
+        dtype: of the weights; an adapter's are float32.
+        lora: "merge" adds the products to their weights; "keep" writes `base/` and a PEFT `adapter/`.
+        command: the command line, for the record.
+        before_rename: called with the finished folder while it still has its temporary name.
+
+    Raises:
+        ValueError: there is no LoRA to keep, or a value does not fit the dtype.
+        OSError: the disk is full, or will be.
+    """
+    output_dir = check_folder(output_dir, [source.checkpoint.path for source in plan.sources])
+    if lora == "keep" and not plan.accounted.lora:
+        raise ValueError("--lora keep: there are no LoRA factors in these files. Use --lora merge.")
+    adapter_config = make_adapter_config(plan, output_dir / BASE_DIR) if lora == "keep" else None
+    slots = [source.file.slot for source in plan.sources]
+    trains_on = bool(plan.accounted.lora) and (lora == "keep" or "stage4" not in slots)
+    _check_space(plan, output_dir, dtype, adapter_config is not None, trains_on)
+    settings = {"dtype": str(dtype).removeprefix("torch."), "lora": lora, "router_type": plan.config.router_type}
+    record = provenance(plan, list(command), settings)
+    with written_whole(output_dir) as partial:
+        folder = partial / BASE_DIR if lora == "keep" else partial
+        folder.mkdir(exist_ok=True)
+        plan.config.dtype = dtype
+        with torch.device("meta"):
+            model = MiniGPT3DForConditionalGeneration(plan.config)
+        write_all_but_weights(folder, model, plan.processor)
+        plan.config.architectures = [type(model).__name__]
+        plan.config.save_pretrained(folder)
+        write_record(folder, plan, record, output_dir.name)
+        write_weights(folder, plan, dtype, merge_lora=lora == "merge")
+        if trains_on:
+            write_training_state(folder / STATE_DIR, plan, dtype, "III" if "stage3" in slots else None)
+        if adapter_config is not None:
+            write_adapter(partial / ADAPTER_DIR, plan, adapter_config)
+            write_record(partial / ADAPTER_DIR, plan, record, output_dir.name)
+            for name in ("LICENSE", "NOTICE"):
+                shutil.copyfile(folder / name, partial / ADAPTER_DIR / name)
+        before_rename(partial)
+
+
+def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool, trains_on: bool):
+    """
+    Raises:
+        OSError: the disk has no room for the result.
+    """
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    shapes, modules = plan.expected, {name.rsplit(".lora_")[0] for name in plan.accounted.lora}
+    needed = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    if trains_on:
+        needed += sum(shapes[f"{module}.weight"].numel() for module in modules) * dtype.itemsize
+    if adapter or trains_on:
+        needed += 5 * 10**8  # LoRA factors and trained modules of the paper's size, twice, in float32
+    free = shutil.disk_usage(output_dir.parent).free
+    if needed > free:
+        raise OSError(
+            f"{output_dir.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB. Free some space, "
+            "or give --out on another disk."
+        )
+
+
+def write_weights(folder: Path, plan: Plan, dtype: torch.dtype, merge_lora: bool):
+    """`model.safetensors`, or shards and their index, in at most a shard's memory."""
+    read = plan.reader()
+    with torch.device("meta"):
+        shapes = {
+            name: torch.empty(shape, dtype=torch.int64 if name.endswith("num_batches_tracked") else dtype)
+            for name, shape in plan.expected.items()
+        }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_SIZE)
+    with tqdm(total=len(shapes), desc="weights", unit="tensor", disable=None) as progress:
+        for filename, names in split.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                tensors[name] = _cast(read(name, merge_lora), dtype, name)
+                progress.update()
+            save_file(tensors, folder / filename, metadata={"format": "pt"})
+            tensors.clear()
+            plan.release()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A copy in the dtype on disk.
+
+    Raises:
+        ValueError: a value is not finite, or not in this dtype.
+    """
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    cast = tensor.to(dtype, copy=True).contiguous()
+    if not cast.isfinite().all():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite. Its file is damaged; download it again.")
+        largest = tensor.abs().max().item()
+        raise ValueError(f"{name} holds {largest:.3g}, too large for {dtype}. Use --dtype bfloat16 or float32.")
+    return cast
+
+
+def make_adapter_config(plan: Plan, base: Path):
+    """The PEFT configuration: LoRA as in the files, and whole every module of which the stages train a parameter.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    read, patterns = plan.reader(), (*STAGE_3.trainable, *STAGE_4.trainable)
+    trained = [name for name in plan.expected if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    modules = sorted({name.rpartition(".")[0] for name in trained})
+    shapes = {name: read(name).shape for name in plan.accounted.lora}
+    # Without "model.", like the LoRA targets: the ends of the names fit the model with its head and the one without.
+    modules = [module.removeprefix("model.") for module in modules]
+    options = {"modules_to_save": modules, "base_model_name_or_path": str(base), "inference_mode": True}
+    return lora_config(shapes, plan.scale, **options)
+
+
+def write_adapter(folder: Path, plan: Plan, adapter_config):
+    """A PEFT adapter: LoRA factors, and beside them the modules that the stages train, in float32."""
+    read, modules = plan.reader(), {f"model.{module}" for module in adapter_config.modules_to_save}
+    names = [*plan.accounted.lora, *(name for name in plan.expected if name.rpartition(".")[0] in modules)]
+    tensors = {f"base_model.model.{name}": _cast(read(name), torch.float32, name) for name in names}
+    folder.mkdir()
+    adapter_config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    plan.release()
+
+
+def write_training_state(folder: Path, plan: Plan, dtype: torch.dtype, stage: str | None):
+    """What training goes on from: LoRA factors, and beside each the weight without them. See training/weights.py."""
+    read = plan.reader()
+    modules = sorted({name.rsplit(".lora_")[0] for name in plan.accounted.lora})
+    tensors = {}
+    for module in modules:
+        tensors[f"{module}.weight"] = _cast(read(f"{module}.weight"), dtype, module)
+        for matrix in "AB":
+            name = f"{module}.lora_{matrix}.weight"
+            tensors[name] = _cast(read(name), torch.float32, name)
+    scales = {module: plan.scale(module, len(tensors[f"{module}.lora_A.weight"])) for module in modules}
+    folder.mkdir()
+    save_file(tensors, folder / LORA_FILE, metadata={"scales": json.dumps(scales)})
+    if stage is not None:
+        (folder / "stage.json").write_text(json.dumps({"stage": stage, "init": "minigpt3d convert"}))
+    plan.release()
+
+
+def write_record(folder: Path, plan: Plan, record: dict, model_id: str):
+    """Model card and provenance."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+    of_release = "phi" in record["files"]
+    data = ModelCardData(
+        license="cc-by-nc-sa-4.0",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model="microsoft/phi-2" if of_release else None,
+        tags=["point-cloud", "3d", "minigpt3d", "arxiv:2405.01413"],
+    )
+    numbers = [shape.numel() for name, shape in plan.expected.items() if not name.endswith(_BUFFERS)]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_CARD),
+        model_id=model_id,
+        part=folder.name if folder.name in (BASE_DIR, ADAPTER_DIR) else "",
+        of_release=of_release,
+        trained=of_release and "stage4" in record["files"],
+        parameters=f"{sum(numbers):,}",
+        record=record,
+        summary=summary(plan),
+    )
+    card.save(folder / "README.md")
