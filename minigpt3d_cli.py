@@ -131,7 +131,8 @@ def add_convert(commands):
         action="append",
         default=[],
         metavar="PATTERN",
-        help="let keys pass that do not fit, such as 'visual_encoder.*'; may be given several times, is recorded",
+        help="leave out keys that do not fit, such as 'visual_encoder.*' or 'stage3:llama_proj.*'; may be given several "
+        "times, is recorded",
     )
     convert.add_argument(
         "--config", type=Path, metavar="FILE", help="config.json of a model of other sizes (default: the paper's)"

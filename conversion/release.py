@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from .state_dict import (
     account,
     authors_name,
     expected_shapes,
+    is_ignored,
     lora_modules,
     lora_scale,
     our_name,
@@ -189,7 +189,7 @@ def make_plan(
         lambda slot, key, original: torch.equal(by_slot[slot].read(key), by_slot[slot].read(original)),
         {slot: source.dtypes for slot, source in by_slot.items()},
     )
-    idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for _, key in accounted.ignored)]
+    idle = [pattern for pattern in ignore if not any(is_ignored([pattern], *each) for each in accounted.ignored)]
     plan = Plan(sources, config, processor, accounted, expected, idle)
     plan.release()
     return plan

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 
@@ -129,8 +130,8 @@ def account(
         expected: our names and shapes of the model, or of the part that the files are for.
         lora_modules: modules that have LoRA factors in the files that give them.
         new: whether a parameter that no file gives is for training to learn.
-        ignore: shell patterns of authors' keys: what they match is not used where it is, and not asked of the file where
-            it is missing. Something else must give it.
+        ignore: shell patterns of authors' keys, or of `slot:key`: what they match is not used where it is, and not asked of
+            the file where it is missing. Another file must give it, if the model needs it.
         same: whether two keys of a file hold equal tensors.
         dtypes: of each slot's keys, such as "float16"; not looked at by default.
 
@@ -140,10 +141,10 @@ def account(
     """
     result, problems = Account(), []
     required = [*expected, *(f"{module}.lora_{matrix}.weight" for module in lora_modules for matrix in "AB")]
-    ignored = lambda key: any(fnmatchcase(key, pattern) for pattern in ignore)  # noqa: E731
     shapes: dict[str, tuple[int, ...]] = {}
     missing: set[str] = set()
     for file, keys in files.items():
+        ignored = partial(is_ignored, ignore, file.slot)
         given = _names_in(file, keys, expected, result, problems, ignored)
         for name, origin in given.items():
             if not _matches(name, (*file.gives, *file.may_give)):
@@ -193,6 +194,10 @@ def account(
     result.zeros.sort()
     result.new.sort()
     return result
+
+
+def is_ignored(patterns: Iterable[str], slot: str, key: str) -> bool:
+    return any(fnmatchcase(key, pattern) or fnmatchcase(f"{slot}:{key}", pattern) for pattern in patterns)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -285,7 +290,7 @@ def _report(problems: list[str], files: dict) -> str:
     return (
         f"the tensors do not add up to the model of this configuration; {count} things do not fit:\n  {listed}\n"
         "Check that each file is the right one and whole. To leave a key out, or to do without it in a file where "
-        "another gives it, name it by a pattern: --ignore 'PATTERN'."
+        "another gives it, name it by a pattern: --ignore 'PATTERN', or 'FILE:PATTERN' for one file."
     )
 
 

@@ -15,9 +15,9 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 def serve(repositories: dict[str, dict[str, bytes]], other: dict[str, bytes] | None = None):
     """Serve repositories (id → path → content) and other files; gives the address and the requests that came.
 
-    A request is (method, path, Range header).
+    A request is (method, path, Range header, Authorization header).
     """
-    requests: list[tuple[str, str, str | None]] = []
+    requests: list[tuple[str, str, str | None, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -33,7 +33,7 @@ def serve(repositories: dict[str, dict[str, bytes]], other: dict[str, bytes] | N
 
         def answer(self, body: bool):
             path = unquote(urlsplit(self.path).path)
-            requests.append((self.command, path, self.headers.get("Range")))
+            requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
             content, headers = find(path)
             if content is None:
                 headers, content, status = {"X-Error-Code": "EntryNotFound"}, b"", 404

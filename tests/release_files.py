@@ -49,7 +49,7 @@ def release_contents(state: dict[str, torch.Tensor] | None = None) -> dict[str, 
         is_buffer = "running_" in key or "num_batches" in key or "position_ids" in key
         before = older(key) if in_3 or in_4 else tensor
         if key.startswith(PHI) and ".lora_" not in key and not key.endswith(ADDED_NORMS):
-            # No file of theirs has the biases of the q and k norms, which are zero there and are not in the golden.
+            # The golden's biases of the q and k norms are not zero, so a file must give them; in the release none does.
             files["phi"][key.removeprefix(PHI)] = before
         elif key.startswith(PHI) or key.startswith("llama_proj"):
             files["tinygpt_v"][key] = before

@@ -16,14 +16,15 @@ from conftest import make_tiny_config, make_tiny_model
 from hub_double import REVISION, serve
 from peft import PeftModel
 from release_files import release_contents, write_release
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
-from minigpt3d.conversion import release, save_pretrained
+from minigpt3d.conversion import authors_name, our_name, save_pretrained, write
 from minigpt3d.conversion.download import AUTHORS_ID, PATHS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import RECIPES, Lora
-from minigpt3d.training.weights import load_model, prepare_model, save_result
+from minigpt3d.training.weights import load_model, named_parameters, prepare_model, save_result
 from minigpt3d_cli import main
 
 
@@ -72,7 +73,7 @@ def merged(released, config_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(released, config_file, tmp_path_factory):
-    return run_whole(released, config_file, tmp_path_factory.mktemp("kept") / "model", "--lora", "keep")
+    return run_whole(released, config_file, tmp_path_factory.mktemp("kept") / "model", "--lora", "keep", "--verify")
 
 
 def run_whole(paths, config_file, out, *options):
@@ -149,6 +150,24 @@ def test_kept_lora_computes_what_merged_lora_does(merged, kept, point_clouds):
     assert any("lora_A" in name for name in apart.state_dict())
 
 
+def test_the_adapter_fits_the_model_without_its_head(merged, kept, point_clouds):
+    whole, apart = AutoModel.from_pretrained(merged).eval(), AutoModel.from_pretrained(kept / "adapter").eval()
+    test_golden.relative_close(
+        apart.get_point_features(point_clouds).detach(), whole.get_point_features(point_clouds).detach()
+    )
+    inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
+    with torch.no_grad():
+        test_golden.relative_close(apart(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
+
+
+def test_the_adapter_is_what_is_verified(merged, kept, capsys):
+    stored = json.loads((kept / "verification.json").read_text())
+    reference = json.loads((merged / "verification.json").read_text())
+    for part in ("features", "logits"):
+        assert stored[part] == pytest.approx(reference[part], rel=1e-4, abs=1e-5)
+    assert main(["verify", str(kept)]) == 0, capsys.readouterr()
+
+
 def test_the_adapter_goes_on_training(kept):
     base = MiniGPT3DForConditionalGeneration.from_pretrained(kept / "base")
     model = PeftModel.from_pretrained(base, kept / "adapter", is_trainable=True)
@@ -167,7 +186,7 @@ def test_half_precision_is_merged_before_it_is_cast(merged, convert, released):
 
 
 def test_shards_hold_the_same(merged, convert, released, monkeypatch):
-    monkeypatch.setattr(release, "SHARD_SIZE", 500_000)
+    monkeypatch.setattr(write, "SHARD_SIZE", 500_000)
     code, out, printed = convert(released)
     assert code == 0, printed
     assert len(list(out.glob("model-*.safetensors"))) > 2 and (out / "model.safetensors.index.json").exists()
@@ -178,7 +197,7 @@ def test_shards_hold_the_same(merged, convert, released, monkeypatch):
 # ---- Less than everything --------------------------------------------------------------------------------------------
 
 
-def test_without_the_stages_it_is_what_stage_1_starts_from(convert, released, tmp_path):
+def test_without_the_stages_it_is_what_stage_1_starts_from(convert, released, point_clouds):
     base = {slot: path for slot, path in released.items() if not slot.startswith("stage")}
     code, out, printed = convert(base)
     assert code == 0, printed
@@ -189,8 +208,15 @@ def test_without_the_stages_it_is_what_stage_1_starts_from(convert, released, tm
     assert all(torch.equal(expert.weight, queries) for expert in model.model.query_experts)
     projection = model.model.language_projection.linear_1.weight
     assert torch.equal(projection, contents["tinygpt_v"]["llama_proj.weight"])
-    stage = replace(STAGES["I"], steps_per_epoch=1)
-    prepare_model(load_model(out), stage, out)  # what training/stage1.py --init does with it
+    # What training/stage1.py --init does with it: TinyGPT-V's LoRA stays apart, and computes what it did.
+    lora = Lora(8, 16, 0.0)
+    trained = prepare_model(
+        load_model(out), replace(STAGES["I"], language_lora=lora, qformer_lora=Lora(4, 8, 0.0)), out
+    )
+    factor = contents["tinygpt_v"][LORA]
+    assert torch.equal(named_parameters(trained)[our_name(LORA)], factor) and factor.any()
+    inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
+    test_golden.relative_close(trained.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_stage_3_without_stage_4(convert, released):
@@ -221,8 +247,8 @@ def test_options_that_do_not_add_up(left_out, options, message, convert, release
 
 
 def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, convert, capsys):
-    """The result of a stage with LoRA: unmerged weights and factors beside the merged model."""
-    stage = replace(STAGES["II"], language_lora=Lora(4, 16, 0.0), qformer_lora=Lora(4, 8, 0.0))
+    """The result of a stage with LoRA, of another alpha than the authors': unmerged weights and factors beside the model."""
+    stage = replace(STAGES["II"], language_lora=Lora(4, 32, 0.0), qformer_lora=Lora(4, 16, 0.0))
     result = tmp_path / "stage2"
     tiny_model.config.router_type = "none"
     save_pretrained(tiny_model, tiny_processor, result)
@@ -243,6 +269,18 @@ def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, conve
         assert not (out / "training_state").exists()
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    keep = ["convert", "--stage-result", str(result), "--out", str(tmp_path / "again"), "--lora", "keep"]
+    assert main([*keep, "--router", "sparse"]) == 1
+    assert "this result is of a stage before" in capsys.readouterr().err
+    path = result / "training_state" / "lora.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, metadata=metadata)
+    assert main(keep) == 1 and f"{authors_name(name)} is missing" in capsys.readouterr().err
+    assert main(["convert", "--stage-result", str(result), "--out", str(result)]) == 1
+    assert "lie in each other" in capsys.readouterr().err
 
 
 def test_a_stage_result_with_another_language_model(tmp_path, tiny_processor, capsys):
@@ -297,6 +335,8 @@ LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.defau
         (change("phi", "lm_head.bias", torch.ones(7)), "phi: lm_head.bias has shape (7,), the configuration needs (300,)"),
         (change("stage3", LORA, torch.ones(8, 3)), "their product does not fit (64, 64)"),
         (change("blip2", "query_tokens", torch.ones(1, 7, 32)), "blip2: query_tokens has shape (7, 32), the configuration needs (6, 32)"),
+        (change("stage4", "query_router.0.bias", torch.ones(20, dtype=torch.int64)), "query_router.0.bias is int64, expected float16"),
+        (change("blip2", "Qformer.bert.embeddings.LayerNorm.gamma", torch.ones(32)), "is not in this configuration"),
         (change("stage4", "query_expert_dict.0", torch.ones(1, 6, 32)), "query_expert_dict.0 should be the same tensor as query_tokens"),
         (swap("stage3", "stage4"), "stage3: this looks like the file of --stage4"),
         (swap("stage3", "stage4"), "stage4: this looks like the file of --stage3"),
@@ -307,7 +347,7 @@ LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.defau
 def test_what_does_not_add_up_is_named(mutate, message, convert, tmp_path):
     code, out, printed = convert(write_release(tmp_path / "release", mutate(release_contents())))
     assert code == 1 and message in printed
-    assert not out.exists() and not list(tmp_path.glob("out*"))
+    assert not out.exists() and not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_everything_is_said_at_once_and_can_be_ignored(convert, tmp_path):
@@ -318,9 +358,12 @@ def test_everything_is_said_at_once_and_can_be_ignored(convert, tmp_path):
     code, _, printed = convert(paths)
     assert code == 1
     assert all(key in printed for key in ("Qformer.bert.pooler.weight", "strange.one", "strange.two", "--ignore"))
-    assert "--ignore nothing.*: no key needed it" in convert(paths, "--ignore", "*", "--ignore", "nothing.*")[2]
-    code, out, printed = convert(paths, "--ignore", "strange.*", "--ignore", "Qformer.bert.pooler.*")
+    assert len(printed.splitlines()) == 5, "a line each"
+    code, out, printed = convert(
+        paths, "--ignore", "strange.*", "--ignore", "tinygpt_v:Qformer.bert.pooler.*", "--ignore", "nothing.*"
+    )
     assert code == 0, printed
+    assert "--ignore nothing.*: no key needed it" in printed
     recorded = json.loads((out / "provenance.json").read_text())["ignored"]
     assert sorted(recorded) == [
         "stage3: strange.two", "tinygpt_v: Qformer.bert.pooler.weight", "tinygpt_v: strange.one"
@@ -333,7 +376,7 @@ def test_a_missing_tensor_can_be_ignored_where_another_file_has_it(convert, tmp_
     del contents["stage3"]["llama_proj.bias"]
     paths = write_release(tmp_path / "release", contents)
     assert convert(paths)[0] == 1
-    code, out, printed = convert(paths, "--ignore", "llama_proj.bias")
+    code, out, printed = convert(paths, "--ignore", "stage3:llama_proj.bias")
     assert code == 0, printed
     assert torch.equal(load_file(out / "model.safetensors")["model.language_projection.linear_1.bias"], before)
 
@@ -400,6 +443,11 @@ def cut(path):
     [
         (lambda paths, tmp: torch.save({"model": {"a": Malicious(tmp / "done")}}, paths["stage3"]), "system"),
         (lambda paths, tmp: paths["stage3"].write_bytes(pickle.dumps({"model": Malicious(tmp / "done")})), "system"),
+        (lambda paths, tmp: torch.save({"model": Malicious(tmp / "done")}, paths["stage3"], _use_new_zipfile_serialization=False), "system"),
+        (lambda paths, tmp: torch.save({"model": {1: torch.ones(2)}}, paths["stage3"]), "expected a dictionary of tensors"),
+        (lambda paths, tmp: torch.save({"model": {"a": torch.eye(2).to_sparse()}}, paths["stage3"]), "expected a dictionary of tensors"),
+        (lambda paths, tmp: (paths["phi"] / "model.safetensors.index.json").write_text("{}"), "not an index of shards"),
+        (lambda paths, tmp: (paths["phi"] / "config.json").write_text("{"), "not a configuration"),
         (lambda paths, tmp: cut(paths["blip2"]), "blip2.pth"),
         (lambda paths, tmp: cut(paths["phi"] / "model.safetensors"), "cut off, damaged"),
         (lambda paths, tmp: paths["stage4"].write_text("<html>not found</html>"), "cut off, damaged"),
@@ -438,7 +486,7 @@ def test_values_that_do_not_fit_are_refused(convert, tmp_path):
 
 def test_a_full_disk_leaves_nothing(convert, released, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(release.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage._replace(free=10))
     code, out, printed = convert(released)
     assert code == 1 and "Free some space" in printed and not out.exists()
     monkeypatch.undo()
@@ -446,10 +494,10 @@ def test_a_full_disk_leaves_nothing(convert, released, monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(release, "save_file", full)
+    monkeypatch.setattr(write, "save_file", full)
     code, out, printed = convert(released)
     assert code == 1 and "is full; free some space" in printed
-    assert not list(tmp_path.glob("out*"))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, tmp_path):
@@ -458,8 +506,8 @@ def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, 
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     program = (
         "import os, sys\n"
-        "from minigpt3d.conversion import release\n"
-        "release.save_file = lambda *args, **kwargs: os._exit(9)\n"
+        "from minigpt3d.conversion import write\n"
+        "write.save_file = lambda *args, **kwargs: os._exit(9)\n"
         "from minigpt3d_cli import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -468,7 +516,35 @@ def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, 
     assert subprocess.run(list(map(str, command)), capture_output=True).returncode == 9
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     run_whole(released, config_file, out)  # what the killed one left in its temporary folder is no hindrance
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({".git/HEAD": "ref"}, "holds .git"),
+        ({"training_state/lora.safetensors": ""}, "holds training_state"),
+        ({"config.json": '{"model_type": "phi"}'}, "holds other files than a model"),
+        ({"config.json": "{"}, "holds other files than a model"),
+    ],
+)
+def test_what_would_be_lost_is_not_replaced(content, message, merged, convert, released, tmp_path):
+    shutil.copytree(merged, tmp_path / "out")
+    for name, text in content.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    code, out, printed = convert(released)
+    assert code == 1 and message in printed
+    assert all((out / name).read_text() == text for name, text in content.items())
+
+
+def test_a_folder_is_not_made_of_itself(convert, released, tmp_path):
+    for out in (released["phi"], released["phi"] / "inside", released["phi"].parent):
+        code, _, printed = convert(released, out=out)
+        assert code == 1 and "lie in each other" in printed
+    (tmp_path / "file").write_text("")
+    code, _, printed = convert(released, out=tmp_path / "file" / "out")
+    assert code == 1 and "file is a file" in printed
 
 
 def test_other_peoples_files_are_not_replaced(convert, released, tmp_path):
@@ -494,7 +570,8 @@ def test_the_folder_has_all_the_hub_needs(merged):
     assert "license: cc-by-nc-sa-4.0" in card and "base_model: microsoft/phi-2" in card and "superseded" in card
     record = json.loads((merged / "provenance.json").read_text())
     assert record["files"]["stage4"]["files"]["stage4.pth"]["sha256"] and record["versions"]["torch"]
-    assert record["command"][1:3] != [] and record["dtype"] == "float32" and record["lora"] == "merge"
+    assert record["command"][:2] == ["minigpt3d", "convert"] and not any("/" in word for word in record["command"])
+    assert record["dtype"] == "float32" and record["lora"] == "merge"
     assert AutoProcessor.from_pretrained(merged).point_token_id == 293
 
 
@@ -533,10 +610,11 @@ def test_without_paths_the_release_is_downloaded(released, merged, config_file, 
         asked = run()
         assert asked.returncode == 1 and "pass --yes" in asked.stderr
         assert f"{AUTHORS_ID} at {REVISION}" in asked.stdout and "blip2" in asked.stdout and "in all" in asked.stdout
-        assert not any(method == "GET" and "/resolve/" in path for method, path, _ in requests), "only asked so far"
+        assert not any(method == "GET" and "/resolve/" in path for method, path, *_ in requests), "only asked so far"
         done = run("--yes")
         assert done.returncode == 0, done.stderr
-    assert ("GET", "/blip2.pth", f"bytes={len(blip2) // 2}-") in [(m, p, r) for m, p, r in requests]
+    assert ("GET", "/blip2.pth", f"bytes={len(blip2) // 2}-", None) in requests, "it goes on, and the token stays here"
+    assert not any(token for _, path, _, token in requests if path == "/blip2.pth")
     ours, theirs = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     record = json.loads((out / "provenance.json").read_text())["files"]
@@ -578,6 +656,29 @@ def test_verify_agrees_and_finds_what_changed(merged, tmp_path, capsys):
     (other / "model.safetensors").unlink()
     assert main(["verify", str(other)]) == 1
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"features": [1.0]}, {"text": None}, {"dtype": "int8"}])
+def test_a_damaged_verification_is_named(change, merged, tmp_path, capsys):
+    stored = json.loads((merged / "verification.json").read_text()) | change
+    (tmp_path / "config.json").write_text("{}")
+    kept = {key: value for key, value in stored.items() if value is not None}
+    (tmp_path / "verification.json").write_text(json.dumps(kept))
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "verification.json: not written by" in capsys.readouterr().err
+
+
+def test_verify_does_not_run_strangers_code(capsys):
+    assert main(["verify", "somebody/model"]) == 1
+    assert "pass --trust-remote-code" in capsys.readouterr().err
+
+
+def test_a_killed_verification_keeps_the_folder(convert, released, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "Loading weights: 40%")
+    monkeypatch.setattr("minigpt3d.conversion.verify.subprocess.run", lambda *args, **kwargs: killed)
+    code, out, printed = convert(released, "--verify")
+    assert code == 1 and "not verified" in printed and "for want of memory" in printed
+    assert (out / "model.safetensors").exists() and not (out / "verification.json").exists()
 
 
 def test_verify_of_nothing(capsys):

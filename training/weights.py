@@ -166,12 +166,17 @@ def _lora_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_lora(model: PeftModel, path: Path):
-    """Put unmerged weights and factors back.
+    """Put unmerged weights and factors back. Modules of which the file has nothing keep their new factors.
+
+    (The parts that stage I starts from have factors for the language model and none for the Q-Former.)
 
     Raises:
         ValueError: the file is for other modules or other ranks.
     """
-    _copy_tensors(_lora_tensors(model), load_file(path), path)
+    into, tensors = _lora_tensors(model), load_file(path)
+    known = {re.sub(r"(\.lora_[AB])?\.weight$", "", name) for name in tensors}
+    into = {name: tensor for name, tensor in into.items() if re.sub(r"(\.lora_[AB])?\.weight$", "", name) in known}
+    _copy_tensors(into, tensors, path)
 
 
 def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: Path):
