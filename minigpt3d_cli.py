@@ -1,4 +1,4 @@
-"""`minigpt3d describe`, `chat`, `convert` and `verify`: the command line.
+"""`minigpt3d describe`, `chat`, `convert`, `verify` and `pack`: the command line.
 
 A module of its own beside the package, because importing the package imports torch and transformers, and `--help` and
 mistyped commands must not wait for that.
@@ -82,7 +82,37 @@ def build_parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", help="run the code of a Hub id that is not this project's own"
     )
     verify.set_defaults(run=run_verify)
+    add_pack(commands)
     return parser
+
+
+def add_pack(commands):
+    pack = commands.add_parser(
+        "pack",
+        help="make training data of clouds or meshes and what is said about them",
+        description="Pack training data as Parquet shards, which the stages stream from disk or from the Hub. A run that was "
+        "stopped goes on when it is started again.",
+        epilog='A line of objects.jsonl: {"file": "chair.glb", "caption": "A red chair."}, or with '
+        '"conversations" as in PointLLM\'s annotations instead of "caption".',
+    )
+    pack.add_argument("--data", type=Path, metavar="DIR", help="PointLLM's clouds, {object_id}_8192.npy")
+    pack.add_argument("--annotations", type=Path, nargs="+", metavar="JSON", help="and its annotations")
+    pack.add_argument(
+        "--from", dest="objects", type=Path, metavar="JSONL", help="your own objects instead, a line of JSON for each"
+    )
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    pack.add_argument("--seed", type=int, default=0, help="of the order, shuffled once (default: 0)")
+    pack.add_argument(
+        "--max-broken",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of clouds that may be missing or broken; they are skipped and listed (default: 0.01)",
+    )
+    pack.add_argument("--num-workers", type=positive_int, metavar="N", help="processes (default: one for each core)")
+    pack.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result as a data set")
+    pack.add_argument("--private", action="store_true", help="to a private one")
+    pack.set_defaults(run=run_pack)
 
 
 def add_convert(commands):
@@ -445,6 +475,36 @@ def run_verify(args: argparse.Namespace) -> int:
         print("the numbers agree with verification.json; the text does not, which rounding may explain")
         return 0
     print("agrees with verification.json")
+    return 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    if (args.objects is None) == (args.data is None) or (args.data is None) != (args.annotations is None):
+        raise CommandError("give --data and --annotations, or --from")
+    if not 0 <= args.max_broken <= 1:
+        raise CommandError(f"--max-broken is a share between 0 and 1, got {args.max_broken:g}")
+    from minigpt3d.training import pack
+
+    if args.objects is not None:
+        entries = pack.own_entries(args.objects)
+    else:
+        entries = pack.release_entries(args.data, args.annotations)
+    manifest = pack.pack(entries, args.out, args.seed, max_broken=args.max_broken, num_workers=args.num_workers)
+    for line in manifest["broken"]:
+        complain(f"skipped: {line}")
+    sources = ", ".join(f"{source} {sum(rows):,}" for source, rows in manifest["shards"].items())
+    print(
+        f"{args.out}: {manifest['rows']:,} rows ({sources}) of {manifest['bytes_per_row']:,} bytes, coordinates off by at "
+        f"most {manifest['max_coord_error']:.1e}; {len(manifest['broken'])} skipped"
+    )
+    if args.push_to_hub is not None:
+        try:
+            print(pack.push(args.out, args.push_to_hub, args.private))
+        except Exception as error:  # whatever the network does, the data are on disk
+            retry = f"hf upload {args.push_to_hub} {args.out} --repo-type dataset"
+            raise CommandError(
+                f"{args.out} was not uploaded: {one_line(error)} (it is on disk; try again: {retry})"
+            ) from error
     return 0
 
 

@@ -12,8 +12,12 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve(repositories: dict[str, dict[str, bytes]], other: dict[str, bytes] | None = None):
-    """Serve repositories (id → path → content) and other files; gives the address and the requests that came.
+def serve(
+    repositories: dict[str, dict[str, bytes]],
+    other: dict[str, bytes] | None = None,
+    datasets: dict[str, dict[str, bytes]] | None = None,
+):
+    """Serve models and data sets (id → path → content) and other files; gives the address and the requests that came.
 
     A request is (method, path, Range header, Authorization header).
     """
@@ -26,6 +30,11 @@ def serve(repositories: dict[str, dict[str, bytes]], other: dict[str, bytes] | N
             pass
 
         def do_GET(self):
+            self.answer(body=True)
+
+        def do_POST(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            self.wanted = self.rfile.read(length).decode()
             self.answer(body=True)
 
         def do_HEAD(self):
@@ -52,17 +61,27 @@ def serve(repositories: dict[str, dict[str, bytes]], other: dict[str, bytes] | N
                 self.wfile.write(content)
 
     def find(path: str) -> tuple[bytes | None, dict[str, str]]:
-        for name, files in repositories.items():
-            if path in (f"/api/models/{name}", f"/api/models/{name}/revision/{REVISION}"):
-                siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
-                info = {"id": name, "sha": REVISION, "siblings": siblings, "tags": [], "private": False}
-                return json.dumps(info).encode(), {"Content-Type": "application/json"}
-            for revision in (REVISION, "main"):
-                content = files.get(path.removeprefix(f"/{name}/resolve/{revision}/"))
-                if content is not None:
-                    etag = hashlib.sha256(content).hexdigest()
-                    return content, {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}
+        for kind, folder, repos in (("models", "/", repositories), ("datasets", "/datasets/", datasets or {})):
+            for name, files in repos.items():
+                if path in (f"/api/{kind}/{name}", *(f"/api/{kind}/{name}/revision/{r}" for r in (REVISION, "main"))):
+                    siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
+                    info = {"id": name, "sha": REVISION, "siblings": siblings, "tags": [], "private": False}
+                    return as_json(info)
+                for revision in (REVISION, "main"):
+                    if path == f"/api/{kind}/{name}/paths-info/{revision}" or path.startswith(
+                        f"/api/{kind}/{name}/tree/{revision}"
+                    ):
+                        return as_json(
+                            [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()]
+                        )
+                    content = files.get(path.removeprefix(f"{folder}{name}/resolve/{revision}/"))
+                    if content is not None:
+                        etag = hashlib.sha256(content).hexdigest()
+                        return content, {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}
         return (other or {}).get(path), {"Accept-Ranges": "bytes"}
+
+    def as_json(value) -> tuple[bytes, dict[str, str]]:
+        return json.dumps(value).encode(), {"Content-Type": "application/json"}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -38,8 +38,8 @@ from .data import (
 
 NUM_POINTS = 8192
 ROWS_PER_SHARD = 512
-# A data set of a few objects still has a shard for each sample of a batch (see `stream`).
-LEAST_SHARDS = 32
+# A data set of a few hundred objects still has a shard for each sample of a batch (see `stream`), but none of few rows.
+LEAST_SHARDS, LEAST_ROWS = 32, 8
 PLAN_FILE = "plan.json"
 
 
@@ -133,7 +133,7 @@ def plan_shards(folder: Path, entries: dict[str, list[Entry]], seed: int, rows_p
         if not rows:
             continue
         order = np.random.default_rng([seed, *source.encode()]).permutation(len(rows))
-        count = min(len(rows), max(-(-len(rows) // rows_per_shard), LEAST_SHARDS))
+        count = max(-(-len(rows) // rows_per_shard), min(LEAST_SHARDS, len(rows) // LEAST_ROWS), 1)
         for index, part in enumerate(np.array_split(order, count)):
             path = folder / source / f"train-{index:05d}-of-{count:05d}.parquet"
             yield Shard(path, [rows[i] for i in part])
@@ -189,6 +189,12 @@ def pack(
         for shard, report in zip(waiting, pool.map(write_shard, waiting), strict=True):
             reports[shard.path] = report
             progress.update(len(shard.entries))
+            if not report["rows"]:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    f"all {len(shard.entries)} clouds of a shard are missing or broken:\n  {report['broken'][0]}\n"
+                    "Check the folder of the clouds, or leave broken objects out of the annotations."
+                )
             broken = [line for each in reports.values() for line in each["broken"]]
             if len(broken) > max_broken * total:
                 pool.shutdown(cancel_futures=True)
@@ -248,7 +254,10 @@ def write_shard(shard: Shard) -> dict:
     table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(report)})
     temporary = shard.path.with_name(shard.path.name + ".tmp")
     pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
-    temporary.rename(shard.path)
+    if report["rows"]:
+        temporary.rename(shard.path)
+    else:  # an error for `pack`
+        temporary.unlink()
     return report
 
 
