@@ -1,6 +1,10 @@
 """Training: the stage table against the paper's facts, data, what moves in a step, resuming, and stages one after another."""
 
 import json
+import os
+import shutil
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +18,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion import authors_name, save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.training import train as loop
+from minigpt3d.training import train as loop, weights
 from minigpt3d.training.data import augment, open_sources, read_annotations, read_point_cloud, to_messages
 from minigpt3d.training.stages import RECIPES, Lora, Source, Stage, learning_rate, lora_targets, select_trainable
 from minigpt3d.training.stream import StageStream, pack_batch, pad_batch, split_micro_batches
@@ -422,13 +426,112 @@ def test_a_killed_run_goes_on_exactly(base, release, tmp_path, monkeypatch):
         train(stage, run)
     monkeypatch.undo()
     assert not (tmp_path / "killed").exists()
-    with pytest.raises(ValueError, match="unfinished run.*--resume"):
+    with pytest.raises(ValueError, match="unfinished run.*--resume auto"):
         train(stage, run)
     with pytest.raises(ValueError, match="seed 42, but now it is 1"):
-        train(stage, replace(run, resume=True, seed=1))
-    resumed = train(stage, replace(run, resume=True))
+        train(stage, replace(run, resume="auto", seed=1))
+    resumed = train(stage, replace(run, resume="auto"))
     assert same_files(straight, resumed) and history(straight) == history(resumed)
     assert not (tmp_path / "killed.unfinished").exists()
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(base, release, tmp_path):
+    """kill -9, twenty times, then the end: the same bits as the run never stopped."""
+    stage = tiny(STAGES["III"], steps_per_epoch=40)
+    straight = train(stage, options(base, tmp_path / "straight", release))
+    run = options(base, tmp_path / "killed", release, save_every=1, resume="auto")
+    rng, kept = np.random.default_rng(0), []
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                train(stage, run)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.3, 1.2))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if (tmp_path / "killed").exists():
+            break
+        kept.append(max((p.name for p in (tmp_path / "killed.unfinished").glob("checkpoint-*")), default="none"))
+    assert len(kept) > 3 and len(set(kept)) > 2, "the kills came in the middle"
+    if not (tmp_path / "killed").exists():
+        train(stage, run)
+    assert same_files(straight, tmp_path / "killed") and history(straight) == history(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_last_step(number, base, release, tmp_path, monkeypatch):
+    stage = tiny(STAGES["I"])
+    straight = train(stage, options(base, tmp_path / "straight", release))
+    calls = []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    before = signal.getsignal(number)
+    run = options(base, tmp_path / "stopped", release)
+    with pytest.raises(loop.Stopped, match="Stopped at step 2 .*--resume auto"):
+        train(stage, run)
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    resumed = train(stage, replace(run, resume="auto"))
+    assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert history(straight) == history(resumed)
+
+
+def test_damaged_checkpoints_are_passed_over(base, release, tmp_path, monkeypatch, capsys):
+    stage, run = tiny(STAGES["I"]), options(base, tmp_path / "out", release, save_every=1)
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, run)
+    monkeypatch.undo()
+    work_dir = tmp_path / "out.unfinished"
+    assert sorted(path.name for path in work_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    state = work_dir / "checkpoint-3" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-10])
+    kept = shutil.copytree(work_dir, tmp_path / "kept")
+    resumed = train(stage, replace(run, resume="auto"))
+    printed = capsys.readouterr().out
+    assert "checkpoint-3 is damaged (optimizer.pt has changed)" in printed and "checkpoint-2 at step 2" in printed
+    straight = train(stage, options(base, tmp_path / "straight", release))
+    assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+    shutil.rmtree(resumed)
+    kept.rename(work_dir)
+    (work_dir / "checkpoint-2" / "stage.json").write_text("{")
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged"):
+        train(stage, replace(run, resume="auto"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(base, release, tmp_path, monkeypatch):
+    stage, run = tiny(STAGES["I"]), options(base, tmp_path / "out", release, save_every=1)
+    save = weights.save_file
+
+    def full(tensors, path, **kwargs):
+        if "checkpoint-2" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path, **kwargs)
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="is full; free some space"):
+        train(stage, run)
+    assert [path.name for path in (tmp_path / "out.unfinished").glob("*checkpoint*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    train(stage, replace(run, resume="auto"))
 
 
 def test_four_stages_one_after_another(base, release, tmp_path, point_clouds):

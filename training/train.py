@@ -7,6 +7,9 @@ the end: the folder is there if and only if the stage is done.
 import json
 import math
 import shutil
+import signal
+import sys
+import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import nullcontext
@@ -28,6 +31,7 @@ from .stages import RECIPES, Stage, learning_rate
 from .stream import StageStream, pack_batch, read_ahead, split_micro_batches
 from .weights import (
     STAGE_FILE,
+    find_damage,
     load_checkpoint,
     load_model,
     prepare_model,
@@ -83,9 +87,14 @@ class RunOptions:
     )
     num_workers: int = field(default=2, metadata={"help": "Processes that read clouds ahead; 0 reads in the loop."})
     seed: int = field(default=42, metadata={"help": "Of sampling, augmentation, new weights and dropout."})
-    save_every: int = field(default=1000, metadata={"help": "Steps between checkpoints; the newest one is kept."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the newest checkpoint of this OUTPUT_DIR, if there is one."}
+    save_every: int = field(
+        default=1000,
+        metadata={"help": "Steps between checkpoints. SIGTERM and Ctrl-C write one too, and end the run."},
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "Newest checkpoints to keep."})
+    resume: Literal["never", "auto"] = field(
+        default="never",
+        metadata={"help": "auto: go on from the newest whole checkpoint of this OUTPUT_DIR, if there is one."},
     )
 
 
@@ -106,6 +115,9 @@ def main(stage_name: str, argv: list[str] | None = None):
         train(RECIPES[options.recipe][stage_name], options)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
 
 
 def _describe(stage: Stage) -> str:
@@ -124,6 +136,8 @@ def train(stage: Stage, options: RunOptions) -> Path:
     Raises:
         ValueError: options, data or weights that do not fit, all found before the first step.
         RuntimeError: the loss is no longer a number.
+        Stopped: a signal asked for it; the last step is kept in a checkpoint.
+        OSError: the disk is full; the checkpoint before is kept.
     """
     work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
     num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
@@ -136,12 +150,11 @@ def train(stage: Stage, options: RunOptions) -> Path:
     set_seed(options.seed)  # new LoRA factors
     model = prepare_model(load_model(options.init), stage, options.init)
     accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
-    checkpoint = newest_checkpoint(work_dir) if options.resume else None
+    checkpoint = newest_checkpoint(work_dir, accelerator.print) if options.resume == "auto" else None
+    first_step = check_checkpoint(checkpoint, stage, options) if checkpoint else 0
     optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
     model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
-    first_step = 0
     if checkpoint:
-        first_step = check_checkpoint(checkpoint, stage, options)
         restore_optimizer(accelerator, optimizer, optimizer_state)
         accelerator.print(f"Going on from {checkpoint} at step {first_step}.")
 
@@ -152,6 +165,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
     steps = read_ahead(stream, range(first_step, num_steps), options.num_workers)
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     start = time.perf_counter()
+    stop = StopSignal()
     for step, (source, samples) in enumerate(steps, start=first_step):
         reseed(options.seed, step, accelerator.process_index)
         lr = learning_rate(stage, step)
@@ -171,9 +185,16 @@ def train(stage: Stage, options: RunOptions) -> Path:
                 file.write(json.dumps(entry) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, {entry['samples_per_second']:.1f} samples/s")
             bar.update()
-            if (step + 1) % options.save_every == 0 and step + 1 < num_steps:
-                replace_checkpoint(work_dir, accelerator, model, optimizer, run | {"step": step + 1})
+        stopped = stop.received(accelerator)
+        if step + 1 < num_steps and (stopped or (step + 1) % options.save_every == 0):
+            if accelerator.is_main_process:
+                state = run | {"step": step + 1}
+                add_checkpoint(work_dir, accelerator, model, optimizer, state, options.keep_checkpoints)
+            if stopped:
+                bar.close()
+                raise Stopped(stopped, work_dir, step + 1)
     bar.close()
+    stop.restore()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -186,6 +207,42 @@ def train(stage: Stage, options: RunOptions) -> Path:
     return options.output_dir
 
 
+# ---- Stopping -------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal ended the run behind a step that is kept."""
+
+    def __init__(self, number: int, work_dir: Path, step: int):
+        self.signal = number
+        super().__init__(
+            f"Stopped at step {step} ({signal.Signals(number).name}), kept in {work_dir}: go on with --resume auto."
+        )
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, noted until the step is done; a second one stops at once."""
+
+    def __init__(self):
+        self.number, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame):
+        self.restore()
+        self.number = number
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def received(self, accelerator: Accelerator) -> int:
+        """The signal that any process received, 0 for none: all must stop behind the same step."""
+        number = torch.tensor([self.number], device=accelerator.device)
+        return int(accelerator.gather(number).max()) if accelerator.num_processes > 1 else self.number
+
+
 # ---- Before the first step ------------------------------------------------------------------------------------------
 
 
@@ -195,7 +252,7 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path):
     Raises:
         ValueError: with what is wrong and what to do.
     """
-    for name in ("max_steps", "device_batch", "save_every"):
+    for name in ("max_steps", "device_batch", "save_every", "keep_checkpoints"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -206,8 +263,8 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path):
             raise ValueError(f"--annotations {path} is no file.")
     if options.output_dir.exists():
         raise ValueError(f"--output_dir {options.output_dir} exists already. Pass a new one, or remove it.")
-    if work_dir.exists() and any(work_dir.iterdir()) and not options.resume:
-        raise ValueError(f"{work_dir} holds an unfinished run. Go on with --resume, or remove it.")
+    if work_dir.exists() and any(work_dir.iterdir()) and options.resume == "never":
+        raise ValueError(f"{work_dir} holds an unfinished run. Go on with --resume auto, or remove it.")
     made_by = read_stage(options.init)
     if made_by and made_by["stage"] != stage.starts_from:
         raise ValueError(
@@ -269,20 +326,35 @@ def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[l
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint(work_dir: Path) -> Path | None:
-    """The checkpoint with the highest step; unfinished ones have a name that begins with a dot."""
-    found = list(work_dir.glob("checkpoint-*"))
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+def list_checkpoints(work_dir: Path) -> list[Path]:
+    """Checkpoints, the newest first; unfinished ones have a name that begins with a dot."""
+    return sorted(work_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
-def replace_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, run: dict):
-    """Write the checkpoint of a step, then remove the one before."""
-    before = list(work_dir.glob("checkpoint-*"))
+def newest_checkpoint(work_dir: Path, warn) -> Path | None:
+    """The newest checkpoint whose files are whole, or None where there are no checkpoints.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    found = list_checkpoints(work_dir)
+    for checkpoint in found:
+        if problem := find_damage(checkpoint):
+            warn(f"{checkpoint} is damaged ({problem}); trying the one before.")
+        else:
+            return checkpoint
+    if found:
+        raise ValueError(f"--resume auto: all checkpoints in {work_dir} are damaged. Remove it to start anew.")
+    return None
+
+
+def add_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, run: dict, keep: int):
+    """Write the checkpoint of a step, then remove what is older than the newest `keep`."""
     state = {"optimizer": optimizer.state_dict()}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     save_checkpoint(work_dir / f"checkpoint-{run['step']}", accelerator.unwrap_model(model), state, run)
-    for path in before:
+    for path in list_checkpoints(work_dir)[keep:]:
         shutil.rmtree(path)
 
 

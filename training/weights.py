@@ -14,6 +14,7 @@ empty factors on its weights.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minigpt3d.conversion import save_pretrained
+from minigpt3d.conversion.checkpoints import sha256
 from minigpt3d.conversion.hub_folder import written_whole
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
@@ -202,11 +204,23 @@ def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer_state: dict, run: dict):
     """What a killed run goes on from: the trainable tensors, the optimizer, and `run` (its step and settings)."""
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been gone on from
     with written_whole(folder) as temporary:
         trained = {name: p.detach().cpu() for name, p in named_parameters(model).items() if p.requires_grad}
         save_file(trained, temporary / TRAINED_FILE)
         torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
-        (temporary / STAGE_FILE).write_text(json.dumps(run, indent=1))
+        hashes = {name: sha256(temporary / name) for name in (TRAINED_FILE, OPTIMIZER_FILE)}
+        (temporary / STAGE_FILE).write_text(json.dumps(run | {"sha256": hashes}, indent=1))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    try:
+        hashes = json.loads((checkpoint / STAGE_FILE).read_text())["sha256"]
+        changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{changed[0]} has changed" if changed else None
 
 
 def load_checkpoint(folder: Path, model: nn.Module) -> dict:

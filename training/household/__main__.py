@@ -72,7 +72,7 @@ def train_stage(number: int, init: Path, data_dir: Path, output_dir: Path, max_s
     annotations = [data_dir / f"{source}.json" for source in SOURCES.values()]
     script = _REPOSITORY / "training" / f"stage{number}.py"
     options = ["--recipe", "household", "--init", init, "--data", data_dir / "clouds", "--output_dir", output_dir]
-    options += ["--num_workers", 1, "--resume", "True"]
+    options += ["--num_workers", 1, "--resume", "auto"]
     if max_steps:
         options += ["--max_steps", max_steps]
     launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
