@@ -489,7 +489,10 @@ def run_pack(args: argparse.Namespace) -> int:
         entries = pack.own_entries(args.objects)
     else:
         entries = pack.release_entries(args.data, args.annotations)
-    manifest = pack.pack(entries, args.out, args.seed, max_broken=args.max_broken, num_workers=args.num_workers)
+    try:
+        manifest = pack.pack(entries, args.out, args.seed, max_broken=args.max_broken, num_workers=args.num_workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error  # line by line
     for line in manifest["broken"]:
         complain(f"skipped: {line}")
     sources = ", ".join(f"{source} {sum(rows):,}" for source, rows in manifest["shards"].items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -515,6 +516,15 @@ def test_damaged_checkpoints_are_passed_over(base, release, tmp_path, monkeypatc
     (work_dir / "checkpoint-2" / "stage.json").write_text("{")
     with pytest.raises(ValueError, match="all checkpoints in .* are damaged"):
         train(stage, replace(run, resume="auto"))
+
+
+def test_a_dry_run_says_what_the_stage_needs_and_keeps_nothing(base, release, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    train(tiny(STAGES["II"], steps_per_epoch=3600), options(base, tmp_path / "out", release, dry_run=True))
+    printed = capsys.readouterr().out
+    seconds, hours = (float(x) for x in re.search(r"takes ([\d.]+) s .*take ([\d.]+) hours", printed).groups())
+    assert hours == pytest.approx(seconds, abs=0.1) and "GB; 3,600 steps" in printed
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(base, release, tmp_path, monkeypatch):

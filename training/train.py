@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -92,6 +93,10 @@ class RunOptions:
         metadata={"help": "Steps between checkpoints. SIGTERM and Ctrl-C write one too, and end the run."},
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "Newest checkpoints to keep."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Take three steps, say what memory and time the whole stage needs here, and keep nothing."},
+    )
     resume: Literal["never", "auto"] = field(
         default="never",
         metadata={"help": "auto: go on from the newest whole checkpoint of this OUTPUT_DIR, if there is one."},
@@ -131,7 +136,7 @@ def _describe(stage: Stage) -> str:
 
 
 def train(stage: Stage, options: RunOptions) -> Path:
-    """Run a stage from `options.init` to its result in `options.output_dir`, which is returned.
+    """Run a stage from `options.init` to its result in `options.output_dir`, which is returned (a dry run writes none).
 
     Raises:
         ValueError: options, data or weights that do not fit, all found before the first step.
@@ -158,6 +163,9 @@ def train(stage: Stage, options: RunOptions) -> Path:
         restore_optimizer(accelerator, optimizer, optimizer_state)
         accelerator.print(f"Going on from {checkpoint} at step {first_step}.")
 
+    if options.dry_run:
+        estimate(accelerator, model, optimizer, stage, stream, options, num_steps - first_step)
+        return options.output_dir
     run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
     if accelerator.is_main_process:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -205,6 +213,37 @@ def train(stage: Stage, options: RunOptions) -> Path:
     accelerator.wait_for_everyone()
     accelerator.print(f"Stage {stage.name} is done: {options.output_dir}")
     return options.output_dir
+
+
+# ---- Before a long run ----------------------------------------------------------------------------------------------
+
+
+def estimate(accelerator: Accelerator, model, optimizer, stage: Stage, stream, options: RunOptions, num_steps: int):
+    """Take three steps from the middle of the stage and print what they mean for the whole."""
+    first = max(0, min(stage.steps // 2, stage.steps - 3))
+    steps = range(first, min(first + 3, stage.steps))
+    seconds = []
+    started = time.perf_counter()
+    for step, (_, samples) in zip(steps, read_ahead(stream, steps, options.num_workers), strict=True):
+        reseed(options.seed, step, accelerator.process_index)
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            split_micro_batches(samples, options.device_batch),
+            learning_rate(stage, step),
+        )
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    if accelerator.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the device"
+    else:
+        memory = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
+    step_seconds = min(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
+    accelerator.print(
+        f"Dry run: a step takes {step_seconds:.2f} s and {memory}; {num_steps:,} steps would take "
+        f"{num_steps * step_seconds / 3600:.1f} hours here. Nothing was kept."
+    )
 
 
 # ---- Stopping -------------------------------------------------------------------------------------------------------

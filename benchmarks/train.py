@@ -1,0 +1,157 @@
+"""A training step as the stages take it, beside the plain padded loop, on the same samples and weights.
+
+    python benchmarks/train.py [--size small|paper] [--stage II] [--batch 9] [--steps 5] [--device cuda] [--dtype bfloat16]
+
+Plain: every sample a row, padded to the longest; logits and loss at every position. Ours: samples one behind the other,
+logits where the next token is an answer's (`training/stream.py`). Lengths are drawn like PointLLM's brief descriptions,
+or, for stage III and IV, like its detailed ones and conversations. Clouds are noise; the loss of both is compared.
+
+Real tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, which is what these
+stages do) and 6N operations a token for the N parameters of the language model without embeddings, against what a large
+matrix product reaches here in the same dtype.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training.stages import RECIPES, Stage
+from minigpt3d.training.stream import pack_batch, pad_batch
+from minigpt3d.training.train import make_optimizer
+from minigpt3d.training.weights import prepare_model
+
+
+# A tenth of the paper's widths, with its vocabulary: what a CPU trains in seconds.
+SMALL = {
+    "point_config": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
+    "qformer_config": {
+        "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
+        "encoder_hidden_size": 352,
+    },
+    "text_config": {
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
+    },
+    "language_projection_hidden_size": 1024,
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["small", "paper"], default="small", help="of the model (default: small)")
+    parser.add_argument("--stage", choices=list(RECIPES["paper"]), default="II")
+    parser.add_argument("--batch", type=int, default=9, help="samples a step (default: 9, the paper's in stage II)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default=None, help="of the autocast (default: none)"
+    )
+    args = parser.parse_args()
+    stage, device = RECIPES["paper"][args.stage], torch.device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32
+
+    torch.manual_seed(0)
+    config = MiniGPT3DConfig(**(SMALL if args.size == "small" else {}))
+    model = prepare_model(MiniGPT3DForConditionalGeneration(config), stage, init="").to(device)
+    model.eval()  # without dropout, so that both losses can be compared
+    rng = np.random.default_rng(0)
+    batches = [make_samples(stage, config, args.batch, 8192, rng) for _ in range(args.steps)]
+    tokens = sum(len(sample["input_ids"]) for batch in batches for sample in batch) / args.steps
+    inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
+    language = [p for n, p in inner.model.language_model.named_parameters() if "embed" not in n and "lora" not in n]
+    num_parameters = sum(p.numel() for p in language)
+    peak = matmul_peak(device, dtype)
+
+    print(
+        f"stage {stage.name}, {args.size}, {args.batch} samples of {tokens / args.batch:.0f} tokens, {device}, {dtype}"
+    )
+    print(f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'loss':>9}")
+    rates, losses = {}, {}
+    one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
+    ways: dict[str, Callable] = {
+        "plain": lambda samples: pad_batch(samples, config.text_config.pad_token_id),
+        "ours": lambda samples: pack_batch(samples, one_row),
+    }
+    for name, collate in ways.items():
+        seconds, losses[name], memory = run(model, stage, batches, collate, device, dtype)
+        rates[name] = args.batch / seconds
+        operations = num_parameters * tokens / seconds / peak
+        print(
+            f"{name:<8}{rates[name]:>12.2f}{tokens / seconds:>12.0f}{4 * operations:>9.1%}{6 * operations:>9.1%}"
+            f"{memory / 1e9:>9.2f}{losses[name]:>9.4f}"
+        )
+    print(
+        f"ratio {rates['ours'] / rates['plain']:.2f}, difference of the losses {abs(losses['ours'] - losses['plain']):.1e}"
+    )
+
+
+def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: int, rng) -> list[dict]:
+    """Random samples with lengths like PointLLM's: a prompt of some 50 tokens with the cloud, and an answer."""
+    median, spread = (22, 0.4) if stage.name in ("I", "II") else (90, 0.6)
+    samples = []
+    for _ in range(count):
+        prompt = config.num_query_tokens + int(rng.integers(12, 28))
+        answer = int(np.clip(rng.lognormal(np.log(median), spread), 5, 400))
+        ids = torch.from_numpy(rng.integers(100, 50_000, prompt + answer))
+        ids[5 : 5 + config.num_query_tokens] = config.point_token_id
+        labels = ids.clone()
+        labels[:prompt] = -100
+        cloud = rng.normal(size=(1, num_points, 6)).astype(np.float32)
+        cloud[..., :3] /= np.linalg.norm(cloud[..., :3], axis=-1).max()
+        cloud[..., 3:] = cloud[..., 3:] % 1
+        samples.append({"input_ids": ids, "labels": labels, "point_clouds": torch.from_numpy(cloud)})
+    return samples
+
+
+def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, float, float]:
+    """Seconds of a step, loss of the first batch, and peak memory of a GPU in bytes; the weights are left as they were."""
+    optimizer = make_optimizer(stage, model)
+    before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    for group in optimizer.param_groups:
+        group["lr"] = stage.peak_lr
+
+    def step(samples) -> torch.Tensor:
+        batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    loss = step(batches[0]).item()  # not timed: kernels are chosen and memory is fetched
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for samples in batches:
+        step(samples)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / len(batches)
+    with torch.no_grad():
+        for parameter, value in zip((p for p in model.parameters() if p.requires_grad), before, strict=True):
+            parameter.copy_(value)
+    return seconds, loss, torch.cuda.max_memory_allocated() if device.type == "cuda" else float("nan")
+
+
+def matmul_peak(device, dtype, size: int = 4096) -> float:
+    """Operations a second of a large matrix product."""
+    size = size if device.type == "cuda" else size // 2
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()
