@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py [--dir DIR] [--scale 1.0]
 
-Makes a set of random float16 files in the layout of the authors' release (2.95 G parameters, 6.5 GB; Phi-2 in its
+Makes a set of random float16 files in the layout of the authors' release (2.92 G parameters of the model, 6 GB; Phi-2 in its
 official layout, as .bin shards, which is the harder one), converts it in a process of its own, and prints how long that
 took and how much memory it needed at most, beside the largest shard that it wrote. `--scale 0.1` takes a tenth of the
 language model's layers.
@@ -11,12 +11,13 @@ language model's layers.
 import argparse
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,12 +30,21 @@ from minigpt3d.training.stages import QFORMER_LORA_TARGETS, STAGE_3
 
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "household"
+# The conversion, and in a file the most memory that its process had; in bytes on macOS, else in kilobytes.
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from minigpt3d_cli import main
+code = main(sys.argv[1:])
+Path("peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+sys.exit(code)
+"""
 LORA_RANKS = {True: STAGE_3.qformer_lora.rank, False: STAGE_3.language_lora.rank}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, help="for the files, twice 6.5 GB (default: a temporary folder)")
+    parser.add_argument("--dir", type=Path, help="for the files, twice 6 GB (default: a temporary folder)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the language model's 32 layers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
@@ -45,14 +55,15 @@ def run(folder: Path, scale: float):
     layers = max(1, round(32 * scale))
     config = MiniGPT3DConfig(text_config={"num_hidden_layers": layers})
     config.to_json_file(folder / "config.json")
-    options, size = write_files(folder, config)
+    # In a process of its own: what this one holds would count as the memory of those that it starts.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        options, size = pool.submit(write_files, folder, config).result()
     out = folder / "out"
-    program = "import sys; from minigpt3d_cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "convert", *options, "--out", out, "--config", folder / "config.json"]
+    command = [sys.executable, "-c", PROGRAM, "convert", *options, "--out", out, "--config", folder / "config.json"]
     started = time.perf_counter()
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(list(map(str, command)), check=True, cwd=folder)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    peak = int((folder / "peak").read_text()) * (1 if sys.platform == "darwin" else 1024)
     shards = [path.stat().st_size for path in out.glob("*.safetensors")]
     print(
         f"{size / 1e9:.2f} GB of files, {sum(shards) / 1e9:.2f} GB written in {len(shards)} shards, largest "

@@ -23,6 +23,7 @@ from .state_dict import lora_config
 
 
 SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of what a conversion needs
+MAPPED_SIZE = 3 * 10**8  # bytes of the inputs that stay in memory at a time
 PROVENANCE_FILE = "provenance.json"
 ADAPTER_DIR, BASE_DIR = "adapter", "base"
 _CARD = Path(__file__).with_name("model_card.jinja")
@@ -112,9 +113,13 @@ def write_weights(folder: Path, plan: Plan, dtype: torch.dtype, merge_lora: bool
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_SIZE)
     with tqdm(total=len(shapes), desc="weights", unit="tensor", disable=None) as progress:
         for filename, names in split.filename_to_tensors.items():
-            tensors = {}
+            tensors, mapped = {}, 0
             for name in names:
                 tensors[name] = _cast(read(name, merge_lora), dtype, name)
+                mapped += tensors[name].nbytes
+                if mapped > MAPPED_SIZE:
+                    plan.release()
+                    mapped = 0
                 progress.update()
             save_file(tensors, folder / filename, metadata={"format": "pt"})
             tensors.clear()
