@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from minigpt3d.conversion import save_pretrained
+from minigpt3d.conversion import save_pretrained, verify
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
@@ -81,9 +81,12 @@ def train_stage(number: int, init: Path, data_dir: Path, output_dir: Path, max_s
 
 
 def export(source: Path, output_dir: Path):
-    """The last stage's model in half precision, without what only training needs."""
+    """The last stage's model in half precision, without what only training needs, with what it computes (`verify`)."""
     model = MiniGPT3DForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    save_pretrained(model.half(), MiniGPT3DProcessor.from_pretrained(source), output_dir)
+    whole = output_dir.with_name(output_dir.name + ".unverified")
+    save_pretrained(model.half(), MiniGPT3DProcessor.from_pretrained(source), whole)
+    verify.store(whole, verify.compute(whole))
+    whole.rename(output_dir)
 
 
 def main(argv: list[str] | None = None):
