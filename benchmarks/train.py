@@ -26,7 +26,7 @@ from minigpt3d.training.train import make_optimizer
 from minigpt3d.training.weights import prepare_model
 
 
-# A tenth of the paper's widths, with its vocabulary: what a CPU trains in seconds.
+# A quarter of the paper's widths, with its vocabulary: what a CPU trains in seconds.
 SMALL = {
     "point_config": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
     "qformer_config": {
@@ -34,7 +34,7 @@ SMALL = {
         "encoder_hidden_size": 352,
     },
     "text_config": {
-        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 8, "num_attention_heads": 8,
     },
     "language_projection_hidden_size": 1024,
 }  # fmt: skip
