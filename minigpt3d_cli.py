@@ -198,6 +198,7 @@ def load_model(name: str):
     """
     if not Path(name).is_dir() and name.count("/") != 1:
         raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
+    name, processor_name = find_adapter(name)
     from transformers import logging
 
     from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -207,7 +208,7 @@ def load_model(name: str):
     logging.disable_progress_bar()
     try:
         model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True)
-        processor = MiniGPT3DProcessor.from_pretrained(name)
+        processor = MiniGPT3DProcessor.from_pretrained(processor_name)
     except Exception as error:
         fix = "pass --model with the folder of a model or its Hub id"
         raise CommandError(f"cannot load the model {name}: {one_line(error)} ({fix})") from error
@@ -219,6 +220,25 @@ def load_model(name: str):
             f"{absent[0]} for one (fetch or save it again)"
         )
     return model, processor
+
+
+def find_adapter(name: str) -> tuple[str, str]:
+    """Where the model and where the processor are: an adapter's folder has the name of its base, which has the processor.
+
+    Raises:
+        CommandError: the base is not where the adapter says.
+    """
+    folder = Path(name) / "adapter" if (Path(name) / "adapter" / "adapter_config.json").is_file() else Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        return name, name
+    base = (
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    )
+    if not Path(base).is_dir() and base.count("/") != 1:
+        raise CommandError(
+            f"{folder}: its base {base} is not there; change base_model_name_or_path in adapter_config.json"
+        )
+    return str(folder), base
 
 
 def load(args: argparse.Namespace):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import test_golden
 import torch
@@ -166,6 +167,22 @@ def test_the_adapter_is_what_is_verified(merged, kept, capsys):
     for part in ("features", "logits"):
         assert stored[part] == pytest.approx(reference[part], rel=1e-4, abs=1e-5)
     assert main(["verify", str(kept)]) == 0, capsys.readouterr()
+
+
+def test_the_command_line_takes_the_adapter(merged, kept, tmp_path, capsys):
+    np.save(tmp_path / "cloud.npy", np.random.default_rng(0).random((200, 6)))
+
+    def describe(model) -> tuple[int, str]:
+        code = main(["describe", str(tmp_path / "cloud.npy"), "--model", str(model), "--max-new-tokens", "8"])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    assert describe(kept) == describe(kept / "adapter") == describe(merged)
+    moved = shutil.copytree(kept / "adapter", tmp_path / "adapter")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    code, printed = describe(moved)
+    assert code == 1 and "its base /gone/base is not there" in printed
 
 
 def test_the_adapter_goes_on_training(kept):

@@ -9,6 +9,7 @@ stopped, to the bit, and neither the number of processes nor that of workers cha
 Shapes: R rows of a packed batch, T tokens of the longest, C clouds, K answer tokens.
 """
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -155,13 +156,19 @@ class _Steps(IterableDataset):
 
 def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[tuple[str, list[dict]]]:
     """For each of `steps` its source's name and this process's samples by slot, read ahead by `num_workers` processes."""
-    prefetch = {"prefetch_factor": 4} if num_workers else {}
-    loader = DataLoader(_Steps(stream, steps), batch_size=None, num_workers=num_workers, **prefetch)
+    ahead = {"prefetch_factor": 4, "worker_init_fn": _ignore_signals} if num_workers else {}
+    loader = DataLoader(_Steps(stream, steps), batch_size=None, num_workers=num_workers, **ahead)
     parts = iter(loader)
     for step in steps:
         # The loader takes from its workers in turn, so a step is one item of each.
         samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
         yield stream.source(step).name, [samples[slot] for slot in sorted(samples)]
+
+
+def _ignore_signals(worker_id: int):
+    """Ctrl-C and schedulers reach every process of a run; the loop still needs its workers to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def split_micro_batches(samples: list[dict], device_batch: int | None) -> list[list[dict]]:

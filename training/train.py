@@ -240,9 +240,11 @@ def estimate(accelerator: Accelerator, model, optimizer, stage: Stage, stream, o
     else:
         memory = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
     step_seconds = min(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
+    whole = num_steps * step_seconds
+    duration = f"{whole / 3600:.1f} hours" if whole >= 3600 else f"{whole / 60:.1f} minutes"
     accelerator.print(
-        f"Dry run: a step takes {step_seconds:.2f} s and {memory}; {num_steps:,} steps would take "
-        f"{num_steps * step_seconds / 3600:.1f} hours here. Nothing was kept."
+        f"Dry run: a step takes {step_seconds:.2f} s and {memory}; {num_steps:,} steps would take {duration} here. "
+        "Nothing was kept."
     )
 
 
