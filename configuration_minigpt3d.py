@@ -110,7 +110,8 @@ class MiniGPT3DConfig(PreTrainedConfig):
         num_query_experts: sets of query tokens. Expert 0 is the only one in stages I to III. Paper: §3.2.
         num_experts_per_cloud: experts that the sparse router picks for each cloud.
         router_type: *sparse*: the chosen experts' softmax weights, not renormalised; *soft*: all experts with their
-            softmax weights; *constant*: all experts, each 1/E; *none*: expert 0 alone.
+            softmax weights; *constant*: all experts, each 1/E; *none*: expert 0 alone, as before stage IV (an adapter
+            that brings a trained router turns *none* into *sparse*).
         router_hidden_size: width inside the router.
         point_projection_hidden_size: width inside the point projection.
         language_projection_hidden_size: width between the two linear layers of the language projection.

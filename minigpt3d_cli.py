@@ -148,8 +148,8 @@ def add_convert(commands):
     convert.add_argument(
         "--lora",
         choices=["merge", "keep"],
-        default="merge",
-        help="merge: plain weights. keep: OUT/base and OUT/adapter, a PEFT adapter to go on training (default: merge)",
+        help="merge: plain weights. keep: OUT/base and OUT/adapter, a PEFT adapter to go on training (default: merge, or keep "
+        "without stage 4, where training goes on)",
     )
     convert.add_argument(
         "--router",
@@ -228,8 +228,8 @@ def find_adapter(name: str) -> tuple[str, str]:
     Raises:
         CommandError: the base is not where the adapter says.
     """
-    folder = Path(name) / "adapter" if (Path(name) / "adapter" / "adapter_config.json").is_file() else Path(name)
-    if not (folder / "adapter_config.json").is_file():
+    folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else Path(name) / "adapter"
+    if (Path(name) / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
         return name, name
     base = (
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
@@ -396,20 +396,21 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.stage_result is not None:
         if paths or args.config is not None:
             raise CommandError("--stage-result stands alone: give it, or the authors' files")
-        if not (args.stage_result / "config.json").is_file():
-            raise CommandError(f"{args.stage_result}: no config.json; give the folder that training/stage*.py wrote")
         from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
-        config = MiniGPT3DConfig.from_pretrained(args.stage_result)
-        processor = MiniGPT3DProcessor.from_pretrained(args.stage_result)
-        sources = release.stage_sources(args.stage_result, keep_lora=args.lora == "keep")
+        if not any((args.stage_result / each).is_file() for each in ("config.json", "adapter_config.json")):
+            raise CommandError(
+                f"{args.stage_result}: no config.json or adapter_config.json; give the folder that training/stage*.py wrote"
+            )
+        sources, config, lora = release.stage_sources(args.stage_result)
+        processor = MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path)
     else:
         config = MiniGPT3DConfig() if args.config is None else read_config(args.config)
         paths, origins = (paths, {}) if paths else download_release(args.revision, args.yes)
-        sources = release.release_sources(paths, origins)
+        sources, lora = release.release_sources(paths, origins), ()
         processor = release.load_processor(paths["phi"], config)
     try:
-        plan = release.make_plan(sources, config, processor, args.router, args.ignore)
+        plan = release.make_plan(sources, config, processor, args.router, args.ignore, lora)
     except ValueError as error:
         raise CommandError(str(error)) from error  # line by line
     print(release.summary(plan), flush=True)
@@ -427,6 +428,8 @@ def run_convert(args: argparse.Namespace) -> int:
         print(verify.to_text(computed))
 
     dtype = getattr(torch, args.dtype)
+    trains_on = "phi" in paths and "stage4" not in paths
+    args.lora = args.lora or ("keep" if trains_on else "merge")
     write.write_release(plan, args.out, dtype, args.lora, args.argv, check if args.verify else lambda folder: None)
     if args.lora == "keep":
         print(

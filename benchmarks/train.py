@@ -55,8 +55,8 @@ def main():
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32
 
     torch.manual_seed(0)
-    config = MiniGPT3DConfig(**(SMALL if args.size == "small" else {}))
-    model = prepare_model(MiniGPT3DForConditionalGeneration(config), stage, init="").to(device)
+    config = MiniGPT3DConfig(router_type="none", **(SMALL if args.size == "small" else {}))
+    model = prepare_model(MiniGPT3DForConditionalGeneration(config), stage).to(device)
     model.eval()  # without dropout, so that both losses can be compared
     rng = np.random.default_rng(0)
     batches = [make_samples(stage, config, args.batch, 8192, rng) for _ in range(args.steps)]

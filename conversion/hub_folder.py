@@ -31,7 +31,7 @@ def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer:
 
 
 # What a folder of a model may hold that is lost when the folder is replaced.
-_KEPT_APART = (".git", "training_state")
+_KEPT_APART = (".git", "history.jsonl")
 
 
 def check_folder(output_dir: str | Path, sources: Iterable[str | Path] = ()) -> Path:

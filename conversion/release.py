@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -33,12 +33,15 @@ from .state_dict import (
     lora_modules,
     lora_scale,
     our_name,
+    peft_scale,
+    read_lora_config,
 )
 from .tables import FILES, ZEROS, File
 
 
 # Of a training stage's result (see training/weights.py).
-STATE_DIR, LORA_FILE = "training_state", "lora.safetensors"
+ADAPTER_DIR, ADAPTER_CONFIG = "adapter", "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -85,33 +88,46 @@ def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = Non
     ]
 
 
-def stage_sources(folder: Path, keep_lora: bool) -> list[Source]:
-    """What `training/stage*.py` left behind: the model, and to keep LoRA apart its factors and the weights without them.
+def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str]]:
+    """What a run of `training/` left behind: a base model with an adapter on it, or one whole model.
+
+    Returns:
+        The files, the configuration of what they make, and the modules that have LoRA factors.
 
     Raises:
-        ValueError, FileNotFoundError: as `Checkpoint`.
+        ValueError, FileNotFoundError: no result of a stage, or as `Checkpoint`.
+        ImportError: peft is not installed.
     """
+    adapter = folder if (folder / ADAPTER_CONFIG).exists() else folder / ADAPTER_DIR
+    if (folder / "config.json").exists() or not (adapter / ADAPTER_CONFIG).exists():
+        base, adapter = folder, None
+    else:
+        peft_config = read_lora_config(adapter)
+        base = Path(peft_config.base_model_name_or_path)
+        if not base.is_dir():
+            base = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     renamed = {"to_key": lambda name: our_name(name) or name, "to_name": lambda key: authors_name(key) or key}
-    sources = [Source(File("model", "a stage's result", gives=(r"(?!.*lora_).*",)), Checkpoint(folder), **renamed)]
-    lora = folder / STATE_DIR / LORA_FILE
-    if keep_lora and lora.exists():
-        # The unmerged weights supersede the merged ones, each with both of its factors.
-        file = File("lora", "its LoRA factors", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*\.weight",))
-        sources.append(Source(file, Checkpoint(lora), **renamed, scales=read_scales(lora)))
-    return sources
-
-
-def read_scales(path: Path) -> dict[str, float]:
-    """Factor of each module's LoRA product, as `training/weights.py` notes it in its file.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    with safe_open(path, framework="pt") as file:
-        scales = (file.metadata() or {}).get("scales")
-    if scales is None:
-        raise ValueError(f"{path}: does not say by what its products are scaled. Use --lora merge.")
-    return json.loads(scales)
+    sources = [Source(File("model", "a whole model", gives=(r"(?!.*lora_).*",)), Checkpoint(base), **renamed)]
+    config = MiniGPT3DConfig.from_pretrained(base)
+    if adapter is None:
+        return sources, config, []
+    checkpoint = Checkpoint(adapter / "adapter_model.safetensors")
+    names = {key: key.removeprefix(_PEFT_PREFIX) for key in checkpoint.shapes}
+    modules = [name.removesuffix(".lora_A.weight") for name in names.values() if name.endswith(".lora_A.weight")]
+    # What the stages have trained supersedes the base's; every LoRA module has both of its factors.
+    file = File("adapter", "a PEFT adapter", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*",))
+    renamed = {
+        "to_key": lambda name: _PEFT_PREFIX + (our_name(name) or name),
+        "to_name": lambda key: authors_name(names[key]) or names[key],
+    }
+    scales = {module: peft_scale(peft_config, module) for module in modules}
+    sources.append(Source(file, checkpoint, **renamed, scales=scales))
+    if (adapter / "stage.json").exists():
+        run = json.loads((adapter / "stage.json").read_text(encoding="utf-8"))
+        config.router_type = run.get("router_type", config.router_type)
+    if not isinstance(peft_config.target_modules, str):  # names, of which none may be missing
+        modules = sorted(f"model.{name}" for name in peft_config.target_modules)
+    return sources, config, modules
 
 
 # ---- Planning -------------------------------------------------------------------------------------------------------
@@ -155,10 +171,12 @@ def make_plan(
     processor: MiniGPT3DProcessor,
     router_type: str | None = None,
     ignore: Iterable[str] = (),
+    lora: Iterable[str] = (),
 ) -> Plan:
     """Account for all tensors; nothing is written.
 
     Args:
+        lora: modules that have LoRA factors; the authors' files have them where the stages train them.
         router_type: of the result; by default "sparse" where the experts are trained, "none" before.
 
     Raises:
@@ -183,7 +201,7 @@ def make_plan(
     accounted = account(
         {source.file: source.shapes for source in sources},
         expected,
-        lora_modules(config, expected) if of_release or "lora" in by_slot else (),
+        lora_modules(config, expected) if of_release else lora,
         lambda name: name.startswith(new),
         ignore,
         lambda slot, key, original: torch.equal(by_slot[slot].read(key), by_slot[slot].read(original)),

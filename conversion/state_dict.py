@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -407,11 +408,7 @@ def lora_config(
         ValueError: there are no LoRA matrices.
         ImportError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("Keeping LoRA apart needs peft: pip install 'minigpt3d[train]'") from error
-
+    LoraConfig = _peft().LoraConfig
     ranks = {}
     for name, value in converted.items():
         if (match := _LORA_KEY.fullmatch(name)) and match["matrix"] == "A":
@@ -431,6 +428,38 @@ def lora_config(
         alpha_pattern={re.escape(short[module]): a for module, a in alphas.items() if a != alpha},
         **options,
     )
+
+
+def read_lora_config(adapter: Path):
+    """The `peft.LoraConfig` of an adapter's folder.
+
+    Raises:
+        ValueError: the folder has none, or the adapter is no LoRA.
+        ImportError: peft is not installed.
+    """
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{adapter}: adapter_config.json cannot be read ({error}).") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"{adapter}: expected a LoRA adapter, got {config.peft_type}.")
+    return config
+
+
+def peft_scale(config, module: str) -> float:
+    """Factor of the LoRA product of a module of ours in an adapter with this `peft.LoraConfig`."""
+    get_pattern_key, short = _peft().utils.other.get_pattern_key, module.removeprefix("model.")
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, short), config.r)
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, short), config.lora_alpha) / rank
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("Keeping LoRA apart needs peft: pip install 'minigpt3d[train]'") from error
+    return peft
 
 
 def lora_modules(config: MiniGPT3DConfig, expected: Iterable[str]) -> list[str]:

@@ -112,7 +112,7 @@ def compute(model: str | Path) -> dict:
     name, adapter = str(model), ""
     if (folder := Path(model)).is_dir():
         name = str(folder.resolve())
-        if (folder / ADAPTER_DIR / "adapter_config.json").exists():
+        if not (folder / "config.json").exists() and (folder / ADAPTER_DIR / "adapter_config.json").exists():
             name, adapter = str((folder / BASE_DIR).resolve()), str((folder / ADAPTER_DIR).resolve())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as elsewhere:

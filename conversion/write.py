@@ -18,14 +18,14 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import STAGE_3, STAGE_4
 
 from .hub_folder import check_folder, write_all_but_weights, written_whole
-from .release import LORA_FILE, STATE_DIR, Plan, provenance, summary
+from .release import ADAPTER_DIR, Plan, provenance, summary
 from .state_dict import lora_config
 
 
 SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of what a conversion needs
 MAPPED_SIZE = 3 * 10**8  # bytes of the inputs that stay in memory at a time
 PROVENANCE_FILE = "provenance.json"
-ADAPTER_DIR, BASE_DIR = "adapter", "base"
+BASE_DIR = "base"
 _CARD = Path(__file__).with_name("model_card.jinja")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -56,9 +56,7 @@ def write_release(
     if lora == "keep" and not plan.accounted.lora:
         raise ValueError("--lora keep: there are no LoRA factors in these files. Use --lora merge.")
     adapter_config = make_adapter_config(plan, output_dir / BASE_DIR) if lora == "keep" else None
-    slots = [source.file.slot for source in plan.sources]
-    trains_on = bool(plan.accounted.lora) and (lora == "keep" or "stage4" not in slots)
-    _check_space(plan, output_dir, dtype, adapter_config is not None, trains_on)
+    _check_space(plan, output_dir, dtype, adapter_config is not None)
     settings = {"dtype": str(dtype).removeprefix("torch."), "lora": lora, "router_type": plan.config.router_type}
     record = provenance(plan, list(command), settings)
     with written_whole(output_dir) as partial:
@@ -72,28 +70,24 @@ def write_release(
         plan.config.save_pretrained(folder)
         write_record(folder, plan, record, output_dir.name)
         write_weights(folder, plan, dtype, merge_lora=lora == "merge")
-        if trains_on:
-            write_training_state(folder / STATE_DIR, plan, dtype, "III" if "stage3" in slots else None)
         if adapter_config is not None:
             write_adapter(partial / ADAPTER_DIR, plan, adapter_config)
+            write_stage(partial / ADAPTER_DIR, plan)
             write_record(partial / ADAPTER_DIR, plan, record, output_dir.name)
             for name in ("LICENSE", "NOTICE"):
                 shutil.copyfile(folder / name, partial / ADAPTER_DIR / name)
         before_rename(partial)
 
 
-def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool, trains_on: bool):
+def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool):
     """
     Raises:
         OSError: the disk has no room for the result.
     """
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    shapes, modules = plan.expected, {name.rsplit(".lora_")[0] for name in plan.accounted.lora}
-    needed = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-    if trains_on:
-        needed += sum(shapes[f"{module}.weight"].numel() for module in modules) * dtype.itemsize
-    if adapter or trains_on:
-        needed += 5 * 10**8  # LoRA factors and trained modules of the paper's size, twice, in float32
+    needed = sum(shape.numel() for shape in plan.expected.values()) * dtype.itemsize
+    if adapter:
+        needed += 3 * 10**8  # LoRA factors and trained modules of the paper's size in float32
     free = shutil.disk_usage(output_dir.parent).free
     if needed > free:
         raise OSError(
@@ -152,7 +146,9 @@ def make_adapter_config(plan: Plan, base: Path):
     Raises:
         ImportError: peft is not installed.
     """
-    read, patterns = plan.reader(), (*STAGE_3.trainable, *STAGE_4.trainable)
+    read, patterns = plan.reader(), STAGE_3.trainable
+    if plan.config.router_type != "none":
+        patterns += STAGE_4.trainable
     trained = [name for name in plan.expected if any(re.fullmatch(pattern, name) for pattern in patterns)]
     modules = sorted({name.rpartition(".")[0] for name in trained})
     shapes = {name: read(name).shape for name in plan.accounted.lora}
@@ -173,22 +169,13 @@ def write_adapter(folder: Path, plan: Plan, adapter_config):
     plan.release()
 
 
-def write_training_state(folder: Path, plan: Plan, dtype: torch.dtype, stage: str | None):
-    """What training goes on from: LoRA factors, and beside each the weight without them. See training/weights.py."""
-    read = plan.reader()
-    modules = sorted({name.rsplit(".lora_")[0] for name in plan.accounted.lora})
-    tensors = {}
-    for module in modules:
-        tensors[f"{module}.weight"] = _cast(read(f"{module}.weight"), dtype, module)
-        for matrix in "AB":
-            name = f"{module}.lora_{matrix}.weight"
-            tensors[name] = _cast(read(name), torch.float32, name)
-    scales = {module: plan.scale(module, len(tensors[f"{module}.lora_A.weight"])) for module in modules}
-    folder.mkdir()
-    save_file(tensors, folder / LORA_FILE, metadata={"scales": json.dumps(scales)})
+def write_stage(folder: Path, plan: Plan):
+    """stage.json, if the files are of a stage: by it the next stage knows what it starts from."""
+    slots = [source.file.slot for source in plan.sources]
+    stage = {"stage4": "IV", "stage3": "III"}.get(slots[-1])
     if stage is not None:
-        (folder / "stage.json").write_text(json.dumps({"stage": stage, "init": "minigpt3d convert"}))
-    plan.release()
+        run = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
+        (folder / "stage.json").write_text(json.dumps(run, indent=1) + "\n")
 
 
 def write_record(folder: Path, plan: Plan, record: dict, model_id: str):

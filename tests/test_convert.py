@@ -17,7 +17,6 @@ from conftest import make_tiny_config, make_tiny_model
 from hub_double import REVISION, serve
 from peft import PeftModel
 from release_files import release_contents, write_release
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
@@ -25,7 +24,17 @@ from minigpt3d.conversion import authors_name, our_name, save_pretrained, write
 from minigpt3d.conversion.download import AUTHORS_ID, PATHS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import RECIPES, Lora
-from minigpt3d.training.weights import load_model, named_parameters, prepare_model, save_result
+from minigpt3d.training.weights import (
+    Start,
+    adapter_names,
+    find_start,
+    gather_parameters,
+    load_model,
+    lora_scales,
+    named_parameters,
+    prepare_model,
+    save_adapter,
+)
 from minigpt3d_cli import main
 
 
@@ -92,7 +101,10 @@ def load_converted(folder, router_type, lora):
     else:
         base = MiniGPT3DForConditionalGeneration.from_pretrained(folder / "base")
         model = PeftModel.from_pretrained(base, folder / "adapter")
-    (model if lora == "merge" else model.base_model.model).config.router_type = router_type
+    inner = model if lora == "merge" else model.base_model.model
+    inner.config.router_type = router_type
+    if router_type == "none" and lora != "merge":  # an adapter with a router means to be routed
+        inner.model.router.linear_1 = inner.model.router.linear_1.original_module
     return model.eval()
 
 
@@ -219,32 +231,37 @@ def test_without_the_stages_it_is_what_stage_1_starts_from(convert, released, po
     code, out, printed = convert(base)
     assert code == 0, printed
     assert "new, for training: point_projection, query_experts, router" in printed
-    model, contents = MiniGPT3DForConditionalGeneration.from_pretrained(out), release_contents()
+    start, contents = find_start(out), release_contents()
+    assert start.adapter == out / "adapter" and start.run is None
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(out / "base")
     assert model.config.router_type == "none"
     queries = contents["blip2"]["query_tokens"][0]
     assert all(torch.equal(expert.weight, queries) for expert in model.model.query_experts)
     projection = model.model.language_projection.linear_1.weight
     assert torch.equal(projection, contents["tinygpt_v"]["llama_proj.weight"])
     # What training/stage1.py --init does with it: TinyGPT-V's LoRA stays apart, and computes what it did.
-    lora = Lora(8, 16, 0.0)
-    trained = prepare_model(
-        load_model(out), replace(STAGES["I"], language_lora=lora, qformer_lora=Lora(4, 8, 0.0)), out
-    )
+    stage = replace(STAGES["I"], language_lora=Lora(8, 16, 0.0), qformer_lora=Lora(4, 8, 0.0))
+    trained = prepare_model(load_model(start.base), stage, start.adapter)
     factor = contents["tinygpt_v"][LORA]
     assert torch.equal(named_parameters(trained)[our_name(LORA)], factor) and factor.any()
     inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
-    test_golden.relative_close(trained.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    apart = AutoModelForImageTextToText.from_pretrained(out / "adapter").eval()
+    code, merged, printed = convert(base, "--lora", "merge")
+    assert code == 0, printed
+    merged = MiniGPT3DForConditionalGeneration.from_pretrained(merged).eval()
+    for other in (trained.eval(), apart):
+        test_golden.relative_close(other(**inputs).logits, merged(**inputs).logits)
 
 
 def test_stage_3_without_stage_4(convert, released):
     code, out, printed = convert({slot: path for slot, path in released.items() if slot != "stage4"})
     assert code == 0, printed
-    model, queries = (
-        MiniGPT3DForConditionalGeneration.from_pretrained(out),
-        release_contents()["stage3"]["query_tokens"],
-    )
+    assert find_start(out).run["stage"] == "III"
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(out / "adapter")  # loads what it names as its base
+    queries = release_contents()["stage3"]["query_tokens"]
     assert model.config.router_type == "none"
-    assert all(torch.equal(expert.weight, queries[0]) for expert in model.model.query_experts)
+    first = named_parameters(model)
+    assert any(torch.equal(tensor, queries[0]) for name, tensor in first.items() if "query_experts.0" in name)
 
 
 @pytest.mark.parametrize(
@@ -263,19 +280,21 @@ def test_options_that_do_not_add_up(left_out, options, message, convert, release
     assert not out.exists()
 
 
-def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, convert, capsys):
-    """The result of a stage with LoRA, of another alpha than the authors': unmerged weights and factors beside the model."""
+def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, capsys):
+    """An adapter of another alpha than the authors', on a base model."""
     stage = replace(STAGES["II"], language_lora=Lora(4, 32, 0.0), qformer_lora=Lora(4, 16, 0.0))
-    result = tmp_path / "stage2"
+    base, result = tmp_path / "base", tmp_path / "stage2"
     tiny_model.config.router_type = "none"
-    save_pretrained(tiny_model, tiny_processor, result)
-    model = prepare_model(load_model(result), stage, result)
+    save_pretrained(tiny_model, tiny_processor, base)
+    model = prepare_model(load_model(base), stage)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    save_result(result, model, tiny_processor, {"stage": "II"})
-    expected = MiniGPT3DForConditionalGeneration.from_pretrained(result).state_dict()
+            if "lora_B" in name or parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    names = adapter_names(model, Start(str(base)))
+    run = {"stage": "II", "router_type": "none"}
+    save_adapter(result, gather_parameters(model, names), lora_scales(model), base, run)
+    expected = model.merge_and_unload().state_dict()
     for lora in ("merge", "keep"):
         out = tmp_path / lora
         arguments = ["--stage-result", str(result), "--out", str(out), "--dtype", "float32", "--lora", lora]
@@ -283,19 +302,17 @@ def test_a_stage_result_converts_too(tmp_path, tiny_model, tiny_processor, conve
         model = MiniGPT3DForConditionalGeneration.from_pretrained(out if lora == "merge" else out / "base")
         if lora == "keep":
             model = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
-        assert not (out / "training_state").exists()
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
     keep = ["convert", "--stage-result", str(result), "--out", str(tmp_path / "again"), "--lora", "keep"]
     assert main([*keep, "--router", "sparse"]) == 1
     assert "this result is of a stage before" in capsys.readouterr().err
-    path = result / "training_state" / "lora.safetensors"
+    path = result / "adapter_model.safetensors"
     tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
     name = next(name for name in tensors if "lora_A" in name)
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, metadata=metadata)
-    assert main(keep) == 1 and f"{authors_name(name)} is missing" in capsys.readouterr().err
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    own = name.removeprefix("base_model.model.")
+    assert main(keep) == 1 and f"{authors_name(own)} is missing" in capsys.readouterr().err
     assert main(["convert", "--stage-result", str(result), "--out", str(result)]) == 1
     assert "lie in each other" in capsys.readouterr().err
 
@@ -540,7 +557,7 @@ def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, 
     ("content", "message"),
     [
         ({".git/HEAD": "ref"}, "holds .git"),
-        ({"training_state/lora.safetensors": ""}, "holds training_state"),
+        ({"history.jsonl": ""}, "holds history.jsonl"),
         ({"config.json": '{"model_type": "phi"}'}, "holds other files than a model"),
         ({"config.json": "{"}, "holds other files than a model"),
     ],

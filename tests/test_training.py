@@ -14,8 +14,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_tiny_config, make_tiny_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForImageTextToText, GPT2Config, LlamaConfig, Qwen3Config
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion import authors_name, save_pretrained
@@ -25,7 +26,18 @@ from minigpt3d.training.data import augment, open_sources, read_annotations, rea
 from minigpt3d.training.stages import RECIPES, Lora, Source, Stage, learning_rate, lora_targets, select_trainable
 from minigpt3d.training.stream import StageStream, pack_batch, pad_batch, split_micro_batches
 from minigpt3d.training.train import RunOptions, make_optimizer, train, train_step
-from minigpt3d.training.weights import load_model, named_parameters, prepare_model, save_result, trainable_table
+from minigpt3d.training.weights import (
+    Start,
+    adapter_names,
+    find_start,
+    gather_parameters,
+    load_model,
+    lora_scales,
+    named_parameters,
+    prepare_model,
+    save_adapter,
+    trainable_table,
+)
 
 
 STAGES = RECIPES["paper"]
@@ -53,12 +65,12 @@ def tiny(stage: Stage, **changes) -> Stage:
 # The stage table
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", FACTS)
 def test_trainable_parameters_are_the_papers(name, golden):
     """At full size: names, shapes and counts of facts/trainable_full.json, one to one."""
     facts = golden("trainable_full.json")[FACTS[name]]
     with torch.device("meta"):
-        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig()), STAGES[name], init="")
+        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig(router_type="none")), STAGES[name])
     ours = {authors_name(n): list(p.shape) for n, p in named_parameters(model).items() if p.requires_grad}
     theirs = facts["trainable_shapes"]
     assert ours.keys() == theirs.keys()
@@ -74,7 +86,7 @@ def test_union_of_the_stages_is_the_papers(golden):
     facts = golden("trainable_full.json")
     assert facts["union"]["total"] == 47_788_936
     with torch.device("meta"):
-        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig()), STAGES["II"], init="")
+        model = prepare_model(MiniGPT3DForConditionalGeneration(MiniGPT3DConfig(router_type="none")), STAGES["II"])
     sizes = {name: parameter.numel() for name, parameter in named_parameters(model).items()}
     union = set().union(*(select_trainable(stage, sizes) for stage in STAGES.values()))
     assert sum(sizes[name] for name in union) == 47_788_936
@@ -104,7 +116,7 @@ def test_paper_sees_a_million_and_a_half_samples():
         weights = sum(source.weight for source in stage.mixture)
         return stage.steps * sum(source.batch * source.weight for source in stage.mixture) / weights
 
-    assert sum(map(samples, STAGES.values())) == pytest.approx(1.53e6, rel=0.01)
+    assert sum(samples(STAGES[name]) for name in FACTS) == pytest.approx(1.53e6, rel=0.01)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
@@ -119,7 +131,9 @@ def test_other_language_models_train_too(config, per_layer):
     text_config = config(
         vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16
     )
-    model = prepare_model(make_tiny_model(make_tiny_config(text_config=text_config)), tiny(STAGES["II"]), init="")
+    model = prepare_model(
+        make_tiny_model(make_tiny_config(router_type="none", text_config=text_config)), tiny(STAGES["II"])
+    )
     trainable = [name for name, p in named_parameters(model).items() if p.requires_grad and "language_model" in name]
     assert sum("lora_A" in name for name in trainable) == 2 * 4
     assert sum("lora" not in name for name in trainable) == 2 * per_layer + 1
@@ -272,7 +286,7 @@ def release(tmp_path_factory):
 
 def prepared(stage: Stage) -> torch.nn.Module:
     """The tiny model made ready for a stage, with LoRA factors that are not zero."""
-    model = prepare_model(make_tiny_model(), stage, init="")
+    model = prepare_model(make_tiny_model(make_tiny_config(router_type="none")), stage)
     for name, parameter in named_parameters(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -326,15 +340,15 @@ def test_weight_decay_acts_on_matrices_only():
 
 def test_dropout_acts_where_the_authors_have_it(point_clouds):
     """LoRA's in training; the Q-Former's own never, whatever its configuration says; none in evaluation."""
-    config = make_tiny_config()
+    config = make_tiny_config(router_type="none")
     config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.5
 
     def repeats(model):
         features = model.base_model.model if hasattr(model, "merge_and_unload") else model
         return torch.equal(features.get_point_features(point_clouds), features.get_point_features(point_clouds))
 
-    assert repeats(prepare_model(make_tiny_model(config), tiny(STAGES["I"]), init=""))
-    model = prepare_model(make_tiny_model(config), tiny(STAGES["II"]), init="")
+    assert repeats(prepare_model(make_tiny_model(config), tiny(STAGES["I"])))
+    model = prepare_model(make_tiny_model(config), tiny(STAGES["II"]))
     for name, parameter in named_parameters(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -348,12 +362,14 @@ def test_accumulated_gradients_equal_the_whole_batch(release, tiny_processor):
     accelerator = Accelerator(cpu=True)
     results = []
     for device_batch in (None, 2):
-        model = make_tiny_model()
+        model = make_tiny_model(make_tiny_config(router_type="none"))
         model.config.text_config.resid_pdrop = 0.0
-        model = prepare_model(make_tiny_model(make_tiny_config(text_config=model.config.text_config)), stage, init="")
+        model = prepare_model(
+            make_tiny_model(make_tiny_config(router_type="none", text_config=model.config.text_config)), stage
+        )
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
         batches = first_batches(stage, release, tiny_processor, device_batch=device_batch)
-        loss = train_step(accelerator, model, optimizer, batches, lr=1.0)
+        loss, _ = train_step(accelerator, model, optimizer, batches, lr=1.0)
         results.append((loss, [p.detach().clone() for p in model.parameters() if p.requires_grad]))
     (loss, whole), (loss_of_parts, parts) = results
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
@@ -389,7 +405,7 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
 
 @pytest.fixture
 def base(tmp_path, tiny_processor):
-    save_pretrained(make_tiny_model(), tiny_processor, tmp_path / "base")
+    save_pretrained(make_tiny_model(make_tiny_config(router_type="none")), tiny_processor, tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -398,14 +414,16 @@ def options(init, output_dir, release, **changes) -> RunOptions:
     return RunOptions(str(init), str(data_dir), output_dir, annotations, **{"num_workers": 0} | changes)
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
 def history(folder) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", "source", "loss", "lr")} for line in lines]
+    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
 
 
 def same_files(one, other) -> bool:
-    names = ["model.safetensors", "training_state/lora.safetensors"]
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
 
 
 def test_a_killed_run_goes_on_exactly(base, release, tmp_path, monkeypatch):
@@ -484,7 +502,7 @@ def test_a_signal_keeps_the_last_step(number, base, release, tmp_path, monkeypat
     assert signal.getsignal(number) == before
     monkeypatch.undo()
     resumed = train(stage, replace(run, resume="auto"))
-    assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert same_files(straight, resumed)
     assert history(straight) == history(resumed)
 
 
@@ -511,7 +529,7 @@ def test_damaged_checkpoints_are_passed_over(base, release, tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "checkpoint-3 is damaged (optimizer.pt has changed)" in printed and "checkpoint-2 at step 2" in printed
     straight = train(stage, options(base, tmp_path / "straight", release))
-    assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert same_files(straight, resumed)
 
     shutil.rmtree(resumed)
     kept.rename(work_dir)
@@ -546,44 +564,116 @@ def test_a_full_disk_keeps_the_checkpoint_before(base, release, tmp_path, monkey
     train(stage, replace(run, resume="auto"))
 
 
+def logits(model, point_clouds) -> torch.Tensor:
+    inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
 def test_four_stages_one_after_another(base, release, tmp_path, point_clouds):
-    """Each starts from the folder of the one before; LoRA goes on unmerged; the experts start from stage III's."""
+    """Each starts from the adapter of the one before and goes on with its factors; the experts start from stage III's."""
     folder, folders = base, {}
     for name in STAGES:
-        stage = tiny(STAGES[name])
-        folder = folders[name] = train(stage, options(folder, tmp_path / name, release, max_steps=2))
-        assert [line["lr"] for line in history(folder)] == [learning_rate(stage, step) for step in range(2)]
-    assert not (folders["I"] / "training_state" / "lora.safetensors").exists()
+        if name != "own":
+            stage = tiny(STAGES[name])
+            folder = folders[name] = train(stage, options(folder, tmp_path / name, release, max_steps=2))
+            assert [line["lr"] for line in history(folder)] == [learning_rate(stage, step) for step in range(2)]
+    folders["IV"], whole = folders["IV"] / "adapter", folders["IV"]
+    tensors = {name: load_file(folder / ADAPTER) for name, folder in folders.items()}
+    assert not any("lora" in name for name in tensors["I"])
 
-    def features(model):
-        inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
-        return inner.eval().get_point_features(point_clouds)
+    # What a stage has trained, and nothing else, differs from what the one before has left.
+    base_tensors = {f"base_model.model.{name}": t for name, t in load_file(base / "model.safetensors").items()}
+    before = base_tensors
+    for name, now in tensors.items():
+        moved = {key for key, tensor in now.items() if key not in before or not torch.equal(tensor, before[key])}
+        ours = {key.removeprefix("base_model.model.") for key in moved}
+        parameters = named_parameters(
+            prepare_model(make_tiny_model(make_tiny_config(router_type="none")), tiny(STAGES[name]))
+        )
+        assert ours - select_trainable(STAGES[name], parameters) == set() or name == "IV"
+        before = before | now
+    fourth = {key.removeprefix("base_model.model.") for key in tensors["IV"]}
+    assert fourth >= {
+        name
+        for name in named_parameters(make_tiny_model(make_tiny_config(router_type="none")))
+        if re.search("router|query_experts", name)
+    }
 
-    stage = tiny(STAGES["III"])
-    unmerged = prepare_model(load_model(folders["II"]), stage, folders["II"])
-    kept = load_file(folders["II"] / "training_state" / "lora.safetensors")
-    parameters = named_parameters(unmerged)
-    assert all(torch.equal(parameters[name], tensor) for name, tensor in kept.items())
-    torch.testing.assert_close(features(unmerged), features(load_model(folders["II"])), rtol=1e-5, atol=1e-5)
+    # Resumed by the next stage, loaded by PEFT and by the Auto classes, and merged: the same model.
+    for name, folder in folders.items():
+        start = find_start(folder)
+        assert start.run["stage"] == name and start.base == str(base)
+        resumed = prepare_model(load_model(start.base), tiny(STAGES[name]), start.adapter, start.run)
+        expected = logits(resumed, point_clouds)
+        parameters = named_parameters(resumed)
+        for key, tensor in tensors[name].items():
+            assert torch.equal(parameters[key.removeprefix("base_model.model.")], tensor)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder)
+        torch.testing.assert_close(logits(loaded, point_clouds), expected, rtol=1e-5, atol=1e-6)
+        wrapped = PeftModel.from_pretrained(load_model(base), folder)
+        torch.testing.assert_close(logits(wrapped, point_clouds), expected, rtol=1e-5, atol=1e-6)
+        if name == "IV":
+            merged = load_model(whole)
+            assert merged.config.router_type == "sparse"
+            torch.testing.assert_close(logits(merged, point_clouds), expected, rtol=1e-4, atol=1e-5)
 
-    fourth = prepare_model(load_model(folders["III"]), tiny(STAGES["IV"]), folders["III"])
-    experts = [p for name, p in named_parameters(fourth).items() if "query_experts" in name]
+    start = find_start(folders["III"])
+    fresh = prepare_model(load_model(base), tiny(STAGES["IV"]), start.adapter, start.run)
+    experts = [p for name, p in named_parameters(fresh).items() if "query_experts" in name]
     assert all(torch.equal(expert, experts[0]) for expert in experts)
-    third, last = load_model(folders["III"]), load_model(folders["IV"])
-    assert (third.config.router_type, last.config.router_type) == ("none", "sparse")
-    changed = {name for name, p in last.named_parameters() if not torch.equal(p, third.get_parameter(name))}
-    assert changed == select_trainable(STAGES["IV"], dict(last.named_parameters()))
-    kept = [load_file(folders[name] / "training_state" / "lora.safetensors") for name in ("III", "IV")]
-    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
-    with pytest.raises(ValueError, match="starts from stage II's result.*is the result of stage IV"):
-        train(stage, options(folders["IV"], tmp_path / "wrong", release))
+    assert torch.equal(experts[0], tensors["III"]["base_model.model.model.query_experts.0.weight"])
+    with pytest.raises(ValueError, match="starts from stage II's result.*is the result of stage IV.*finetune.py"):
+        train(tiny(STAGES["III"]), options(whole, tmp_path / "wrong", release))
+    # And one's own objects, on the whole model.
+    own = train(tiny(STAGES["own"]), options(whole, tmp_path / "own", release, max_steps=2))
+    assert find_start(own).base == str(whole)
+    loaded = AutoModelForImageTextToText.from_pretrained(own)
+    assert loaded.config.router_type == "sparse"
+    assert not torch.equal(logits(loaded, point_clouds), logits(load_model(whole), point_clouds))
 
 
-def test_a_recipe_with_other_ranks_is_refused(base, release, tmp_path, tiny_processor):
+def test_a_routed_model_is_no_start_for_the_first_stages(tiny_model):
+    with pytest.raises(ValueError, match="trains expert 0 alone.*routed .sparse.*finetune.py"):
+        prepare_model(tiny_model, tiny(STAGES["II"]))
+
+
+def test_export_merges_any_stage(base, release, tmp_path, point_clouds):
+    folder = train(tiny(STAGES["II"]), options(base, tmp_path / "II", release, max_steps=2, export=True))
+    adapter = AutoModelForImageTextToText.from_pretrained(folder / "adapter")
+    merged = AutoModelForImageTextToText.from_pretrained(folder)
+    torch.testing.assert_close(logits(merged, point_clouds), logits(adapter, point_clouds), rtol=1e-4, atol=1e-5)
+    assert {"README.md", "report.png", "history.jsonl", "stage.json", "processor_config.json"} <= set(
+        os.listdir(folder)
+    )
+
+
+def test_a_recipe_with_other_ranks_is_refused(base, tmp_path):
     second = tiny(STAGES["II"])
-    save_result(tmp_path / "II", prepared(second), tiny_processor, {"stage": "II"})
-    with pytest.raises(ValueError, match=r"lora\.safetensors does not fit.*expected.*Use the recipe that made it"):
-        prepare_model(load_model(tmp_path / "II"), STAGES["III"], tmp_path / "II")
+    model = prepared(second)
+    tensors = gather_parameters(model, adapter_names(model, Start(str(base))))
+    save_adapter(tmp_path / "II", tensors, lora_scales(model), base, {"stage": "II"})
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors does not fit.*expected.*Use the recipe that made it"
+    ):
+        prepare_model(load_model(base), STAGES["III"], tmp_path / "II")
+    other = replace(second, language_lora=Lora(rank=4, alpha=8, dropout=0.05))
+    with pytest.raises(ValueError, match="is scaled by 4, expected 2. Use the recipe that made it"):
+        prepare_model(load_model(base), other, tmp_path / "II")
+
+
+def test_a_start_that_is_not_there_is_named(tmp_path, base, release):
+    for init, message in (
+        (tmp_path / "none", "no such folder"),
+        ("nonsense", "no such folder.*OWNER/NAME"),
+        (tmp_path, "holds neither a model's config.json nor a PEFT adapter's"),
+    ):
+        with pytest.raises(ValueError, match=f"--init .*{message}"):
+            train(tiny(STAGES["I"]), options(init, tmp_path / "out", release))
+    folder = train(tiny(STAGES["I"]), options(base, tmp_path / "I", release, max_steps=1))
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="its base model .* is not there. Correct base_model_name_or_path"):
+        train(tiny(STAGES["II"]), options(folder, tmp_path / "out", release))
 
 
 def test_mistakes_are_told_before_anything_is_loaded(base, release, tmp_path, capsys):
@@ -613,7 +703,7 @@ def test_mistakes_are_told_before_anything_is_loaded(base, release, tmp_path, ca
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, release, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *args: float("nan"))
+    monkeypatch.setattr(loop, "train_step", lambda *args: (float("nan"), 1.0))
     with pytest.raises(RuntimeError, match="The loss is nan at step 0"):
         train(tiny(STAGES["I"]), options(base, tmp_path / "out", release))
     assert not (tmp_path / "out").exists()

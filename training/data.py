@@ -313,27 +313,32 @@ def read_manifest(dataset: str) -> dict:
         ) from error
 
 
-def open_sources(names: Iterable[str], dataset: str, annotations: list[Path]) -> dict:
+def open_sources(names: Iterable[str], dataset: str, annotations: list[Path], any_source: bool = False) -> dict:
     """The sources of a mixture by name: `.npy` files with annotations, or packed data without.
+
+    Args:
+        any_source: leave out sources that have no samples, as long as one has.
 
     Raises:
         ValueError: a source has no samples, clouds are missing, or records are out of schema.
     """
+    names = list(names)
     if annotations:
         samples = read_annotations(annotations)
-        sources = {name: samples[name] for name in names}
     else:
         manifest = read_manifest(dataset)
-        sources = {name: manifest["shards"].get(name) for name in names}
-    for name, rows in sources.items():
-        if not rows:
-            where = f"Give --annotations a file with conversation_type {_release_name(name)!r}." if annotations else (
-                f"Pack annotations with conversation_type {_release_name(name)!r} too."
-            )  # fmt: skip
-            raise ValueError(f"The stage trains on {name!r} conversations, but there are none. {where}")
+        samples = manifest["shards"]
+    found = [name for name in names if samples.get(name)]
+    absent = [name for name in names if name not in found]
+    if absent and not (any_source and found):
+        where = "Give --annotations a file with" if annotations else "Pack annotations with"
+        raise ValueError(
+            f"The stage trains on {absent[0]!r} conversations, but there are none. {where} conversation_type "
+            f"{_release_name(absent[0])!r}{'' if annotations else ' too'}."
+        )
     if annotations:
-        return {name: FolderSource(rows, dataset) for name, rows in sources.items()}
-    return {name: PackedSource(dataset, manifest, name) for name in names}
+        return {name: FolderSource(samples[name], dataset) for name in found}
+    return {name: PackedSource(dataset, manifest, name) for name in found}
 
 
 def _release_name(source: str) -> str:

@@ -1,5 +1,7 @@
 """The four stages of MiniGPT-3D as a table: what trains, on which data, with which learning rates. Paper: §3.3, table 1.
 
+A fifth row, "own", teaches a finished model one's own objects.
+
 A stage is one row. Each later row is its forerunner with what differs, so the science of a recipe is read here and
 changed here; the command line changes only how a run is carried out. Patterns are regular expressions that match whole
 parameter names, with LoRA's factors named as in an adapter's file (`….query.lora_A.weight`).
@@ -43,15 +45,18 @@ class Stage:
     """One stage of training.
 
     Args:
-        name: "I" to "IV".
-        starts_from: what `--init` should hold: "base" (the parts as the paper takes them ready-made) or a stage's name.
+        name: "I" to "IV", or "own".
+        starts_from: what `--init` should hold: "base" (the parts as the paper takes them ready-made), a stage's name, or
+            "any" model.
         teaches: what the stage is for, in words.
         trainable: patterns of the parameters that train. Everything else is frozen.
         mixture: the sources; one is drawn for each step.
+        exports: whether the result is merged into a whole model, which others can load as it is.
+        any_source: whether data may lack some of the mixture's sources, which are then left out.
         warmup_lr, peak_lr, min_lr: learning rates at the first step, at the end of warm-up, and at the last step.
         warmup_steps: steps of the linear warm-up.
         steps_per_epoch, epochs: their product is the length of the stage in optimizer steps.
-        router_type: routing of the query experts; "none" uses expert 0 alone.
+        router_type: routing of the query experts; "none" uses expert 0 alone; None: as the model has it.
         language_lora, qformer_lora: sizes of the LoRA factors, in the language model and in the Q-Former.
         augment: whether clouds are rotated, scaled and thinned out at random (see `data.augment`).
         max_text_length: tokens kept behind the first prompt of a conversation.
@@ -69,7 +74,9 @@ class Stage:
     warmup_steps: int
     steps_per_epoch: int
     epochs: int = 1
-    router_type: str = "none"
+    router_type: str | None = "none"
+    exports: bool = False
+    any_source: bool = False
     language_lora: Lora = Lora(rank=64, alpha=16, dropout=0.05)
     qformer_lora: Lora = Lora(rank=8, alpha=16, dropout=0.1)
     augment: bool = False
@@ -209,16 +216,31 @@ STAGE_4 = replace(
     warmup_steps=1_000,
     epochs=1,
     router_type="sparse",
+    exports=True,
+)
+OWN = replace(
+    STAGE_3,
+    name="own",
+    starts_from="any",
+    teaches="a finished model learns one's own objects, with its experts and their router as they are",
+    trainable=POINT_PROJECTION + QFORMER + LANGUAGE_PROJECTION + LANGUAGE_MODEL,
+    mixture=tuple(Source(name, batch=8, weight=1) for name in ("brief", "detailed", "single_round", "multi_round")),
+    any_source=True,
+    peak_lr=3e-5,
+    warmup_steps=100,
+    steps_per_epoch=1_000,
+    epochs=1,
+    router_type=None,
 )
 
 
 # ---- The household recipe: the same stages for a small model, few objects and two cores ------------------------------
 
 
-def _household(stage: Stage, **changes) -> Stage:
+def _household(stage: Stage, batch: int = 32, **changes) -> Stage:
     return replace(
         stage,
-        mixture=tuple(replace(source, batch=32) for source in stage.mixture),
+        mixture=tuple(replace(source, batch=batch) for source in stage.mixture),
         warmup_lr=1e-5,
         peak_lr=1e-3 * stage.peak_lr / STAGE_1.peak_lr,  # later stages take smaller steps, as in the paper
         min_lr=1e-5,
@@ -232,11 +254,12 @@ def _household(stage: Stage, **changes) -> Stage:
 
 
 RECIPES: dict[str, dict[str, Stage]] = {
-    "paper": {stage.name: stage for stage in (STAGE_1, STAGE_2, STAGE_3, STAGE_4)},
+    "paper": {stage.name: stage for stage in (STAGE_1, STAGE_2, STAGE_3, STAGE_4, OWN)},
     "household": {
         "I": _household(STAGE_1, steps_per_epoch=300),
         "II": _household(STAGE_2, steps_per_epoch=800),
         "III": _household(STAGE_3, steps_per_epoch=500),
         "IV": _household(STAGE_4, steps_per_epoch=200),
+        "own": _household(OWN, batch=8, steps_per_epoch=200),
     },
 }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .data import ROWS_PER_GROUP, augment, to_messages
+from .data import ROWS_PER_GROUP, Sample, augment, to_messages
 from .stages import Source, Stage
 
 
@@ -130,12 +130,13 @@ class StageStream:
         sample, cloud = self.sources[name].read(*self.orders[name].address(int(self.turns[step]), slot))
         if self.stage.augment:
             cloud = augment(cloud, self._rng("augment", step, slot))
-        batch = self.processor.encode_training([to_messages(sample)], [cloud], self.stage.max_text_length)
-        return {
-            "input_ids": batch["input_ids"][0],
-            "labels": batch["labels"][0],
-            "point_clouds": batch["point_clouds"],
-        }
+        return encode_sample(self.processor, sample, cloud, self.stage)
+
+
+def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) -> dict[str, torch.Tensor]:
+    """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
+    batch = processor.encode_training([to_messages(sample)], [cloud], stage.max_text_length)
+    return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0], "point_clouds": batch["point_clouds"]}
 
 
 # ---- From workers to the loop ---------------------------------------------------------------------------------------
@@ -161,7 +162,15 @@ def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[
     parts = iter(loader)
     for step in steps:
         # The loader takes from its workers in turn, so a step is one item of each.
-        samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
+        try:
+            samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"A process that reads clouds ahead was lost at step {step} ({error}), most likely for want of memory. Go on "
+                "with --resume auto and fewer --num_workers; 0 reads in the loop."
+            ) from error
         yield stream.source(step).name, [samples[slot] for slot in sorted(samples)]
 
 

@@ -1,19 +1,17 @@
-"""The training loop of all four stages. What a stage is stands in `stages`; the loop does not know which one it runs.
+"""The training loop of all stages. What a stage is stands in `stages`; the loop does not know which one it runs.
 
-A run works in `OUTPUT_DIR.unfinished` (history.jsonl and the newest checkpoint) and renames its result to OUTPUT_DIR at
+A run works in `OUTPUT_DIR.unfinished` (history.jsonl and the newest checkpoints) and renames its result to OUTPUT_DIR at
 the end: the folder is there if and only if the stage is done.
 """
 
 import json
 import math
 import shutil
-import signal
 import sys
-import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,29 +19,58 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from minigpt3d.conversion.release import make_plan, stage_sources
+from minigpt3d.conversion.write import write_release
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from .data import open_sources
+from .measure import RouterMeter, UpdateMeter, validate
+from .model_card import write_card
+from .publish import Publisher, check_repository
+from .report import diagnose, draw_report, read_history
+from .run_state import (
+    HISTORY_FILE,
+    Stopped,
+    StopSignal,
+    add_checkpoint,
+    check_checkpoint,
+    cut_history,
+    newest_checkpoint,
+    restore_optimizer,
+)
 from .stages import RECIPES, Stage, learning_rate
 from .stream import StageStream, pack_batch, read_ahead, split_micro_batches
 from .weights import (
+    ADAPTER_DIR,
     STAGE_FILE,
-    find_damage,
+    Start,
+    adapter_names,
+    find_start,
+    gather_parameters,
     load_checkpoint,
     load_model,
+    lora_scales,
     prepare_model,
-    read_stage,
-    save_checkpoint,
-    save_result,
+    save_adapter,
     trainable_table,
 )
 
 
-HISTORY_FILE = "history.jsonl"
+REPORT_FILE = "report.png"
+# What stays as it is in a model of 4 bits: all but the language model's layers.
+NOT_IN_4_BIT = [
+    "point_encoder",
+    "point_projection",
+    "query_experts",
+    "router",
+    "qformer",
+    "language_projection",
+    "lm_head",
+]
 
 
 @dataclass
@@ -52,8 +79,8 @@ class RunOptions:
 
     init: str = field(
         metadata={
-            "help": "The model to start from: a folder or a Hub id. For stage I the parts as the paper takes them "
-            "ready-made, for the others the OUTPUT_DIR of the stage before."
+            "help": "What to start from: a model or an adapter, a folder or a Hub id. For stage I the parts as the paper "
+            "takes them ready-made (minigpt3d convert), for the others the OUTPUT_DIR of the stage before."
         }
     )
     data: str = field(
@@ -72,6 +99,12 @@ class RunOptions:
             "kinds that it trains on."
         },
     )
+    validation_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Packed data that the run does not train on: its loss is taken before the first step and at the end."
+        },
+    )
     recipe: Literal["paper", "household"] = field(
         default="paper", metadata={"help": "Rows of the stage table: the paper's, or those of the small demo model."}
     )
@@ -84,6 +117,18 @@ class RunOptions:
         metadata={
             "help": "Most samples that a device takes at once. The table's batch is kept by accumulating gradients; "
             "without this option a device takes its whole share."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute activations again in the backward pass instead of keeping them: less memory, more time."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the language model's frozen weights in 4 bits (NF4, bitsandbytes); what trains stays float32."
         },
     )
     num_workers: int = field(default=2, metadata={"help": "Processes that read clouds ahead; 0 reads in the loop."})
@@ -100,6 +145,27 @@ class RunOptions:
     resume: Literal["never", "auto"] = field(
         default="never",
         metadata={"help": "auto: go on from the newest whole checkpoint of this OUTPUT_DIR, if there is one."},
+    )
+    export: bool = field(
+        default=False,
+        metadata={"help": "Merge the result into a whole model, ready for the Hub. Stage IV always does."},
+    )
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Trackers that get every step's numbers too: tensorboard, wandb, trackio, … (of Accelerate)."
+        },
+    )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Publish the result: a commit and a tag in --hub_model_id. Log in first (hf auth login)."},
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "OWNER/NAME of the model repository to publish in."}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "Make that repository private, if it is new."})
+    hub_every: int | None = field(
+        default=None, metadata={"help": "Publish every so many checkpoints too, in the background."}
     )
 
 
@@ -140,79 +206,177 @@ def train(stage: Stage, options: RunOptions) -> Path:
 
     Raises:
         ValueError: options, data or weights that do not fit, all found before the first step.
-        RuntimeError: the loss is no longer a number.
+        RuntimeError: the loss is no longer a number, or a process that reads clouds was lost.
         Stopped: a signal asked for it; the last step is kept in a checkpoint.
         OSError: the disk is full; the checkpoint before is kept.
     """
     work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
+    start = check_options(stage, options, work_dir)
     num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
-    check_options(stage, options, work_dir)
-    sources = open_sources([source.name for source in stage.mixture], options.data, options.annotations)
-    accelerator = Accelerator()
-    processor = MiniGPT3DProcessor.from_pretrained(options.init)
+    names = [source.name for source in stage.mixture]
+    sources = open_sources(names, options.data, options.annotations, stage.any_source)
+    held_out = open_sources(names, options.validation_data, [], any_source=True) if options.validation_data else {}
+    stage = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
+    accelerator = Accelerator(log_with=options.report_to or None, project_dir=work_dir)
+    processor = MiniGPT3DProcessor.from_pretrained(start.base)
     stream = StageStream(stage, sources, processor, options.seed, accelerator.process_index, accelerator.num_processes)
 
     set_seed(options.seed)  # new LoRA factors
-    model = prepare_model(load_model(options.init), stage, options.init)
+    model = build_model(accelerator, stage, start, options)
     accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
+    run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
+    run["router_type"] = model.config.router_type
     checkpoint = newest_checkpoint(work_dir, accelerator.print) if options.resume == "auto" else None
-    first_step = check_checkpoint(checkpoint, stage, options) if checkpoint else 0
+    first_step = check_checkpoint(checkpoint, stage, run) if checkpoint else 0
     optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
     model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
+    inner = accelerator.unwrap_model(model)
+    updates, router = UpdateMeter(inner), RouterMeter(inner)
     if checkpoint:
-        restore_optimizer(accelerator, optimizer, optimizer_state)
+        restore_optimizer(checkpoint, accelerator, model, optimizer, optimizer_state)
         accelerator.print(f"Going on from {checkpoint} at step {first_step}.")
 
     if options.dry_run:
         estimate(accelerator, model, optimizer, stage, stream, options, num_steps - first_step)
         return options.output_dir
-    run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
     if accelerator.is_main_process:
         work_dir.mkdir(parents=True, exist_ok=True)
         cut_history(work_dir / HISTORY_FILE, first_step)
+    if options.report_to:
+        accelerator.init_trackers(f"minigpt3d-stage-{stage.name}", {"samples": stage.mixture[0].batch} | run)
+    publisher = Publisher(options.hub_model_id, options.hub_private) if options.push_to_hub else None
+    scales = lora_scales(inner)
+    names = adapter_names(inner, start)
+
+    def validation_loss() -> float:
+        batch = options.device_batch or stage.mixture[0].batch
+        return validate(accelerator, model, stage, held_out, processor, batch)
+
+    before = {"validation_before": validation_loss()} if held_out and first_step == 0 else {}
     steps = read_ahead(stream, range(first_step, num_steps), options.num_workers)
     bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     stop = StopSignal()
     for step, (source, samples) in enumerate(steps, start=first_step):
         reseed(options.seed, step, accelerator.process_index)
         lr = learning_rate(stage, step)
         micro_batches = split_micro_batches(samples, options.device_batch)
-        loss = train_step(accelerator, model, optimizer, micro_batches, lr)
+        updates.remember()
+        loss, grad_norm = train_step(accelerator, model, optimizer, micro_batches, lr)
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in {work_dir} "
                 "is sound: resume from it with a lower learning rate or in a wider dtype."
             )
+        entry = {"step": step, "source": source, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        entry |= {"update_ratio": updates.ratios()}
+        if routing := router.read(accelerator):
+            entry["router"] = routing
+        entry |= before if step == 0 else {}
+        if held_out and step + 1 == num_steps:
+            entry["validation_after"] = validation_loss()
+        seconds, begin = time.perf_counter() - begin, time.perf_counter()  # with the wait for data
+        entry["samples_per_second"] = round(stream.source(step).batch / seconds, 2)
         if accelerator.is_main_process:
-            seconds, start = time.perf_counter() - start, time.perf_counter()  # with the wait for data
-            num_samples = stream.source(step).batch
-            entry = {"step": step, "source": source, "loss": loss, "lr": lr}
-            entry["samples_per_second"] = round(num_samples / seconds, 2)
             with open(work_dir / HISTORY_FILE, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, {entry['samples_per_second']:.1f} samples/s")
             bar.update()
+        if options.report_to:
+            accelerator.log(_flat(entry), step=step)
         stopped = stop.received(accelerator)
         if step + 1 < num_steps and (stopped or (step + 1) % options.save_every == 0):
-            if accelerator.is_main_process:
-                state = run | {"step": step + 1}
-                add_checkpoint(work_dir, accelerator, model, optimizer, state, options.keep_checkpoints)
+            state = run | {"step": step + 1}
+            add_checkpoint(work_dir, accelerator, model, optimizer, state, options.keep_checkpoints)
+            if publisher and options.hub_every and (step + 1) % (options.save_every * options.hub_every) == 0:
+                tensors = gather_parameters(inner, names)
+                if accelerator.is_main_process:
+                    folder = work_dir / f"published-{step + 1}"
+                    save_adapter(folder, tensors, scales, start.base, state)
+                    publisher.push_in_background(folder, f"Stage {stage.name}, step {step + 1}")
             if stopped:
                 bar.close()
                 raise Stopped(stopped, work_dir, step + 1)
     bar.close()
     stop.restore()
 
+    tensors = gather_parameters(inner, names)
+    if accelerator.is_main_process:
+        result = save_result(work_dir, stage, options, start, processor, tensors, scales, run | {"step": num_steps})
+        for sentence in diagnose(read_history(result / HISTORY_FILE), stage):
+            print(sentence)
+        result.rename(options.output_dir)
+    if options.report_to:
+        accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(work_dir / "result", accelerator.unwrap_model(model), processor, run | {"step": num_steps})
-        (work_dir / HISTORY_FILE).rename(work_dir / "result" / HISTORY_FILE)
-        (work_dir / "result").rename(options.output_dir)
         shutil.rmtree(work_dir)
+        print(f"Stage {stage.name} is done: {options.output_dir}")
+        if publisher:
+            publisher.push(options.output_dir, f"Stage {stage.name}", tag=f"stage-{stage.name}")
     accelerator.wait_for_everyone()
-    accelerator.print(f"Stage {stage.name} is done: {options.output_dir}")
     return options.output_dir
+
+
+def _flat(entry: dict, prefix: str = "") -> dict[str, float]:
+    """An entry of the history as trackers take it: numbers by names with slashes."""
+    flat = {}
+    for name, value in entry.items():
+        if isinstance(value, list):
+            value = {f"expert_{index}": each for index, each in enumerate(value)}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, str) and name != "step":
+            flat[prefix + name] = value
+    return flat
+
+
+def build_model(accelerator: Accelerator, stage: Stage, start: Start, options: RunOptions) -> torch.nn.Module:
+    """The model of `start`, ready for the stage. Under mixed precision its frozen matrices are held in half precision."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    loading = {}
+    if options.load_in_4bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half or torch.float32,
+            llm_int8_skip_modules=NOT_IN_4_BIT,
+        )
+        loading["device_map"] = {"": accelerator.device}
+    model = prepare_model(load_model(start.base, **loading), stage, start.adapter, start.run)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)  # they cast themselves
+    if half is not None and not sharded:
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
+                parameter.data = parameter.data.to(half)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def save_result(
+    work_dir: Path, stage: Stage, options: RunOptions, start: Start, processor, tensors: dict, scales: dict, run: dict
+) -> Path:
+    """Write what the stage leaves behind, in `work_dir`: the adapter, or a whole model with the adapter in it."""
+    result = adapter = work_dir / "result"
+    for left_over in (result, work_dir / ADAPTER_DIR):
+        shutil.rmtree(left_over, ignore_errors=True)
+    if options.export or stage.exports:
+        adapter = work_dir / ADAPTER_DIR
+    save_adapter(adapter, tensors, scales, start.base, run)
+    if adapter is not result:
+        sources, config, lora = stage_sources(adapter)
+        plan = make_plan(sources, config, processor, lora=lora)
+        write_release(plan, result, getattr(torch, str(config.dtype or "float32").removeprefix("torch.")))
+        shutil.copyfile(adapter / STAGE_FILE, result / STAGE_FILE)
+        adapter.rename(result / ADAPTER_DIR)
+    history = read_history(work_dir / HISTORY_FILE)
+    draw_report(history, f"Stage {stage.name}", result / REPORT_FILE)
+    model_id = options.hub_model_id or options.output_dir.name
+    write_card(result, stage, start, run, history, model_id, options.data)
+    (work_dir / HISTORY_FILE).rename(result / HISTORY_FILE)
+    return result
 
 
 # ---- Before a long run ----------------------------------------------------------------------------------------------
@@ -248,52 +412,16 @@ def estimate(accelerator: Accelerator, model, optimizer, stage: Stage, stream, o
     )
 
 
-# ---- Stopping -------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """A signal ended the run behind a step that is kept."""
-
-    def __init__(self, number: int, work_dir: Path, step: int):
-        self.signal = number
-        super().__init__(
-            f"Stopped at step {step} ({signal.Signals(number).name}), kept in {work_dir}: go on with --resume auto."
-        )
-
-
-class StopSignal:
-    """SIGTERM and SIGINT, noted until the step is done; a second one stops at once."""
-
-    def __init__(self):
-        self.number, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number: int, frame):
-        self.restore()
-        self.number = number
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def received(self, accelerator: Accelerator) -> int:
-        """The signal that any process received, 0 for none: all must stop behind the same step."""
-        number = torch.tensor([self.number], device=accelerator.device)
-        return int(accelerator.gather(number).max()) if accelerator.num_processes > 1 else self.number
-
-
 # ---- Before the first step ------------------------------------------------------------------------------------------
 
 
-def check_options(stage: Stage, options: RunOptions, work_dir: Path):
-    """Refuse what cannot work, before anything heavy is loaded.
+def check_options(stage: Stage, options: RunOptions, work_dir: Path) -> Start:
+    """Refuse what cannot work, before anything heavy is loaded; returns what `--init` is.
 
     Raises:
         ValueError: with what is wrong and what to do.
     """
-    for name in ("max_steps", "device_batch", "save_every", "keep_checkpoints"):
+    for name in ("max_steps", "device_batch", "save_every", "keep_checkpoints", "hub_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -306,13 +434,25 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path):
         raise ValueError(f"--output_dir {options.output_dir} exists already. Pass a new one, or remove it.")
     if work_dir.exists() and any(work_dir.iterdir()) and options.resume == "never":
         raise ValueError(f"{work_dir} holds an unfinished run. Go on with --resume auto, or remove it.")
-    made_by = read_stage(options.init)
-    if made_by and made_by["stage"] != stage.starts_from:
+    if options.push_to_hub != (options.hub_model_id is not None):
+        raise ValueError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both, or neither.")
+    if options.hub_every is not None and not options.push_to_hub:
+        raise ValueError("--hub_every says how often to publish: give --push_to_hub and --hub_model_id too.")
+    start = find_start(options.init)
+    if start.run and stage.starts_from not in (start.run["stage"], "any"):
         raise ValueError(
             f"Stage {stage.name} starts from stage {stage.starts_from}'s result, but --init {options.init} is the "
-            f"result of stage {made_by['stage']}. Pass the right folder, or, to train a finished model further, a copy "
-            "without its training_state/."
+            f"result of stage {start.run['stage']}. Pass the right folder; to teach a finished model your own objects, use "
+            "training/finetune.py."
         )
+    if options.push_to_hub:
+        if not (options.export or stage.exports) and Path(start.base).is_dir():
+            raise ValueError(
+                f"--push_to_hub: the result is an adapter on {start.base}, which others do not have. Publish that and pass "
+                "its Hub id as --init, or publish the whole model with --export."
+            )
+        check_repository(options.hub_model_id)
+    return start
 
 
 def make_optimizer(stage: Stage, model: torch.nn.Module) -> torch.optim.AdamW:
@@ -333,94 +473,36 @@ def reseed(seed: int, step: int, process_index: int):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
 
 
-def train_step(accelerator: Accelerator, model, optimizer, micro_batches: list[list[dict]], lr: float) -> float:
+def train_step(
+    accelerator: Accelerator, model, optimizer, micro_batches: list[list[dict]], lr: float
+) -> tuple[float, float]:
     """One optimizer step on the table's batch, in as many micro-batches as the devices need.
 
     The loss is the mean over all answer tokens of the batch, so its split over micro-batches and processes, which hold
     unequal numbers of tokens, changes nothing.
 
     Returns:
-        That loss, over all processes.
+        That loss, over all processes, and the norm of its gradient.
     """
     device = accelerator.device
     attention = accelerator.unwrap_model(model).config.text_config._attn_implementation
     one_row = (attention or "").startswith("flash")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     num_tokens = sum((sample["labels"][1:] != -100).sum() for batch in micro_batches for sample in batch)
     num_tokens = accelerator.reduce(num_tokens.to(device))
     batch_loss = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):  # gradients are averaged over processes once
+        accelerator.sync_gradients = index == len(micro_batches) - 1  # gradients are averaged over processes once
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in pack_batch(batch, one_row).items()}
             loss = model(**batch, use_cache=False, num_items_in_batch=num_tokens).loss
             accelerator.backward(loss * accelerator.num_processes)
         batch_loss += loss.detach()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grad_norm = accelerator.clip_grad_norm_(trainable, math.inf)  # measured; nothing is clipped
     batch_loss = accelerator.reduce(batch_loss).item()
     if math.isfinite(batch_loss):
         optimizer.step()
     optimizer.zero_grad()
-    return batch_loss
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def list_checkpoints(work_dir: Path) -> list[Path]:
-    """Checkpoints, the newest first; unfinished ones have a name that begins with a dot."""
-    return sorted(work_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.removeprefix("checkpoint-")))
-
-
-def newest_checkpoint(work_dir: Path, warn) -> Path | None:
-    """The newest checkpoint whose files are whole, or None where there are no checkpoints.
-
-    Raises:
-        ValueError: there are some, and all are damaged.
-    """
-    found = list_checkpoints(work_dir)
-    for checkpoint in found:
-        if problem := find_damage(checkpoint):
-            warn(f"{checkpoint} is damaged ({problem}); trying the one before.")
-        else:
-            return checkpoint
-    if found:
-        raise ValueError(f"--resume auto: all checkpoints in {work_dir} are damaged. Remove it to start anew.")
-    return None
-
-
-def add_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, run: dict, keep: int):
-    """Write the checkpoint of a step, then remove what is older than the newest `keep`."""
-    state = {"optimizer": optimizer.state_dict()}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
-    save_checkpoint(work_dir / f"checkpoint-{run['step']}", accelerator.unwrap_model(model), state, run)
-    for path in list_checkpoints(work_dir)[keep:]:
-        shutil.rmtree(path)
-
-
-def check_checkpoint(checkpoint: Path, stage: Stage, options: RunOptions) -> int:
-    """The step to go on with.
-
-    Raises:
-        ValueError: the checkpoint is of a run with other settings.
-    """
-    run = json.loads((checkpoint / STAGE_FILE).read_text())
-    ours = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
-    for name, value in ours.items():
-        if run[name] != value:
-            raise ValueError(f"--resume: {checkpoint} is of a run with {name} {run[name]!r}, but now it is {value!r}.")
-    return run["step"]
-
-
-def restore_optimizer(accelerator: Accelerator, optimizer, state: dict):
-    optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def cut_history(path: Path, first_step: int):
-    """Keep the history up to the step that comes next: steps behind the checkpoint are done again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[:first_step]))
+    return batch_loss, float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm or 0.0)

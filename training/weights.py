@@ -1,46 +1,54 @@
 """The weights of a stage: what is loaded, what trains, what is kept for resuming and what the stage leaves behind.
 
-A stage's result is one folder:
+A stage's result is a PEFT adapter, small beside the model that it belongs to:
 
-    config.json, model.safetensors, …      the model with LoRA merged in: `from_pretrained` reads it, the Hub takes it
-    training_state/lora.safetensors        LoRA factors and their scales, and beside each the weight without them
-    training_state/stage.json              which stage made it
-    history.jsonl                          loss and learning rate of every step
+    adapter_config.json           sizes of the LoRA factors, and the base model: what stage I started from
+    adapter_model.safetensors     LoRA factors, and whole every module that this stage or one before it has trained
+    stage.json                    which stage made it, from what
 
-The next stage loads the folder and puts the unmerged weights and their factors back. So LoRA goes on where the stage
-before left it, to the bit, and the folder needs no other folder. A folder without `training_state/` starts with new,
-empty factors on its weights.
+`PeftModel.from_pretrained` and `AutoModel.from_pretrained` load it. So does the next stage, which goes on with the same
+factors, to the bit. The last stage's result, and with `--export` any other's, is merged into a folder for the Hub, which
+keeps the adapter as `adapter/`.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minigpt3d.conversion import save_pretrained
+from minigpt3d.conversion import lora_config
 from minigpt3d.conversion.checkpoints import sha256
 from minigpt3d.conversion.hub_folder import written_whole
+from minigpt3d.conversion.state_dict import peft_scale, read_lora_config
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .stages import Stage, lora_targets, select_trainable
 
 
-STATE_DIR = "training_state"
-LORA_FILE = "lora.safetensors"
+ADAPTER_DIR = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 STAGE_FILE = "stage.json"
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+_PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 def own_name(name: str) -> str:
-    """Our name of a parameter, without what PEFT puts around it: `model.qformer.….query.lora_A.weight`."""
-    return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b", "", name)
+    """Our name of a parameter, without what PEFT and torch.compile put around it: `model.qformer.….query.lora_A.weight`."""
+    return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b|\b_orig_mod\.", "", name)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,46 +58,101 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 # ---- Before training ------------------------------------------------------------------------------------------------
 
 
-def load_model(init: str | Path) -> MiniGPT3DForConditionalGeneration:
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from.
+
+    Args:
+        base: folder or Hub id of a whole model.
+        adapter: folder of an adapter on it; None where there is none.
+        run: what the stage that made the start says of itself; None if no stage has.
+    """
+
+    base: str
+    adapter: Path | None = None
+    run: dict | None = None
+
+
+def find_start(init: str | Path) -> Start:
+    """Base and adapter of `--init`: a whole model, an adapter, or a folder with `base/` and `adapter/`.
+
+    Raises:
+        ValueError: there is no such folder or Hub id, or the adapter's base is not there.
+    """
+    folder = Path(init)
+    if not folder.is_dir():
+        if str(init).count("/") != 1 or folder.is_absolute():
+            raise ValueError(f"--init {init}: no such folder, and a model on the Hub is named OWNER/NAME.")
+        wanted = ["config.json", ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE]
+        try:
+            folder = Path(snapshot_download(str(init), allow_patterns=wanted))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(f"--init {init}: no such folder, and the Hub does not give it ({error}).") from error
+    run = json.loads((folder / STAGE_FILE).read_text()) if (folder / STAGE_FILE).exists() else None
+    if (folder / "config.json").exists():
+        return Start(str(init), None, run)
+    adapter = folder if (folder / ADAPTER_CONFIG).exists() else folder / ADAPTER_DIR
+    if not (adapter / ADAPTER_CONFIG).exists():
+        raise ValueError(f"--init {init}: holds neither a model's config.json nor a PEFT adapter's {ADAPTER_CONFIG}.")
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
+        raise ValueError(
+            f"--init {init}: its base model {base} is not there. Correct base_model_name_or_path in "
+            f"{adapter / ADAPTER_CONFIG}."
+        )
+    if run is None and (adapter / STAGE_FILE).exists():
+        run = json.loads((adapter / STAGE_FILE).read_text())
+    return Start(base, adapter, run)
+
+
+def load_model(base: str | Path, **options) -> MiniGPT3DForConditionalGeneration:
     """The model of a folder or Hub id, in float32.
 
     Raises:
         ValueError: the folder holds another model than its configuration says.
     """
     model, report = MiniGPT3DForConditionalGeneration.from_pretrained(
-        init, dtype=torch.float32, output_loading_info=True
+        base, dtype=torch.float32, output_loading_info=True, **options
     )
     for problem, keys in report.items():
         if keys:
-            raise ValueError(f"--init {init}: {len(keys)} {problem.replace('_', ' ')}, such as {sorted(keys)[0]}.")
+            raise ValueError(f"--init {base}: {len(keys)} {problem.replace('_', ' ')}, such as {sorted(keys)[0]}.")
     return model
 
 
-def read_stage(folder: str | Path) -> dict | None:
-    """What `training_state/stage.json` says about the stage that made a folder; None where there is none."""
-    path = Path(folder) / STATE_DIR / STAGE_FILE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def prepare_model(model: MiniGPT3DForConditionalGeneration, stage: Stage, init: str | Path) -> nn.Module:
-    """Make a model ready for a stage: routing, LoRA, and gradients for the table's parameters alone.
+def prepare_model(
+    model: MiniGPT3DForConditionalGeneration, stage: Stage, adapter: Path | None = None, run: dict | None = None
+) -> nn.Module:
+    """Make a model ready for a stage: routing, LoRA, what was trained before, gradients for the table's parameters alone.
 
     Args:
-        model: as `load_model(init)` returns it; it is changed in place.
+        model: as `load_model` returns it; it is changed in place.
         stage: the row.
-        init: the folder that the model came from, for its unmerged LoRA factors.
+        adapter: folder of what the stages before have trained.
+        run: what is known of the stage that made the start (`Start.run`).
 
     Returns:
         The model, as a `PeftModel` if it has LoRA factors.
+
+    Raises:
+        ValueError: the adapter is of another model or recipe.
     """
-    if model.config.router_type == "none" and stage.router_type != "none":
-        copy_expert_0(model)
-    model.config.router_type = stage.router_type
-    lora_path = Path(init) / STATE_DIR / LORA_FILE
-    if stage.trains_lora or lora_path.exists():
+    if stage.router_type == "none" != model.config.router_type:
+        raise ValueError(
+            f"Stage {stage.name} trains expert 0 alone, but the model to start from is routed "
+            f"({model.config.router_type}). Start from one of a stage before, with router_type none in its config.json; "
+            "to teach a finished model your own objects, use training/finetune.py."
+        )
+    router_before = (run or {}).get("router_type", model.config.router_type)
+    model.config.router_type = stage.router_type or router_before
+    has_lora = adapter is not None and any(".lora_A." in name for name in _read_names(adapter))
+    inner = model
+    if stage.trains_lora or has_lora:
         model = add_lora(model, stage)
-    if lora_path.exists():
-        load_lora(model, lora_path)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    if router_before == "none" and model.config.router_type != "none":
+        copy_expert_0(inner)
     parameters = named_parameters(model)
     trainable = select_trainable(stage, parameters)
     for name, parameter in parameters.items():
@@ -152,33 +215,78 @@ def trainable_table(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-# ---- LoRA beside the weights it is merged into -----------------------------------------------------------------------
+# ---- Adapters -------------------------------------------------------------------------------------------------------
 
 
-def _lora_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Factors and unmerged weights of every module with LoRA, by our names."""
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            name = own_name(name)
-            tensors[f"{name}.weight"] = module.base_layer.weight
-            tensors[f"{name}.lora_A.weight"] = module.lora_A["default"].weight
-            tensors[f"{name}.lora_B.weight"] = module.lora_B["default"].weight
-    return tensors
+def _read_names(adapter: Path) -> list[str]:
+    """Our names of the tensors in an adapter's file."""
+    with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
+        return [name.removeprefix(_PEFT_PREFIX) for name in file.keys()]
 
 
-def load_lora(model: PeftModel, path: Path):
-    """Put unmerged weights and factors back. Modules of which the file has nothing keep their new factors.
+def load_adapter(model: nn.Module, adapter: Path):
+    """Put LoRA factors and trained modules back. LoRA modules of which the file has nothing keep their new factors.
 
     (The parts that stage I starts from have factors for the language model and none for the Q-Former.)
 
     Raises:
-        ValueError: the file is for other modules or other ranks.
+        ValueError: the adapter is for other modules, other ranks or other scales.
     """
-    into, tensors = _lora_tensors(model), load_file(path)
-    known = {re.sub(r"(\.lora_[AB])?\.weight$", "", name) for name in tensors}
-    into = {name: tensor for name, tensor in into.items() if re.sub(r"(\.lora_[AB])?\.weight$", "", name) in known}
-    _copy_tensors(into, tensors, path)
+    tensors = {name.removeprefix(_PEFT_PREFIX): t for name, t in load_file(adapter / ADAPTER_FILE).items()}
+    parameters = named_parameters(model)
+    _copy_tensors({name: parameters[name] for name in tensors if name in parameters}, tensors, adapter / ADAPTER_FILE)
+    config = read_lora_config(adapter)
+    for module, scale in lora_scales(model).items():
+        theirs = peft_scale(config, module)
+        if f"{module}.lora_A.weight" in tensors and abs(theirs - scale) > 1e-6:
+            raise ValueError(
+                f"{adapter} does not fit the model of this stage and recipe: LoRA of {module} is scaled by {theirs:g}, "
+                f"expected {scale:g}. Use the recipe that made it."
+            )
+
+
+def lora_scales(model: nn.Module) -> dict[str, float]:
+    """Factor of the LoRA product of every module that has one, by our names."""
+    return {own_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def adapter_names(model: nn.Module, start: Start) -> list[str]:
+    """What a stage's adapter holds: LoRA factors, and all parameters of the modules that it or a stage before has trained."""
+    parameters = named_parameters(model)
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    trained |= set(_read_names(start.adapter)) if start.adapter else set()
+    modules = {name.rpartition(".")[0] for name in trained if ".lora_" not in name}
+    return sorted(name for name in parameters if ".lora_" in name or name.rpartition(".")[0] in modules)
+
+
+def save_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], scales: dict[str, float], base: str | Path, run: dict
+):
+    """Write a stage's result (see the top of this file); the folder is whole or not there.
+
+    Args:
+        tensors: of `adapter_names`, by our names, on the CPU.
+        scales: factor of each module's LoRA product.
+        base: folder or Hub id of the model that the adapter is for.
+        run: for stage.json.
+    """
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    modules = sorted({name.rpartition(".")[0] for name in tensors.keys() - factors.keys()})
+    options = {
+        # Without "model.", so that the ends of the names fit the model with its head and the one without.
+        "modules_to_save": [module.removeprefix("model.") for module in modules],
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
+        "inference_mode": True,
+    }
+    if factors:
+        config = lora_config(factors, lambda module, rank: scales[module], **options)
+    else:
+        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, **options)
+    with written_whole(folder) as partial:
+        config.save_pretrained(partial)
+        contents = {f"{_PEFT_PREFIX}{name}": tensors[name].float().contiguous() for name in sorted(tensors)}
+        save_file(contents, partial / ADAPTER_FILE, metadata={"format": "pt"})
+        (partial / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
 
 def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: Path):
@@ -202,11 +310,28 @@ def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor
 # ---- While training -------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer_state: dict, run: dict):
+def gather_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters by our names, whole and on the CPU.
+
+    Where they are sharded over processes (FSDP2, DeepSpeed), every process must call this; one is put together at a time.
+    """
+    parameters = named_parameters(model)
+    return {name: _whole(parameters[name]).detach().cpu().clone() for name in names}
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def save_checkpoint(folder: Path, trained: dict[str, torch.Tensor], optimizer_state: dict, run: dict):
     """What a killed run goes on from: the trainable tensors, the optimizer, and `run` (its step and settings)."""
     shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been gone on from
     with written_whole(folder) as temporary:
-        trained = {name: p.detach().cpu() for name, p in named_parameters(model).items() if p.requires_grad}
         save_file(trained, temporary / TRAINED_FILE)
         torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
         hashes = {name: sha256(temporary / name) for name in (TRAINED_FILE, OPTIMIZER_FILE)}
@@ -226,21 +351,6 @@ def find_damage(checkpoint: Path) -> str | None:
 def load_checkpoint(folder: Path, model: nn.Module) -> dict:
     """Put a checkpoint's tensors back into the model; returns the optimizer's state."""
     trainable = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
-    _copy_tensors(trainable, load_file(folder / TRAINED_FILE), folder / TRAINED_FILE)
+    tensors = load_file(folder / TRAINED_FILE)
+    _copy_tensors(trainable, tensors, folder / TRAINED_FILE)
     return torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-
-
-# ---- After training -------------------------------------------------------------------------------------------------
-
-
-def save_result(folder: Path, model: nn.Module, processor, run: dict):
-    """Write a stage's result (see the top of this file). LoRA is merged into `model`, which ends here."""
-    lora = {name: tensor.detach().cpu().clone() for name, tensor in _lora_tensors(model).items()}
-    # The only key: two would be written in an order drawn at random.
-    scales = {own_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    save_pretrained(merged, processor, folder)
-    (folder / STATE_DIR).mkdir()
-    if lora:
-        save_file(lora, folder / STATE_DIR / LORA_FILE, metadata={"scales": json.dumps(scales)})
-    (folder / STATE_DIR / STAGE_FILE).write_text(json.dumps(run, indent=1))

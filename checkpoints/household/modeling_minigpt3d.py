@@ -250,6 +250,8 @@ class QueryExpertRouter(nn.Module):
     def forward(self, point_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 1+G, D) → chosen experts (B, S) int64 and their weights (B, S), most probable first."""
         num_experts, router_type = self.config.num_query_experts, self.config.router_type
+        if router_type == "none" and not isinstance(self.linear_1, nn.Linear):
+            router_type = "sparse"  # PEFT has put stage IV's router onto a base from before stage IV
         if router_type in ("sparse", "soft"):
             probabilities = self.get_logits(point_features).softmax(-1, dtype=torch.float32)  # (B, E)
             num_used = self.config.num_experts_per_cloud if router_type == "sparse" else num_experts

@@ -2,7 +2,7 @@
 
     python -m minigpt3d.training.household A.sh3f B.sh3f [--work_dir build/household] [--output_dir checkpoints/household]
 
-Steps: build the data; pre-train encoder, Q-Former and language model; stages I to IV by `training/stage1.py` to
+Steps: build the data and pack it; pre-train encoder, Q-Former and language model; stages I to IV by `training/stage1.py` to
 `stage4.py`; score every stage; write the checkpoint with its model card. A step whose result is there is not done
 again, so a run that was stopped goes on where it was; remove the work directory to start afresh.
 """
@@ -23,6 +23,7 @@ from minigpt3d.conversion import save_pretrained, verify
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
+from ..pack import pack, release_entries
 from .build_data import SOURCES, build
 from .evaluate import evaluate, to_table
 from .model_card import write_model_card
@@ -68,16 +69,22 @@ def run_module(*command: str | Path):
         raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … ended with code {completed.returncode}.")
 
 
-def train_stage(number: int, init: Path, data_dir: Path, output_dir: Path, max_steps: int | None):
-    annotations = [data_dir / f"{source}.json" for source in SOURCES.values()]
+def pack_data(data_dir: Path, output_dir: Path):
+    """The training objects as the stages read them."""
+    pack(
+        release_entries(data_dir / "clouds", [data_dir / f"{source}.json" for source in SOURCES.values()]), output_dir
+    )
+
+
+def train_stage(number: int, init: Path, packed: Path, output_dir: Path, max_steps: int | None):
     script = _REPOSITORY / "training" / f"stage{number}.py"
-    options = ["--recipe", "household", "--init", init, "--data", data_dir / "clouds", "--output_dir", output_dir]
+    options = ["--recipe", "household", "--init", init, "--data", packed, "--output_dir", output_dir]
     options += ["--num_workers", 1, "--resume", "auto"]
     if max_steps:
         options += ["--max_steps", max_steps]
     launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 2]
-    run_module(*launch, script, *options, "--annotations", *annotations)
+    run_module(*launch, script, *options)
 
 
 def export(source: Path, output_dir: Path):
@@ -106,7 +113,8 @@ def main(argv: list[str] | None = None):
         raise SystemExit(f"error: no such file: {', '.join(missing)}. Give paths of .sh3f libraries.")
 
     recipe = Recipe(args.work_dir)
-    data, base, scores = args.work_dir / "data", args.work_dir / "base", args.work_dir / "scores.json"
+    data, packed, base = (args.work_dir / name for name in ("data", "packed", "base"))
+    scores = args.work_dir / "scores.json"
     stages = {stage: args.work_dir / f"stage{number}" for number, stage in enumerate(STAGES, start=1)}
     try:
         recipe.step(
@@ -116,6 +124,7 @@ def main(argv: list[str] | None = None):
         )
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    recipe.step("packing", packed, lambda: pack_data(data, packed))
     pretrain_options = ["--data", data, "--output_dir", base]
     if args.max_steps:
         for name in ("encoder", "qformer", "language"):
@@ -131,7 +140,7 @@ def main(argv: list[str] | None = None):
             f"stage {stage}",
             stages[stage],
             lambda number=number, init=init, stage=stage: train_stage(
-                number, init, data, stages[stage], args.max_steps
+                number, init, packed, stages[stage], args.max_steps
             ),
         )
         init = stages[stage]

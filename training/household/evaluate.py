@@ -22,6 +22,7 @@ from tqdm import tqdm
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
 
+from ..weights import find_start
 from .build_data import NUM_POINTS
 from .colors import names_color
 from .kinds import names_kind
@@ -119,7 +120,7 @@ def score(rows: list[dict], what: list[str], color: list[str]) -> dict:
 def score_model(folder: str | Path, rows: list[dict], clouds: list[np.ndarray]) -> dict:
     """Scores, scores of the blind control, accuracy by kind, and every answer."""
     model = MiniGPT3DForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = MiniGPT3DProcessor.from_pretrained(folder)
+    processor = MiniGPT3DProcessor.from_pretrained(find_start(folder).base)
     what, color = (answer(model, processor, clouds, question) for question in (DEFAULT_PROMPT, COLOR_PROMPT))
     # Blind, every object is the same object: one answer for all.
     blind_what, blind_color = (

@@ -1,0 +1,137 @@
+"""What a step is measured by, beside its loss: gradient norm, size of the update, routing, and loss on held-out data."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from .stages import Stage
+from .stream import encode_sample, pack_batch
+from .weights import named_parameters, set_training_mode
+
+
+VALIDATION_ROWS = 256  # of each source
+
+
+# ---- Updates --------------------------------------------------------------------------------------------------------
+
+
+class UpdateMeter:
+    """How much a step moves each module of the model, relative to its weights.
+
+    Args:
+        model: without what Accelerate wraps around it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.groups: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in named_parameters(model).items():
+            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # DeepSpeed's lie apart in pieces
+                self.groups.setdefault(name.removeprefix("model.").split(".")[0], []).append(parameter)
+
+    @torch.no_grad()
+    def remember(self):
+        """To be called before the step."""
+        self.before = {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}
+
+    @torch.no_grad()
+    def ratios(self) -> dict[str, float]:
+        """Norm of the update over norm of the weights, by module; to be called after the step."""
+        result = {}
+        for name, group in self.groups.items():
+            moved = [now - old for now, old in zip(group, self.before[name], strict=True)]
+            result[name] = _norm(moved) / max(_norm(self.before[name]), 1e-12)
+        self.before = {}
+        return result
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    norm = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+# ---- Routing --------------------------------------------------------------------------------------------------------
+
+
+class RouterMeter:
+    """Which experts the clouds of a step are sent to.
+
+    Args:
+        model: without what Accelerate wraps around it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        config = model.config
+        self.num_used = {"sparse": config.num_experts_per_cloud, "soft": config.num_query_experts}.get(
+            config.router_type
+        )
+        self.logits: list[torch.Tensor] = []
+        if self.num_used:
+            inner = model.base_model.model.model if hasattr(model, "merge_and_unload") else model.model
+            inner.router.linear_2.register_forward_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, inputs: tuple, logits: torch.Tensor):
+        if module.training:
+            self.logits.append(logits.detach())
+
+    @torch.no_grad()
+    def read(self, accelerator: Accelerator) -> dict | None:
+        """Over all clouds since the last call, on every process; None for a stage without a router.
+
+        Returns:
+            `load`: share of the clouds that use an expert, (E,). `weight`: an expert's mean weight, (E,). `entropy`: of a
+            cloud's weights in nats, its mean. `between`: entropy of the mean weights less that, 0 if all are routed alike.
+        """
+        if not self.logits:
+            return None
+        weights = torch.cat(self.logits).float().softmax(-1)  # (B, E)
+        self.logits.clear()
+        used = torch.zeros_like(weights).scatter_(1, weights.topk(self.num_used).indices, 1.0)
+        sums = torch.cat(
+            [used.sum(0), weights.sum(0), _entropy(weights).sum()[None], weights.new_tensor([len(weights)])]
+        )
+        *sums, count = accelerator.reduce(sums).tolist()
+        means = [value / count for value in sums]
+        experts = weights.shape[1]
+        load, weight, entropy = means[:experts], means[experts:-1], means[-1]
+        between = max(0.0, _entropy(torch.tensor(weight)).item() - entropy)
+        return {"load": load, "weight": weight, "entropy": entropy, "between": between}
+
+
+def _entropy(weights: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(weights).sum(-1)
+
+
+# ---- Held-out data --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, processor, batch: int) -> float:
+    """Mean loss over the answer tokens of the first rows of each source, without dropout and augmentation.
+
+    Args:
+        sources: of the held-out data, by name.
+        batch: samples that a device takes at once.
+    """
+    inner = accelerator.unwrap_model(model)
+    one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
+    addresses = [
+        (name, shard, row)
+        for name, source in sources.items()
+        for shard, row in [(s, r) for s, rows in enumerate(source.rows) for r in range(rows)][:VALIDATION_ROWS]
+    ]
+    ours = addresses[accelerator.process_index :: accelerator.num_processes]
+    inner.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for first in range(0, math.ceil(len(addresses) / accelerator.num_processes), batch):
+        # Processes that have run out take their last sample again, uncounted: sharded models need all of them.
+        chosen = ours[first : first + batch] or addresses[:1]
+        samples = [encode_sample(processor, *sources[name].read(*where), stage) for name, *where in chosen]
+        tokens = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
+        inputs = {name: tensor.to(accelerator.device) for name, tensor in pack_batch(samples, one_row).items()}
+        loss = model(**inputs, use_cache=False, num_items_in_batch=torch.tensor(tokens)).loss
+        if ours[first : first + batch]:
+            total += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64, device=accelerator.device)
+    set_training_mode(inner)
+    loss, tokens = accelerator.reduce(total).tolist()
+    return loss / max(tokens, 1)
