@@ -14,7 +14,7 @@ import pytest
 import test_golden
 import torch
 from conftest import make_tiny_config, make_tiny_model
-from hub_double import REVISION, serve
+from hub_double import serve
 from peft import PeftModel
 from release_files import release_contents, write_release
 from safetensors.torch import load_file, save_file
@@ -628,14 +628,15 @@ def test_without_paths_the_release_is_downloaded(released, merged, config_file, 
     half.parent.mkdir(parents=True)
     half.write_bytes(blip2[: len(blip2) // 2])
     out = tmp_path / "out"
-    with serve({AUTHORS_ID: files}, {"/blip2.pth": blip2}) as (address, requests):
+    with serve({AUTHORS_ID: files}, {"/blip2.pth": blip2}) as hub:
+        revision = hub.repositories["models", AUTHORS_ID].revision("main")
         environment = os.environ | {
-            "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "1",
+            "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
 
         def run(*options):
-            command = [sys.executable, "-c", program, f"{address}/blip2.pth", "convert", "--out", out, *options]
+            command = [sys.executable, "-c", program, f"{hub.address}/blip2.pth", "convert", "--out", out, *options]
             command += ["--config", config_file, "--dtype", "float32"]
             return subprocess.run(
                 list(map(str, command)), env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -643,16 +644,20 @@ def test_without_paths_the_release_is_downloaded(released, merged, config_file, 
 
         asked = run()
         assert asked.returncode == 1 and "pass --yes" in asked.stderr
-        assert f"{AUTHORS_ID} at {REVISION}" in asked.stdout and "blip2" in asked.stdout and "in all" in asked.stdout
-        assert not any(method == "GET" and "/resolve/" in path for method, path, *_ in requests), "only asked so far"
+        assert f"{AUTHORS_ID} at {revision}" in asked.stdout and "blip2" in asked.stdout and "in all" in asked.stdout
+        assert not any(method == "GET" and "/resolve/" in path for method, path, *_ in hub.requests), (
+            "only asked so far"
+        )
         done = run("--yes")
         assert done.returncode == 0, done.stderr
-    assert ("GET", "/blip2.pth", f"bytes={len(blip2) // 2}-", None) in requests, "it goes on, and the token stays here"
-    assert not any(token for _, path, _, token in requests if path == "/blip2.pth")
+    assert ("GET", "/blip2.pth", f"bytes={len(blip2) // 2}-", None) in hub.requests, (
+        "it goes on, and the token stays here"
+    )
+    assert not any(token for _, path, _, token in hub.requests if path == "/blip2.pth")
     ours, theirs = load_file(out / "model.safetensors"), load_file(merged / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     record = json.loads((out / "provenance.json").read_text())["files"]
-    assert record["stage4"]["source"] == f"{AUTHORS_ID}@{REVISION}/{PATHS['stage4']}"
+    assert record["stage4"]["source"] == f"{AUTHORS_ID}@{revision}/{PATHS['stage4']}"
 
 
 def test_a_release_that_cannot_be_reached(config_file, tmp_path):

@@ -221,12 +221,12 @@ def test_packed_data_stream_from_the_hub(packed, tmp_path):
     )
     (source,) = open_sources(["brief"], str(packed), []).values()
     sample, cloud = source.read(1, 0)
-    with serve({}, datasets={"somebody/chairs": files}) as (address, requests):
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    with serve(datasets={"somebody/chairs": files}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         environment |= {"HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == f"{sample.object_id} {cloud.shape} {float(cloud.sum())}"
-    assert {path.rpartition("/")[2] for method, path, *_ in requests if method == "GET" and "/resolve/" in path} == {
+    assert {path.rpartition("/")[2] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path} == {
         "packed.json", "train-00001-of-00005.parquet"
     }, "no other shard"  # fmt: skip
