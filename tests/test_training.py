@@ -704,6 +704,6 @@ def test_mistakes_are_told_before_anything_is_loaded(base, release, tmp_path, ca
 
 def test_a_loss_that_is_no_number_stops_the_run(base, release, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", lambda *args: (float("nan"), 1.0))
-    with pytest.raises(RuntimeError, match="The loss is nan at step 0"):
+    with pytest.raises(loop.LossError, match="The loss is nan at step 0"):
         train(tiny(STAGES["I"]), options(base, tmp_path / "out", release))
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         sources: of the held-out data, by name.
         batch: samples that a device takes at once.
     """
-    inner = accelerator.unwrap_model(model)
+    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
     one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
     addresses = [
         (name, shard, row)

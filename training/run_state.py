@@ -103,7 +103,7 @@ def check_checkpoint(checkpoint: Path, stage: Stage, run: dict) -> int:
 
 def add_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, run: dict, keep: int):
     """Write the checkpoint of a step, then remove what is older than the newest `keep`. Every process calls this."""
-    inner, step = accelerator.unwrap_model(model), run["step"]
+    inner, step = accelerator.unwrap_model(model, keep_torch_compile=False), run["step"]
     names = [name for name, parameter in named_parameters(inner).items() if parameter.requires_grad]
     trained, state = gather_parameters(inner, names), {}
     if (
@@ -127,7 +127,7 @@ def restore_optimizer(checkpoint: Path, accelerator: Accelerator, model, optimiz
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.load_checkpoint(checkpoint.parent, tag=checkpoint.name.replace("checkpoint", "deepspeed"))
     else:
-        inner = accelerator.unwrap_model(model)
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
         set_optimizer_state_dict(inner, _plain(optimizer), state["optimizer"], options=_WHOLE)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers.utils import is_bitsandbytes_available
 
 from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
@@ -61,14 +63,11 @@ from .weights import (
 
 
 REPORT_FILE = "report.png"
+LOGS_DIR = "logs"
 # What stays as it is in a model of 4 bits: all but the language model's layers.
 NOT_IN_4_BIT = [
-    "point_encoder",
-    "point_projection",
-    "query_experts",
-    "router",
-    "qformer",
-    "language_projection",
+    *(f"model.{part}" for part in ("point_encoder", "point_projection", "query_experts", "router", "qformer")),
+    "model.language_projection",
     "lm_head",
 ]
 
@@ -169,6 +168,10 @@ class RunOptions:
     )
 
 
+class LossError(RuntimeError):
+    """The loss is no longer a number."""
+
+
 class ArgumentDefaultsShown(ArgumentDefaultsHelpFormatter):
     """Help with defaults, for the options that have one."""
 
@@ -184,8 +187,20 @@ def main(stage_name: str, argv: list[str] | None = None):
     (options,) = parser.parse_args_into_dataclasses(argv)
     try:
         train(RECIPES[options.recipe][stage_name], options)
-    except ValueError as error:
+    except (ValueError, OSError, LossError) as error:
         raise SystemExit(f"error: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"error: the device is full ({str(error).splitlines()[0]}). Try --device_batch with fewer samples at once, "
+            "--gradient_checkpointing or --load_in_4bit; none of them changes what is learned from a step."
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # which torch raises wherever the loop happens to be
+            raise
+        raise SystemExit(
+            f"error: a process that reads clouds ahead was lost ({error}), most likely for want of memory. Go on with "
+            "--resume auto and fewer --num_workers; 0 reads in the loop."
+        ) from error
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
@@ -206,7 +221,8 @@ def train(stage: Stage, options: RunOptions) -> Path:
 
     Raises:
         ValueError: options, data or weights that do not fit, all found before the first step.
-        RuntimeError: the loss is no longer a number, or a process that reads clouds was lost.
+        LossError: the loss is no longer a number.
+        RuntimeError: a process that reads clouds was lost.
         Stopped: a signal asked for it; the last step is kept in a checkpoint.
         OSError: the disk is full; the checkpoint before is kept.
     """
@@ -217,7 +233,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
     sources = open_sources(names, options.data, options.annotations, stage.any_source)
     held_out = open_sources(names, options.validation_data, [], any_source=True) if options.validation_data else {}
     stage = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
-    accelerator = Accelerator(log_with=options.report_to or None, project_dir=work_dir)
+    accelerator = Accelerator(log_with=options.report_to or None, project_dir=work_dir / LOGS_DIR)
     processor = MiniGPT3DProcessor.from_pretrained(start.base)
     stream = StageStream(stage, sources, processor, options.seed, accelerator.process_index, accelerator.num_processes)
 
@@ -230,7 +246,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
     first_step = check_checkpoint(checkpoint, stage, run) if checkpoint else 0
     optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
     model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
-    inner = accelerator.unwrap_model(model)
+    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
     updates, router = UpdateMeter(inner), RouterMeter(inner)
     if checkpoint:
         restore_optimizer(checkpoint, accelerator, model, optimizer, optimizer_state)
@@ -264,7 +280,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
         updates.remember()
         loss, grad_norm = train_step(accelerator, model, optimizer, micro_batches, lr)
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise LossError(
                 f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in {work_dir} "
                 "is sound: resume from it with a lower learning rate or in a wider dtype."
             )
@@ -300,14 +316,14 @@ def train(stage: Stage, options: RunOptions) -> Path:
     bar.close()
     stop.restore()
 
+    if options.report_to:
+        accelerator.end_training()
     tensors = gather_parameters(inner, names)
     if accelerator.is_main_process:
         result = save_result(work_dir, stage, options, start, processor, tensors, scales, run | {"step": num_steps})
         for sentence in diagnose(read_history(result / HISTORY_FILE), stage):
             print(sentence)
         result.rename(options.output_dir)
-    if options.report_to:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(work_dir)
@@ -334,6 +350,7 @@ def _flat(entry: dict, prefix: str = "") -> dict[str, float]:
 def build_model(accelerator: Accelerator, stage: Stage, start: Start, options: RunOptions) -> torch.nn.Module:
     """The model of `start`, ready for the stage. Under mixed precision its frozen matrices are held in half precision."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    half = half if accelerator.native_amp else None  # there is no float16 on a CPU, for one
     loading = {}
     if options.load_in_4bit:
         loading["quantization_config"] = BitsAndBytesConfig(
@@ -376,6 +393,8 @@ def save_result(
     model_id = options.hub_model_id or options.output_dir.name
     write_card(result, stage, start, run, history, model_id, options.data)
     (work_dir / HISTORY_FILE).rename(result / HISTORY_FILE)
+    if (work_dir / LOGS_DIR).exists():
+        (work_dir / LOGS_DIR).rename(result / LOGS_DIR)
     return result
 
 
@@ -434,6 +453,11 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path) -> Start:
         raise ValueError(f"--output_dir {options.output_dir} exists already. Pass a new one, or remove it.")
     if work_dir.exists() and any(work_dir.iterdir()) and options.resume == "never":
         raise ValueError(f"{work_dir} holds an unfinished run. Go on with --resume auto, or remove it.")
+    if options.load_in_4bit and not is_bitsandbytes_available():
+        raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'minigpt3d[quantization]'")
+    for tracker in options.report_to:
+        if tracker not in [each.value for each in get_available_trackers()]:
+            raise ValueError(f"--report_to {tracker}: not known to Accelerate, or not installed: pip install {tracker}")
     if options.push_to_hub != (options.hub_model_id is not None):
         raise ValueError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both, or neither.")
     if options.hub_every is not None and not options.push_to_hub:
@@ -485,7 +509,7 @@ def train_step(
         That loss, over all processes, and the norm of its gradient.
     """
     device = accelerator.device
-    attention = accelerator.unwrap_model(model).config.text_config._attn_implementation
+    attention = accelerator.unwrap_model(model, keep_torch_compile=False).config.text_config._attn_implementation
     one_row = (attention or "").startswith("flash")
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -47,8 +47,8 @@ _PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 def own_name(name: str) -> str:
-    """Our name of a parameter, without what PEFT and torch.compile put around it: `model.qformer.….query.lora_A.weight`."""
-    return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b|\b_orig_mod\.", "", name)
+    """Our name of a parameter, without what PEFT puts around it: `model.qformer.….query.lora_A.weight`."""
+    return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b", "", name)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
