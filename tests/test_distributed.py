@@ -129,6 +129,7 @@ def _shard(stage, batches: list, out: str):
         return model, make_optimizer(stage, model)
 
     def step(model, optimizer, samples):
+        torch.manual_seed(1)  # dropout
         loss = model(**pack_batch(samples), use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -170,6 +171,7 @@ def test_sharded_weights_train_and_are_gathered(release, tiny_processor, tmp_pat
     torch.manual_seed(0)
     model = prepared(stage)
     optimizer = make_optimizer(stage, model)
+    torch.manual_seed(1)
     model(**pack_batch(samples), use_cache=False).loss.backward()
     optimizer.step()
     parameters = named_parameters(model)
