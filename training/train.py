@@ -457,7 +457,9 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path) -> Start:
         raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'minigpt3d[quantization]'")
     for tracker in options.report_to:
         if tracker not in [each.value for each in get_available_trackers()]:
-            raise ValueError(f"--report_to {tracker}: not known to Accelerate, or not installed: pip install {tracker}")
+            raise ValueError(
+                f"--report_to {tracker}: not known to Accelerate, or not installed: pip install {tracker}"
+            )
     if options.push_to_hub != (options.hub_model_id is not None):
         raise ValueError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both, or neither.")
     if options.hub_every is not None and not options.push_to_hub:
