@@ -98,7 +98,11 @@ def add_pack(commands):
     pack.add_argument("--data", type=Path, metavar="DIR", help="PointLLM's clouds, {object_id}_8192.npy")
     pack.add_argument("--annotations", type=Path, nargs="+", metavar="JSON", help="and its annotations")
     pack.add_argument(
-        "--from", dest="objects", type=Path, metavar="JSONL", help="your own objects instead, a line of JSON for each"
+        "--from",
+        dest="objects",
+        type=Path,
+        metavar="FILE",
+        help="your own objects instead: a .csv with columns file and caption, or lines of JSON",
     )
     pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     pack.add_argument("--seed", type=int, default=0, help="of the order, shuffled once (default: 0)")
@@ -199,6 +203,8 @@ def load_model(name: str):
     if not Path(name).is_dir() and name.count("/") != 1:
         raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
     name, processor_name = find_adapter(name)
+    import logging as python_logging
+
     from transformers import logging
 
     from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -206,6 +212,7 @@ def load_model(name: str):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # says what it lacks, asked or not
     try:
         model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True)
         processor = MiniGPT3DProcessor.from_pretrained(processor_name)

@@ -9,7 +9,9 @@ A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a p
 before they are packed, as the model's processor does anyway.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -72,36 +74,52 @@ def release_entries(data_dir: Path, annotations: list[Path]) -> dict[str, list[E
 
 
 def own_entries(path: Path) -> dict[str, list[Entry]]:
-    """Entries by source of a JSONL file: `{"file": …, "caption": …}` or `{"file": …, "conversations": […]}` on each line.
+    """Entries by source of one's own objects, in a table or in lines of JSON.
 
-    Files are found relative to the JSONL file. A caption answers "What is this?". Conversations are PointLLM's; without
-    `conversation_type` they are single_round or multi_round by their length. `object_id` is the file's name if not given.
+    A `.csv` has the columns `file` and `caption`, and may have `object_id`. A line of JSON is `{"file": …, "caption": …}` or
+    `{"file": …, "conversations": […]}`. Files are found relative to `path`. A caption answers "What is this?".
+    Conversations are PointLLM's; without `conversation_type` they are single_round or multi_round by their length.
+    `object_id` is the file's name if not given.
 
     Raises:
         ValueError: a line out of schema, with its number.
     """
     entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--from {path}: cannot be read ({error}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}).") from error
+    for where, record in _read_own(path):
         if not isinstance(record, dict) or not isinstance(record.get("file"), str):
             raise ValueError(
-                f"{where}: expected an object with 'file' and 'caption' or 'conversations', got {line:.80}"
+                f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(record)[:80]}"
             )
         record = _own_record(record, where)
         source, sample = to_sample(record, where)
         file = path.parent / record["file"]
         entries[source].append(Entry(sample.object_id, str(file), record["conversations"]))
     return entries
+
+
+def _read_own(path: Path) -> Iterator[tuple[str, dict]]:
+    """Records, each with where it stands.
+
+    Raises:
+        ValueError: the file cannot be read, or is no table and no lines of JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin theirs with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--from {path}: cannot be read ({error}).") from error
+    if path.suffix.lower() == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: its first line must name the columns file and caption, got {rows.fieldnames}.")
+        for row in rows:
+            yield f"{path}, line {rows.line_num}", {name: value for name, value in row.items() if name and value}
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
 
 
 def _own_record(record: dict, where: str) -> dict:
