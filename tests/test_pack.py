@@ -137,7 +137,7 @@ def test_own_meshes_with_captions(tmp_path, capsys):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"caption": "A box."}', "line 1: expected an object with 'file'"),
+        ('{"caption": "A box."}', "line 1: expected 'file'"),
         ('{"file": "a.glb"}', "line 1: expected either 'caption' or 'conversations'"),
         ('{"file": "a.glb", "caption": " "}', "'caption' must be a text"),
         ('{"file": "a.glb", "conversations": []}', "object_id 'a'"),
@@ -230,3 +230,22 @@ def test_packed_data_stream_from_the_hub(packed, tmp_path):
     assert {path.rpartition("/")[2] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path} == {
         "packed.json", "train-00001-of-00005.parquet"
     }, "no other shard"  # fmt: skip
+
+
+def test_a_table_is_packed_too(tmp_path):
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((50, 6)))
+    table = tmp_path / "captions.csv"
+    table.write_text('\ufefffile,caption,note\na.npy,"A red, round box.",x\nb.npy,A chair.,\n', encoding="utf-8")
+    (one, two), *others = packing.own_entries(table).values()
+    assert [turn["value"] for turn in one.conversations] == ["<point>\nWhat is this?", "A red, round box."]
+    assert (two.object_id, two.path) == ("b", str(tmp_path / "b.npy")) and not any(others)
+    for text, message in (
+        ("name,text\na,b\n", "must name the columns file and caption, got .'name', 'text'."),
+        ("", "must name the columns file and caption, got None"),
+        ("file,caption\na.npy,\n", "line 2: expected either 'caption' or 'conversations'"),
+        ("file,caption\n,A box.\n", "line 2: expected 'file'"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            packing.own_entries(table)
