@@ -17,9 +17,10 @@ from minigpt3d.training.stages import RECIPES, learning_rate
 PAPER, HOUSEHOLD = RECIPES["paper"], RECIPES["household"]
 GROUPS = {
     "I": ["point_projection"],
-    "II": ["point_projection", "qformer", "query_tokens", "language_projection", "language_model"],
-    "III": ["point_projection", "qformer", "query_tokens", "language_projection", "language_model"],
+    "II": ["point_projection", "qformer", "query_experts", "language_projection", "language_model"],
+    "III": ["point_projection", "qformer", "query_experts", "language_projection", "language_model"],
     "IV": ["query_experts", "router"],
+    "own": ["point_projection", "qformer", "language_projection", "language_model"],
 }
 
 
