@@ -96,7 +96,9 @@ def load_point_cloud(
         coord = _normalize(coord)
     except PointCloudError as error:
         raise PointCloudError(f"{name}: {error}") from error
-    return np.concatenate([coord, color], axis=1).astype(np.float32)  # (P, 6)
+    cloud = np.empty((6, num_points), dtype=np.float32)
+    cloud[:3], cloud[3:] = coord.T, color.T
+    return np.ascontiguousarray(cloud.T)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -455,10 +457,12 @@ def _sample_points(
     coord, color = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
-    good = np.isfinite(coord).all(axis=1)
-    if color is not None:
-        good &= np.isfinite(color).all(axis=1)
-    if not good.all():
+    coord = np.ascontiguousarray(coord)  # as columns of a table, all that follows is several times slower
+    color = None if color is None else np.ascontiguousarray(color)
+    if not (np.isfinite(coord).all() and (color is None or np.isfinite(color).all())):
+        good = np.isfinite(coord).all(axis=1)
+        if color is not None:
+            good &= np.isfinite(color).all(axis=1)
         _warn_or_raise_about_bad(int((~good).sum()), len(good), "points", name)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
@@ -467,7 +471,8 @@ def _sample_points(
     coord = coord[chosen].astype(np.float64)
     if color is None:
         return coord, np.tile(fill, (num_points, 1))
-    return coord, np.clip(color[chosen] / scale, 0, 1)
+    color = color[chosen] if scale == 1 else color[chosen] / scale
+    return coord, np.clip(color, 0, 1)
 
 
 def _warn_or_raise_about_bad(num_bad: int, total: int, what: str, name: str):
@@ -518,14 +523,15 @@ def _missing_color(color: str | tuple[float, float, float]) -> np.ndarray:
 
 def _normalize(coord: np.ndarray) -> np.ndarray:
     """xyz minus its mean, divided by the largest norm. In float64, or clouds far from the origin lose their shape."""
-    if (coord == coord[0]).all():
+    if (coord[-1] == coord[0]).all() and (coord == coord[0]).all():
         raise PointCloudError(f"all its points are equal, {coord[0].tolist()}; an object has some extent.")
+    columns = np.ascontiguousarray(coord.T)  # (3, P): numpy is several times faster along rows
     with np.errstate(over="ignore", invalid="ignore"):
-        coord = coord - coord.mean(axis=0)
-        normalized = coord / np.linalg.norm(coord, axis=1).max()
-    if not np.isfinite(normalized).all() or not normalized.any():
+        columns -= columns.mean(axis=1, keepdims=True)
+        largest = np.sqrt(columns[0] ** 2 + columns[1] ** 2 + columns[2] ** 2).max()
+    if not 0 < largest < np.inf:
         raise PointCloudError(f"its coordinates are too large or too small to compute with (up to {coord.max():g}).")
-    return normalized
+    return (columns / largest).T
 
 
 # ---- Meshes ---------------------------------------------------------------------------------------------------------

@@ -266,7 +266,11 @@ class PackedSource:
         key = shard, number
         if key not in self._groups:
             table = self._file(shard).read_row_group(number)
-            self._groups[key] = {name: table[name].combine_chunks() for name in table.column_names}
+            columns = {name: table[name] for name in table.column_names}
+            self._groups[key] = {  # one chunk as a rule, which need not be copied
+                name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+                for name, column in columns.items()
+            }
             if len(self._groups) > self.groups_kept:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
