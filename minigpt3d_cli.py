@@ -143,6 +143,7 @@ def add_convert(commands):
         "--stage-result", type=Path, metavar="DIR", help="instead of files: what a run of training/stage*.py wrote"
     )
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    convert.add_argument("--overwrite", action="store_true", help="replace the model that is there")
     convert.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
@@ -202,6 +203,7 @@ def load_model(name: str):
     """
     if not Path(name).is_dir() and name.count("/") != 1:
         raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
+    options = {} if Path(name).is_dir() else {"local_files_only": not hub_has(name)}
     name, processor_name = find_adapter(name)
     import logging as python_logging
 
@@ -214,8 +216,8 @@ def load_model(name: str):
     logging.disable_progress_bar()
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # says what it lacks, asked or not
     try:
-        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True)
-        processor = MiniGPT3DProcessor.from_pretrained(processor_name)
+        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
+        processor = MiniGPT3DProcessor.from_pretrained(processor_name, **options)
     except Exception as error:
         fix = "pass --model with the folder of a model or its Hub id"
         raise CommandError(f"cannot load the model {name}: {one_line(error)} ({fix})") from error
@@ -227,6 +229,31 @@ def load_model(name: str):
             f"{absent[0]} for one (fetch or save it again)"
         )
     return model, processor
+
+
+def hub_has(name: str) -> bool:
+    """Whether the Hub has a model; False if the Hub cannot be reached, where only a copy in the cache can help.
+
+    The clients would try for a minute before they say so.
+
+    Raises:
+        CommandError: it has none, or it cannot be reached and there is no copy.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError as error:
+        raise CommandError(f"the Hub gives no model {name}: {one_line(error)}") from error
+    except Exception as error:  # offline, in as many ways as there are to be so
+        files = ("config.json", "adapter_config.json")
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+            raise CommandError(
+                f"there is no folder {name}, and the Hub cannot be reached for a model of that name: {one_line(error)}"
+            ) from error
+        return False
+    return True
 
 
 def find_adapter(name: str) -> tuple[str, str]:
@@ -368,26 +395,45 @@ def run_describe(args: argparse.Namespace) -> int:
 
 def run_chat(args: argparse.Namespace) -> int:
     if not args.path.is_file():
-        raise CommandError(f"{args.path}: no such file")
+        what = "this is a folder; pass one of the files in it" if args.path.is_dir() else "no such file"
+        raise CommandError(f"{args.path}: {what}")
     describe, read = load(args)
     from minigpt3d.pipeline_minigpt3d import AnswerStreamer
 
-    exit_code, messages = 0, []
-    content = [{"type": "point_cloud", "point_cloud": read(args.path)}]  # the first question has the cloud
+    exit_code, said = 0, []  # (question, answer), …
+    cloud = {"type": "point_cloud", "point_cloud": read(args.path)}
     for question in read_questions():
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        streamer = AnswerStreamer(describe.processor.tokenizer)
-        try:
-            (output,) = describe([*messages, turn], max_new_tokens=args.max_new_tokens, streamer=streamer)
-        except BrokenPipeError:
-            raise
-        except Exception as error:  # the turn is dropped, the conversation goes on
-            complain(f"no answer: {one_line(error)}")
-            exit_code = FAILED
-            continue
-        messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": output["generated_text"]}]}]
-        content = []
+        kept = said
+        while True:
+            streamer = AnswerStreamer(describe.processor.tokenizer)
+            try:
+                messages = to_messages(cloud, [*kept, (question, None)])
+                (output,) = describe(messages, max_new_tokens=args.max_new_tokens, streamer=streamer)
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                if kept and "the context has" in str(error):  # too long: without its beginning?
+                    kept = kept[len(kept) // 2 + 1 :]
+                    continue
+                complain(f"no answer: {one_line(error)}")  # the turn is dropped, the conversation goes on
+                exit_code = FAILED
+            else:
+                if len(kept) < len(said):
+                    complain("the conversation is longer than what the model can read: its beginning is left out")
+                said = [*kept, (question, output["generated_text"])]
+            break
     return exit_code
+
+
+def to_messages(cloud: dict, said: list[tuple[str, str | None]]) -> list[dict]:
+    """Questions and answers as a chat; the first question has the cloud, the last one no answer yet."""
+    messages = []
+    for question, answer in said:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages[0]["content"].insert(0, cloud)
+    return messages
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -399,7 +445,9 @@ def run_convert(args: argparse.Namespace) -> int:
     from minigpt3d.conversion.tables import FILES
 
     paths = {file.slot: path for file in FILES if (path := getattr(args, file.slot)) is not None}
-    check_folder(args.out, [*paths.values(), *filter(None, [args.stage_result])])
+    out = check_folder(args.out, [*paths.values(), *filter(None, [args.stage_result])])
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
+        raise CommandError(f"{args.out} holds a model already; pass a new folder, or --overwrite to replace it")
     if args.stage_result is not None:
         if paths or args.config is not None:
             raise CommandError("--stage-result stands alone: give it, or the authors' files")
@@ -551,7 +599,9 @@ def read_questions() -> Iterator[str]:
             return
         if question == "/quit":
             return
-        if question:
+        if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
+            complain("a question that is not UTF-8 was left out")
+        elif question:
             yield question
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/train.py [--size small|paper] [--stage II] [--batch 9] [--steps 5] [--device cuda] [--dtype bfloat16]
 
-Plain: every sample a row, padded to the longest; logits and loss at every position. Ours: samples one behind the other,
-logits where the next token is an answer's (`training/stream.py`). Lengths are drawn like PointLLM's brief descriptions,
+Plain: the published encoder (`benchmarks/encode.py`); every sample a row, padded to the longest; logits and loss at every
+position. Padded: the same batches through our encoder. Ours: samples one behind the other, logits where the next token is
+an answer's (`training/stream.py`). Lengths are drawn like PointLLM's brief descriptions,
 or, for stage III and IV, like its detailed ones and conversations. Clouds are noise; the loss of both is compared.
 
 Real tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, which is what these
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from encode import PlainMiniPointNet, plain_group, plain_transformer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -72,11 +74,14 @@ def main():
     print(f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'loss':>9}")
     rates, losses = {}, {}
     one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
-    ways: dict[str, Callable] = {
-        "plain": lambda samples: pad_batch(samples, config.text_config.pad_token_id),
-        "ours": lambda samples: pack_batch(samples, one_row),
+    pad = lambda samples: pad_batch(samples, config.text_config.pad_token_id)  # noqa: E731
+    encoder = inner.model.point_encoder
+    ways: dict[str, tuple[Callable, Callable]] = {
+        "plain": (pad, plain_encoder(encoder)),
+        "padded": (pad, encoder.forward),
+        "ours": (lambda samples: pack_batch(samples, one_row), encoder.forward),
     }
-    for name, collate in ways.items():
+    for name, (collate, encoder.forward) in ways.items():
         seconds, losses[name], memory = run(model, stage, batches, collate, device, dtype)
         rates[name] = args.batch / seconds
         operations = num_parameters * tokens / seconds / peak
@@ -85,8 +90,20 @@ def main():
             f"{memory / 1e9:>9.2f}{losses[name]:>9.4f}"
         )
     print(
-        f"ratio {rates['ours'] / rates['plain']:.2f}, difference of the losses {abs(losses['ours'] - losses['plain']):.1e}"
+        f"ratio {rates['ours'] / rates['plain']:.2f} (to padded {rates['ours'] / rates['padded']:.2f}), difference of the losses {abs(losses['ours'] - losses['plain']):.1e}"
     )
+
+
+def plain_encoder(encoder: torch.nn.Module) -> Callable:
+    """The published algorithm with the weights of ours: (B, N, 6) → (B, 1+G, D)."""
+    config, embed = encoder.config, PlainMiniPointNet(encoder.mini_pointnet)
+
+    @torch.no_grad()
+    def forward(point_clouds: torch.Tensor, start_index=None) -> torch.Tensor:
+        neighborhood, center = plain_group(point_clouds, config.num_groups, config.group_size)
+        return plain_transformer(encoder, embed(neighborhood), center)
+
+    return forward
 
 
 def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: int, rng) -> list[dict]:

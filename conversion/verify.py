@@ -112,8 +112,11 @@ def compute(model: str | Path) -> dict:
     name, adapter = str(model), ""
     if (folder := Path(model)).is_dir():
         name = str(folder.resolve())
-        if not (folder / "config.json").exists() and (folder / ADAPTER_DIR / "adapter_config.json").exists():
-            name, adapter = str((folder / BASE_DIR).resolve()), str((folder / ADAPTER_DIR).resolve())
+        for place in (folder, folder / ADAPTER_DIR):
+            if not (folder / "config.json").exists() and (place / "adapter_config.json").exists():
+                config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+                base = folder / BASE_DIR if place != folder else config["base_model_name_or_path"]
+                name, adapter = str(Path(base).resolve() if Path(base).is_dir() else base), str(place.resolve())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as elsewhere:
         # Code of a folder that is being made must not stay in the cache under the name of another.

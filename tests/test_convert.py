@@ -63,6 +63,7 @@ def convert(config_file, tmp_path, capsys):
     """Run the command; returns exit code, the folder, and what was printed."""
 
     def run(paths: dict, *options: str, out=tmp_path / "out"):
+        options += ("--overwrite",)
         arguments = [str(a) for slot, path in paths.items() for a in (OPTIONS[slot], path)]
         code = main(
             ["convert", *arguments, "--out", str(out), "--config", str(config_file), "--dtype", "float32", *options]
@@ -546,11 +547,32 @@ def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, 
         "main(sys.argv[1:])\n"
     )
     arguments = [str(a) for slot, path in released.items() for a in (OPTIONS[slot], path)]
-    command = [sys.executable, "-c", program, "convert", *arguments, "--out", out, "--config", config_file]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "convert",
+        *arguments,
+        "--out",
+        out,
+        "--config",
+        config_file,
+        "--overwrite",
+    ]
     assert subprocess.run(list(map(str, command)), capture_output=True).returncode == 9
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-    run_whole(released, config_file, out)  # what the killed one left in its temporary folder is no hindrance
+    run_whole(
+        released, config_file, out, "--overwrite"
+    )  # what the killed one left in its temporary folder is no hindrance
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_is_replaced_only_when_asked(merged, released, config_file, capsys):
+    before = (merged / "provenance.json").read_bytes()
+    arguments = [str(a) for slot, path in released.items() for a in (OPTIONS[slot], path)]
+    assert main(["convert", *arguments, "--out", str(merged), "--config", str(config_file)]) == 1
+    assert "holds a model already; pass a new folder, or --overwrite" in capsys.readouterr().err
+    assert (merged / "provenance.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

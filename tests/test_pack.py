@@ -96,7 +96,7 @@ def test_too_much_broken_stops_it_and_it_goes_on(release, tmp_path, capsys):
     ]
     assert main(["pack", *options]) == 1
     printed = capsys.readouterr().err
-    assert "missing or broken, more than --max_broken 0.01" in printed and "object_id" in printed
+    assert "missing or broken, more than --max-broken 0.01" in printed and "object_id" in printed
     assert not (tmp_path / "out").exists()
     begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").rglob("*.parquet")}
     assert begun
@@ -138,7 +138,7 @@ def test_own_meshes_with_captions(tmp_path, capsys):
     [
         ("{", "line 1: not JSON"),
         ('{"caption": "A box."}', "line 1: expected 'file'"),
-        ('{"file": "a.glb"}', "line 1: expected either 'caption' or 'conversations'"),
+        ('{"file": "a.glb"}', "line 1: expected either a 'caption' or 'conversations'"),
         ('{"file": "a.glb", "caption": " "}', "'caption' must be a text"),
         ('{"file": "a.glb", "conversations": []}', "object_id 'a'"),
     ],
@@ -243,8 +243,9 @@ def test_a_table_is_packed_too(tmp_path):
     for text, message in (
         ("name,text\na,b\n", "must name the columns file and caption, got .'name', 'text'."),
         ("", "must name the columns file and caption, got None"),
-        ("file,caption\na.npy,\n", "line 2: expected either 'caption' or 'conversations'"),
+        ("file,caption\na.npy,\n", "line 2: expected either a 'caption' or 'conversations'"),
         ("file,caption\n,A box.\n", "line 2: expected 'file'"),
+        ("file,caption\na.npy,A red, round box.\n", "line 2: more values than .* columns. Quote what holds a comma"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import time
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -15,6 +17,7 @@ from minigpt3d.conversion import save_pretrained
 from minigpt3d.training import train as loop
 from minigpt3d.training.pack import pack, release_entries
 from minigpt3d.training.report import read_history
+from minigpt3d.training.run_state import Stopped, claim
 from minigpt3d.training.train import train
 
 
@@ -133,7 +136,7 @@ def test_trackers_get_every_number(base, release, tmp_path):  # noqa: F811
         logged = {event.step: event.value for event in accumulator.Scalars(tag)}
         expected = {entry["step"]: value(entry) for entry in read_history(folder / "history.jsonl")}
         assert logged == pytest.approx(expected)
-    with pytest.raises(ValueError, match="--report_to nonsense: not known to Accelerate, or not installed"):
+    with pytest.raises(ValueError, match="--report_to nonsense: expected one of .*tensorboard"):
         train(stage, options(base, tmp_path / "other", release, report_to=["nonsense"]))
 
 
@@ -225,3 +228,34 @@ def test_settings_for_clusters_are_accelerates():
         config = config_args.load_config_from_file(str(path))
         assert config.mixed_precision == "bf16"
         json.dumps(yaml.safe_load(path.read_text()))
+
+
+def test_two_runs_do_not_share_a_folder(base, release, tmp_path):  # noqa: F811
+    work_dir = tmp_path / "out.unfinished"
+    child = os.fork()
+    if child == 0:
+        claim(work_dir)
+        time.sleep(60)
+        os._exit(0)
+    while not (work_dir / "running.json").exists() or not (work_dir / "running.json").read_text():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(ValueError, match=f"is being worked in by process {child}"):
+            train(tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto"))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    folder = train(tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto"))
+    assert not (folder / "running.json").exists() and not work_dir.exists()
+
+
+def test_the_end_of_a_launcher_ends_the_run(base, release, tmp_path, monkeypatch):  # noqa: F811
+    """`accelerate launch` that is killed leaves its processes behind."""
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: ["python", "accelerate", "launch"])
+    stage, settings = tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(Stopped, match="Stopped at step 1 .SIGTERM"):
+        train(stage, settings)
+    monkeypatch.undo()
+    resumed, straight = train(stage, settings), train(stage, options(base, tmp_path / "straight", release))
+    assert (straight / ADAPTER).read_bytes() == (resumed / ADAPTER).read_bytes()

@@ -307,12 +307,14 @@ def read_manifest(dataset: str) -> dict:
     Raises:
         ValueError: it has none.
     """
+    if not Path(dataset).is_dir() and (Path(dataset).is_absolute() or str(dataset).count("/") != 1):
+        raise ValueError(f"--data {dataset}: no such folder, and a data set on the Hub is named OWNER/NAME.")
     try:
         with _open(dataset, MANIFEST_FILE) as file:
             return json.loads(file.read())
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the disk, of JSON, or in many ways of the network
         raise ValueError(
-            f"--data {dataset}: no {MANIFEST_FILE} there ({error}). Pass what `minigpt3d pack` wrote, a folder or the Hub "
+            f"--data {dataset}: no {MANIFEST_FILE} there ({' '.join(str(error).split())[:200]}). Pass what `minigpt3d pack` wrote, a folder or the Hub "
             "id of one; or a folder of .npy files together with --annotations."
         ) from error
 

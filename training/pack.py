@@ -112,7 +112,13 @@ def _read_own(path: Path) -> Iterator[tuple[str, dict]]:
         if not {"file", "caption"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{path}: its first line must name the columns file and caption, got {rows.fieldnames}.")
         for row in rows:
-            yield f"{path}, line {rows.line_num}", {name: value for name, value in row.items() if name and value}
+            where = f"{path}, line {rows.line_num}"
+            if None in row:
+                raise ValueError(
+                    f"{where}: more values than the first line has columns. Quote what holds a comma: "
+                    'chair.glb,"A red, round chair."'
+                )
+            yield where, {name: value for name, value in row.items() if value}
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -126,7 +132,7 @@ def _own_record(record: dict, where: str) -> dict:
     """A line of the user's in PointLLM's schema."""
     record = {"object_id": Path(record["file"]).stem} | record
     if ("caption" in record) == ("conversations" in record):
-        raise ValueError(f"{where}: expected either 'caption' or 'conversations'.")
+        raise ValueError(f"{where}: expected either a 'caption' or 'conversations', and no empty ones.")
     if "caption" in record:
         if not isinstance(record["caption"], str) or not record["caption"].strip():
             raise ValueError(f"{where}: 'caption' must be a text, got {record['caption']!r:.80}.")
@@ -218,8 +224,8 @@ def pack(
                 pool.shutdown(cancel_futures=True)
                 listed = "\n  ".join(broken[:5])
                 raise ValueError(
-                    f"{len(broken)} of {total} clouds are missing or broken, more than --max_broken {max_broken:g}:\n  "
-                    f"{listed}\nIf that is to be expected, raise --max_broken; what is packed so far is kept."
+                    f"{len(broken)} of {total} clouds are missing or broken, more than --max-broken {max_broken:g}:\n  "
+                    f"{listed}\nIf that is to be expected, raise --max-broken; what is packed so far is kept."
                 )
     manifest = _manifest(shards, reports, seed)
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

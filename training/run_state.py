@@ -4,11 +4,14 @@ A run works in `OUTPUT_DIR.unfinished`, which holds history.jsonl and the newest
 """
 
 import json
+import os
+import platform
 import shutil
 import signal
 import threading
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -23,6 +26,7 @@ from .weights import STAGE_FILE, find_damage, gather_parameters, named_parameter
 
 
 HISTORY_FILE = "history.jsonl"
+RUNNING_FILE = "running.json"
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
@@ -39,10 +43,16 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, noted until the step is done; a second one stops at once."""
+    """SIGTERM and SIGINT, noted until the step is done; a second one stops at once.
+
+    `accelerate launch` passes neither on when it is told alone: the end of a launcher counts as SIGTERM.
+    """
 
     def __init__(self):
         self.number, self.before = 0, {}
+        parent = psutil.Process().parent()
+        launched = parent is not None and any("accelerate" in word for word in parent.cmdline())
+        self.launcher = parent.pid if launched else None
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
 
@@ -57,8 +67,33 @@ class StopSignal:
 
     def received(self, accelerator: Accelerator) -> int:
         """The signal that any process received, 0 for none: all must stop behind the same step."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.number = self.number or signal.SIGTERM
         number = torch.tensor([self.number], device=accelerator.device)
         return int(accelerator.gather(number).max()) if accelerator.num_processes > 1 else self.number
+
+
+# ---- One run in a folder --------------------------------------------------------------------------------------------
+
+
+def claim(work_dir: Path):
+    """Note that this process works in the folder, which is made if need be.
+
+    Raises:
+        ValueError: another one does.
+    """
+    path, us = work_dir / RUNNING_FILE, psutil.Process()
+    if path.exists():
+        try:
+            other = json.loads(path.read_text())
+            there = psutil.Process(other["pid"])
+            alive = other["host"] == platform.node() and there.create_time() == other["started"] and there != us
+        except (ValueError, KeyError, psutil.Error):  # it has ended, whatever it has left
+            alive = False
+        if alive and there.status() != psutil.STATUS_ZOMBIE:
+            raise ValueError(f"{work_dir} is being worked in by process {there.pid}. Wait for it, or end it first.")
+    work_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"host": platform.node(), "pid": us.pid, "started": us.create_time()}))
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, LoggerType, set_seed
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, HfArgumentParser
 from transformers.utils import is_bitsandbytes_available
@@ -40,6 +40,7 @@ from .run_state import (
     StopSignal,
     add_checkpoint,
     check_checkpoint,
+    claim,
     cut_history,
     newest_checkpoint,
     restore_optimizer,
@@ -242,6 +243,8 @@ def train(stage: Stage, options: RunOptions) -> Path:
     accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
     run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
     run["router_type"] = model.config.router_type
+    if accelerator.is_main_process and not options.dry_run:
+        claim(work_dir)
     checkpoint = newest_checkpoint(work_dir, accelerator.print) if options.resume == "auto" else None
     first_step = check_checkpoint(checkpoint, stage, run) if checkpoint else 0
     optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
@@ -256,7 +259,6 @@ def train(stage: Stage, options: RunOptions) -> Path:
         estimate(accelerator, model, optimizer, stage, stream, options, num_steps - first_step)
         return options.output_dir
     if accelerator.is_main_process:
-        work_dir.mkdir(parents=True, exist_ok=True)
         cut_history(work_dir / HISTORY_FILE, first_step)
     if options.report_to:
         accelerator.init_trackers(f"minigpt3d-stage-{stage.name}", {"samples": stage.mixture[0].batch} | run)
@@ -457,9 +459,11 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path) -> Start:
         raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'minigpt3d[quantization]'")
     for tracker in options.report_to:
         if tracker not in [each.value for each in get_available_trackers()]:
-            raise ValueError(
-                f"--report_to {tracker}: not known to Accelerate, or not installed: pip install {tracker}"
+            known = [str(each) for each in LoggerType.list() if each != "all"]
+            how = (
+                f"not installed: pip install {tracker}" if tracker in known else f"expected one of {', '.join(known)}."
             )
+            raise ValueError(f"--report_to {tracker}: {how}")
     if options.push_to_hub != (options.hub_model_id is not None):
         raise ValueError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both, or neither.")
     if options.hub_every is not None and not options.push_to_hub:

@@ -142,7 +142,8 @@ def _read_file(path: Path) -> "_Points | Any":
     except Exception as error:  # every reader has exceptions of its own for a broken file
         detail = " ".join(str(error).split()) or type(error).__name__
         raise PointCloudError(
-            f"it cannot be read as {suffix} ({detail[:200]}). The file is truncated or corrupt; export it again."
+            f"it cannot be read as {suffix} ({detail[:200]}). The file is truncated or corrupt, or of "
+            "another format than its name says; export it again."
         ) from error
 
 
@@ -231,6 +232,8 @@ def _read_npz(path: Path) -> _Points:
 
         point_names = [n for n in ("points", "point_cloud", "xyz", "coord", "coords", "pos", "vertices") if n in names]
         color_names = [n for n in ("colors", "color", "rgb") if n in names]
+        if not names:
+            raise PointCloudError("it holds no array. Save one: numpy.savez(path, points=array).")
         if len(names) == 1:
             return _split_columns(read(*names))
         if not point_names:
@@ -497,7 +500,7 @@ def _color_scale(color: np.ndarray) -> float:
             return 65535.0
     raise PointCloudError(
         f"its colours are out of range: got {low:g} to {high:g} ({color.dtype}), expected 0 to 1 or 0 to 255 (16 bits: "
-        "0 to 65535). If these columns are no colours (normals, say), pass xyz alone."
+        "0 to 65535, as whole numbers). If these columns are no colours (normals, say), pass xyz alone."
     )
 
 
