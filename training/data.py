@@ -265,7 +265,7 @@ class PackedSource:
     def _group(self, shard: int, number: int) -> dict:
         key = shard, number
         if key not in self._groups:
-            table = self._file(shard).read_row_group(number)
+            table = self._file(shard).read_row_group(number, use_threads=False)
             columns = {name: table[name] for name in table.column_names}
             self._groups[key] = {  # one chunk as a rule, which need not be copied
                 name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -277,7 +277,7 @@ def write_shard(shard: Shard) -> dict:
     report = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": error}
     table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(report)})
     temporary = shard.path.with_name(shard.path.name + ".tmp")
-    pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
+    pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
     if report["rows"]:
         temporary.rename(shard.path)
     else:  # an error for `pack`
