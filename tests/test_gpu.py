@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import make_tiny_model
+from test_run_options import base, launched  # noqa: F401
+from test_training import STAGES, history, options, release, tiny  # noqa: F401
 
 from minigpt3d.grouping_minigpt3d import _farthest_point_sampling_loop, farthest_point_sampling
+from minigpt3d.training.train import train
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,3 +27,16 @@ def test_features_on_gpu_equal_those_on_cpu(point_clouds):
     torch.testing.assert_close(
         model.cuda().get_point_features(point_clouds.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_training_in_half_precision(dtype, load_in_4bit, base, release, tmp_path, launched):  # noqa: F811
+    """fp16 takes Accelerate's loss scaler; checkpoints hold its state."""
+    stage = tiny(STAGES["II"], peak_lr=1e-3, steps_per_epoch=6)
+    launched(use_cpu="true")
+    losses = [entry["loss"] for entry in history(train(stage, options(base, tmp_path / "cpu", release)))]
+    launched(mixed_precision=dtype, use_cpu="false")
+    settings = options(base, tmp_path / "gpu", release, load_in_4bit=load_in_4bit, save_every=2)
+    folder = train(stage, settings)
+    assert [entry["loss"] for entry in history(folder)] == pytest.approx(losses, rel=0.05)
