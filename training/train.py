@@ -227,113 +227,210 @@ def train(stage: Stage, options: RunOptions) -> Path:
         Stopped: a signal asked for it; the last step is kept in a checkpoint.
         OSError: the disk is full; the checkpoint before is kept.
     """
-    work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
-    start = check_options(stage, options, work_dir)
-    num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
-    names = [source.name for source in stage.mixture]
-    sources = open_sources(names, options.data, options.annotations, stage.any_source)
-    held_out = open_sources(names, options.validation_data, [], any_source=True) if options.validation_data else {}
-    stage = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
-    accelerator = Accelerator(log_with=options.report_to or None, project_dir=work_dir / LOGS_DIR)
-    processor = MiniGPT3DProcessor.from_pretrained(start.base)
-    stream = StageStream(stage, sources, processor, options.seed, accelerator.process_index, accelerator.num_processes)
-
-    set_seed(options.seed)  # new LoRA factors
-    model = build_model(accelerator, stage, start, options)
-    accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
-    run = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
-    run["router_type"] = model.config.router_type
-    if accelerator.is_main_process and not options.dry_run:
-        claim(work_dir)
-    checkpoint = newest_checkpoint(work_dir, accelerator.print) if options.resume == "auto" else None
-    first_step = check_checkpoint(checkpoint, stage, run) if checkpoint else 0
-    optimizer_state = load_checkpoint(checkpoint, model) if checkpoint else None
-    model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
-    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-    updates, router = UpdateMeter(inner), RouterMeter(inner)
-    if checkpoint:
-        restore_optimizer(checkpoint, accelerator, model, optimizer, optimizer_state)
-        accelerator.print(f"Going on from {checkpoint} at step {first_step}.")
-
+    run = Run(stage, options)
     if options.dry_run:
-        estimate(accelerator, model, optimizer, stage, stream, options, num_steps - first_step)
+        run.estimate()
         return options.output_dir
-    if accelerator.is_main_process:
-        cut_history(work_dir / HISTORY_FILE, first_step)
-    if options.report_to:
-        accelerator.init_trackers(f"minigpt3d-stage-{stage.name}", {"samples": stage.mixture[0].batch} | run)
-    publisher = Publisher(options.hub_model_id, options.hub_private) if options.push_to_hub else None
-    scales = lora_scales(inner)
-    names = adapter_names(inner, start)
-
-    def validation_loss() -> float:
-        batch = options.device_batch or stage.mixture[0].batch
-        return validate(accelerator, model, stage, held_out, processor, batch)
-
-    before = {"validation_before": validation_loss()} if held_out and first_step == 0 else {}
-    steps = read_ahead(stream, range(first_step, num_steps), options.num_workers)
-    bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    begin = time.perf_counter()
+    run.begin()
     stop = StopSignal()
-    for step, (source, samples) in enumerate(steps, start=first_step):
-        reseed(options.seed, step, accelerator.process_index)
-        lr = learning_rate(stage, step)
-        micro_batches = split_micro_batches(samples, options.device_batch)
-        updates.remember()
-        loss, grad_norm = train_step(accelerator, model, optimizer, micro_batches, lr)
+    steps = range(run.first_step, run.num_steps)
+    for step, (source, samples) in zip(steps, read_ahead(run.stream, steps, options.num_workers), strict=True):
+        run.note(run.take_step(step, source, samples))
+        stopped = stop.received(run.accelerator)
+        if step + 1 < run.num_steps and (stopped or (step + 1) % options.save_every == 0):
+            run.keep(step + 1)
+        if stopped and step + 1 < run.num_steps:
+            run.bar.close()
+            raise Stopped(stopped, run.work_dir, step + 1)
+    stop.restore()
+    run.finish()
+    return options.output_dir
+
+
+class Run:
+    """A stage under way: what is set up once, and what a step, a checkpoint and the end do with it.
+
+    Args:
+        stage: the row.
+        options: how to carry it out.
+
+    Raises:
+        ValueError: as `train`.
+    """
+
+    def __init__(self, stage: Stage, options: RunOptions):
+        self.options = options
+        self.work_dir = options.output_dir.with_name(options.output_dir.name + ".unfinished")
+        self.start = check_options(stage, options, self.work_dir)
+        self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
+        names = [source.name for source in stage.mixture]
+        sources = open_sources(names, options.data, options.annotations, stage.any_source)
+        self.held_out = {}
+        if options.validation_data:
+            self.held_out = open_sources(names, options.validation_data, [], any_source=True)
+        self.stage = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
+        self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        self.processor = MiniGPT3DProcessor.from_pretrained(self.start.base)
+        self.stream = StageStream(self.stage, sources, self.processor, options.seed, *place)
+
+        set_seed(options.seed)  # new LoRA factors
+        model = build_model(self.accelerator, self.stage, self.start, options)
+        self.accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
+        self.facts = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
+        self.facts["router_type"] = model.config.router_type
+        self._restore_and_prepare(model)
+        # Without what Accelerate and torch.compile put around it.
+        self.inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.adapter_names, self.lora_scales = adapter_names(self.inner, self.start), lora_scales(self.inner)
+        self.updates, self.router = UpdateMeter(self.inner), RouterMeter(self.inner)
+        self.publisher = Publisher(options.hub_model_id, options.hub_private) if options.push_to_hub else None
+
+    def _restore_and_prepare(self, model: torch.nn.Module):
+        """Weights and optimizer, from the newest checkpoint if there is one to go on from."""
+        accelerator, resume = self.accelerator, self.options.resume == "auto"
+        if accelerator.is_main_process and not self.options.dry_run:
+            claim(self.work_dir)
+        checkpoint = newest_checkpoint(self.work_dir, accelerator.print) if resume else None
+        self.first_step = check_checkpoint(checkpoint, self.stage, self.facts) if checkpoint else 0
+        state = load_checkpoint(checkpoint, model) if checkpoint else None
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(self.stage, model))
+        if checkpoint:
+            restore_optimizer(checkpoint, accelerator, self.model, self.optimizer, state)
+            accelerator.print(f"Going on from {checkpoint} at step {self.first_step}.")
+
+    def begin(self):
+        """History, trackers, progress bar, and the loss on held-out data before the first step."""
+        main = self.accelerator.is_main_process
+        if main:
+            cut_history(self.work_dir / HISTORY_FILE, self.first_step)
+        if self.options.report_to:
+            self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", self.facts)
+        self.before = self._validate("validation_before") if self.first_step == 0 else {}
+        self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not main)
+        self.last_time = time.perf_counter()
+
+    def take_step(self, step: int, source: str, samples: list[dict]) -> dict:
+        """One optimizer step; returns its entry in the history (see `report`).
+
+        Raises:
+            LossError: the loss is not finite; the weights are those before the step.
+        """
+        self.updates.remember()
+        loss, grad_norm = self._learn(step, samples)
         if not math.isfinite(loss):
             raise LossError(
-                f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in {work_dir} "
-                "is sound: resume from it with a lower learning rate or in a wider dtype."
+                f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in "
+                f"{self.work_dir} is sound: resume from it with a lower learning rate or in a wider dtype."
             )
-        entry = {"step": step, "source": source, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        entry |= {"update_ratio": updates.ratios()}
-        if routing := router.read(accelerator):
+        entry = {"step": step, "source": source, "loss": loss, "lr": learning_rate(self.stage, step)}
+        entry |= {"grad_norm": grad_norm, "update_ratio": self.updates.ratios()}
+        if routing := self.router.read(self.accelerator):
             entry["router"] = routing
-        entry |= before if step == 0 else {}
-        if held_out and step + 1 == num_steps:
-            entry["validation_after"] = validation_loss()
-        seconds, begin = time.perf_counter() - begin, time.perf_counter()  # with the wait for data
-        entry["samples_per_second"] = round(stream.source(step).batch / seconds, 2)
-        if accelerator.is_main_process:
-            with open(work_dir / HISTORY_FILE, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, {entry['samples_per_second']:.1f} samples/s")
-            bar.update()
-        if options.report_to:
-            accelerator.log(_flat(entry), step=step)
-        stopped = stop.received(accelerator)
-        if step + 1 < num_steps and (stopped or (step + 1) % options.save_every == 0):
-            state = run | {"step": step + 1}
-            add_checkpoint(work_dir, accelerator, model, optimizer, state, options.keep_checkpoints)
-            if publisher and options.hub_every and (step + 1) % (options.save_every * options.hub_every) == 0:
-                tensors = gather_parameters(inner, names)
-                if accelerator.is_main_process:
-                    folder = work_dir / f"published-{step + 1}"
-                    save_adapter(folder, tensors, scales, start.base, state)
-                    publisher.push_in_background(folder, f"Stage {stage.name}, step {step + 1}")
-            if stopped:
-                bar.close()
-                raise Stopped(stopped, work_dir, step + 1)
-    bar.close()
-    stop.restore()
+        entry |= self.before if step == 0 else {}
+        entry |= self._validate("validation_after") if step + 1 == self.num_steps else {}
+        seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
+        return entry | {"samples_per_second": round(self.stream.source(step).batch / seconds, 2)}
 
-    if options.report_to:
-        accelerator.end_training()
-    tensors = gather_parameters(inner, names)
-    if accelerator.is_main_process:
-        result = save_result(work_dir, stage, options, start, processor, tensors, scales, run | {"step": num_steps})
-        for sentence in diagnose(read_history(result / HISTORY_FILE), stage):
-            print(sentence)
-        result.rename(options.output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(work_dir)
-        print(f"Stage {stage.name} is done: {options.output_dir}")
-        if publisher:
-            publisher.push(options.output_dir, f"Stage {stage.name}", tag=f"stage-{stage.name}")
-    accelerator.wait_for_everyone()
-    return options.output_dir
+    def _learn(self, step: int, samples: list[dict]) -> tuple[float, float]:
+        reseed(self.options.seed, step, self.accelerator.process_index)
+        micro_batches = split_micro_batches(samples, self.options.device_batch)
+        lr = learning_rate(self.stage, step)
+        return train_step(self.accelerator, self.model, self.optimizer, micro_batches, lr)
+
+    def _validate(self, name: str) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        batch = self.options.device_batch or self.stage.mixture[0].batch
+        return {name: validate(self.accelerator, self.model, self.stage, self.held_out, self.processor, batch)}
+
+    def note(self, entry: dict):
+        """Tell a step's numbers to history, progress bar and trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.work_dir / HISTORY_FILE, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            speed = f"{entry['samples_per_second']:.1f} samples/s"
+            self.bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {entry['lr']:.2e}, {speed}")
+            self.bar.update()
+        if self.options.report_to:
+            self.accelerator.log(_flat(entry), step=entry["step"])
+
+    def keep(self, step: int):
+        """Write a checkpoint, and publish it if it is time for that."""
+        facts, options = self.facts | {"step": step}, self.options
+        add_checkpoint(self.work_dir, self.accelerator, self.model, self.optimizer, facts, options.keep_checkpoints)
+        if self.publisher and options.hub_every and step % (options.save_every * options.hub_every) == 0:
+            tensors = gather_parameters(self.inner, self.adapter_names)
+            if self.accelerator.is_main_process:
+                folder = self.work_dir / f"published-{step}"
+                save_adapter(folder, tensors, self.lora_scales, self.start.base, facts)
+                self.publisher.push_in_background(folder, f"Stage {self.stage.name}, step {step}")
+
+    def finish(self):
+        """Write the result, say what went wrong in the known ways, publish."""
+        self.bar.close()
+        if self.options.report_to:
+            self.accelerator.end_training()
+        tensors = gather_parameters(self.inner, self.adapter_names)
+        if self.accelerator.is_main_process:
+            result = self._save_result(tensors)
+            for sentence in diagnose(read_history(result / HISTORY_FILE), self.stage):
+                print(sentence)
+            result.rename(self.options.output_dir)
+            if self.publisher:
+                self.publisher.wait()  # it reads in the folder that goes now
+            shutil.rmtree(self.work_dir)
+            print(f"Stage {self.stage.name} is done: {self.options.output_dir}")
+            if self.publisher:
+                self.publisher.push(self.options.output_dir, f"Stage {self.stage.name}", f"stage-{self.stage.name}")
+        self.accelerator.wait_for_everyone()
+
+    def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
+        """Write what the stage leaves behind: the adapter, or a whole model with the adapter in it."""
+        result = adapter = self.work_dir / "result"
+        for left_over in (result, self.work_dir / ADAPTER_DIR):
+            shutil.rmtree(left_over, ignore_errors=True)
+        if self.options.export or self.stage.exports:
+            adapter = self.work_dir / ADAPTER_DIR
+        facts = self.facts | {"step": self.num_steps}
+        save_adapter(adapter, tensors, self.lora_scales, self.start.base, facts)
+        if adapter is not result:
+            sources, config, lora = stage_sources(adapter)
+            plan = make_plan(sources, config, self.processor, lora=lora)
+            write_release(plan, result, getattr(torch, str(config.dtype or "float32").removeprefix("torch.")))
+            shutil.copyfile(adapter / STAGE_FILE, result / STAGE_FILE)
+            adapter.rename(result / ADAPTER_DIR)
+        history = read_history(self.work_dir / HISTORY_FILE)
+        draw_report(history, f"Stage {self.stage.name}", result / REPORT_FILE)
+        model_id = self.options.hub_model_id or self.options.output_dir.name
+        write_card(result, self.stage, self.start, facts, history, model_id, self.options.data)
+        shutil.copyfile(self.work_dir / HISTORY_FILE, result / HISTORY_FILE)
+        if (self.work_dir / LOGS_DIR).exists():
+            shutil.copytree(self.work_dir / LOGS_DIR, result / LOGS_DIR)
+        return result
+
+    def estimate(self):
+        """Take three steps from the middle of the stage and print what they mean for the whole."""
+        first = max(0, min(self.stage.steps // 2, self.stage.steps - 3))
+        steps = range(first, min(first + 3, self.stage.steps))
+        seconds = []
+        started = time.perf_counter()
+        for step, (_, samples) in zip(steps, read_ahead(self.stream, steps, self.options.num_workers), strict=True):
+            self._learn(step, samples)
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+        if self.accelerator.device.type == "cuda":
+            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the device"
+        else:
+            memory = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
+        step_seconds = min(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
+        num_steps = self.num_steps - self.first_step
+        whole = num_steps * step_seconds
+        duration = f"{whole / 3600:.1f} hours" if whole >= 3600 else f"{whole / 60:.1f} minutes"
+        self.accelerator.print(
+            f"Dry run: a step takes {step_seconds:.2f} s and {memory}; {num_steps:,} steps would take {duration} here. "
+            "Nothing was kept."
+        )
 
 
 def _flat(entry: dict, prefix: str = "") -> dict[str, float]:
@@ -372,65 +469,6 @@ def build_model(accelerator: Accelerator, stage: Stage, start: Start, options: R
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def save_result(
-    work_dir: Path, stage: Stage, options: RunOptions, start: Start, processor, tensors: dict, scales: dict, run: dict
-) -> Path:
-    """Write what the stage leaves behind, in `work_dir`: the adapter, or a whole model with the adapter in it."""
-    result = adapter = work_dir / "result"
-    for left_over in (result, work_dir / ADAPTER_DIR):
-        shutil.rmtree(left_over, ignore_errors=True)
-    if options.export or stage.exports:
-        adapter = work_dir / ADAPTER_DIR
-    save_adapter(adapter, tensors, scales, start.base, run)
-    if adapter is not result:
-        sources, config, lora = stage_sources(adapter)
-        plan = make_plan(sources, config, processor, lora=lora)
-        write_release(plan, result, getattr(torch, str(config.dtype or "float32").removeprefix("torch.")))
-        shutil.copyfile(adapter / STAGE_FILE, result / STAGE_FILE)
-        adapter.rename(result / ADAPTER_DIR)
-    history = read_history(work_dir / HISTORY_FILE)
-    draw_report(history, f"Stage {stage.name}", result / REPORT_FILE)
-    model_id = options.hub_model_id or options.output_dir.name
-    write_card(result, stage, start, run, history, model_id, options.data)
-    (work_dir / HISTORY_FILE).rename(result / HISTORY_FILE)
-    if (work_dir / LOGS_DIR).exists():
-        (work_dir / LOGS_DIR).rename(result / LOGS_DIR)
-    return result
-
-
-# ---- Before a long run ----------------------------------------------------------------------------------------------
-
-
-def estimate(accelerator: Accelerator, model, optimizer, stage: Stage, stream, options: RunOptions, num_steps: int):
-    """Take three steps from the middle of the stage and print what they mean for the whole."""
-    first = max(0, min(stage.steps // 2, stage.steps - 3))
-    steps = range(first, min(first + 3, stage.steps))
-    seconds = []
-    started = time.perf_counter()
-    for step, (_, samples) in zip(steps, read_ahead(stream, steps, options.num_workers), strict=True):
-        reseed(options.seed, step, accelerator.process_index)
-        train_step(
-            accelerator,
-            model,
-            optimizer,
-            split_micro_batches(samples, options.device_batch),
-            learning_rate(stage, step),
-        )
-        seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
-    if accelerator.device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the device"
-    else:
-        memory = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
-    step_seconds = min(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
-    whole = num_steps * step_seconds
-    duration = f"{whole / 3600:.1f} hours" if whole >= 3600 else f"{whole / 60:.1f} minutes"
-    accelerator.print(
-        f"Dry run: a step takes {step_seconds:.2f} s and {memory}; {num_steps:,} steps would take {duration} here. "
-        "Nothing was kept."
-    )
 
 
 # ---- Before the first step ------------------------------------------------------------------------------------------
