@@ -114,7 +114,7 @@ def add_pack(commands):
         help="share of clouds that may be missing or broken; they are skipped and listed (default: 0.01)",
     )
     pack.add_argument("--num-workers", type=positive_int, metavar="N", help="processes (default: one for each core)")
-    pack.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result as a data set")
+    pack.add_argument("--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="upload the result as a data set")
     pack.add_argument("--private", action="store_true", help="to a private one")
     pack.set_defaults(run=run_pack)
 

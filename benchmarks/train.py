@@ -1,4 +1,4 @@
-"""A training step as the stages take it, beside the plain padded loop, on the same samples and weights.
+"""Forward, backward and optimizer of a training step, ours beside the plain padded loop, on the same samples and weights.
 
     python benchmarks/train.py [--size small|paper] [--stage II] [--batch 9] [--steps 5] [--device cuda] [--dtype bfloat16]
 

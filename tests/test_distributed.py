@@ -15,6 +15,7 @@ from test_training import ADAPTER, STAGES, first_batches, history, options, prep
 
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.training import train as loop
+from minigpt3d.training.pack import pack, release_entries
 from minigpt3d.training.stages import Lora
 from minigpt3d.training.stream import pack_batch
 from minigpt3d.training.train import make_optimizer, train
@@ -68,6 +69,17 @@ def test_two_processes_train_as_one_does(base, release, tmp_path):  # noqa: F811
         assert (got[name] - tensor).abs().mean() < 0.02 * stage.peak_lr, name
 
 
+def test_more_processes_than_samples_train_as_one_does(base, release, tmp_path):  # noqa: F811
+    """Three samples for four processes: one is idle, and counts nowhere."""
+    stage = without_dropout(tiny(STAGES["IV"], exports=False))
+    one = train(stage, options(base, tmp_path / "one", release, max_steps=2))
+    launch(train, stage, options(base, tmp_path / "four", release, max_steps=2), processes=4)
+    for ours, theirs in zip(history(one), history(tmp_path / "four"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
+        assert theirs["router"]["load"] == pytest.approx(ours["router"]["load"])
+
+
 def test_the_router_is_measured_over_all_processes(base, release, tmp_path):  # noqa: F811
     stage = without_dropout(tiny(STAGES["IV"], exports=False))
     one = train(stage, options(base, tmp_path / "one", release, max_steps=1))
@@ -96,8 +108,10 @@ def _interrupted(stage, settings, last_step: int):
 def test_a_killed_run_of_two_processes_goes_on_exactly(num_workers, base, release, tmp_path):  # noqa: F811
     """In the mixture of stage III, over the end of an epoch (6 objects, 3 a step), with dropout."""
     stage = tiny(STAGES["III"], steps_per_epoch=10, augment=True)
-    launch(train, stage, options(base, tmp_path / "straight", release))
-    settings = options(base, tmp_path / "killed", release, save_every=3, num_workers=num_workers)
+    pack(release_entries(release[0], release[1]), tmp_path / "packed", rows_per_shard=2, num_workers=1)
+    packed = tmp_path / "packed", []
+    launch(train, stage, options(base, tmp_path / "straight", packed))
+    settings = options(base, tmp_path / "killed", packed, save_every=3, num_workers=num_workers)
     launch(_interrupted, stage, settings, 7)
     work_dir = tmp_path / "killed.unfinished"
     assert (work_dir / "checkpoint-6").is_dir() and len((work_dir / "history.jsonl").read_text().splitlines()) == 7

@@ -137,9 +137,14 @@ def test_each_stage_is_a_commit_and_a_tag(published):
     hub, printed, _, _, _, out = published
     repository = hub.repositories["models", ADAPTER]
     assert set(repository.tags) == {"stage-II", "stage-III"} and repository.private
-    # The checkpoint of step 2 in the background, stage II, stage III; the first commit is the repository's own.
-    messages = [commit for commit in printed.splitlines() if "is published" in commit]
-    assert len(messages) == 3
+    # The first commit is the repository's own; then come the checkpoint of step 2 in the background, stages II and III.
+    assert len(repository.commits) == 4
+    background = [json.loads(files["stage.json"]) for files in repository.commits.values() if "stage.json" in files][0]
+    assert (background["stage"], background["step"]) == ("II", 2)
+    assert printed.count("is published") == 3
+    assert not any(
+        str(out.parent).encode() in content for files in repository.commits.values() for content in files.values()
+    )
     files = repository.files("main")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "report.png", "stage.json"} <= set(files)
     config = json.loads(files["adapter_config.json"])
@@ -161,6 +166,6 @@ def test_what_cannot_be_published_is_refused_before_the_run(published):
 def test_a_failed_upload_leaves_the_result_and_says_how_to_repeat_it(published):
     hub, printed, failed, _, _, out = published
     assert (out / "failed" / "adapter_model.safetensors").is_file()
-    assert f"try again: hf upload {WHOLE}-2 {out / 'failed'}" in failed
+    assert f"try again: hf upload {WHOLE}-2 {out / 'failed'} --exclude 'logs/*'" in failed
     assert "hf_secret" not in printed + failed
     assert not any(b"hf_secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())

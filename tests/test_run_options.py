@@ -85,7 +85,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(base, release, tmp_path)
             stage = tiny(STAGES["II"], steps_per_epoch=1)
             run(stage, base, tmp_path, release, str(checkpointing), gradient_checkpointing=checkpointing)
         kept[checkpointing] = sum(sizes)
-    assert kept[True] != kept[False]
+    assert kept[True] < 0.5 * kept[False]
 
 
 def test_compiled_runs_are_the_same_runs(base, release, tmp_path, launched):  # noqa: F811
@@ -96,6 +96,8 @@ def test_compiled_runs_are_the_same_runs(base, release, tmp_path, launched):  # 
     compiled_losses, compiled = run(stage, base, tmp_path, release, "compiled")
     assert compiled_losses == pytest.approx(losses, rel=1e-4)
     assert compiled.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(compiled[key], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_a_language_model_in_four_bits_trains(base, release, tmp_path, monkeypatch):  # noqa: F811
@@ -151,7 +153,6 @@ def test_the_history_tells_what_happened(base, release, tmp_path):  # noqa: F811
         assert sum(router["load"]) == pytest.approx(2) and sum(router["weight"]) == pytest.approx(1)
         assert 0 <= router["between"] < router["entropy"] < torch.tensor(4.0).log() + 1e-6
     # Adam's first step is the rate itself, whatever the gradient.
-    weights = torch.cat([p.flatten() for n, p in make_tiny_model().named_parameters() if n.startswith("model.router")])
     base_weights = load_file(base / "model.safetensors")
     weights = torch.cat([t.flatten() for n, t in base_weights.items() if n.startswith("model.router")])
     expected = entries[0]["lr"] * len(weights) ** 0.5 / weights.norm().item()

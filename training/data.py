@@ -4,6 +4,7 @@ The order: `read_records` (check each record) → `open_sources`, which gives a 
 `FolderSource` reads `.npy` files, a `PackedSource` Parquet shards (`pack`). Which rows a step trains on is in `stream`.
 """
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -334,7 +335,7 @@ def open_sources(names: Iterable[str], dataset: str, annotations: list[Path], an
     else:
         manifest = read_manifest(dataset)
         samples = manifest["shards"]
-    found = [name for name in names if samples.get(name)]
+    found = [name for name in names if any(samples.get(name, ()))]
     absent = [name for name in names if name not in found]
     if absent and not (any_source and found):
         where = "Give --annotations a file with" if annotations else "Pack annotations with"
@@ -345,6 +346,17 @@ def open_sources(names: Iterable[str], dataset: str, annotations: list[Path], an
     if annotations:
         return {name: FolderSource(samples[name], dataset) for name in found}
     return {name: PackedSource(dataset, manifest, name) for name in found}
+
+
+def fingerprint(dataset: str, annotations: list[Path]) -> str:
+    """By which data are told from others: a digest of the manifest, or of the annotation files."""
+    digest = hashlib.sha256()
+    if annotations:
+        for path in annotations:
+            digest.update(Path(path).read_bytes())
+    else:
+        digest.update(json.dumps(read_manifest(dataset), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def _release_name(source: str) -> str:

@@ -75,8 +75,11 @@ class RouterMeter:
             self.logits.append(logits.detach())
 
     @torch.no_grad()
-    def read(self, accelerator: Accelerator) -> dict | None:
+    def read(self, accelerator: Accelerator, idle: bool = False) -> dict | None:
         """Over all clouds since the last call, on every process; None for a stage without a router.
+
+        Args:
+            idle: whether this process's clouds are another one's, and do not count.
 
         Returns:
             `load`: share of the clouds that use an expert, (E,). `weight`: an expert's mean weight, (E,). `entropy`: of a
@@ -90,7 +93,7 @@ class RouterMeter:
         sums = torch.cat(
             [used.sum(0), weights.sum(0), _entropy(weights).sum()[None], weights.new_tensor([len(weights)])]
         )
-        *sums, count = accelerator.reduce(sums).tolist()
+        *sums, count = accelerator.reduce(sums * (not idle)).tolist()
         means = [value / count for value in sums]
         experts = weights.shape[1]
         load, weight, entropy = means[:experts], means[experts:-1], means[-1]

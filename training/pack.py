@@ -213,12 +213,6 @@ def pack(
         for shard, report in zip(waiting, pool.map(write_shard, waiting), strict=True):
             reports[shard.path] = report
             progress.update(len(shard.entries))
-            if not report["rows"]:
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(
-                    f"all {len(shard.entries)} clouds of a shard are missing or broken:\n  {report['broken'][0]}\n"
-                    "Check the folder of the clouds, or leave broken objects out of the annotations."
-                )
             broken = [line for each in reports.values() for line in each["broken"]]
             if len(broken) > max_broken * total:
                 pool.shutdown(cancel_futures=True)
@@ -278,10 +272,7 @@ def write_shard(shard: Shard) -> dict:
     table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(report)})
     temporary = shard.path.with_name(shard.path.name + ".tmp")
     pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
-    if report["rows"]:
-        temporary.rename(shard.path)
-    else:  # an error for `pack`
-        temporary.unlink()
+    temporary.rename(shard.path)
     return report
 
 

@@ -70,10 +70,9 @@ class Publisher:
         def upload():
             try:
                 self._upload(folder, message)
-            except Exception as error:  # the run goes on; the next upload brings newer weights anyway
-                self._complain(folder, error)
-            else:
-                shutil.rmtree(folder)
+            except Exception as error:  # the run goes on, and the next upload brings newer weights
+                print(f"{message} was not published: {_one_line(error)}", file=sys.stderr)
+            shutil.rmtree(folder)
 
         self.running = self.api.run_as_future(upload)
 
@@ -94,8 +93,9 @@ class Publisher:
         )
 
     def _complain(self, folder: Path, error: Exception):
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"{folder} was not published: {reason}\nIt is on disk; try again: hf upload {self.repo_id} {folder}",
-            file=sys.stderr,
-        )
+        again = f"hf upload {self.repo_id} {folder} --exclude 'logs/*'{' --private' if self.private else ''}"
+        print(f"{folder} was not published: {_one_line(error)}\nIt is on disk; try again: {again}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

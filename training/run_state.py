@@ -133,6 +133,10 @@ def check_checkpoint(checkpoint: Path, stage: Stage, run: dict) -> int:
             raise ValueError(
                 f"--resume: {checkpoint} is of a run with {name} {theirs[name]!r}, but now it is {run[name]!r}."
             )
+    if theirs["data"] != run["data"]:
+        raise ValueError(
+            f"--resume: {checkpoint} is of a run on other data. Give it the --data it had, or a new OUTPUT_DIR."
+        )
     return theirs["step"]
 
 
@@ -183,4 +187,6 @@ def cut_history(path: Path, first_step: int):
     """Keep the history up to the step that comes next: steps behind the checkpoint are done again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[:first_step]))
+        whole = path.with_name(path.name + ".tmp")
+        whole.write_text("".join(lines[:first_step]))
+        whole.replace(path)

@@ -1,6 +1,6 @@
 """Stage I: the point projection learns to carry the frozen encoder's features to a frozen Q-Former and language model.
 
-accelerate launch training/stage1.py --init BASE --data CLOUDS --annotations brief.json --output_dir stage1
+accelerate launch training/stage1.py --init BASE --data packed --output_dir stage1
 """
 
 from minigpt3d.training.train import main

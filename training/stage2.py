@@ -1,6 +1,6 @@
 """Stage II: Q-Former, projections and language model learn to name objects together.
 
-accelerate launch training/stage2.py --init stage1 --data CLOUDS --annotations brief.json --output_dir stage2
+accelerate launch training/stage2.py --init stage1 --data packed --output_dir stage2
 """
 
 from minigpt3d.training.train import main

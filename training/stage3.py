@@ -1,6 +1,6 @@
 """Stage III: the same parameters learn detailed descriptions and conversations.
 
-accelerate launch training/stage3.py --init stage2 --data CLOUDS --annotations complex.json --output_dir stage3
+accelerate launch training/stage3.py --init stage2 --data packed --output_dir stage3
 """
 
 from minigpt3d.training.train import main

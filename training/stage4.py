@@ -1,6 +1,6 @@
 """Stage IV: eight query experts part ways while a router learns to choose among them.
 
-accelerate launch training/stage4.py --init stage3 --data CLOUDS --annotations complex.json --output_dir stage4
+accelerate launch training/stage4.py --init stage3 --data packed --output_dir stage4
 """
 
 from minigpt3d.training.train import main

@@ -1,8 +1,7 @@
 """Which samples a step trains on, and how they get there: sources → a stage's steps → packed batches.
 
-A step's batch is a row of slots, one for each sample. A slot has a lane of its own through the source: where there are
-enough shards, those that an epoch's shuffle deals to it, so that a process reads the shards of its own slots and no
-others; in a small data set, every n-th row of one shuffle of them all. Processes share the slots of a step, and workers
+A step's batch is a row of slots, one for each sample. A slot has a piece of the source to itself, one or two shards of an
+epoch's shuffle, so that a process reads the shards of its own slots and no others. Processes share the slots of a step, and workers
 share the slots of a process. So what a slot gets is a function of seed, step and slot alone: a resumed run goes on where it
 stopped, to the bit, and neither the number of processes nor that of workers changes the samples of a step.
 
@@ -30,6 +29,9 @@ LEAST_ROW_LENGTH = 256
 class Order:
     """The row that a slot gets at its source's n-th turn; no row comes twice in an epoch, and each epoch has its own order.
 
+    An epoch puts the shards one behind the other in a new order, each shuffled inside, and cuts this row of rows into one
+    piece for each slot: a slot reads the one or two shards that it is in. Fewer rows than slots are left out of an epoch.
+
     Args:
         rows: of each shard.
         batch: slots of a step.
@@ -38,22 +40,21 @@ class Order:
 
     def __init__(self, rows: list[int], batch: int, seed: list[int]):
         self.rows, self.batch, self.seed = rows, batch, seed
-        self.shards_per_lane = len(rows) // batch
+        self.piece = sum(rows) // batch  # rows of a slot in an epoch
         self._kept: dict[tuple[int, ...], np.ndarray] = {}
 
     def address(self, turn: int, slot: int) -> tuple[int, int]:
         """(shard, row)."""
-        if self.shards_per_lane:
-            # All lanes and shards count as long as the shortest; an epoch leaves out the few rows beyond, other ones each time.
-            length = min(self.rows)
-            epoch, position = divmod(turn, self.shards_per_lane * length)
-            place, position = divmod(position, length)
-            shard = int(self._permutation(len(self.rows), epoch)[slot + self.batch * place])
-            return shard, int(self._rows_of(shard, epoch)[position])
-        epoch, position = divmod(turn * self.batch + slot, sum(self.rows))
-        number = int(self._permutation(sum(self.rows), epoch)[position])
-        shard = int(np.searchsorted(np.cumsum(self.rows), number, side="right"))
-        return shard, number - sum(self.rows[:shard])
+        if self.piece:
+            epoch, position = divmod(turn, self.piece)
+            position += slot * self.piece
+        else:  # less than a batch: an epoch ends within a step
+            epoch, position = divmod(turn * self.batch + slot, sum(self.rows))
+        shards = self._permutation(len(self.rows), epoch)
+        ends = self._keep((epoch, -1), lambda rng: np.cumsum([self.rows[shard] for shard in shards]))
+        place = int(np.searchsorted(ends, position, side="right"))
+        shard = int(shards[place])
+        return shard, int(self._rows_of(shard, epoch)[position - int(ends[place]) + self.rows[shard]])
 
     def _permutation(self, count: int, epoch: int) -> np.ndarray:
         return self._keep((epoch,), lambda rng: rng.permutation(count))
@@ -72,7 +73,7 @@ class Order:
         if key not in self._kept:
             if len(self._kept) > 4 * self.batch:
                 self._kept.clear()
-            self._kept[key] = make(np.random.default_rng([*self.seed, *key]))
+            self._kept[key] = make(np.random.default_rng([*self.seed, *(number + 1 for number in key)]))
         return self._kept[key]
 
 
@@ -85,9 +86,6 @@ class StageStream:
         processor: a `MiniGPT3DProcessor`.
         seed: of the draws, the order and the augmentation.
         process_index, num_processes: which slots are ours.
-
-    Raises:
-        ValueError: a batch has fewer samples than there are processes.
     """
 
     def __init__(
@@ -96,12 +94,6 @@ class StageStream:
         self.stage, self.sources, self.processor = stage, sources, processor
         self.seed = [seed, *stage.name.encode()]
         self.process_index, self.num_processes = process_index, num_processes
-        for source in stage.mixture:
-            if source.batch < num_processes:
-                raise ValueError(
-                    f"Stage {stage.name}: a batch of {source.batch} {source.name!r} samples cannot be shared by "
-                    f"{num_processes} processes. Launch at most {source.batch}."
-                )
         weights = np.array([source.weight for source in stage.mixture], dtype=float)
         self.draws = self._rng("source").choice(len(weights), size=stage.steps, p=weights / weights.sum())  # (steps,)
         # How often the source of a step was drawn before it: that source's own clock.
@@ -121,8 +113,16 @@ class StageStream:
         return self.stage.mixture[self.draws[step]]
 
     def slots(self, step: int) -> range:
-        """The slots of a step that this process trains on."""
-        return range(self.process_index, self.source(step).batch, self.num_processes)
+        """The slots of a step that this process trains on; slot 0 for one that is idle, and has to keep step."""
+        return (
+            range(0, 1)
+            if self.is_idle(step)
+            else range(self.process_index, self.source(step).batch, self.num_processes)
+        )
+
+    def is_idle(self, step: int) -> bool:
+        """Whether the step has fewer samples than there are processes, and none for this one."""
+        return self.process_index >= self.source(step).batch
 
     def encode(self, step: int, slot: int) -> dict[str, torch.Tensor]:
         """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
@@ -130,7 +130,10 @@ class StageStream:
         sample, cloud = self.sources[name].read(*self.orders[name].address(int(self.turns[step]), slot))
         if self.stage.augment:
             cloud = augment(cloud, self._rng("augment", step, slot))
-        return encode_sample(self.processor, sample, cloud, self.stage)
+        encoded = encode_sample(self.processor, sample, cloud, self.stage)
+        if self.is_idle(step):
+            encoded["labels"].fill_(-100)
+        return encoded
 
 
 def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
-from .data import open_sources
+from .data import fingerprint, open_sources
 from .measure import RouterMeter, UpdateMeter, validate
 from .model_card import write_card
 from .publish import Publisher, check_repository
@@ -64,6 +65,7 @@ from .weights import (
 
 
 REPORT_FILE = "report.png"
+DRY_STEPS = 6
 LOGS_DIR = "logs"
 # What stays as it is in a model of 4 bits: all but the language model's layers.
 NOT_IN_4_BIT = [
@@ -131,6 +133,13 @@ class RunOptions:
             "help": "Hold the language model's frozen weights in 4 bits (NF4, bitsandbytes); what trains stays float32."
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the language model, such as flash_attention_2, which skips what packed samples do not see "
+            "of each other; without this option transformers chooses."
+        },
+    )
     num_workers: int = field(default=2, metadata={"help": "Processes that read clouds ahead; 0 reads in the loop."})
     seed: int = field(default=42, metadata={"help": "Of sampling, augmentation, new weights and dropout."})
     save_every: int = field(
@@ -140,7 +149,7 @@ class RunOptions:
     keep_checkpoints: int = field(default=2, metadata={"help": "Newest checkpoints to keep."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Take three steps, say what memory and time the whole stage needs here, and keep nothing."},
+        metadata={"help": "Take six steps, say what memory and time the whole stage needs here, and keep nothing."},
     )
     resume: Literal["never", "auto"] = field(
         default="never",
@@ -277,8 +286,11 @@ class Run:
         set_seed(options.seed)  # new LoRA factors
         model = build_model(self.accelerator, self.stage, self.start, options)
         self.accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
+        if self.start.run is None and stage.starts_from not in ("base", "any"):
+            self.accelerator.print(f"Nothing says that {options.init} is the result of stage {stage.starts_from}.")
         self.facts = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
         self.facts["router_type"] = model.config.router_type
+        self.facts["data"] = fingerprint(options.data, options.annotations)
         self._restore_and_prepare(model)
         # Without what Accelerate and torch.compile put around it.
         self.inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -318,19 +330,20 @@ class Run:
         """
         self.updates.remember()
         loss, grad_norm = self._learn(step, samples)
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None)):
             raise LossError(
-                f"The loss is {loss} at step {step}; nothing of this step is kept. The newest checkpoint in "
-                f"{self.work_dir} is sound: resume from it with a lower learning rate or in a wider dtype."
+                f"At step {step} the loss is {loss} and the norm of its gradient {grad_norm}; nothing of this step is kept. "
+                f"What {self.work_dir} holds of the steps before is sound: go on from it in a wider dtype, or look at what "
+                "this step trained on."
             )
         entry = {"step": step, "source": source, "loss": loss, "lr": learning_rate(self.stage, step)}
         entry |= {"grad_norm": grad_norm, "update_ratio": self.updates.ratios()}
-        if routing := self.router.read(self.accelerator):
+        if routing := self.router.read(self.accelerator, self.stream.is_idle(step)):
             entry["router"] = routing
-        entry |= self.before if step == 0 else {}
-        entry |= self._validate("validation_after") if step + 1 == self.num_steps else {}
         seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
-        return entry | {"samples_per_second": round(self.stream.source(step).batch / seconds, 2)}
+        entry["samples_per_second"] = round(self.stream.source(step).batch / seconds, 2)
+        entry |= self.before if step == 0 else {}
+        return entry | (self._validate("validation_after") if step + 1 == self.num_steps else {})
 
     def _learn(self, step: int, samples: list[dict]) -> tuple[float, float]:
         reseed(self.options.seed, step, self.accelerator.process_index)
@@ -363,7 +376,7 @@ class Run:
             tensors = gather_parameters(self.inner, self.adapter_names)
             if self.accelerator.is_main_process:
                 folder = self.work_dir / f"published-{step}"
-                save_adapter(folder, tensors, self.lora_scales, self.start.base, facts)
+                save_adapter(folder, tensors, self.lora_scales, self.start.base, self._public_facts(step))
                 self.publisher.push_in_background(folder, f"Stage {self.stage.name}, step {step}")
 
     def finish(self):
@@ -385,6 +398,11 @@ class Run:
                 self.publisher.push(self.options.output_dir, f"Stage {self.stage.name}", f"stage-{self.stage.name}")
         self.accelerator.wait_for_everyone()
 
+    def _public_facts(self, step: int) -> dict:
+        """What others may read: of a path, which says something about a disk here, its last part."""
+        init = self.facts["init"]
+        return self.facts | {"step": step, "init": Path(init).name if Path(init).exists() else init}
+
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
         """Write what the stage leaves behind: the adapter, or a whole model with the adapter in it."""
         result = adapter = self.work_dir / "result"
@@ -392,7 +410,7 @@ class Run:
             shutil.rmtree(left_over, ignore_errors=True)
         if self.options.export or self.stage.exports:
             adapter = self.work_dir / ADAPTER_DIR
-        facts = self.facts | {"step": self.num_steps}
+        facts = self._public_facts(self.num_steps)
         save_adapter(adapter, tensors, self.lora_scales, self.start.base, facts)
         if adapter is not result:
             sources, config, lora = stage_sources(adapter)
@@ -410,20 +428,21 @@ class Run:
         return result
 
     def estimate(self):
-        """Take three steps from the middle of the stage and print what they mean for the whole."""
-        first = max(0, min(self.stage.steps // 2, self.stage.steps - 3))
-        steps = range(first, min(first + 3, self.stage.steps))
-        seconds = []
+        """Take a few steps from the middle of the stage and print what they mean for the whole."""
+        first = max(0, min(self.stage.steps // 2, self.stage.steps - DRY_STEPS))
+        steps = range(first, min(first + DRY_STEPS, self.stage.steps))
+        seconds, resident = [], 0
         started = time.perf_counter()
         for step, (_, samples) in zip(steps, read_ahead(self.stream, steps, self.options.num_workers), strict=True):
             self._learn(step, samples)
             seconds.append(time.perf_counter() - started)
+            resident = max(resident, psutil.Process().memory_info().rss)
             started = time.perf_counter()
         if self.accelerator.device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the device"
         else:
-            memory = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
-        step_seconds = min(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
+            memory = f"{resident / 1e9:.2f} GB"
+        step_seconds = fmean(seconds[1:] or seconds)  # the first one fetches memory and fills the workers
         num_steps = self.num_steps - self.first_step
         whole = num_steps * step_seconds
         duration = f"{whole / 3600:.1f} hours" if whole >= 3600 else f"{whole / 60:.1f} minutes"
@@ -451,6 +470,8 @@ def build_model(accelerator: Accelerator, stage: Stage, start: Start, options: R
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     half = half if accelerator.native_amp else None  # there is no float16 on a CPU, for one
     loading = {}
+    if options.attn_implementation is not None:
+        loading["attn_implementation"] = {"text_config": options.attn_implementation}
     if options.load_in_4bit:
         loading["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -514,10 +535,10 @@ def check_options(stage: Stage, options: RunOptions, work_dir: Path) -> Start:
             "training/finetune.py."
         )
     if options.push_to_hub:
-        if not (options.export or stage.exports) and Path(start.base).is_dir():
+        if (options.hub_every or not (options.export or stage.exports)) and Path(start.base).is_dir():
             raise ValueError(
                 f"--push_to_hub: the result is an adapter on {start.base}, which others do not have. Publish that and pass "
-                "its Hub id as --init, or publish the whole model with --export."
+                "its Hub id as --init, or publish the whole model with --export, and without --hub_every."
             )
         check_repository(options.hub_model_id)
     return start
@@ -569,8 +590,10 @@ def train_step(
         batch_loss += loss.detach()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     grad_norm = accelerator.clip_grad_norm_(trainable, math.inf)  # measured; nothing is clipped
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm or 0.0)
     batch_loss = accelerator.reduce(batch_loss).item()
-    if math.isfinite(batch_loss):
+    # fp16's scaler leaves out by itself the steps whose gradient overflows.
+    if math.isfinite(batch_loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
         optimizer.step()
     optimizer.zero_grad()
-    return batch_loss, float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm or 0.0)
+    return batch_loss, grad_norm
