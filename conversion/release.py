@@ -40,8 +40,9 @@ from .tables import FILES, ZEROS, File
 
 
 # Of a training stage's result (see training/weights.py).
-ADAPTER_DIR, ADAPTER_CONFIG = "adapter", "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
+ADAPTER_DIR, ADAPTER_CONFIG, ADAPTER_FILE = "adapter", "adapter_config.json", "adapter_model.safetensors"
+STAGE_FILE = "stage.json"
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 @dataclass
@@ -111,19 +112,19 @@ def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str
     config = MiniGPT3DConfig.from_pretrained(base)
     if adapter is None:
         return sources, config, []
-    checkpoint = Checkpoint(adapter / "adapter_model.safetensors")
-    names = {key: key.removeprefix(_PEFT_PREFIX) for key in checkpoint.shapes}
+    checkpoint = Checkpoint(adapter / ADAPTER_FILE)
+    names = {key: key.removeprefix(PEFT_PREFIX) for key in checkpoint.shapes}
     modules = [name.removesuffix(".lora_A.weight") for name in names.values() if name.endswith(".lora_A.weight")]
     # What the stages have trained supersedes the base's; every LoRA module has both of its factors.
     file = File("adapter", "a PEFT adapter", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*",))
     renamed = {
-        "to_key": lambda name: _PEFT_PREFIX + (our_name(name) or name),
+        "to_key": lambda name: PEFT_PREFIX + (our_name(name) or name),
         "to_name": lambda key: authors_name(names[key]) or names[key],
     }
     scales = {module: peft_scale(peft_config, module) for module in modules}
     sources.append(Source(file, checkpoint, **renamed, scales=scales))
-    if (adapter / "stage.json").exists():
-        run = json.loads((adapter / "stage.json").read_text(encoding="utf-8"))
+    if (adapter / STAGE_FILE).exists():
+        run = json.loads((adapter / STAGE_FILE).read_text(encoding="utf-8"))
         config.router_type = run.get("router_type", config.router_type)
     if not isinstance(peft_config.target_modules, str):  # names, of which none may be missing
         modules = sorted(f"model.{name}" for name in peft_config.target_modules)

@@ -18,7 +18,7 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import STAGE_3, STAGE_4
 
 from .hub_folder import check_folder, write_all_but_weights, written_whole
-from .release import ADAPTER_DIR, Plan, provenance, summary
+from .release import ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE, Plan, provenance, summary
 from .state_dict import lora_config
 
 
@@ -162,10 +162,10 @@ def write_adapter(folder: Path, plan: Plan, adapter_config):
     """A PEFT adapter: LoRA factors, and beside them the modules that the stages train, in float32."""
     read, modules = plan.reader(), {f"model.{module}" for module in adapter_config.modules_to_save}
     names = [*plan.accounted.lora, *(name for name in plan.expected if name.rpartition(".")[0] in modules)]
-    tensors = {f"base_model.model.{name}": _cast(read(name), torch.float32, name) for name in names}
+    tensors = {f"{PEFT_PREFIX}{name}": _cast(read(name), torch.float32, name) for name in names}
     folder.mkdir()
     adapter_config.save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     plan.release()
 
 
@@ -175,7 +175,7 @@ def write_stage(folder: Path, plan: Plan):
     stage = {"stage4": "IV", "stage3": "III"}.get(slots[-1])
     if stage is not None:
         run = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
-        (folder / "stage.json").write_text(json.dumps(run, indent=1) + "\n")
+        (folder / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
 
 def write_record(folder: Path, plan: Plan, record: dict, model_id: str):

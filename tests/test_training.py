@@ -250,19 +250,38 @@ def test_processes_share_the_steps_and_epochs_go_through_everything(release, tin
     shares = [open_stream(stage, release, tiny_processor, process_index=rank, num_processes=2) for rank in range(2)]
     assert [list(share.slots(0)) for share in shares] == [[0, 2], [1]]
     for rank, share in enumerate(shares):
-        assert share.source(0) == whole.source(0)
+        assert share.source_name(0) == whole.source_name(0)
         for slot in share.slots(0):
             ours, theirs = share.encode(0, slot), whole.encode(0, slot)
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (rank, slot)
     seen = {name: [] for name in whole.sources}
     for step in range(30):
-        source = whole.source(step)
+        name = whole.source_name(step)
         for slot in whole.slots(step):
-            _, row = whole.orders[source.name].address(int(whole.turns[step]), slot)
-            seen[source.name].append(row)
+            _, row = whole.orders[name].address(int(whole.turns[step, 0]), slot)
+            seen[name].append(row)
     for rows in seen.values():
         assert sorted(rows[:6]) == sorted(rows[6:12]) == list(range(6))
         assert rows[:6] != rows[6:12]
+
+
+def test_sources_can_be_drawn_for_each_sample(release, tiny_processor):
+    stage = tiny(STAGES["III"], steps_per_epoch=400, draw_each="sample")
+    stream = open_stream(stage, release, tiny_processor)
+    weights = np.array([source.weight for source in stage.mixture])
+    assert stream.draws.shape == (400, 3) and stream.source_name(0) == "mixed"
+    shares = np.bincount(stream.draws.ravel()) / stream.draws.size
+    assert np.abs(shares - weights / weights.sum()).max() < 0.05
+    assert (stream.draws != stream.draws[:, :1]).any(), "within a step too"
+    for index, source in enumerate(stage.mixture):  # each source goes through all its rows before one comes again
+        turns = stream.turns[stream.draws == index]
+        assert (turns == np.arange(len(turns))).all()
+        rows = [stream.orders[source.name].address(int(turn), 0)[1] for turn in turns[:12]]
+        assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
+    kinds = {len(stream.encode(step, slot)["labels"]) for step in range(5) for slot in range(3)}
+    assert len(kinds) > 1
+    with pytest.raises(ValueError, match="give all sources the same batch"):
+        open_stream(replace(STAGES["III"], draw_each="sample"), release, tiny_processor)
 
 
 # One step

@@ -50,7 +50,8 @@ class Stage:
             "any" model.
         teaches: what the stage is for, in words.
         trainable: patterns of the parameters that train. Everything else is frozen.
-        mixture: the sources; one is drawn for each step.
+        mixture: the sources, of which one is drawn for each step, or for each sample.
+        draw_each: "step", as the authors do, or "sample": then all sources have the same batch.
         exports: whether the result is merged into a whole model, which others can load as it is.
         any_source: whether data may lack some of the mixture's sources, which are then left out.
         warmup_lr, peak_lr, min_lr: learning rates at the first step, at the end of warm-up, and at the last step.
@@ -75,6 +76,7 @@ class Stage:
     steps_per_epoch: int
     epochs: int = 1
     router_type: str | None = "none"
+    draw_each: str = "step"
     exports: bool = False
     any_source: bool = False
     language_lora: Lora = Lora(rank=64, alpha=16, dropout=0.05)

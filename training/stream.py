@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .data import ROWS_PER_GROUP, Sample, augment, to_messages
-from .stages import Source, Stage
+from .stages import Stage
 
 
 # Without a kernel for packed sequences, attention costs the square of a row's length: short rows, not one long one.
@@ -94,40 +94,51 @@ class StageStream:
         self.stage, self.sources, self.processor = stage, sources, processor
         self.seed = [seed, *stage.name.encode()]
         self.process_index, self.num_processes = process_index, num_processes
+        per_sample = stage.draw_each == "sample"
+        if per_sample and len({source.batch for source in stage.mixture}) > 1:
+            raise ValueError(f"Stage {stage.name} draws each sample's source: give all sources the same batch.")
         weights = np.array([source.weight for source in stage.mixture], dtype=float)
-        self.draws = self._rng("source").choice(len(weights), size=stage.steps, p=weights / weights.sum())  # (steps,)
-        # How often the source of a step was drawn before it: that source's own clock.
-        self.turns = np.zeros(stage.steps, dtype=np.int64)
+        size = stage.steps, stage.mixture[0].batch if per_sample else 1
+        # Index of the source that is drawn, for each step, and for each slot if they are drawn apart.
+        self.draws = self._rng("source").choice(len(weights), size=size, p=weights / weights.sum())
+        # How often that source was drawn before: its own clock.
+        self.turns = np.zeros(size, dtype=np.int64)
         for index in range(len(weights)):
-            (steps,) = np.nonzero(self.draws == index)
-            self.turns[steps] = np.arange(len(steps))
+            drawn = self.draws == index
+            self.turns[drawn] = np.arange(drawn.sum())
         self.orders = {
-            source.name: Order(sources[source.name].rows, source.batch, [*self.seed, *source.name.encode()])
+            source.name: Order(
+                sources[source.name].rows, 1 if per_sample else source.batch, [*self.seed, *source.name.encode()]
+            )
             for source in stage.mixture
         }
 
     def _rng(self, purpose: str, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([*self.seed, *purpose.encode(), *numbers])
 
-    def source(self, step: int) -> Source:
-        return self.stage.mixture[self.draws[step]]
+    def source_name(self, step: int) -> str:
+        return "mixed" if self.stage.draw_each == "sample" else self.stage.mixture[self.draws[step, 0]].name
+
+    def batch(self, step: int) -> int:
+        """Samples of a step, over all processes."""
+        return self.stage.mixture[self.draws[step, 0]].batch
 
     def slots(self, step: int) -> range:
         """The slots of a step that this process trains on; slot 0 for one that is idle, and has to keep step."""
-        return (
-            range(0, 1)
-            if self.is_idle(step)
-            else range(self.process_index, self.source(step).batch, self.num_processes)
-        )
+        if self.is_idle(step):
+            return range(0, 1)
+        return range(self.process_index, self.batch(step), self.num_processes)
 
     def is_idle(self, step: int) -> bool:
         """Whether the step has fewer samples than there are processes, and none for this one."""
-        return self.process_index >= self.source(step).batch
+        return self.process_index >= self.batch(step)
 
     def encode(self, step: int, slot: int) -> dict[str, torch.Tensor]:
         """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
-        name = self.source(step).name
-        sample, cloud = self.sources[name].read(*self.orders[name].address(int(self.turns[step]), slot))
+        column, order_slot = (slot, 0) if self.stage.draw_each == "sample" else (0, slot)
+        name = self.stage.mixture[self.draws[step, column]].name
+        address = self.orders[name].address(int(self.turns[step, column]), order_slot)
+        sample, cloud = self.sources[name].read(*address)
         if self.stage.augment:
             cloud = augment(cloud, self._rng("augment", step, slot))
         encoded = encode_sample(self.processor, sample, cloud, self.stage)
@@ -166,7 +177,7 @@ def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[
     for step in steps:
         # The loader takes from its workers in turn, so a step is one item of each.
         samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
-        yield stream.source(step).name, [samples[slot] for slot in sorted(samples)]
+        yield stream.source_name(step), [samples[slot] for slot in sorted(samples)]
 
 
 def _ignore_signals(worker_id: int):

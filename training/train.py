@@ -341,7 +341,7 @@ class Run:
         if routing := self.router.read(self.accelerator, self.stream.is_idle(step)):
             entry["router"] = routing
         seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
-        entry["samples_per_second"] = round(self.stream.source(step).batch / seconds, 2)
+        entry["samples_per_second"] = round(self.stream.batch(step) / seconds, 2)
         entry |= self.before if step == 0 else {}
         return entry | (self._validate("validation_after") if step + 1 == self.num_steps else {})
 

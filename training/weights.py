@@ -31,19 +31,15 @@ from torch import nn
 from minigpt3d.conversion import lora_config
 from minigpt3d.conversion.checkpoints import sha256
 from minigpt3d.conversion.hub_folder import written_whole
+from minigpt3d.conversion.release import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE
 from minigpt3d.conversion.state_dict import peft_scale, read_lora_config
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .stages import Stage, lora_targets, select_trainable
 
 
-ADAPTER_DIR = "adapter"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-STAGE_FILE = "stage.json"
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
-_PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 def own_name(name: str) -> str:
@@ -221,7 +217,7 @@ def trainable_table(model: nn.Module) -> str:
 def _read_names(adapter: Path) -> list[str]:
     """Our names of the tensors in an adapter's file."""
     with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
-        return [name.removeprefix(_PEFT_PREFIX) for name in file.keys()]
+        return [name.removeprefix(PEFT_PREFIX) for name in file.keys()]
 
 
 def load_adapter(model: nn.Module, adapter: Path):
@@ -232,7 +228,7 @@ def load_adapter(model: nn.Module, adapter: Path):
     Raises:
         ValueError: the adapter is for other modules, other ranks or other scales.
     """
-    tensors = {name.removeprefix(_PEFT_PREFIX): t for name, t in load_file(adapter / ADAPTER_FILE).items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(adapter / ADAPTER_FILE).items()}
     parameters = named_parameters(model)
     _copy_tensors({name: parameters[name] for name in tensors if name in parameters}, tensors, adapter / ADAPTER_FILE)
     config = read_lora_config(adapter)
@@ -284,7 +280,7 @@ def save_adapter(
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, **options)
     with written_whole(folder) as partial:
         config.save_pretrained(partial)
-        contents = {f"{_PEFT_PREFIX}{name}": tensors[name].float().contiguous() for name in sorted(tensors)}
+        contents = {f"{PEFT_PREFIX}{name}": tensors[name].float().contiguous() for name in sorted(tensors)}
         save_file(contents, partial / ADAPTER_FILE, metadata={"format": "pt"})
         (partial / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
