@@ -260,3 +260,18 @@ def test_the_end_of_a_launcher_ends_the_run(base, release, tmp_path, monkeypatch
     monkeypatch.undo()
     resumed, straight = train(stage, settings), train(stage, options(base, tmp_path / "straight", release))
     assert (straight / ADAPTER).read_bytes() == (resumed / ADAPTER).read_bytes()
+
+
+def test_the_language_models_attention_can_be_chosen(base, release, tmp_path, monkeypatch):  # noqa: F811
+    stage, chosen = tiny(STAGES["II"]), []
+    losses, _ = run(stage, base, tmp_path, release, "plain")
+    prepare = loop.prepare_model
+    monkeypatch.setattr(
+        loop,
+        "prepare_model",
+        lambda model, *args: chosen.append(model.config.text_config._attn_implementation) or prepare(model, *args),
+    )
+    again, _ = run(stage, base, tmp_path, release, "eager", attn_implementation="eager")
+    assert chosen == ["eager"] and again == pytest.approx(losses, rel=1e-4)
+    with pytest.raises(ValueError, match="nonsense"):
+        run(stage, base, tmp_path, release, "nonsense", attn_implementation="nonsense")

@@ -218,11 +218,12 @@ def main(stage_name: str, argv: list[str] | None = None):
 
 def _describe(stage: Stage) -> str:
     sources = ", ".join(f"{source.name} ({source.batch} a step)" for source in stage.mixture)
+    begins = {"base": "the parts that the paper takes ready-made", "any": "a finished model"}
     return (
-        f"Stage {stage.name} of MiniGPT-3D: {stage.teaches}. The paper's run starts from "
-        f"{'the ready-made parts' if stage.starts_from == 'base' else 'stage ' + stage.starts_from} and takes "
-        f"{stage.steps:,} steps on {sources}, with learning rates {stage.warmup_lr:g} → {stage.peak_lr:g} → "
-        f"{stage.min_lr:g}. These are in training/stages.py; the options below say how to run it."
+        f"Stage {stage.name} of MiniGPT-3D: {stage.teaches}. It starts from "
+        f"{begins.get(stage.starts_from, f'stage {stage.starts_from}')} and takes {stage.steps:,} steps on {sources}, with "
+        f"learning rates {stage.warmup_lr:g} → {stage.peak_lr:g} → {stage.min_lr:g}. These are the paper recipe's row of "
+        "training/stages.py; the options below say how to run it."
     )
 
 
