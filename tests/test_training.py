@@ -477,10 +477,14 @@ def test_a_killed_run_goes_on_exactly(base, release, tmp_path, monkeypatch):
 
 def test_twenty_kills_at_random_moments_lose_nothing(base, release, tmp_path):
     """kill -9, twenty times, then the end: the same bits as the run never stopped."""
-    stage = tiny(STAGES["III"], steps_per_epoch=150)
+    stage = tiny(STAGES["III"], steps_per_epoch=120)
     straight = train(stage, options(base, tmp_path / "straight", release))
     run = options(base, tmp_path / "killed", release, save_every=1, resume="auto")
-    rng, kept = np.random.default_rng(0), []
+    rng, kept, lines = np.random.default_rng(0), [], tmp_path / "killed.unfinished" / "history.jsonl"
+
+    def count_lines(path) -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     for _ in range(20):
         child = os.fork()
         if child == 0:
@@ -489,16 +493,18 @@ def test_twenty_kills_at_random_moments_lose_nothing(base, release, tmp_path):
                 train(stage, run)
             finally:
                 os._exit(0)
-        time.sleep(rng.uniform(0.3, 0.9))
+        wanted = count_lines(lines) + rng.integers(0, 5)  # some steps on, at no particular moment of the next
+        deadline = time.monotonic() + 30
+        while count_lines(lines) < wanted and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if (tmp_path / "killed").exists():
             break
         newest = list_checkpoints(tmp_path / "killed.unfinished")
         kept.append(int(newest[0].name.removeprefix("checkpoint-")) if newest else 0)
-        lines = tmp_path / "killed.unfinished" / "history.jsonl"
-        done = len(lines.read_text().splitlines()) if lines.exists() else 0
-        assert done - kept[-1] <= 1, "lost is at most the step behind the last checkpoint"
+        assert count_lines(lines) - kept[-1] <= 1, "lost is at most the step behind the last checkpoint"
     assert len(kept) == 20 and kept == sorted(kept) and len(set(kept)) > 5, "the kills came in the middle"
     if not (tmp_path / "killed").exists():
         train(stage, run)
