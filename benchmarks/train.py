@@ -23,7 +23,7 @@ from encode import PlainMiniPointNet, plain_group, plain_transformer
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import RECIPES, Stage
-from minigpt3d.training.stream import pack_batch, pad_batch
+from minigpt3d.training.stream import pack_batch, pad_batch, takes_one_row
 from minigpt3d.training.train import make_optimizer
 from minigpt3d.training.weights import prepare_model
 
@@ -73,7 +73,7 @@ def main():
     )
     print(f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'loss':>9}")
     rates, losses = {}, {}
-    one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
+    one_row = takes_one_row(inner)
     pad = lambda samples: pad_batch(samples, config.text_config.pad_token_id)  # noqa: E731
     encoder = inner.model.point_encoder
     ways: dict[str, tuple[Callable, Callable]] = {

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from .stages import Stage
-from .stream import encode_sample, pack_batch
+from .stream import encode_sample, pack_batch, takes_one_row
 from .weights import named_parameters, set_training_mode
 
 
@@ -117,7 +117,7 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         batch: samples that a device takes at once.
     """
     inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-    one_row = (inner.config.text_config._attn_implementation or "").startswith("flash")
+    one_row = takes_one_row(inner)
     addresses = [
         (name, shard, row)
         for name, source in sources.items()

@@ -1,7 +1,7 @@
 """Which samples a step trains on, and how they get there: sources → a stage's steps → packed batches.
 
-A step's batch is a row of slots, one for each sample. A slot has a piece of the source to itself, one or two shards of an
-epoch's shuffle, so that a process reads the shards of its own slots and no others. Processes share the slots of a step, and workers
+A step's batch is a row of slots, one for each sample. A slot has a piece of an epoch's shuffle to itself, so that
+a process reads the shards that the pieces of its own slots go through, and no others. Processes share the slots of a step, and workers
 share the slots of a process. So what a slot gets is a function of seed, step and slot alone: a resumed run goes on where it
 stopped, to the bit, and neither the number of processes nor that of workers changes the samples of a step.
 
@@ -30,7 +30,7 @@ class Order:
     """The row that a slot gets at its source's n-th turn; no row comes twice in an epoch, and each epoch has its own order.
 
     An epoch puts the shards one behind the other in a new order, each shuffled inside, and cuts this row of rows into one
-    piece for each slot: a slot reads the one or two shards that it is in. Fewer rows than slots are left out of an epoch.
+    piece for each slot, which reads the shards that its piece goes through. Fewer rows than slots are left out of an epoch.
 
     Args:
         rows: of each shard.
@@ -192,6 +192,11 @@ def split_micro_batches(samples: list[dict], device_batch: int | None) -> list[l
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+def takes_one_row(model: torch.nn.Module) -> bool:
+    """Whether the language model's attention skips what packed samples do not see of each other, however long the row."""
+    return (model.config.text_config._attn_implementation or "").startswith("flash")
 
 
 def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ from .run_state import (
     restore_optimizer,
 )
 from .stages import RECIPES, Stage, learning_rate
-from .stream import StageStream, pack_batch, read_ahead, split_micro_batches
+from .stream import StageStream, pack_batch, read_ahead, split_micro_batches, takes_one_row
 from .weights import (
     ADAPTER_DIR,
     STAGE_FILE,
@@ -575,8 +575,7 @@ def train_step(
         That loss, over all processes, and the norm of its gradient.
     """
     device = accelerator.device
-    attention = accelerator.unwrap_model(model, keep_torch_compile=False).config.text_config._attn_implementation
-    one_row = (attention or "").startswith("flash")
+    one_row = takes_one_row(accelerator.unwrap_model(model, keep_torch_compile=False))
     for group in optimizer.param_groups:
         group["lr"] = lr
     num_tokens = sum((sample["labels"][1:] != -100).sum() for batch in micro_batches for sample in batch)
