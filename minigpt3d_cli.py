@@ -1,4 +1,4 @@
-"""`minigpt3d describe`, `chat`, `convert`, `verify` and `pack`: the command line.
+"""`minigpt3d describe`, `chat`, `convert`, `verify`, `pack`, `evaluate` and `compare`: the command line.
 
 A module of its own beside the package, because importing the package imports torch and transformers, and `--help` and
 mistyped commands must not wait for that.
@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=run_verify)
     add_pack(commands)
+    add_evaluate(commands)
     return parser
 
 
@@ -117,6 +119,90 @@ def add_pack(commands):
     pack.add_argument("--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="upload the result as a data set")
     pack.add_argument("--private", action="store_true", help="to a private one")
     pack.set_defaults(run=run_pack)
+
+
+def add_evaluate(commands):
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model on a benchmark or on your own objects, with intervals and controls",
+        description="Ask a model about the objects of a suite, score its answers, and write a report. The same command goes on "
+        "where a run was stopped, and adds what was not scored before: answers and a judge's replies are kept in --out. "
+        "On several GPUs: accelerate launch -m minigpt3d_cli evaluate ...",
+        epilog="Suites: modelnet40 (--data: PointLLM's .dat file), objaverse and caption (--data: PointLLM's clouds, "
+        "--annotations: its 200 objects), household (the bundled checkpoint's held-out objects), own (--data: a .csv or "
+        ".jsonl with file and label, caption or color; or what `minigpt3d pack` wrote).",
+    )
+    evaluate.add_argument("suite", choices=["modelnet40", "objaverse", "caption", "household", "own"], metavar="SUITE")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for answers, scores and report")
+    evaluate.add_argument(
+        "--model", help="folder or Hub id (default: checkpoints/household if it is there, else the Hub)"
+    )
+    evaluate.add_argument(
+        "--answers", type=Path, metavar="FILE", help="instead of a model: the answers of any other program, to score"
+    )
+    evaluate.add_argument("--data", metavar="PATH", help="the suite's objects, see below")
+    evaluate.add_argument("--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them")
+    evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only")
+    evaluate.add_argument(
+        "--robustness", action="store_true", help="ask about corrupted clouds, too: ten corruptions, five severities each"
+    )
+    decoding = evaluate.add_argument_group("decoding")
+    decoding.add_argument(
+        "--greedy", action="store_true", help="the most likely answer (default: 2 beams, sampled, as in the paper)"
+    )
+    decoding.add_argument(
+        "--template",
+        choices=["default", "benchmark"],
+        default="default",
+        help="default: the training prompt; benchmark: that of the authors' evaluation, to the character",
+    )
+    decoding.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="(default: 16)")
+    decoding.add_argument("--seed", type=int, default=0, help="of sampling, corruptions and intervals (default: 0)")
+    decoding.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if there is one)")
+    decoding.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="of the weights (default: as they are stored, but float32 on a CPU)",
+    )
+    scores = evaluate.add_argument_group("scores")
+    scores.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help="these only (default: all that need no download)"
+    )
+    scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="encoder of s_bert (default: the benchmarks' own)")
+    scores.add_argument("--simcse", metavar="DIR_OR_ID", help="encoder of simcse (default: the benchmarks' own)")
+    judge = evaluate.add_argument_group("judge")
+    judge.add_argument(
+        "--judge", metavar="MODEL", help="model that judges: its name at --judge-url, else a folder or Hub id for transformers"
+    )
+    judge.add_argument(
+        "--judge-url",
+        metavar="URL",
+        help="OpenAI-compatible endpoint, such as http://localhost:8000/v1 (vLLM, llama.cpp, Ollama, ...); the key is read "
+        "from OPENAI_API_KEY",
+    )
+    judge.add_argument(
+        "--judge-prompt",
+        action="append",
+        default=[],
+        metavar="METRIC=FILE",
+        help="your own prompt for a metric, with {answer}, {reference} and {classes} to fill in; may be given several times",
+    )
+    judge.add_argument("--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)")
+    judge.add_argument("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests at once (default: 8)")
+    judge.add_argument("--judge-rpm", type=positive_int, metavar="N", help="requests a minute, at most")
+    judge.add_argument(
+        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens, to tell the cost"
+    )
+    evaluate.set_defaults(run=run_evaluate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="put evaluations side by side, with tests and published figures",
+        description="Put the results of several evaluations in one table for each suite and judge, with paired tests between "
+        "them. Published figures stand beside results of the same judge only.",
+    )
+    compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what `minigpt3d evaluate --out` wrote")
+    compare.set_defaults(run=run_compare)
 
 
 def add_convert(commands):
@@ -586,6 +672,101 @@ def run_pack(args: argparse.Namespace) -> int:
             raise CommandError(
                 f"{args.out} was not uploaded: {one_line(error)} (it is on disk; try again: {retry})"
             ) from error
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    if args.model is not None and args.answers is not None:
+        raise CommandError("give --model or --answers, not both")
+    for option, given in (("--judge-url", args.judge_url), ("--judge-prompt", args.judge_prompt)):
+        if given and args.judge is None:
+            raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
+    try:
+        from minigpt3d.evaluation.run import Options, evaluate, fingerprint_model
+        from minigpt3d.evaluation.suites import METRICS
+    except ImportError as error:
+        raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
+
+    prompts = {}
+    for item in args.judge_prompt:
+        metric, _, path = item.partition("=")
+        if metric not in METRICS or not path:
+            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(METRICS)}")
+        prompts[metric] = Path(path).read_text(encoding="utf-8")
+    name = str(args.answers) if args.answers else resolve_model(args.model)
+    options = Options(
+        suite=args.suite,
+        out=args.out,
+        model=Path(name).name if Path(name).exists() else name,
+        fingerprint=fingerprint_model(name),
+        data=args.data,
+        annotations=args.annotations,
+        answers=args.answers,
+        limit=args.limit,
+        greedy=args.greedy,
+        template=args.template,
+        batch_size=args.batch_size,
+        robustness=args.robustness,
+        metrics=args.metrics,
+        encoders={metric: given for metric, given in (("s_bert", args.s_bert), ("simcse", args.simcse)) if given},
+        judge=make_judge(args),
+        judge_prompts=prompts,
+        seed=args.seed,
+        command=shown_command(args.argv),
+    )
+    results = evaluate(options, lambda: load_for_evaluation(name, args), complain)
+    if results:  # the first process
+        from minigpt3d.evaluation.report import score_table
+
+        print(score_table(results))
+        print(f"\n{args.out / 'report.html'} shows the best and the worst objects; report.md and results.json have it all")
+    return 0
+
+
+def shown_command(argv: list[str]) -> str:
+    """A command line for others: of what lies on this disk, its last part."""
+    words = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv]
+    return "minigpt3d " + shlex.join(words)
+
+
+def make_judge(args: argparse.Namespace):
+    """The judge that the options describe, or None."""
+    if args.judge is None:
+        return None
+    from minigpt3d.evaluation.judges import EndpointJudge, LocalJudge
+
+    cache = args.judge_cache or args.out / "judge"
+    if args.judge_url is None:
+        return LocalJudge(args.judge, cache, args.device)
+    price = None if args.judge_price is None else tuple(args.judge_price)
+    return EndpointJudge(
+        args.judge,
+        args.judge_url,
+        cache,
+        concurrency=args.judge_concurrency,
+        requests_per_minute=args.judge_rpm,
+        price=price,
+    )
+
+
+def load_for_evaluation(name: str, args: argparse.Namespace):
+    """Model and processor, on the device of this process."""
+    import torch
+    from accelerate import PartialState
+
+    model, processor = load_model(name)
+    try:
+        device = torch.device(args.device) if args.device else PartialState().device
+        dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else model.dtype
+        return model.to(device, dtype).eval(), processor
+    except Exception as error:
+        raise CommandError(f"cannot use the device {args.device}: {one_line(error)} (leave out --device)") from error
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from minigpt3d.evaluation.compare import compare
+
+    print(compare(args.folders))
     return 0
 
 

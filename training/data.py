@@ -248,20 +248,30 @@ class PackedSource:
         Raises:
             ValueError: the row is out of schema; the message names its object.
         """
+        sample = self.read_sample(shard, row)
         number, place = divmod(row, ROWS_PER_GROUP)
         group = self._group(shard, number)
-        object_id = group["object_id"][place].as_py()
-        where = f"{self.dataset}, {self.name}, shard {shard}, row {row}"
-        kind = next(kind for kind, source in SOURCES.items() if source == self.name)
-        turns = group["conversations"][place].as_py()
-        record = {"object_id": object_id, "conversation_type": kind, "conversations": turns}
-        _, sample = to_sample(record, where)
         cloud = decode_cloud(group["coord"][place].as_buffer(), group["color"][place].as_buffer())
         if cloud.shape != (self.num_points, 6):
             raise ValueError(
-                f"object_id {object_id!r} ({where}): expected {self.num_points} points, got {len(cloud)}."
+                f"object_id {sample.object_id!r} ({self._where(shard, row)}): expected {self.num_points} points, got "
+                f"{len(cloud)}."
             )
         return sample, cloud
+
+    def read_sample(self, shard: int, row: int) -> Sample:
+        """What is said, without the cloud. Raises as `read`."""
+        number, place = divmod(row, ROWS_PER_GROUP)
+        group = self._group(shard, number)
+        record = {
+            "object_id": group["object_id"][place].as_py(),
+            "conversation_type": next(kind for kind, source in SOURCES.items() if source == self.name),
+            "conversations": group["conversations"][place].as_py(),
+        }
+        return to_sample(record, self._where(shard, row))[1]
+
+    def _where(self, shard: int, row: int) -> str:
+        return f"{self.dataset}, {self.name}, shard {shard}, row {row}"
 
     def _group(self, shard: int, number: int) -> dict:
         key = shard, number

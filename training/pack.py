@@ -85,7 +85,7 @@ def own_entries(path: Path) -> dict[str, list[Entry]]:
         ValueError: a line out of schema, with its number.
     """
     entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
-    for where, record in _read_own(path):
+    for where, record in read_own_lines(path, {"file", "caption"}):
         if not isinstance(record, dict) or not isinstance(record.get("file"), str):
             raise ValueError(
                 f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(record)[:80]}"
@@ -97,20 +97,21 @@ def own_entries(path: Path) -> dict[str, list[Entry]]:
     return entries
 
 
-def _read_own(path: Path) -> Iterator[tuple[str, dict]]:
-    """Records, each with where it stands.
+def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
+    """Records of a `.csv` with at least these columns, or of lines of JSON, each with where it stands.
 
     Raises:
-        ValueError: the file cannot be read, or is no table and no lines of JSON.
+        ValueError: the file cannot be read, or is no such table and no lines of JSON.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin theirs with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--from {path}: cannot be read ({error}).") from error
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: its first line must name the columns file and caption, got {rows.fieldnames}.")
+        if not columns <= set(rows.fieldnames or ()):
+            wanted = " and ".join(sorted(columns, reverse=True))
+            raise ValueError(f"{path}: its first line must name the columns {wanted}, got {rows.fieldnames}.")
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row:

@@ -1,0 +1,284 @@
+"""The objects of a suite: what they look like, and what is true of them.
+
+Readers for what the benchmarks are distributed as (PointLLM's ModelNet40 file and annotations), for the bundled
+checkpoint's held-out objects, for one's own, and for answers that another program has given.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.training.data import (
+    MANIFEST_FILE,
+    PackedSource,
+    decode_cloud,
+    point_cloud_path,
+    read_annotations,
+    read_manifest,
+    read_point_cloud,
+)
+from minigpt3d.training.household.colors import COLORS
+from minigpt3d.training.pack import read_own_lines
+
+
+NUM_POINTS = 8192
+HOUSEHOLD_FILE = Path(__file__).with_name("household.parquet")
+# In the order of the labels in PointLLM's file.
+MODELNET40_CLASSES = (
+    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
+    "desk", "door", "dresser", "flower pot", "glass box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
+    "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
+    "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalObject:
+    """An object, and what an answer about it is compared with.
+
+    Args:
+        object_id: unique in its suite.
+        read: gives the cloud, (N, 6) float32: xyz in any unit, rgb in [0, 1].
+        label: its class, or a short name.
+        caption: what a good description says.
+        color: its main color, one of `COLORS`.
+    """
+
+    object_id: str
+    read: Callable[[], np.ndarray] | None
+    label: str | None = None
+    caption: str | None = None
+    color: str | None = None
+
+
+# ---- ModelNet40 -----------------------------------------------------------------------------------------------------
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles lists, numbers and numpy arrays; whatever else a pickle asks for is refused, and not imported."""
+
+    ALLOWED = {
+        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),  # how protocol 2 writes bytes
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it would call {module}.{name}, which arrays do not need")
+        return super().find_class(module, name)
+
+
+def read_modelnet40(path: Path) -> list[EvalObject]:
+    """The test objects in PointLLM's `modelnet40_test_8192pts_fps.dat`: a pickle of clouds (xyz, normals) and labels.
+
+    They have no color, so it is black, as in the paper.
+
+    Raises:
+        ValueError: the file is no such pickle, or one that wants more than arrays.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _ArraysOnly(io.BufferedReader(file)).load()
+    except OSError as error:
+        raise ValueError(
+            f"--data {path}: cannot be read ({error.strerror}). Give the file modelnet40_test_8192pts_fps.dat of PointLLM's data."
+        ) from error
+    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
+        raise ValueError(f"--data {path}: refused or damaged: {' '.join(str(error).split())[:200]}.") from error
+    try:
+        clouds, labels = content
+        labels = [int(np.asarray(label).item()) for label in labels]
+        fits = len(clouds) == len(labels) > 0 and all(_is_modelnet_cloud(cloud) for cloud in clouds)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits or not all(0 <= label < len(MODELNET40_CLASSES) for label in labels):
+        raise ValueError(
+            f"--data {path}: expected a list of clouds (points, 3 or more) and a list of labels below "
+            f"{len(MODELNET40_CLASSES)}, as in PointLLM's modelnet40_test_8192pts_fps.dat."
+        )
+    return [
+        EvalObject(f"{index:04d}", partial(_without_color, cloud), label=MODELNET40_CLASSES[label])
+        for index, (cloud, label) in enumerate(zip(clouds, labels, strict=True))
+    ]
+
+
+def _is_modelnet_cloud(cloud) -> bool:
+    return isinstance(cloud, np.ndarray) and cloud.dtype.kind == "f" and cloud.ndim == 2 and cloud.shape[1] >= 3
+
+
+def _without_color(cloud: np.ndarray) -> np.ndarray:
+    return load_point_cloud(np.ascontiguousarray(cloud[:, :3]), len(cloud))
+
+
+# ---- Objaverse ------------------------------------------------------------------------------------------------------
+
+
+def read_objaverse(data_dir: Path, annotations: Iterable[Path]) -> list[EvalObject]:
+    """Objects of a PointLLM annotation file, such as the 200 of `PointLLM_brief_description_val_200_GT.json`.
+
+    The caption is what a classification is compared with, too: Objaverse has no classes.
+
+    Raises:
+        ValueError: records out of schema, none at all, or clouds that are not there.
+    """
+    samples = [sample for source in read_annotations(annotations).values() for sample in source]
+    found = {sample.object_id: sample.rounds[0][1] for sample in reversed(samples)}  # the first of each
+    missing = [object_id for object_id in found if not point_cloud_path(data_dir, object_id).is_file()]
+    if not found or missing:
+        problem = f"has no {point_cloud_path(data_dir, missing[0]).name}" if missing else "is not annotated"
+        raise ValueError(
+            f"--data {data_dir} {problem} ({len(missing)} of {len(found)} missing). Give the folder of the clouds that belong "
+            "to --annotations."
+        )
+    return [
+        EvalObject(object_id, partial(read_point_cloud, data_dir, object_id), label=caption, caption=caption)
+        for object_id, caption in reversed(found.items())
+    ]
+
+
+# ---- Household ------------------------------------------------------------------------------------------------------
+
+
+def read_household(path: Path = HOUSEHOLD_FILE) -> list[EvalObject]:
+    """The bundled checkpoint's held-out objects (see `training.household.heldout`).
+
+    Raises:
+        ValueError: the file is not there, or another one.
+    """
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [
+            EvalObject(
+                row["object_id"],
+                partial(decode_cloud, row["coord"], row["rgb"]),
+                label=row["kind"],
+                caption=row["caption"],
+                color=row["main_color"],
+            )
+            for row in rows
+        ]
+    except (OSError, KeyError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(
+            f"--data {path}: not the household's held-out objects ({' '.join(str(error).split())[:150]}). They lie in the "
+            "project's checkout, evaluation/household.parquet."
+        ) from error
+
+
+# ---- One's own ------------------------------------------------------------------------------------------------------
+
+
+def read_own(data: str) -> list[EvalObject]:
+    """Objects from a table or lines of JSON (`file`, and `label`, `caption` or `color`), or from a packed data set.
+
+    Raises:
+        ValueError: a line out of schema, with its number; no objects; an id that is there twice.
+    """
+    path = Path(data)
+    objects = _read_lines(path) if path.is_file() else _read_packed(data)
+    ids = [each.object_id for each in objects]
+    twice = sorted({each for each in ids if ids.count(each) > 1}) if len(set(ids)) < len(ids) else []
+    if twice or not objects:
+        problem = (
+            f"object_id {twice[0]!r} is there twice; give lines an object_id of their own" if twice else "is empty"
+        )
+        raise ValueError(f"--data {data}: {problem}.")
+    return objects
+
+
+def _read_lines(path: Path) -> list[EvalObject]:
+    objects = []
+    for where, line in read_own_lines(path, {"file"}):
+        facts = {name: line.get(name) for name in ("label", "caption", "color")} if isinstance(line, dict) else {}
+        if not facts or not isinstance(line.get("file"), str) or not any(facts.values()):
+            raise ValueError(
+                f"{where}: expected 'file' and at least one of 'label', 'caption' and 'color', got {json.dumps(line)[:80]}."
+            )
+        for name, value in facts.items():
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ValueError(f"{where}: {name!r} must be a text, got {value!r:.80}.")
+        if facts["color"] is not None and facts["color"] not in COLORS:
+            raise ValueError(f"{where}: 'color' must be one of {', '.join(COLORS)}, got {facts['color']!r}.")
+        file = path.parent / line["file"]
+        if not file.is_file():
+            raise ValueError(f"{where}: there is no file {file}.")
+        object_id = str(line.get("object_id") or Path(line["file"]).stem)
+        objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS), **facts))
+    return objects
+
+
+def _read_packed(data: str) -> list[EvalObject]:
+    """The first description of each object, the detailed ones if there are any."""
+    manifest = read_manifest(data)
+    name = next((name for name in ("detailed", "brief") if sum(manifest["shards"].get(name, ()))), None)
+    if name is None:
+        raise ValueError(f"--data {data}: {MANIFEST_FILE} names no detailed or brief descriptions to compare with.")
+    source = PackedSource(data, manifest, name)
+    objects = {}
+    for shard, rows in enumerate(source.rows):
+        for row in range(rows):
+            sample = source.read_sample(shard, row)
+            objects.setdefault(
+                sample.object_id,
+                EvalObject(sample.object_id, partial(_packed_cloud, source, shard, row), caption=sample.rounds[0][1]),
+            )
+    return list(objects.values())
+
+
+def _packed_cloud(source: PackedSource, shard: int, row: int) -> np.ndarray:
+    return source.read(shard, row)[1]
+
+
+# ---- Answers of other programs --------------------------------------------------------------------------------------
+
+
+def read_answers(path: Path) -> list[dict]:
+    """Answers that some program gave: lines of JSON, or the JSON file that PointLLM's evaluation writes.
+
+    A line has `object_id` and `answer`, and may have `question` (the name of one of the suite's) and `condition`.
+
+    Returns:
+        Dictionaries with `object_id`, `answer`, and `question` and `condition` or None.
+
+    Raises:
+        ValueError: the file is neither, with the place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--answers {path}: cannot be read ({error}).") from error
+    try:
+        content = json.loads(text)
+        is_pointllm = isinstance(content, dict) and isinstance(content.get("results"), list)
+    except json.JSONDecodeError:
+        is_pointllm = False
+    if is_pointllm:
+        lines = [(f"{path}, result {number}", line) for number, line in enumerate(content["results"], start=1)]
+    else:
+        lines = list(read_own_lines(path, {"object_id", "answer"}))
+    answers = []
+    for where, line in lines:
+        answer = line.get("answer", line.get("model_output")) if isinstance(line, dict) else None
+        if not isinstance(answer, str) or not isinstance(line.get("object_id"), (str, int)):
+            raise ValueError(
+                f"{where}: expected 'object_id' and a text 'answer' (or 'model_output'), got {json.dumps(line)[:80]}."
+            )
+        number = line["object_id"]
+        object_id = f"{number:04d}" if isinstance(number, int) else number  # ModelNet40's are numbers there
+        answers.append(
+            {"object_id": object_id, "answer": answer} | {name: line.get(name) for name in ("question", "condition")}
+        )
+    if not answers:
+        raise ValueError(f"--answers {path}: holds no answers.")
+    return answers

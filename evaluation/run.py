@@ -1,0 +1,513 @@
+"""One evaluation, from the command line's options to a folder with answers, scores and report.
+
+    OUT/settings.json       what decides about answers: with other settings, a rerun is refused
+    OUT/answers/            what the model said; likelihood/ what it finds likely
+    OUT/judge/              the judge's replies
+    OUT/objects.jsonl       every scored answer
+    OUT/results.json        scores with intervals, tests, and all that a reader needs to repeat them
+    OUT/report.md, report.html, pictures/
+
+Answers are kept, so that other metrics or a judge can be added later by the same command.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from huggingface_hub import HfApi
+
+from minigpt3d.conversion.checkpoints import sha256
+
+from .answers import (
+    ANSWERS_DIR,
+    Job,
+    append_lines,
+    encode_question,
+    generate_answers,
+    open_part,
+    read_lines,
+    run_batches,
+)
+from .conditions import CONTROLS, CORRUPTIONS, NUM_SEVERITIES
+from .likelihood import class_log_likelihoods
+from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
+from .report import write_report
+from .score import SHUFFLED, Scorer, compare_conditions
+from .statistics import wilson
+from .suites import DECODING, GREEDY, METRICS, SUITES, Question, Suite
+
+
+LIKELIHOOD_DIR = "likelihood"
+SETTINGS_FILE, OBJECTS_FILE, RESULTS_FILE = "settings.json", "objects.jsonl", "results.json"
+LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
+
+
+@dataclass
+class Options:
+    """What is evaluated and how. The suites themselves are in `suites`.
+
+    Args:
+        suite: of `SUITES`.
+        out: folder for everything.
+        model: public name of the model, and what identifies its weights.
+        data: what the suite reads; None for the household's own file.
+        annotations: of Objaverse.
+        answers: file of another program's answers, instead of a model.
+        limit: the first so many objects.
+        greedy: the most likely answers instead of the paper's sampling.
+        template: of the processor.
+        batch_size: objects that are answered together.
+        robustness: whether corruptions are tried, too.
+        metrics: names; empty: all of the suite that are at hand.
+        encoders: folder or Hub id of a sentence encoder, by metric.
+        judge: prompts → replies.
+        judge_prompts: the user's own, by metric.
+        seed: of sampling, corruptions, shuffling and bootstrap.
+        command: that repeats this, for the report.
+    """
+
+    suite: str
+    out: Path
+    model: str = ""
+    fingerprint: str = ""
+    data: str | None = None
+    annotations: list[Path] = field(default_factory=list)
+    answers: Path | None = None
+    limit: int | None = None
+    greedy: bool = False
+    template: str = "default"
+    batch_size: int = 16
+    robustness: bool = False
+    metrics: list[str] = field(default_factory=list)
+    encoders: dict[str, str] = field(default_factory=dict)
+    judge: Callable | None = None
+    judge_prompts: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    command: str = ""
+
+
+# ---- Before anything heavy ------------------------------------------------------------------------------------------
+
+
+def read_objects(options: Options) -> list[EvalObject]:
+    """The suite's objects.
+
+    Raises:
+        ValueError: `--data` or `--annotations` is missing, or not what the suite reads.
+    """
+    wanted = {
+        "modelnet40": "modelnet40_test_8192pts_fps.dat of PointLLM's data",
+        "objaverse": "the folder of PointLLM's clouds",
+        "caption": "the folder of PointLLM's clouds",
+        "own": "a .csv or .jsonl of your objects, or a packed data set",
+    }
+    if options.suite in wanted and options.data is None:
+        raise ValueError(f"{options.suite} needs --data: {wanted[options.suite]}.")
+    if options.suite in ("objaverse", "caption"):
+        if not options.annotations:
+            raise ValueError(f"{options.suite} needs --annotations, too: PointLLM_brief_description_val_200_GT.json.")
+        objects = read_objaverse(Path(options.data), options.annotations)
+    elif options.suite == "modelnet40":
+        objects = read_modelnet40(Path(options.data))
+    elif options.suite == "own":
+        objects = read_own(options.data)
+    else:
+        objects = read_household(*([] if options.data is None else [Path(options.data)]))
+    return objects[: options.limit]
+
+
+def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
+    """The suite's row; for own objects without what they do not say anything of."""
+    suite = SUITES[options.suite]
+    if suite.name != "own":
+        return suite
+    known = {name for name in ("label", "caption", "color") if any(getattr(each, name) for each in objects)}
+    questions = []
+    for question in suite.questions:
+        metrics = tuple(name for name in question.metrics if METRICS[name].reference in known)
+        if metrics:
+            questions.append(replace(question, metrics=metrics))
+    labels = sorted({each.label for each in objects if each.label})
+    return replace(suite, questions=tuple(questions), classes={label: (label,) for label in labels} or None)
+
+
+def choose_metrics(suite: Suite, options: Options) -> tuple[list[str], dict[str, str]]:
+    """Metrics that are scored, and of the suite's others why they are not.
+
+    Raises:
+        ValueError: one that was asked for is unknown or not at hand.
+        ImportError: a package is missing.
+    """
+    known = [name for question in suite.questions for name in question.metrics]
+    known = list(dict.fromkeys(known))
+    unknown = [name for name in options.metrics if name not in known]
+    if unknown:
+        raise ValueError(f"--metrics {unknown[0]}: {suite.name} has {', '.join(known)}.")
+    for package, module in (("evaluate", "evaluate"), ("nltk", "nltk"), ("rouge-score", "rouge_score")):
+        if find_spec(module) is None:
+            raise ImportError(f'evaluation needs {package}, which is not installed. pip install "minigpt3d[eval]"')
+    chosen, left_out = [], {}
+    for name in options.metrics or known:
+        problem = _problem(name, options)
+        if problem is None:
+            chosen.append(name)
+        elif options.metrics:
+            raise ValueError(f"--metrics {name}: {problem}.")
+        else:
+            left_out[name] = problem
+    return chosen, left_out
+
+
+def _problem(name: str, options: Options) -> str | None:
+    """Why a metric cannot be scored; None if it can."""
+    needs = METRICS[name].needs
+    if needs == "judge" and options.judge is None:
+        return "needs a judge (--judge)"
+    if needs == "wordnet":
+        import nltk
+
+        try:
+            nltk.data.find("corpora/wordnet.zip")
+        except LookupError:
+            try:
+                nltk.data.find("corpora/wordnet")
+            except LookupError:
+                return "needs WordNet (python -m nltk.downloader wordnet)"
+    if "/" in needs:
+        if name not in options.metrics:
+            return f"downloads an encoder, {needs} (--metrics … {name})"
+        if name == "s_bert" and find_spec("sentence_transformers") is None:
+            return 'needs sentence-transformers (pip install "minigpt3d[eval]")'
+    return None
+
+
+def claim_settings(options: Options, settings: dict):
+    """Write settings.json, or see that it says the same.
+
+    Raises:
+        ValueError: the folder holds answers that were given under other settings, or something else.
+    """
+    path = options.out / SETTINGS_FILE
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"--out {options.out} holds answers with {name} {theirs.get(name)!r}, but now it is {value!r}. Give "
+                    "another --out, or the settings it had."
+                )
+        return
+    if options.out.exists() and any(options.out.iterdir()):
+        raise ValueError(f"--out {options.out} holds other things than an evaluation. Give a new folder.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def write_json(path: Path, content):
+    """As `write_text`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def fingerprint_objects(objects: list[EvalObject]) -> str:
+    """A digest of ids and references, and of the first cloud."""
+    digest = hashlib.sha256()
+    for each in objects:
+        digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
+    digest.update(np.ascontiguousarray(objects[0].read(), dtype=np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(name: str) -> str:
+    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit."""
+    path = Path(name)
+    if not path.exists():
+        return HfApi().model_info(name, timeout=10).sha[:16] if name.count("/") == 1 else ""
+    files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.name} {sha256(file)}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
+
+
+def conditions_of(suite: Suite, robustness: bool) -> list[str]:
+    """ "seeing", the controls, and with `robustness` the corruptions."""
+    controls = [name for name in CONTROLS if suite.has_color or name != "no_color"]
+    grades = [f"{name}-{severity}" for name in CORRUPTIONS for severity in range(1, NUM_SEVERITIES + 1)]
+    if not suite.has_color:
+        grades = [name for name in grades if not name.startswith("color")]
+    return ["seeing", *controls, *(grades if robustness else [])]
+
+
+def make_jobs(suite: Suite, objects: list[EvalObject], options: Options) -> list[Job]:
+    """All that is asked; of corrupted objects the main question alone."""
+    jobs = []
+    for number, question in enumerate(suite.questions):
+        for condition in conditions_of(suite, options.robustness and number == 0):
+            # Blind, every object is the same object: greedily there is one answer for all.
+            asked = objects[:1] if condition == "blind" and options.greedy else objects
+            jobs.append(Job(question, condition, tuple(asked)))
+    return jobs
+
+
+def take_answers(suite: Suite, objects: list[EvalObject], options: Options):
+    """Put another program's answers where the model's would be.
+
+    Raises:
+        ValueError: an object, a question or a condition that the suite does not have, or an answer that is there twice.
+    """
+    names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
+    for answer in read_answers(options.answers):
+        question, condition = answer["question"] or names[0], answer["condition"] or "seeing"
+        for value, known, what in (
+            (question, names, "question"),
+            (condition, conditions_of(suite, True), "condition"),
+            (answer["object_id"], ids, "object"),
+        ):
+            if value not in known:
+                some = ", ".join(sorted(known)[:8])
+                raise ValueError(f"--answers {options.answers}: {value!r} is no {what} of {suite.name} ({some} …).")
+        key = (question, condition, answer["object_id"])
+        if key in given:
+            raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
+        given[key] = {"object_id": key[2], "question": question, "condition": condition, "answer": answer["answer"]}
+    missing = [i for i in ids if not any(key[2] == i for key in given)]
+    if missing:
+        raise ValueError(
+            f"--answers {options.answers}: {len(missing)} of {len(ids)} objects have no answer, such as {min(missing)!r}. Give "
+            "all answers, or --limit to the first objects."
+        )
+    part = open_part(options.out / ANSWERS_DIR, 0)
+    part.unlink(missing_ok=True)
+    append_lines(part, list(given.values()))
+
+
+def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], options: Options):
+    """How likely each class name is as the answer to the main question, for every object."""
+    names = [name for row in suite.classes.values() for name in row]
+
+    def work(job: Job, group: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
+        phrases = [suite.phrase.format(name) for name in names]
+        inputs = encode_question(processor, clouds, job.question.prompt, options.template)
+        sums, tokens = class_log_likelihoods(model, processor, inputs, phrases)
+        return [{"log_likelihood": row.tolist(), "tokens": tokens.tolist()} for row in sums]
+
+    labelled = tuple(each for each in objects if each.label)
+    jobs = [
+        Job(suite.questions[0], condition, labelled[:1] if condition == "blind" else labelled)
+        for condition in conditions_of(suite, robustness=False)
+    ]
+    run_batches(jobs, options.out / LIKELIHOOD_DIR, options.batch_size, options.seed, work, "likelihoods")
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+
+def read_conditions(folder: Path, objects: list[EvalObject]) -> dict[tuple[str, str], dict[str, dict]]:
+    """Lines by (question, condition) and object; one line for the blind stands for all."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for line in read_lines(folder):
+        found.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
+    order = [each.object_id for each in objects]
+    for (_, condition), lines in found.items():
+        if condition == "blind" and len(lines) == 1:
+            (line,) = lines.values()
+            lines |= {object_id: line for object_id in order}
+    return {key: {i: lines[i] for i in order if i in lines} for key, lines in found.items()}
+
+
+def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options):
+    """Entries of results.json, values by (question, condition), object and metric, and the confusion matrix."""
+    classes = list(suite.classes)
+    owner = np.array([classes.index(name) for name, row in suite.classes.items() for _ in row])
+    truth = {each.object_id: classes.index(each.label) for each in objects if each.label}
+    scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
+    entries, values, table = [], {}, None
+    found = read_conditions(options.out / LIKELIHOOD_DIR, objects)
+    for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == "seeing")]:
+        lines = found[question, "seeing" if condition == SHUFFLED else condition]
+        lines = {object_id: line for object_id, line in lines.items() if object_id in truth}
+        compared = scorer._compared("label", dict.fromkeys(lines, ""), condition)
+        scores = values.setdefault((question, condition), {})
+        confusion = np.zeros((len(classes), len(classes)), dtype=int)
+        for object_id, label in compared.items():
+            line = lines[object_id]
+            each = np.array(line["log_likelihood"]) / np.array(line["tokens"])
+            best = np.array([each[owner == index].max() for index in range(len(classes))])
+            order = np.argsort(-best, kind="stable")
+            place = int(np.flatnonzero(order == classes.index(label))[0])
+            scores[object_id] = {name: float(place < k) for name, k in LIKELIHOOD_METRICS.items()}
+            confusion[classes.index(label), order[0]] += 1
+        for name in LIKELIHOOD_METRICS:
+            hits = [row[name] for row in scores.values()]
+            low, high = wilson(int(sum(hits)), len(hits))
+            entries.append(
+                {"question": question, "condition": condition, "metric": name, "value": float(np.mean(hits))}
+                | {"low": low, "high": high, "unit": "share", "objects": len(hits), "unparsed": 0, "judge": None}
+                | {"interval": "Wilson"}
+            )
+        if condition == "seeing":
+            table = {"question": question, "method": "likelihood", "phrase": suite.phrase, "names": classes}
+            table |= {"confusion": confusion.tolist()}
+            table |= {name.removeprefix("likelihood_"): entry["value"]
+                      for name, entry in zip(LIKELIHOOD_METRICS, entries[-2:], strict=True)}  # fmt: skip
+    return entries, values, table
+
+
+def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], options: Options) -> dict:
+    """Score every answer that there is; writes objects.jsonl and returns scores, tests and classes for results.json."""
+    scorer = Scorer(
+        suite, {each.object_id: each for each in objects}, options.judge, options.encoders, options.judge_prompts, options.seed
+    )  # fmt: skip
+    found = read_conditions(options.out / ANSWERS_DIR, objects)
+    questions = {question.name: question for question in suite.questions}
+    entries, values, rows = [], {}, []
+    truth = {each.object_id: each for each in objects}
+    keys = sorted(found, key=lambda key: (list(questions).index(key[0]), key[1] != "seeing"))
+    for name, condition in [*keys, *((name, SHUFFLED) for name, condition in keys if condition == "seeing")]:
+        question = questions[name]
+        lines = found[name, "seeing" if condition == SHUFFLED else condition]
+        wanted = [metric for metric in question.metrics if metric in metrics]
+        texts = {object_id: line["answer"] for object_id, line in lines.items()}
+        scored, scores, reasons = scorer.score(question, condition, texts, wanted)
+        entries += scored
+        values[name, condition] = scores
+        for object_id, line in lines.items():
+            rows.append(
+                {"object_id": object_id, "question": name, "prompt": question.prompt, "condition": condition}
+                | {"answer": line["answer"], "label": truth[object_id].label, "caption": truth[object_id].caption}
+                | {"color": truth[object_id].color, "scores": scores[object_id], "reasons": reasons[object_id]}
+            )
+    classes = None
+    if (options.out / LIKELIHOOD_DIR).exists():
+        likelihoods, by_key, classes = score_likelihoods(suite, objects, options)
+        entries += likelihoods
+        for row in rows:
+            row["scores"] |= by_key.get((row["question"], row["condition"]), {}).get(row["object_id"], {})
+        for key, scores in by_key.items():
+            for object_id, each in scores.items():
+                values.setdefault(key, {}).setdefault(object_id, {}).update(each)
+    write_text(options.out / OBJECTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    names = [*metrics, *(LIKELIHOOD_METRICS if classes else ())]
+    tests = compare_conditions(values, names, [*CONTROLS, SHUFFLED])
+    return {"scores": entries, "tests": tests, "classes": classes}
+
+
+def write_text(path: Path, text: str):
+    """Under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(options: Options, load: Callable | None = None, say: Callable[[str], None] = print) -> dict:
+    """Answer, score and report; what is in the folder already is not done again.
+
+    Args:
+        options: what and how.
+        load: gives model and processor, once it is sure that they are needed; None with `options.answers`.
+        say: takes lines for the user.
+
+    Returns:
+        What is in results.json; {} on all processes but the first.
+
+    Raises:
+        ValueError: with what is wrong and what to do, before anything heavy.
+        ImportError: a package is missing.
+    """
+    objects = read_objects(options)
+    suite = suite_for(options, objects)
+    metrics, left_out = choose_metrics(suite, options)
+    decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
+    settings = {
+        "suite": suite.name,
+        "objects": len(objects),
+        "dataset": fingerprint_objects(objects),
+        "model": options.fingerprint,
+        "decoding": None if options.answers else decoding,
+        "template": None if options.answers else options.template,
+        "batch_size": None if options.answers else options.batch_size,
+        "seed": options.seed,
+    }
+    state = PartialState()
+    if state.is_main_process:
+        claim_settings(options, settings)
+        for name, why in left_out.items():
+            say(f"not scored: {name} {why}")
+    facts = {"parameters": None, "dtype": None, "device": None}
+    if options.answers is None:
+        model, processor = load()
+        facts = {
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device),
+        }
+        jobs = make_jobs(suite, objects, options)
+        generate_answers(
+            model, processor, jobs, options.out, options.template, decoding, options.batch_size, options.seed
+        )
+        if suite.classes is not None:
+            take_likelihoods(model, processor, suite, objects, options)
+    elif state.is_main_process:
+        take_answers(suite, objects, options)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+
+    scored = score_all(suite, objects, metrics, options)
+    answers = list(read_lines(options.out / ANSWERS_DIR))
+    seconds = sum(line.get("seconds", 0.0) for line in answers)
+    packages = ("torch", "transformers", "accelerate", "evaluate")
+    results = {
+        "schema": 1,
+        "suite": suite.name,
+        "title": suite.title,
+        "date": date.today().isoformat(),
+        "command": options.command,
+        "seed": options.seed,
+        "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]},
+        "model": {"name": options.model, "fingerprint": options.fingerprint}
+        | {name: facts[name] for name in ("parameters", "dtype")},
+        "decoding": settings["decoding"],
+        "template": settings["template"],
+        "batch_size": settings["batch_size"],
+        "questions": {question.name: question.prompt for question in suite.questions},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": facts["device"],
+        "generation": {
+            "answers": len(answers),
+            "seconds": round(seconds, 2),
+            "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
+            "cut": sum(line.get("cut", False) for line in answers),
+        },
+        "judge": None if options.judge is None else describe_judge(options),
+        "not_scored": left_out,
+    } | scored
+    write_json(options.out / RESULTS_FILE, results)
+    clouds = {each.object_id: each.read for each in objects}
+    write_report(options.out, lambda object_id: clouds[object_id]())
+    return results
+
+
+def describe_judge(options: Options) -> dict:
+    """Who judged, by which prompts, and what it took."""
+    prompts = {}
+    for name, metric in METRICS.items():
+        if metric.needs == "judge" or name == "closed_set_accuracy":
+            text = options.judge_prompts.get(name) or default_prompt(metric.module)
+            prompts[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"model": options.judge.name, "date": date.today().isoformat(), "prompts": prompts} | options.judge.usage

@@ -1,0 +1,225 @@
+"""From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import numpy as np
+
+from minigpt3d.training.household.colors import COLORS
+from minigpt3d.training.household.kinds import KINDS
+
+from .objects import EvalObject
+from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap, wilson
+from .suites import METRICS, Question, Suite
+
+
+METRICS_DIR = Path(__file__).with_name("metrics")
+# What an answer may call a color, beside its name.
+COLOR_WORDS = {"gray": ["grey", "silver"], "purple": ["violet"], "pink": ["magenta"]}
+SHUFFLED = "shuffled"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said of an object under a condition, and its scores by metric."""
+
+    object_id: str
+    question: str
+    condition: str
+    text: str
+    scores: dict[str, float | None]
+    reasons: dict[str, str]
+
+
+@cache
+def load_metric(module: str):
+    return evaluate.load(str(METRICS_DIR / module))
+
+
+def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalObject]:
+    """For each object another one, which its answer is compared with: a cycle through all of them, drawn by the seed.
+
+    Chance pairs two objects of one class as often as their shares say, as it would for answers that know the shares alone.
+    """
+    order = np.random.default_rng([seed, *field.encode()]).permutation(len(objects))
+    return {objects[a].object_id: objects[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+
+
+class Scorer:
+    """Scores of a suite.
+
+    Args:
+        suite: the row.
+        objects: all of them, by id.
+        judge: prompts → replies; None: what needs one is not scored.
+        encoders: folder or Hub id by metric, for those that need one.
+        prompts: the user's own prompts for the judge, by metric.
+        seed: of the shuffled control and of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        objects: dict[str, EvalObject],
+        judge: Callable | None,
+        encoders: dict[str, str],
+        prompts: dict[str, str],
+        seed: int,
+    ):
+        self.suite, self.objects, self.judge, self.seed = suite, objects, judge, seed
+        self.encoders, self.prompts = encoders, prompts
+        self.prompt_hashes: dict[str, str] = {}
+
+    def score(self, question: Question, condition: str, answers: dict[str, str], metrics: list[str]):
+        """Score the answers to one question under one condition.
+
+        Args:
+            answers: text by object_id.
+            metrics: of `METRICS`.
+
+        Returns:
+            The entries of results.json; scores by object and metric; the judge's replies by object and metric.
+        """
+        entries, scores, reasons = [], {i: {} for i in answers}, {i: {} for i in answers}
+        computed: dict[str, dict] = {}
+        for name in metrics:
+            metric = METRICS[name]
+            compared = self._compared(metric.reference, answers, condition)
+            if not compared:
+                continue
+            texts = [answers[object_id] for object_id in compared]
+            references = list(compared.values())
+            if metric.module not in computed or metric.module in ("closed_set_accuracy", "sentence_similarity"):
+                wanted = [each for each in metrics if METRICS[each].module == metric.module]
+                computed[metric.module] = self._compute(name, wanted, texts, references)
+            result = computed[metric.module]
+            values = result["values"][_VALUES[name]] if isinstance(result["values"], dict) else result["values"]
+            if name == "precision":
+                right, wrong = (np.array(result["values"][each], float) for each in ("correct", "wrong"))
+                total = right + wrong
+                values = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
+                low, high = bootstrap((right, total), seed=self.seed) if total.sum() else (None, None)
+            elif METRICS[name].module.endswith("accuracy"):
+                low, high = wilson(int(sum(values)), len(values))
+            else:
+                low, high = bootstrap(values, seed=self.seed)
+            for object_id, value in zip(compared, values, strict=True):
+                scores[object_id][name] = value
+            if result.get("replies"):
+                for object_id, reply in zip(compared, result["replies"], strict=True):
+                    reasons[object_id][name] = reply
+            judged = bool(result.get("replies")) and self.judge is not None
+            entries.append(
+                {
+                    "question": question.name,
+                    "condition": condition,
+                    "metric": name,
+                    "value": result[_AGGREGATES.get(name, name)],
+                    "low": low,
+                    "high": high,
+                    "unit": metric.unit,
+                    "objects": len(values),
+                    "unparsed": result.get("unparsed", 0),
+                    "judge": self.judge.name if judged else None,
+                    "interval": "Wilson" if metric.module.endswith("accuracy") else "bootstrap",
+                }
+            )
+        return entries, scores, reasons
+
+    def _compared(self, field: str, answers: dict[str, str], condition: str) -> dict[str, str]:
+        """Truth by object_id, for the objects that have one; under "shuffled" that of another object."""
+        having = [each for each in self.objects.values() if getattr(each, field) and each.object_id in answers]
+        if condition == SHUFFLED:
+            other = shuffle(having, field, self.seed)
+            return {each.object_id: getattr(other[each.object_id], field) for each in having}
+        return {each.object_id: getattr(each, field) for each in having}
+
+    def _compute(self, name: str, wanted: list[str], texts: list[str], references: list[str]) -> dict:
+        metric, options = METRICS[name], {}
+        if metric.module == "closed_set_accuracy":
+            options = self._classes(metric.reference)
+        elif metric.module == "caption_overlap":
+            options["scores"] = tuple(wanted)
+        elif metric.module == "sentence_similarity":
+            options["encoder"] = self.encoders[name]
+            options["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
+        judged = metric.needs == "judge" or (
+            name == "closed_set_accuracy" and self.suite.judges_classes and self.judge
+        )
+        if judged:
+            options["judge"] = self.judge
+            if name in self.prompts:
+                options["prompt"] = self.prompts[name]
+        return load_metric(metric.module).compute(predictions=texts, references=references, **options)
+
+    def _classes(self, field: str) -> dict:
+        if field == "color":
+            return {"classes": list(COLORS), "aliases": COLOR_WORDS}
+        if self.suite.classes is not None:
+            classes = list(self.suite.classes)
+        else:
+            classes = sorted({each.label for each in self.objects.values() if each.label})
+        if set(classes) <= set(KINDS):
+            nouns = {
+                kind: [noun for row in rows.values() for noun in row] + list(rows) for kind, rows in KINDS.items()
+            }
+            return {"classes": classes, "aliases": {kind: nouns[kind] for kind in classes}}
+        return {"classes": classes}
+
+
+# Where a metric's module has it, if not under its own name.
+_AGGREGATES = {
+    "closed_set_accuracy": "accuracy",
+    "open_vocabulary_accuracy": "accuracy",
+    "color_accuracy": "accuracy",
+    "caption_score": "score",
+    "s_bert": "similarity",
+    "simcse": "similarity",
+}
+_VALUES = {"correctness": "correct", "hallucination": "wrong", "precision": "correct"} | {
+    name: name for name in ("bleu_1", "bleu_4", "rouge_l", "meteor")
+}
+
+
+# ---- Tests ----------------------------------------------------------------------------------------------------------
+
+
+def compare_conditions(
+    values: dict[tuple[str, str], dict[str, dict[str, float]]], metric_names: list[str], controls: list[str]
+) -> list[dict]:
+    """Paired tests of what the model says of the objects as they are against each control, corrected for their number.
+
+    Args:
+        values: by (question, condition), by object and metric.
+        controls: conditions.
+
+    Returns:
+        The entries of `tests` in results.json.
+    """
+    tests = []
+    for (question, condition), scores in values.items():
+        if condition not in controls:
+            continue
+        for name in metric_names:
+            seeing = values.get((question, "seeing"), {})
+            common = [i for i in scores if scores[i].get(name) is not None and seeing.get(i, {}).get(name) is not None]
+            if not common:
+                continue
+            a, b = ([side[i][name] for i in common] for side in (seeing, scores))
+            difference, low, high, p = paired_bootstrap(a, b)
+            test = "paired bootstrap"
+            if METRICS[name].module.endswith("accuracy"):
+                p, test = mcnemar(a, b), "McNemar exact"
+            tests.append(
+                {"question": question, "metric": name, "a": "seeing", "b": condition, "difference": difference}
+                | {"low": low, "high": high, "p": p, "test": test}
+            )
+    for entry, p in zip(tests, holm([entry["p"] for entry in tests]), strict=True):
+        entry["p"] = p
+        entry["words"] = in_words(
+            entry["difference"], entry["low"], entry["high"], p, METRICS[entry["metric"]].unit, "seeing", entry["b"]
+        )
+    return tests

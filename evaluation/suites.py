@@ -1,0 +1,142 @@
+"""The suites as a table: what is asked about which objects, and what answers are compared with. Paper: §4.
+
+A suite is one row. Prompts and decoding are those of the paper's benchmarks; `DECODING` is theirs, `GREEDY` the option.
+"""
+
+from dataclasses import dataclass, replace
+
+from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
+from minigpt3d.training.household.kinds import KINDS
+
+from .objects import MODELNET40_CLASSES
+
+
+# min_length is 10 in the authors' code, where it counts new tokens only: they pass embeddings.
+DECODING = {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
+GREEDY = {"num_beams": 1, "do_sample": False}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured of an answer.
+
+    Args:
+        module: folder in evaluation/metrics.
+        reference: the field of `EvalObject` that holds the truth: "label", "caption" or "color".
+        unit: "share" in [0, 1], "score100" in [0, 100], or "count".
+        needs: what it needs beside answers and references: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
+    """
+
+    module: str
+    reference: str
+    unit: str = "share"
+    needs: str = ""
+
+
+METRICS = {
+    "closed_set_accuracy": Metric("closed_set_accuracy", "label"),
+    "open_vocabulary_accuracy": Metric("open_vocabulary_accuracy", "label", needs="judge"),
+    "color_accuracy": Metric("closed_set_accuracy", "color"),
+    "caption_score": Metric("caption_judge_score", "caption", "score100", needs="judge"),
+    "correctness": Metric("hallucination", "caption", "count", needs="judge"),
+    "hallucination": Metric("hallucination", "caption", "count", needs="judge"),
+    "precision": Metric("hallucination", "caption", needs="judge"),
+    "bleu_1": Metric("caption_overlap", "caption"),
+    "bleu_4": Metric("caption_overlap", "caption"),
+    "rouge_l": Metric("caption_overlap", "caption"),
+    "meteor": Metric("caption_overlap", "caption", needs="wordnet"),
+    "s_bert": Metric("sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"),
+    "simcse": Metric("sentence_similarity", "caption", needs="princeton-nlp/sup-simcse-roberta-large"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Args:
+        name: in results and files.
+        prompt: as the paper's benchmarks have it.
+        metrics: names of `METRICS`, the main one first.
+    """
+
+    name: str
+    prompt: str
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One benchmark.
+
+    Args:
+        name: on the command line.
+        title: in reports.
+        questions: the main one first.
+        max_new_tokens: of an answer.
+        classes: each class with the names it goes by; None where there is no closed set.
+        judges_classes: whether a judge, if there is one, says which class an answer means, as in the paper's ModelNet40.
+        phrase: the answer whose likelihood is taken, with {} for a class's name.
+        has_color: whether the clouds have colors to take away.
+    """
+
+    name: str
+    title: str
+    questions: tuple[Question, ...]
+    max_new_tokens: int
+    classes: dict[str, tuple[str, ...]] | None = None
+    judges_classes: bool = False
+    phrase: str = "{}"
+    has_color: bool = True
+
+
+COMPLETION_PROMPT = "This is an object of "
+CAPTION_PROMPT = "Caption this 3D model in detail."
+COLOR_PROMPT = "What color is it?"
+ENCODED = ("s_bert", "simcse")
+JUDGED_CAPTION = ("caption_score", "correctness", "hallucination", "precision")
+OVERLAP = ("rouge_l", "bleu_1", "bleu_4", "meteor")
+
+MODELNET40 = Suite(
+    name="modelnet40",
+    title="ModelNet40, zero-shot classification",
+    questions=(
+        Question("instruction", DEFAULT_PROMPT, ("closed_set_accuracy",)),
+        Question("completion", COMPLETION_PROMPT, ("closed_set_accuracy",)),
+    ),
+    max_new_tokens=100,
+    classes={name: (name,) for name in MODELNET40_CLASSES},
+    judges_classes=True,
+    has_color=False,
+)
+OBJAVERSE = Suite(
+    name="objaverse",
+    title="Objaverse, open-vocabulary classification",
+    questions=(
+        Question("instruction", DEFAULT_PROMPT, ("open_vocabulary_accuracy", *ENCODED)),
+        Question("completion", COMPLETION_PROMPT, ("open_vocabulary_accuracy", *ENCODED)),
+    ),
+    max_new_tokens=150,
+)
+CAPTION = Suite(
+    name="caption",
+    title="Objaverse, captions",
+    questions=(Question("caption", CAPTION_PROMPT, (*JUDGED_CAPTION, *OVERLAP, *ENCODED)),),
+    max_new_tokens=150,
+)
+HOUSEHOLD = Suite(
+    name="household",
+    title="Household things that the bundled checkpoint has not seen",
+    questions=(
+        Question("what", DEFAULT_PROMPT, ("closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy")),
+        Question("color", COLOR_PROMPT, ("color_accuracy",)),
+        Question("caption", CAPTION_PROMPT, (*OVERLAP, *JUDGED_CAPTION, *ENCODED)),
+    ),
+    max_new_tokens=100,
+    # A kind goes by several names, and the most likely one counts.
+    classes={kind: tuple(answers) for kind, answers in KINDS.items()},
+    phrase="This is a {}.",
+)
+OWN = replace(HOUSEHOLD, name="own", title="Own objects", classes=None, phrase="{}", max_new_tokens=150)
+
+SUITES = {suite.name: suite for suite in (MODELNET40, OBJAVERSE, CAPTION, HOUSEHOLD, OWN)}
