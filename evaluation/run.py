@@ -15,15 +15,16 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import date, timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from huggingface_hub import HfApi
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from minigpt3d.conversion.checkpoints import sha256
 
@@ -230,7 +231,7 @@ def fingerprint_model(name: str) -> str:
     """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit."""
     path = Path(name)
     if not path.exists():
-        return HfApi().model_info(name, timeout=10).sha[:16] if name.count("/") == 1 else ""
+        return extract_commit_hash(cached_file(name, "config.json"), None)[:16]
     files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -443,8 +444,9 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         "batch_size": None if options.answers else options.batch_size,
         "seed": options.seed,
     }
-    state = PartialState()
-    if state.is_main_process:
+    # Processes wait for the slowest, which may take its time.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    if accelerator.is_main_process:
         claim_settings(options, settings)
         for name, why in left_out.items():
             say(f"not scored: {name} {why}")
@@ -462,10 +464,10 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         )
         if suite.classes is not None:
             take_likelihoods(model, processor, suite, objects, options)
-    elif state.is_main_process:
+    elif accelerator.is_main_process:
         take_answers(suite, objects, options)
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return {}
 
     scored = score_all(suite, objects, metrics, options)

@@ -102,7 +102,7 @@ class Scorer:
                 total = right + wrong
                 values = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
                 low, high = bootstrap((right, total), seed=self.seed) if total.sum() else (None, None)
-            elif METRICS[name].module.endswith("accuracy"):
+            elif METRICS[name].is_hit:
                 low, high = wilson(int(sum(values)), len(values))
             else:
                 low, high = bootstrap(values, seed=self.seed)
@@ -124,7 +124,7 @@ class Scorer:
                     "objects": len(values),
                     "unparsed": result.get("unparsed", 0),
                     "judge": self.judge.name if judged else None,
-                    "interval": "Wilson" if metric.module.endswith("accuracy") else "bootstrap",
+                    "interval": "Wilson" if metric.is_hit else "bootstrap",
                 }
             )
         return entries, scores, reasons
@@ -211,7 +211,7 @@ def compare_conditions(
             a, b = ([side[i][name] for i in common] for side in (seeing, scores))
             difference, low, high, p = paired_bootstrap(a, b)
             test = "paired bootstrap"
-            if METRICS[name].module.endswith("accuracy"):
+            if METRICS[name].is_hit:
                 p, test = mcnemar(a, b), "McNemar exact"
             tests.append(
                 {"question": question, "metric": name, "a": "seeing", "b": condition, "difference": difference}

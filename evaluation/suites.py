@@ -21,22 +21,26 @@ class Metric:
     """What is measured of an answer.
 
     Args:
-        module: folder in evaluation/metrics.
+        module: folder in evaluation/metrics; for likelihoods none.
         reference: the field of `EvalObject` that holds the truth: "label", "caption" or "color".
         unit: "share" in [0, 1], "score100" in [0, 100], or "count".
+        is_hit: whether an object's value is 0 or 1, so that the score is a share of objects.
         needs: what it needs beside answers and references: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
     """
 
     module: str
     reference: str
     unit: str = "share"
+    is_hit: bool = False
     needs: str = ""
 
 
 METRICS = {
-    "closed_set_accuracy": Metric("closed_set_accuracy", "label"),
-    "open_vocabulary_accuracy": Metric("open_vocabulary_accuracy", "label", needs="judge"),
-    "color_accuracy": Metric("closed_set_accuracy", "color"),
+    "likelihood_top_1": Metric("", "label", is_hit=True),
+    "likelihood_top_5": Metric("", "label", is_hit=True),
+    "closed_set_accuracy": Metric("closed_set_accuracy", "label", is_hit=True),
+    "open_vocabulary_accuracy": Metric("open_vocabulary_accuracy", "label", is_hit=True, needs="judge"),
+    "color_accuracy": Metric("closed_set_accuracy", "color", is_hit=True),
     "caption_score": Metric("caption_judge_score", "caption", "score100", needs="judge"),
     "correctness": Metric("hallucination", "caption", "count", needs="judge"),
     "hallucination": Metric("hallucination", "caption", "count", needs="judge"),

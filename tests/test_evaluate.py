@@ -1,0 +1,414 @@
+"""`minigpt3d evaluate`: objects of every suite, answers that survive a kill, scores, and the command line."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from ways_in import make_cloud, make_processor, make_seeing_model
+
+import minigpt3d_cli
+from minigpt3d.conversion import save_pretrained
+from minigpt3d.evaluation.answers import Job, append_lines, generate, open_part, read_lines, run_batches
+from minigpt3d.evaluation.objects import (
+    MODELNET40_CLASSES,
+    EvalObject,
+    read_answers,
+    read_household,
+    read_modelnet40,
+    read_objaverse,
+    read_own,
+)
+from minigpt3d.evaluation.run import Options, evaluate
+from minigpt3d.evaluation.score import shuffle
+from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
+from minigpt3d.training.household.colors import COLORS, main_color
+from minigpt3d.training.household.kinds import KINDS
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A folder with a tiny random model."""
+    output_dir = tmp_path_factory.mktemp("evaluate") / "model"
+    save_pretrained(make_seeing_model(), make_processor(), output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def own_objects(tmp_path_factory) -> Path:
+    """Seven boxes with labels, captions and colors, as a user's lines of JSON."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for seed in range(7):
+        cloud = make_cloud(seed)
+        np.save(folder / f"box{seed}.npy", cloud)
+        line = {"file": f"box{seed}.npy", "label": ("box", "crate")[seed % 2], "caption": f"A box, number {seed}."}
+        lines.append(json.dumps(line | {"color": main_color(cloud[:, 3:])}))
+    (folder / "objects.jsonl").write_text("\n".join(lines))
+    return folder / "objects.jsonl"
+
+
+def run_command(*arguments: object) -> int:
+    return minigpt3d_cli.main(["evaluate", *map(str, arguments)])
+
+
+# ---- Objects --------------------------------------------------------------------------------------------------------
+
+
+def write_modelnet40(path: Path, protocol: int = 2) -> tuple[list, list]:
+    """A file like PointLLM's: clouds with normals, labels as arrays of one."""
+    rng = np.random.default_rng(0)
+    clouds = [rng.normal(size=(64, 6)).astype(np.float32) for _ in range(3)]
+    labels = [np.array([label], dtype=np.int32) for label in (7, 0, 39)]
+    path.write_bytes(pickle.dumps([clouds, labels], protocol=protocol))
+    return clouds, labels
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_modelnet40_file(tmp_path, protocol):
+    clouds, _ = write_modelnet40(tmp_path / "test.dat", protocol)
+    objects = read_modelnet40(tmp_path / "test.dat")
+    assert [each.label for each in objects] == ["car", "airplane", "xbox"]
+    assert [each.object_id for each in objects] == ["0000", "0001", "0002"]
+    cloud = objects[1].read()
+    assert cloud.shape == (64, 6) and not cloud[:, 3:].any()  # black
+    xyz = clouds[1][:, :3] - clouds[1][:, :3].mean(0)
+    np.testing.assert_allclose(cloud[:, :3], xyz / np.linalg.norm(xyz, axis=1).max(), atol=1e-6)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda evil: evil, lambda evil: [[evil], [1]], lambda evil: np.array([evil], dtype=object)]
+)
+def test_modelnet40_runs_nothing(tmp_path, wrap):
+    trap = tmp_path / "trap"
+    (tmp_path / "evil.dat").write_bytes(pickle.dumps(wrap(Hostile(str(trap)))))
+    with pytest.raises(ValueError, match="refused or damaged: it would call .*mkdir"):
+        read_modelnet40(tmp_path / "evil.dat")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>",
+        pickle.dumps([[], []]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [40]]),
+        pickle.dumps([[np.zeros((4, 2), np.float32)], [0]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [0, 1]]),
+        pickle.dumps({"a": 1}),
+        pickle.dumps(3),
+    ],
+)
+def test_modelnet40_says_what_it_wants(tmp_path, content):
+    (tmp_path / "bad.dat").write_bytes(content)
+    with pytest.raises(ValueError, match="--data .*bad.dat"):
+        read_modelnet40(tmp_path / "bad.dat")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_modelnet40(tmp_path / "absent.dat")
+
+
+def test_modelnet40_has_40_classes():
+    assert len(set(MODELNET40_CLASSES)) == 40 and sorted(MODELNET40_CLASSES) == list(MODELNET40_CLASSES)
+
+
+def test_objaverse_files(tmp_path):
+    for object_id in "ba":
+        np.save(tmp_path / f"{object_id}_8192.npy", make_cloud(0))
+    turns = [{"from": "human", "value": "<point>\nWhat is this?"}]
+    records = [{"object_id": i, "conversations": [*turns, {"from": "gpt", "value": f"Object {i}."}]} for i in "ba"]
+    (tmp_path / "gt.json").write_text(json.dumps(records))
+    objects = read_objaverse(tmp_path, [tmp_path / "gt.json"])
+    assert [(each.object_id, each.caption) for each in objects] == [("b", "Object b."), ("a", "Object a.")]
+    np.testing.assert_array_equal(objects[0].read(), make_cloud(0))
+    (tmp_path / "a_8192.npy").unlink()
+    with pytest.raises(ValueError, match="has no a_8192.npy .1 of 2 missing"):
+        read_objaverse(tmp_path, [tmp_path / "gt.json"])
+
+
+def test_household_objects_are_the_held_out_ones():
+    objects = read_household()
+    assert len(objects) == 100 == len({each.object_id for each in objects})
+    assert {each.label for each in objects} <= set(KINDS)
+    for each in objects[::10]:
+        cloud = each.read()
+        assert cloud.shape == (8192, 6) and cloud.dtype == np.float32
+        assert np.linalg.norm(cloud[:, :3], axis=1).max() == pytest.approx(1, abs=1e-4)
+        assert each.color == main_color(cloud[:, 3:])
+        assert each.color in each.caption
+
+
+def test_own_objects(own_objects):
+    objects = read_own(str(own_objects))
+    assert [each.object_id for each in objects] == [f"box{i}" for i in range(7)]
+    assert objects[1].label == "crate" and objects[1].caption == "A box, number 1." and objects[1].color in COLORS
+    assert objects[0].read().shape == (8192, 6)
+
+
+def test_own_objects_in_a_table(own_objects):
+    table = own_objects.with_suffix(".csv")
+    table.write_text("file,label\nbox0.npy,box\nbox1.npy,crate\n")
+    assert [(each.object_id, each.label) for each in read_own(str(table))] == [("box0", "box"), ("box1", "crate")]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"file": "box0.npy"}', "line 1: expected 'file' and at least one of"),
+        ('{"label": "x"}', "line 1: expected 'file'"),
+        ('{"file": "no.npy", "label": "x"}', "line 1: there is no file"),
+        ('{"file": "box0.npy", "label": 3}', "line 1: 'label' must be a text"),
+        ('{"file": "box0.npy", "color": "mauve"}', "'color' must be one of black"),
+        ("[1]", "line 1: expected 'file'"),
+        ("{", "line 1: not JSON"),
+        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is there twice"),
+        ("", "is empty"),
+    ],
+)
+def test_own_objects_out_of_schema(own_objects, line, message):
+    bad = own_objects.with_name("bad.jsonl")
+    bad.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_own(str(bad))
+
+
+def test_own_objects_that_are_packed(own_objects, tmp_path):
+    out = tmp_path / "packed"
+    assert minigpt3d_cli.main(["pack", "--from", str(own_objects), "--out", str(out), "--num-workers", "1"]) == 0
+    objects = {each.object_id: each for each in read_own(str(out))}
+    assert sorted(objects) == [f"box{i}" for i in range(7)]
+    assert objects["box3"].caption == "A box, number 3." and objects["box3"].read().shape == (8192, 6)
+
+
+def test_answers_of_pointllm(tmp_path):
+    results = [{"object_id": 3, "ground_truth": 1, "model_output": "A cup.", "label_name": "cup"}]
+    (tmp_path / "theirs.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
+    (answer,) = read_answers(tmp_path / "theirs.json")
+    assert answer == {"object_id": "0003", "answer": "A cup.", "question": None, "condition": None}
+    (tmp_path / "bad.jsonl").write_text('{"object_id": "a", "text": "?"}')
+    with pytest.raises(ValueError, match="line 1: expected 'object_id' and a text 'answer'"):
+        read_answers(tmp_path / "bad.jsonl")
+
+
+# ---- Suites ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_decoding_are_the_papers():
+    modelnet, objaverse, caption = SUITES["modelnet40"], SUITES["objaverse"], SUITES["caption"]
+    assert [q.prompt for q in modelnet.questions] == ["What is this?", "This is an object of "]
+    assert [q.prompt for q in objaverse.questions] == ["What is this?", "This is an object of "]
+    assert [q.prompt for q in caption.questions] == ["Caption this 3D model in detail."]
+    assert (modelnet.max_new_tokens, objaverse.max_new_tokens, caption.max_new_tokens) == (100, 150, 150)
+    assert DECODING == {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
+    for suite in SUITES.values():
+        for question in suite.questions:
+            assert set(question.metrics) <= set(METRICS)
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs() -> list[Job]:
+    objects = tuple(EvalObject(f"o{seed}", lambda seed=seed: make_cloud(seed)) for seed in range(5))
+    return [
+        Job(Question(name, name, ()), condition, objects) for name in ("q", "r") for condition in ("seeing", "blind")
+    ]
+
+
+def note(log: list):
+    """Work that notes what it was asked and answers with it."""
+
+    def work(job, objects, clouds, seed):
+        log.extend((job.question.name, job.condition, each.object_id) for each in objects)
+        return [{"answer": f"{seed}"} for _ in objects]
+
+    return work
+
+
+def test_every_object_is_asked_once(jobs, tmp_path):
+    log = []
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) == len(set(log)) == 20
+    assert {(line["question"], line["condition"], line["object_id"]) for line in read_lines(tmp_path)} == set(log)
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) == 20  # nothing is left to ask
+
+
+def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    whole = {json.dumps(line) for line in without_seconds(read_lines(tmp_path))}
+    part = tmp_path / "part-0.jsonl"
+    part.write_bytes(part.read_bytes()[:-7])
+    log = []
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) <= 2  # the batch of the torn line
+    lines = list(without_seconds(read_lines(tmp_path)))
+    assert len(lines) == 20 and {json.dumps(line) for line in lines} == whole
+
+
+def without_seconds(lines):
+    for line in lines:
+        line.pop("seconds")
+        yield line
+
+
+def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
+    for rank in range(3):
+        append_lines(open_part(tmp_path, rank), [{"n": rank}])
+    assert [line["n"] for line in read_lines(tmp_path)] == [0, 1, 2]
+
+
+def test_sampling_is_a_function_of_the_seed(tiny_processor):
+    model, clouds = make_seeing_model(), [make_cloud(1), make_cloud(2)]
+    decoding = DECODING | {"max_new_tokens": 12, "temperature": 5.0, "top_p": 1.0}
+    first, again, other = (
+        generate(model, tiny_processor, clouds, "What is this?", "default", decoding, seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("template", ["default", "benchmark"])
+def test_blind_clouds_reach_the_model_as_zeros(tiny_processor, template, monkeypatch):
+    model, seen = make_seeing_model(), []
+    forward = model.model.point_encoder.forward
+    monkeypatch.setattr(model.model.point_encoder, "forward", lambda c, *a: seen.append(c.clone()) or forward(c, *a))
+    clouds = [make_cloud(1), np.zeros((128, 6), np.float32)]
+    lines = generate(model, tiny_processor, clouds, "What?", template, GREEDY | {"max_new_tokens": 3}, 0)
+    assert len(lines) == 2 and seen[0][0].any() and not seen[0][1].any()
+    assert all(line["tokens"] <= 3 for line in lines)
+
+
+def test_shuffling_gives_every_object_another_one():
+    objects = [EvalObject(str(i), None, label="x") for i in range(9)]
+    other = shuffle(objects, "label", 0)
+    assert all(key != value.object_id for key, value in other.items())
+    assert len({value.object_id for value in other.values()}) == 9
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments, "--batch-size", 4) == 0
+    printed = capsys.readouterr()
+    assert "not scored: open_vocabulary_accuracy needs a judge" in printed.err
+    results = json.loads((out / "results.json").read_text())
+    assert results["dataset"]["objects"] == 7 and results["model"]["name"] == "model"
+    assert str(tmp_path) not in (out / "results.json").read_text()
+    found = {(e["question"], e["condition"], e["metric"]) for e in results["scores"]}
+    for condition in ("seeing", "blind", "no_color", "shuffled"):
+        assert {("what", condition, m) for m in ("closed_set_accuracy", "color_accuracy", "likelihood_top_1")} <= found
+        assert ("caption", condition, "rouge_l") in found
+    for entry in results["scores"]:
+        assert entry["low"] <= entry["value"] <= entry["high"] or entry["metric"] == "precision"
+    rows = [json.loads(line) for line in (out / "objects.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 3 * 4
+    for name in ("report.md", "report.html"):
+        assert (out / name).stat().st_size > 1000
+    # Again, with nothing to do but to score.
+    before = sorted(read_lines(out / "answers"), key=json.dumps)
+    assert run_command(*arguments, "--batch-size", 4) == 0
+    assert sorted(read_lines(out / "answers"), key=json.dumps) == before
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    # And with other settings, which is refused.
+    assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
+    assert "holds answers with seed 0, but now it is 1" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
+    """kill -9 in the midst of it, twice; the answers are those of a run that was left alone."""
+    command = [sys.executable, "-m", "minigpt3d_cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
+    command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
+    assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
+    out = tmp_path / "killed"
+    for wanted in (3, 9):
+        process = subprocess.Popen(
+            [*map(str, command), "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.time() + 60
+        while len(list(read_lines(out / "answers"))) < wanted and process.poll() is None and time.time() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert run_command(*command[4:], "--out", out) == 0
+    whole, killed = (
+        sorted(map(json.dumps, without_seconds(read_lines(folder / "answers"))))
+        for folder in (tmp_path / "whole", out)
+    )
+    assert killed == whole and len(whole) == len(set(whole))
+
+
+def evaluate_in_processes(own_objects, model_dir, out):
+    AcceleratorState._reset_state(True)  # the parent's, who is alone
+    assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", out, "--batch-size", 2,
+                       "--metrics", "closed_set_accuracy", "--device", "cpu") == 0  # fmt: skip
+
+
+def test_two_processes_answer_as_one(own_objects, model_dir, tmp_path):
+    evaluate_in_processes(own_objects, model_dir, tmp_path / "one")
+    debug_launcher(evaluate_in_processes, (own_objects, model_dir, tmp_path / "two"), num_processes=2)
+    one, two = (
+        sorted(map(json.dumps, without_seconds(read_lines(tmp_path / name / "answers")))) for name in ("one", "two")
+    )
+    assert one == two
+    assert len(list((tmp_path / "two" / "answers").glob("part-*"))) == 2
+    assert all((tmp_path / "two" / "answers" / f"part-{rank}.jsonl").stat().st_size for rank in (0, 1))
+    results = [json.loads((tmp_path / name / "results.json").read_text())["scores"] for name in ("one", "two")]
+    assert results[0] == results[1]
+
+
+def test_answers_of_another_program(own_objects, tmp_path):
+    lines = [{"object_id": f"box{i}", "answer": "It is a crate."} for i in range(7)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--answers", tmp_path / "answers.jsonl", "--out", out]
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    (entry,) = [e for e in results["scores"] if e["metric"] == "closed_set_accuracy" and e["condition"] == "seeing"]
+    assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
+    assert results["decoding"] is None and results["model"]["parameters"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["modelnet40"], "modelnet40 needs --data"),
+        (["objaverse", "--data", "x"], "objaverse needs --annotations"),
+        (["own", "--data", "nowhere"], "nowhere"),
+        (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
+        (["household", "--metrics", "caption_score"], "caption_score: needs a judge"),
+        (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
+        (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
+        (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
+        (["household", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, capsys):
+    assert run_command(*arguments, "--out", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", tmp_path) == 1
+    assert "holds other things than an evaluation" in capsys.readouterr().err
