@@ -133,11 +133,15 @@ class StageStream:
         """Whether the step has fewer samples than there are processes, and none for this one."""
         return self.process_index >= self.batch(step)
 
-    def encode(self, step: int, slot: int) -> dict[str, torch.Tensor]:
-        """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
+    def draw(self, step: int, slot: int) -> tuple[str, tuple[int, int]]:
+        """The source of a slot's sample, and its shard and row there."""
         column, order_slot = (slot, 0) if self.stage.draw_each == "sample" else (0, slot)
         name = self.stage.mixture[self.draws[step, column]].name
-        address = self.orders[name].address(int(self.turns[step, column]), order_slot)
+        return name, self.orders[name].address(int(self.turns[step, column]), order_slot)
+
+    def encode(self, step: int, slot: int) -> dict[str, torch.Tensor]:
+        """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
+        name, address = self.draw(step, slot)
         sample, cloud = self.sources[name].read(*address)
         if self.stage.augment:
             cloud = augment(cloud, self._rng("augment", step, slot))
