@@ -326,6 +326,7 @@ def provenance(plan: Plan, command: list[str], settings: dict) -> dict:
         | {name: version(name) for name in ("minigpt3d", "torch", "transformers", "safetensors")},
         **settings,
         "files": files,
+        "summary": summary(plan).splitlines(),
         "ignored": [f"{file}: {key}" for file, key in accounted.ignored],
         "zero": accounted.zeros,
         "new": accounted.new,

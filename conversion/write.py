@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from minigpt3d.model_card import write_card
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import STAGE_3, STAGE_4
 
 from .hub_folder import check_folder, write_all_but_weights, written_whole
-from .release import ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE, Plan, provenance, summary
+from .release import ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE, Plan, provenance
 from .state_dict import lora_config
 
 
@@ -26,8 +27,6 @@ SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of wh
 MAPPED_SIZE = 3 * 10**8  # bytes of the inputs that stay in memory at a time
 PROVENANCE_FILE = "provenance.json"
 BASE_DIR = "base"
-_CARD = Path(__file__).with_name("model_card.jinja")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def write_release(
@@ -68,12 +67,12 @@ def write_release(
         write_all_but_weights(folder, model, plan.processor)
         plan.config.architectures = [type(model).__name__]
         plan.config.save_pretrained(folder)
-        write_record(folder, plan, record, output_dir.name)
         write_weights(folder, plan, dtype, merge_lora=lora == "merge")
+        write_record(folder, record, output_dir.name)
         if adapter_config is not None:
             write_adapter(partial / ADAPTER_DIR, plan, adapter_config)
             write_stage(partial / ADAPTER_DIR, plan)
-            write_record(partial / ADAPTER_DIR, plan, record, output_dir.name)
+            write_record(partial / ADAPTER_DIR, record, output_dir.name)
             for name in ("LICENSE", "NOTICE"):
                 shutil.copyfile(folder / name, partial / ADAPTER_DIR / name)
         before_rename(partial)
@@ -178,28 +177,8 @@ def write_stage(folder: Path, plan: Plan):
         (folder / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
 
 
-def write_record(folder: Path, plan: Plan, record: dict, model_id: str):
-    """Model card and provenance."""
+def write_record(folder: Path, record: dict, model_id: str):
+    """Provenance and model card."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
-    of_release = "phi" in record["files"]
-    data = ModelCardData(
-        license="cc-by-nc-sa-4.0",
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model="microsoft/phi-2" if of_release else None,
-        tags=["point-cloud", "3d", "minigpt3d", "arxiv:2405.01413"],
-    )
-    numbers = [shape.numel() for name, shape in plan.expected.items() if not name.endswith(_BUFFERS)]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(_CARD),
-        model_id=model_id,
-        part=folder.name if folder.name in (BASE_DIR, ADAPTER_DIR) else "",
-        of_release=of_release,
-        trained=of_release and "stage4" in record["files"],
-        parameters=f"{sum(numbers):,}",
-        record=record,
-        summary=summary(plan),
-    )
-    card.save(folder / "README.md")
+    write_card(folder, model_id=model_id)

@@ -63,11 +63,11 @@ def test_wheel_holds_the_package_and_no_more(distributions, tracked):
     for name in ("__init__.py", *FLAT_FILES):
         assert f"minigpt3d/{name}" in names
     for path in tracked:
-        if path.parts[0] in ("training", "conversion") and path.suffix in (".py", ".json", ".jinja"):
+        if path.parts[0] in ("training", "conversion", "model_card") and path.suffix in (".py", ".json", ".jinja"):
             assert f"minigpt3d/{path.as_posix()}" in names, f"{path} is missing from the wheel: see pyproject.toml"
     assert "minigpt3d_cli.py" in names
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
-    outside = ("tests", "benchmarks", "demo", "checkpoints", "model_card", ".ci")
+    outside = ("tests", "benchmarks", "demo", "checkpoints", ".ci")
     strangers = [n for n in names if any(n.startswith((f"{d}/", f"minigpt3d/{d}/")) for d in outside)]
     strangers += [n for n in names if n.endswith((".safetensors", ".pyc", "Makefile", "conftest.py"))]
     assert not strangers

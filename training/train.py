@@ -6,12 +6,14 @@ the end: the folder is there if and only if the stage is done.
 
 import json
 import math
+import platform
 import shutil
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -28,11 +30,11 @@ from transformers.utils import is_bitsandbytes_available
 
 from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
+from minigpt3d.model_card import write_card
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from .data import fingerprint, open_sources
 from .measure import RouterMeter, UpdateMeter, validate
-from .model_card import write_card
 from .publish import Publisher, check_repository
 from .report import diagnose, draw_report, read_history
 from .run_state import (
@@ -400,9 +402,21 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _public_facts(self, step: int) -> dict:
-        """What others may read: of a path, which says something about a disk here, its last part."""
-        init = self.facts["init"]
-        return self.facts | {"step": step, "init": Path(init).name if Path(init).exists() else init}
+        """What others may read, for stage.json: of a path, which says something about a disk here, the last part."""
+        names = {"init": self.facts["init"], "data_name": self.options.data}
+        public = {key: Path(name).name if Path(name).exists() else name for key, name in names.items()}
+        packages = ("torch", "transformers", "peft", "accelerate")
+        return (
+            self.facts
+            | public
+            | {
+                "step": step,
+                "row": asdict(self.stage) | {"steps": self.stage.steps},
+                "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "CPU",
+                "processes": self.accelerator.num_processes,
+                "versions": {"Python": platform.python_version()} | {name: version(name) for name in packages},
+            }
+        )
 
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
         """Write what the stage leaves behind: the adapter, or a whole model with the adapter in it."""
@@ -422,8 +436,8 @@ class Run:
         history = read_history(self.work_dir / HISTORY_FILE)
         draw_report(history, f"Stage {self.stage.name}", result / REPORT_FILE)
         model_id = self.options.hub_model_id or self.options.output_dir.name
-        write_card(result, self.stage, self.start, facts, history, model_id, self.options.data)
         shutil.copyfile(self.work_dir / HISTORY_FILE, result / HISTORY_FILE)
+        write_card(result, model_id=model_id)
         if (self.work_dir / LOGS_DIR).exists():
             shutil.copytree(self.work_dir / LOGS_DIR, result / LOGS_DIR)
         return result
