@@ -1,4 +1,4 @@
-"""`minigpt3d describe`, `chat`, `convert`, `verify`, `pack`, `evaluate` and `compare`: the command line.
+"""`minigpt3d describe`, `chat`, `convert`, `verify`, `pack`, `evaluate`, `compare` and `card`: the command line.
 
 A module of its own beside the package, because importing the package imports torch and transformers, and `--help` and
 mistyped commands must not wait for that.
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=run_verify)
     add_pack(commands)
     add_evaluate(commands)
+    add_card(commands)
     return parser
 
 
@@ -133,7 +134,9 @@ def add_evaluate(commands):
         ".jsonl with file and label, caption or color; or what `minigpt3d pack` wrote).",
     )
     evaluate.add_argument("suite", choices=["modelnet40", "objaverse", "caption", "household", "own"], metavar="SUITE")
-    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for answers, scores and report")
+    evaluate.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for answers, scores and report"
+    )
     evaluate.add_argument(
         "--model", help="folder or Hub id (default: checkpoints/household if it is there, else the Hub)"
     )
@@ -141,10 +144,14 @@ def add_evaluate(commands):
         "--answers", type=Path, metavar="FILE", help="instead of a model: the answers of any other program, to score"
     )
     evaluate.add_argument("--data", metavar="PATH", help="the suite's objects, see below")
-    evaluate.add_argument("--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them")
+    evaluate.add_argument(
+        "--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them"
+    )
     evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only")
     evaluate.add_argument(
-        "--robustness", action="store_true", help="ask about corrupted clouds, too: ten corruptions, five severities each"
+        "--robustness",
+        action="store_true",
+        help="ask about corrupted clouds, too: ten corruptions, five severities each",
     )
     decoding = evaluate.add_argument_group("decoding")
     decoding.add_argument(
@@ -172,7 +179,9 @@ def add_evaluate(commands):
     scores.add_argument("--simcse", metavar="DIR_OR_ID", help="encoder of simcse (default: the benchmarks' own)")
     judge = evaluate.add_argument_group("judge")
     judge.add_argument(
-        "--judge", metavar="MODEL", help="model that judges: its name at --judge-url, else a folder or Hub id for transformers"
+        "--judge",
+        metavar="MODEL",
+        help="model that judges: its name at --judge-url, else a folder or Hub id for transformers",
     )
     judge.add_argument(
         "--judge-url",
@@ -187,11 +196,19 @@ def add_evaluate(commands):
         metavar="METRIC=FILE",
         help="your own prompt for a metric, with {answer}, {reference} and {classes} to fill in; may be given several times",
     )
-    judge.add_argument("--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)")
-    judge.add_argument("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests at once (default: 8)")
+    judge.add_argument(
+        "--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)"
+    )
+    judge.add_argument(
+        "--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests at once (default: 8)"
+    )
     judge.add_argument("--judge-rpm", type=positive_int, metavar="N", help="requests a minute, at most")
     judge.add_argument(
-        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="US dollars per million tokens, to tell the cost"
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="US dollars per million tokens, to tell the cost",
     )
     evaluate.set_defaults(run=run_evaluate)
 
@@ -203,6 +220,28 @@ def add_evaluate(commands):
     )
     compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what `minigpt3d evaluate --out` wrote")
     compare.set_defaults(run=run_compare)
+
+
+def add_card(commands):
+    card = commands.add_parser(
+        "card",
+        help="write a model card from what is known, each number with its source",
+        description="Write README.md into a model's or an adapter's folder, from its provenance, training history and the results "
+        "of evaluations, with metadata for the Hub; card_sources.json says where each number comes from. What is not known "
+        "is said to be unknown.",
+        epilog='Cost and CO2 need what no file tells, each with its source: --co2 "watts=285:nvidia-smi, mean of the run" '
+        '--co2 "pue=1.2:the operator" --co2 "grid=380:the national agency, 2025"; hours where the history has none.',
+    )
+    card.add_argument("folder", type=Path, metavar="DIR", help="of a model or an adapter")
+    card.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="DIR", help="what `minigpt3d evaluate` wrote"
+    )
+    card.add_argument("--co2", action="append", default=[], metavar="NAME=VALUE:SOURCE", help="see below")
+    card.add_argument(
+        "--ablation", type=Path, metavar="MD", help="table of training/ablate.py to take in, with its picture"
+    )
+    card.add_argument("--model-id", metavar="OWNER/NAME", help="what others will load it by (default: the folder)")
+    card.set_defaults(run=run_card)
 
 
 def add_convert(commands):
@@ -682,7 +721,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
     try:
-        from minigpt3d.evaluation.run import Options, evaluate, fingerprint_model
+        from minigpt3d.conversion.checkpoints import fingerprint_model
+        from minigpt3d.evaluation.run import Options, evaluate
         from minigpt3d.evaluation.suites import METRICS
     except ImportError as error:
         raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
@@ -719,7 +759,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
         from minigpt3d.evaluation.report import score_table
 
         print(score_table(results))
-        print(f"\n{args.out / 'report.html'} shows the best and the worst objects; report.md and results.json have it all")
+        print(
+            f"\n{args.out / 'report.html'} shows the best and the worst objects; report.md and results.json have it all"
+        )
     return 0
 
 
@@ -761,6 +803,16 @@ def load_for_evaluation(name: str, args: argparse.Namespace):
         return model.to(device, dtype).eval(), processor
     except Exception as error:
         raise CommandError(f"cannot use the device {args.device}: {one_line(error)} (leave out --device)") from error
+
+
+def run_card(args: argparse.Namespace) -> int:
+    from minigpt3d.conversion.checkpoints import fingerprint_model
+    from minigpt3d.model_card import read_given, write_card
+
+    given = read_given(args.co2)
+    fingerprint = fingerprint_model(str(args.folder)) if args.results else None
+    print(write_card(args.folder, args.results, given, args.ablation, args.model_id, fingerprint))
+    return 0
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .tables import TRAINER_STATE
 
@@ -196,3 +197,15 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_model(name: str) -> str:
+    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit."""
+    path = Path(name)
+    if not path.exists():
+        return extract_commit_hash(cached_file(name, "config.json"), None)[:16]
+    files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.name} {sha256(file)}".encode())
+    return digest.hexdigest()[:16]

@@ -24,9 +24,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from transformers.utils.hub import cached_file, extract_commit_hash
-
-from minigpt3d.conversion.checkpoints import sha256
 
 from .answers import (
     ANSWERS_DIR,
@@ -44,7 +41,7 @@ from .objects import EvalObject, read_answers, read_household, read_modelnet40, 
 from .report import write_report
 from .score import SHUFFLED, Scorer, compare_conditions
 from .statistics import wilson
-from .suites import DECODING, GREEDY, METRICS, SUITES, Question, Suite
+from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
 
 LIKELIHOOD_DIR = "likelihood"
@@ -224,18 +221,6 @@ def fingerprint_objects(objects: list[EvalObject]) -> str:
     for each in objects:
         digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
     digest.update(np.ascontiguousarray(objects[0].read(), dtype=np.float32).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_model(name: str) -> str:
-    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit."""
-    path = Path(name)
-    if not path.exists():
-        return extract_commit_hash(cached_file(name, "config.json"), None)[:16]
-    files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.name} {sha256(file)}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -32,9 +32,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
+from minigpt3d.conversion.checkpoints import fingerprint_model
 from minigpt3d.evaluation.answers import encode_question
 from minigpt3d.evaluation.objects import EvalObject, read_household
-from minigpt3d.evaluation.run import fingerprint_model
 from minigpt3d.evaluation.statistics import holm
 from minigpt3d.evaluation.suites import CAPTION_PROMPT
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
