@@ -4,7 +4,8 @@
 
 Every variant is the household recipe with one thing changed. What variants have in common is trained once: a stage is known
 by its row, its seed and the stages before it. The encoder is frozen in every stage, so each cloud is encoded once for a few
-augmented views, and steps cost what the Q-Former and the language model cost. A run that was stopped goes on.
+augmented views, and steps cost what the Q-Former and the language model cost. A run that was stopped goes on, and several
+processes with seeds of their own may share OUT.
 
 Shapes: S seeds, O held-out objects, R resamples, B samples, N points, G groups, D width of the encoder.
 """
@@ -347,7 +348,7 @@ class Lab:
 
 # ---- What differs ---------------------------------------------------------------------------------------------------
 
-RUNS_FILE = "runs.json"
+RUNS_DIR, SETTINGS_FILE = "runs", "settings.json"
 MEASURES = {"kind": "kind named", "color": "main color named", "loss": "loss of the caption, nats a token"}
 RESAMPLES = 10_000
 
@@ -477,11 +478,11 @@ def in_words(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def write_report(results: dict, out: Path):
+def write_report(runs: list[dict], facts: dict, out: Path):
     """ablation.json, ablation.md and ablation.png from the runs; nothing is trained."""
-    rows = summarize(results["runs"])
-    facts = results["facts"]
-    minutes = sum(run["minutes"] for run in results["runs"])
+    rows = summarize(runs)
+    minutes = sum(run["minutes"] for run in runs)
+    facts = facts | {"seeds": sorted({run["seed"] for run in runs}), "objects": len(runs[0]["kind"])}
     write_whole(
         out / "ablation.json",
         lambda p: p.write_text(json.dumps(facts | {"minutes": round(minutes, 1), "rows": rows}, indent=1) + "\n"),
@@ -490,7 +491,7 @@ def write_report(results: dict, out: Path):
     seeds = ", ".join(map(str, facts["seeds"]))
     text = f"""# What each part of the recipe contributes
 
-Variants of the household recipe, each with one thing changed, {facts["seeds"] and len(facts["seeds"])} seeds ({seeds}), scored on the
+Variants of the household recipe, each with one thing changed, {len(facts["seeds"])} seeds ({seeds}), scored on the
 {facts["objects"]} held-out objects. Made by
 
 ```bash
@@ -527,20 +528,33 @@ of the table together (Holm).
 # ---- All of it ------------------------------------------------------------------------------------------------------
 
 
-def run(lab: Lab, variants: list[Variant], seeds: list[int], results: dict, results_file: Path):
-    """Train and score what is not among the results yet; the file is written after every variant."""
-    done = {(each["variant"], each["seed"]) for each in results["runs"]}
+def run(lab: Lab, variants: list[Variant], seeds: list[int], runs_dir: Path):
+    """Train and score what is not there yet; a seed's file is written after every variant."""
     for seed in seeds:
+        path = runs_dir / f"seed-{seed}.json"
+        runs = json.loads(path.read_text()) if path.exists() else []
         for variant in variants:
-            if (variant.name, seed) in done:
+            if variant.name in [each["variant"] for each in runs]:
                 continue
             started = time.perf_counter()
             scores = lab.score(lab.train(variant, seed))
             minutes = (time.perf_counter() - started) / 60
-            results["runs"].append({"variant": variant.name, "seed": seed, "minutes": round(minutes, 2)} | scores)
-            write_whole(results_file, lambda partial: partial.write_text(json.dumps(results) + "\n"))
+            runs.append({"variant": variant.name, "seed": seed, "minutes": round(minutes, 2)} | scores)
+            write_whole(path, lambda partial, runs=runs: partial.write_text(json.dumps(runs) + "\n"))
             shown = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in scores.items())
             print(f"{variant.name}, seed {seed}: {shown} ({minutes:.1f} minutes)", flush=True)
+
+
+def read_runs(runs_dir: Path) -> list[dict]:
+    """All runs of all seeds.
+
+    Raises:
+        ValueError: there are none.
+    """
+    runs = [each for path in sorted(runs_dir.glob("seed-*.json")) for each in json.loads(path.read_text())]
+    if not runs:
+        raise ValueError(f"{runs_dir} holds no runs. Run without --report_only first.")
+    return runs
 
 
 def main(argv: list[str] | None = None):
@@ -572,43 +586,41 @@ def ablate(args: argparse.Namespace, argv: list[str]):
         raise ValueError(f"--variants {unknown[0]!r}: expected some of {', '.join(map(repr, names))}.")
     if args.scale <= 0 or args.views < 1:
         raise ValueError(f"--scale and --views must be above 0, got {args.scale:g} and {args.views}.")
-    runs_file = args.out / RUNS_FILE
+    runs_dir, settings_file = args.out / RUNS_DIR, args.out / SETTINGS_FILE
     if args.report_only:
-        if not runs_file.exists():
-            raise ValueError(f"{runs_file} is not there. Run without --report_only first.")
-        write_report(json.loads(runs_file.read_text()), args.out)
+        write_report(read_runs(runs_dir), json.loads(settings_file.read_text()), args.out)
         return
     if args.base is None or args.data is None:
         raise ValueError("give --base and --data, which `make household` leaves in build/household.")
-    settings = {
-        "scale": args.scale,
-        "views": args.views,
-        "base": fingerprint_model(args.base),
-        "data": fingerprint(args.data, []),
-    }
-    results = json.loads(runs_file.read_text()) if runs_file.exists() else {"settings": settings, "runs": []}
-    if results["settings"] != settings:
-        raise ValueError(
-            f"--out {args.out} holds runs with {results['settings']}, now it is {settings}. Give a new folder."
-        )
+    settings = {"scale": args.scale, "views": args.views}
+    settings |= {"base": fingerprint_model(args.base), "data": fingerprint(args.data, [])}
+    settings |= describe_machine(argv)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    if settings_file.exists():
+        theirs = json.loads(settings_file.read_text())
+        for name in ("scale", "views", "base", "data"):
+            if theirs[name] != settings[name]:
+                raise ValueError(
+                    f"--out {args.out} holds runs with {name} {theirs[name]!r}, now it is {settings[name]!r}. Give a new folder."
+                )
+    write_whole(settings_file, lambda partial: partial.write_text(json.dumps(settings, indent=1) + "\n"))
     logging.disable_progress_bar()
     lab = Lab(args.base, args.data, args.out / "work", args.scale, args.views)
-    run(lab, [names[name] for name in args.variants], args.seeds, results, runs_file)
+    run(lab, [names[name] for name in args.variants], args.seeds, runs_dir)
+    write_report(read_runs(runs_dir), settings, args.out)
+    print(to_table(summarize(read_runs(runs_dir))))
+
+
+def describe_machine(argv: list[str]) -> dict:
+    """What a reader needs to repeat it."""
     shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    results["facts"] = {
+    return {
         "command": f"python training/ablate.py {shlex.join(shown)}",
         "date": date.today().isoformat(),
         "cpus": os.cpu_count(),
         "versions": f"Python {platform.python_version()}, {packages}",
-        "seeds": sorted({each["seed"] for each in results["runs"]}),
-        "objects": len(lab.objects),
-        "scale": args.scale,
-        "views": args.views,
     }
-    write_whole(runs_file, lambda partial: partial.write_text(json.dumps(results) + "\n"))
-    write_report(results, args.out)
-    print(to_table(summarize(results["runs"])))
 
 
 if __name__ == "__main__":
