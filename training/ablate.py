@@ -114,7 +114,7 @@ def rows_of(variant: Variant, scale: float) -> list[Stage]:
     rows = []
     for name in variant.stages:
         row = RECIPES["household"][name]
-        changes = variant.changes if row.trains_lora else {}  # nothing that they change is in the other rows
+        changes = variant.changes if name != "I" else {}  # there is nothing yet that they would change
         changes = {key: value for key, value in changes.items() if key != FROZEN_NORMS}
         row = replace(row, **changes | (variant.last if name == "IV" else {}))
         if FROZEN_NORMS in variant.changes:
