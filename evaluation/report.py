@@ -1,0 +1,443 @@
+"""A run for people: `report.md`, `report.html` and pictures, all made from `results.json` and `objects.jsonl`.
+
+The page holds everything itself, pictures too, and runs no script. What a model or a judge said is escaped.
+"""
+
+import base64
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
+from .results import (
+    CONTROLS,
+    LOWER_IS_BETTER,
+    METRICS,
+    SEEING,
+    as_corruption,
+    interval,
+    main_score,
+    number,
+    read_objects,
+    read_results,
+    values_of,
+    with_interval,
+)
+from .statistics import bootstrap, holm, wilson
+
+
+NUM_SHOWN = 10  # best and worst objects
+NOISE = 0.05  # two-sided, the level of a 95 % interval
+ONE_OR_NONE = {
+    "closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy", "likelihood_top_1", "likelihood_top_5"
+}  # fmt: skip
+# What a control tells: where the objects as they are do better, and where they do not.
+READINGS = {
+    "blind": (
+        "The geometry is used: with every point and color at zero the score is worse.",
+        "Nothing here shows that the geometry is used: with every point and color at zero the score is as good.",
+    ),
+    "shuffled": (
+        "The answers belong to their objects: scored against another object they are worse.",
+        "Nothing here shows that the answers belong to their objects: scored against another object they are as good.",
+    ),
+    "no_color": (
+        "Color is used: without it the score is worse.",
+        "Nothing here shows that color is used: without it the score is as good.",
+    ),
+}
+
+
+@dataclass
+class Section:
+    """A part of the report: sentences, a table whose first row is its head, and names of pictures."""
+
+    title: str
+    words: list[str] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+
+
+def write_report(out: Path, read_cloud: Callable[[str], np.ndarray | None]):
+    """Write `report.md`, `report.html` and `pictures/` into a run's folder; each file appears whole or not at all.
+
+    Args:
+        out: with `results.json` and `objects.jsonl`.
+        read_cloud: object_id → (N, 6), xyz and rgb in [0, 1]; None where there is no cloud to draw.
+
+    Raises:
+        ValueError: the folder is no finished run.
+        ImportError: matplotlib is missing.
+    """
+    out = Path(out)
+    results, rows = read_results(out), read_objects(out)
+    pictures = {}
+    sections = [
+        _scores(results, pictures),
+        _differences(results),
+        *_robustness(results, rows, pictures),
+        *_classes(results, rows, pictures),
+        _settings(results),
+    ]
+    title = f"{results['model']['name']} on {results['suite']}"
+    best, worst, about = best_and_worst(results, rows)
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html.jinja")
+    page = template.render(
+        title=title,
+        date=results["date"],
+        sections=sections,
+        pictures={name: _data_uri(picture) for name, picture in pictures.items()},
+        about=about,
+        groups=[
+            (name, [_card(object_id, results, rows, read_cloud) for object_id in chosen])
+            for name, chosen in (("Best", best), ("Worst", worst))
+        ],
+    )
+    (out / "pictures").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        _write(out / "pictures" / f"{name}.png", picture)
+    # What a model said may hold half a surrogate pair, which no file can.
+    _write(out / "report.md", to_markdown(title, sections).encode("utf-8", errors="replace"))
+    _write(out / "report.html", page.encode("utf-8", errors="replace"))
+
+
+# ---- Sections -------------------------------------------------------------------------------------------------------
+
+
+def _scores(results: dict, pictures: dict[str, bytes]) -> Section:
+    """Every score of the objects as they are, with its controls beside it."""
+    section = Section("Scores", words=["In brackets: 95 % intervals."])
+    by_row = _by_question_and_metric(results)
+    controls = [control for control in CONTROLS if any(control in row for row in by_row.values())]
+    judged = any(row[SEEING]["judge"] for row in by_row.values())
+    section.table = [
+        ["question", "score", *(["judge"] if judged else []), "as it is", *(CONTROLS[c] for c in controls)]
+        + ["objects", "unparsed"]
+    ]
+    for (question, metric), row in by_row.items():
+        seeing = row[SEEING]
+        name = METRICS[metric] + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+        section.table.append(
+            [results["questions"][question], name, *([seeing["judge"] or "none"] if judged else [])]
+            + [with_interval(row[condition]) if condition in row else "–" for condition in (SEEING, *controls)]
+            + [f"{seeing['objects']:,}", f"{seeing['unparsed']:,}"]
+        )
+    if picture := draw_scores(results):
+        pictures["scores"] = picture
+        section.pictures.append("scores")
+    return section
+
+
+def _differences(results: dict) -> Section:
+    """What the controls say about the main score, and about each difference whether it is noise."""
+    section = Section("What the numbers say")
+    main, tests = main_score(results), results["tests"]
+    corrected = dict(zip(map(id, tests), holm([test["p"] for test in tests]), strict=True)) if tests else {}
+    section.words.append(f"The main score, {_named(results, main)}, is {with_interval(main)}.")
+    about_main = {test["b"]: test for test in tests if test["a"] == SEEING and _key(test) == _key(main)}
+    for control, (used, not_used) in READINGS.items():
+        if control not in about_main:
+            continue
+        test = about_main[control]
+        gain = -test["difference"] if main["metric"] in LOWER_IS_BETTER else test["difference"]
+        if corrected[id(test)] >= NOISE:
+            section.words.append(not_used)
+        elif gain > 0:
+            section.words.append(used)
+        else:
+            section.words.append(f"Unexpected: {CONTROLS[control]}, the score is better than as it is.")
+    if "blind" not in about_main:
+        section.words.append("There is no blind control, so nothing here says whether the geometry is used.")
+    section.points = [f"{_named(results, test)}: {test['words']}" for test in tests]
+    lost = [test for test in tests if test["p"] < NOISE <= corrected[id(test)]]
+    if lost:
+        listed = "; ".join(f"{_named(results, test)}, {CONTROLS.get(test['b'], test['b'])}" for test in lost)
+        section.words.append(
+            f"Of {len(tests)} comparisons, chance alone lets some stand out. Corrected for their number (Holm), these are "
+            f"noise after all: {listed}."
+        )
+    section.words += _unparsed_and_cut(results)
+    return section
+
+
+def _unparsed_and_cut(results: dict) -> list[str]:
+    unparsed = [score for score in results["scores"] if score["unparsed"] and score["condition"] == SEEING]
+    words = [
+        f"{score['unparsed']:,} of {score['objects']:,} could not be read for {_named(results, score)} "
+        f"({'no verdict came from the judge' if score['judge'] else 'the answer names no class'}) and count as wrong."
+        for score in unparsed
+    ]
+    if not unparsed:
+        words = ["Every answer could be read."]
+    if (generation := results["generation"]) and generation["cut"] is not None:  # not known of others' answers
+        limit = f" of {results['decoding']['max_new_tokens']} tokens" if results["decoding"] else ""
+        words.append(
+            f"{generation['cut']:,} of {generation['answers']:,} answers reached the limit{limit} and were cut."
+            if generation["cut"]
+            else f"No answer reached the limit{limit}."
+        )
+    return words
+
+
+def _robustness(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> list[Section]:
+    """A section for each score that was also measured on corrupted objects: curves, table and one figure."""
+    sections = []
+    for (question, metric), row in _by_question_and_metric(results).items():
+        corrupted = {corruption: score for condition, score in row.items() if (corruption := as_corruption(condition))}
+        if not corrupted:
+            continue
+        seeing, unit = row[SEEING], row[SEEING]["unit"]
+        title = _named(results, seeing)
+        names = list(dict.fromkeys(name for name, _ in corrupted))
+        severities = sorted({severity for _, severity in corrupted})
+        means = {name: np.mean([s["value"] for (other, _), s in corrupted.items() if other == name]) for name in names}
+        section = Section(f"Robustness: {title}")
+        section.table = [["corruption", *(f"severity {severity}" for severity in severities), "mean"]] + [
+            [name.replace("_", " ")]
+            + [number(corrupted[name, s]["value"], unit) if (name, s) in corrupted else "–" for s in severities]
+            + [number(means[name], unit)]
+            for name in names
+        ]
+        overall = np.mean([score["value"] for score in corrupted.values()])
+        sentence = f"Over {len(corrupted)} corruptions and severities the mean is {number(overall, unit)}"
+        by_object = _mean_by_object(rows, question, metric, set(row) - {SEEING, *CONTROLS})
+        if metric != "precision" and by_object:  # that one is no mean over objects
+            sentence += f" {interval(*bootstrap(by_object), unit)}"
+        if seeing["value"] > 0:
+            sentence += (
+                f", {100 * overall / seeing['value']:.0f} % of the {number(seeing['value'], unit)} without corruption"
+            )
+        worst = (max if metric in LOWER_IS_BETTER else min)(names, key=means.get)
+        section.words = [f"{sentence}. Hardest: {worst.replace('_', ' ')}, {number(means[worst], unit)}."]
+        name = f"robustness-{_slug(question)}-{metric}"
+        pictures[name] = draw_robustness(list(row.values()), title)
+        section.pictures.append(name)
+        sections.append(section)
+    return sections
+
+
+def _mean_by_object(rows: list[dict], question: str, metric: str, conditions: set[str]) -> list[float]:
+    """Each object's mean over the conditions; nothing if an object lacks one."""
+    values = {condition: values_of(rows, question, metric, condition) for condition in sorted(conditions)}
+    objects = {frozenset(found) for found in values.values()}
+    if len(objects) != 1:
+        return []
+    return np.mean([[found[object_id] for object_id in sorted(found)] for found in values.values()], axis=0).tolist()
+
+
+def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> list[Section]:
+    """The main score by class, and beside it the class by likelihood where that was measured."""
+    main, classes = main_score(results), results["classes"]
+    answered = _main_score_by_label(main, rows)
+    if not answered and not classes:
+        return []
+    names = classes["names"] if classes else []
+    names = [*names, *sorted(set(answered) - set(names))]
+    section = Section("Classes", table=[["class", *([METRICS[main["metric"]]] if answered else [])]])
+    for name in names:
+        hits = answered.get(name, [])
+        section.table.append([name, *([_share(sum(hits), len(hits))] if answered else [])])
+    if classes:
+        pictures["confusion"] = draw_confusion(classes["names"], classes["confusion"])
+        section.pictures.append("confusion")
+        section.words.append(
+            f"By the likelihood of each of {len(classes['names'])} class names as the answer, "
+            f"{number(classes['top_1'], 'share')} are right, and {number(classes['top_5'], 'share')} are among the first "
+            "five. This needs no judge and no parsing."
+        )
+        section.table[0] += ["likelihood, top 1", "most often mistaken for"]
+        for own, taken in enumerate(np.array(classes["confusion"])):
+            wrong = np.where(np.arange(len(taken)) == own, 0, taken)
+            most = f"{names[wrong.argmax()]} ({wrong.max():,})" if wrong.any() else "–"
+            section.table[own + 1] += [_share(taken[own], taken.sum()), most]
+        for line in section.table[len(classes["names"]) + 1 :]:
+            line += ["–", "–"]
+    section.words.append("With few objects in a class its interval is wide: read the classes as hints.")
+    return [section]
+
+
+def _main_score_by_label(main: dict, rows: list[dict]) -> dict[str, list[float]]:
+    """{label: hits}; nothing where the score is no hit or miss, or where labels are no classes but say each its own."""
+    if main["metric"] not in ONE_OR_NONE:
+        return {}
+    labels = {row["object_id"]: row["label"] for row in rows if row["label"] is not None}
+    by_label = {}
+    for object_id, value in values_of(rows, main["question"], main["metric"]).items():
+        if object_id in labels:
+            by_label.setdefault(labels[object_id], []).append(value)
+    return by_label if len(by_label) <= len(labels) / 2 else {}
+
+
+def _share(hits: float, total: int) -> str:
+    if not total:
+        return "–"
+    low, high = wilson(int(hits), int(total))
+    return f"{int(hits)}/{int(total)} ({100 * low:.0f}–{100 * high:.0f} %)"
+
+
+def _settings(results: dict) -> Section:
+    """Everything that one needs to repeat the run."""
+    model, dataset, decoding, judge = (results[key] for key in ("model", "dataset", "decoding", "judge"))
+    facts = {
+        "command": results["command"],
+        "model": model["name"],
+        "parameters": model["parameters"] and f"{model['parameters']:,}",
+        "weights": model["fingerprint"] and f"fingerprint {model['fingerprint']}, {model['dtype']}",
+        "objects": f"{dataset['objects']:,} of {dataset['name']}, fingerprint {dataset['fingerprint']}",
+        "decoding": _listed(decoding) if decoding else "not known",
+        "chat template": results["template"] or "not known",
+        "seed": str(results["seed"]),
+        "date": results["date"],
+        "versions": _listed(results["versions"]),
+        "device": results["device"],
+    }
+    if (generation := results["generation"]) and generation["objects_per_second"]:
+        facts["speed"] = f"{generation['objects_per_second']:.2f} objects/s, {generation['seconds']:.0f} s in all"
+    if judge:
+        facts["judge"] = f"{judge['model']} at {judge['endpoint']}, {judge['date']}"
+        facts["judge's prompts"] = _listed(judge["prompts"], " sha256 ")
+        facts["judge's use"] = (
+            f"{judge['calls']:,} calls and {judge['cached']:,} replies of the cache; {judge['prompt_tokens']:,} tokens in, "
+            f"{judge['completion_tokens']:,} out; cost {'unknown' if judge['cost'] is None else judge['cost']}"
+        )
+    table = [["setting", "value"], *([name, fact] for name, fact in facts.items() if fact)]
+    return Section("How it was made", table=table)
+
+
+def _listed(settings: dict, joint: str = " ") -> str:
+    return ", ".join(f"{name}{joint}{value}" for name, value in settings.items())
+
+
+def _by_question_and_metric(results: dict) -> dict[tuple[str, str], dict[str, dict]]:
+    """{(question, metric): {condition: score}}, of what was scored on the objects as they are."""
+    rows = {}
+    for score in results["scores"]:
+        rows.setdefault(_key(score), {})[score["condition"]] = score
+    return {key: row for key, row in rows.items() if SEEING in row}
+
+
+def _key(score: dict) -> tuple[str, str]:
+    return score["question"], score["metric"]
+
+
+def _named(results: dict, score: dict) -> str:
+    return f"{METRICS[score['metric']]}, “{results['questions'][score['question']].strip()}”"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
+
+
+# ---- Best and worst objects -----------------------------------------------------------------------------------------
+
+
+def best_and_worst(results: dict, rows: list[dict]) -> tuple[list[str], list[str], str]:
+    """Object ids from the best down and from the worst up, and a sentence on how they were chosen.
+
+    By the main score; between equals by the mean of the object's other shares, then by `object_id`. No object is in both.
+    """
+    main = main_score(results)
+    values = values_of(rows, main["question"], main["metric"])
+    units = {_key(score): score["unit"] for score in results["scores"]}
+    others = {object_id: [] for object_id in values}
+    for row in rows:
+        if row["condition"] == SEEING and row["object_id"] in others:
+            for metric, value in row["scores"].items():
+                key = (row["question"], metric)
+                if key != _key(main) and units[key] == "share":
+                    others[row["object_id"]].append(value)
+    sign = -1 if main["metric"] in LOWER_IS_BETTER else 1
+    goodness = {
+        object_id: (sign * value, np.mean(others[object_id]) if others[object_id] else 0.0)
+        for object_id, value in values.items()
+    }
+    in_order = sorted(goodness)  # Python's sorting is stable: equals stay in this order
+    half = -(-len(in_order) // 2)
+    best = sorted(in_order, key=goodness.get, reverse=True)[: min(NUM_SHOWN, half)]
+    worst = [object_id for object_id in sorted(in_order, key=goodness.get) if object_id not in best][:NUM_SHOWN]
+    about = (
+        f"By {_named(results, main)}; between equals by the mean of the object's other scores, then by name. "
+        f"{sum(value == max(values.values()) for value in values.values()):,} of {len(values):,} objects have the highest "
+        f"score, {sum(value == min(values.values()) for value in values.values()):,} the lowest."
+    )
+    return best, worst, about
+
+
+def _card(object_id: str, results: dict, rows: list[dict], read_cloud: Callable) -> dict:
+    """What the page shows of an object: its picture, what is true, and each question with answer, scores and reasons."""
+    own = [row for row in rows if row["object_id"] == object_id and row["condition"] == SEEING]
+    own.sort(key=lambda row: row["question"] != main_score(results)["question"])
+    units = {_key(score): score["unit"] for score in results["scores"]}
+    cloud = read_cloud(object_id)
+    return {
+        "object_id": object_id,
+        "picture": None if cloud is None else _data_uri(draw_cloud(cloud)),
+        "label": own[0]["label"],
+        "caption": own[0]["caption"],
+        "answers": [
+            {
+                "prompt": row["prompt"],
+                "answer": row["answer"],
+                "scores": [
+                    (METRICS[metric], _of_one(metric, value, units[row["question"], metric]))
+                    for metric, value in row["scores"].items()
+                ],
+                "reasons": [(METRICS[metric], reason) for metric, reason in row["reasons"].items() if reason],
+            }
+            for row in own
+        ],
+    }
+
+
+def _of_one(metric: str, value: float, unit: str) -> str:
+    if metric in ONE_OR_NONE:
+        return "right" if value else "wrong"
+    return f"{value:.0f}" if unit == "count" else number(value, unit)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(title: str, sections: list[Section]) -> str:
+    parts = [f"# {_escaped(title)}"]
+    for section in sections:
+        parts.append(f"## {_escaped(section.title)}")
+        parts += map(_escaped, section.words)
+        if section.points:
+            parts.append("\n".join(f"- {_escaped(point)}" for point in section.points))
+        parts += [f"![{_escaped(section.title)}](pictures/{name}.png)" for name in section.pictures]
+        if section.table:
+            parts.append(markdown_table(section.table))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first the head."""
+    head, *body = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
+    return "\n".join([head, "|" + "-|" * len(rows[0]), *body])
+
+
+def _escaped(text: str) -> str:
+    """As Markdown shows it, on one line: no name may become markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|$~])", r"\\\1", text)
+
+
+def _data_uri(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+
+
+def _write(path: Path, content: bytes):
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

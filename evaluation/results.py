@@ -1,0 +1,135 @@
+"""What a run found, read from its folder: `results.json`, the scores, and `objects.jsonl`, every answer with its own."""
+
+import json
+from pathlib import Path
+
+
+RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
+SEEING = "seeing"  # the condition of an object as it is
+CONTROLS = {"blind": "blind", "no_color": "color removed", "shuffled": "another object's answer"}
+
+# In the order in which a report has them; a suite's main one is the first that its first question is scored by, except
+# where `MAIN_METRICS` says otherwise.
+METRICS = {
+    "closed_set_accuracy": "closed-set accuracy",
+    "open_vocabulary_accuracy": "open-vocabulary accuracy",
+    "caption_score": "caption score",
+    "precision": "precision of details",
+    "correctness": "right details",
+    "hallucination": "wrong details",
+    "color_accuracy": "color accuracy",
+    "likelihood_top_1": "likelihood, top 1",
+    "likelihood_top_5": "likelihood, top 5",
+    "s_bert": "S-BERT",
+    "simcse": "SimCSE",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "bleu_4": "BLEU-4",
+    "bleu_1": "BLEU-1",
+}
+MAIN_METRICS = {"objaverse": "open_vocabulary_accuracy"}
+LOWER_IS_BETTER = ("hallucination",)
+
+
+def read_results(folder: str | Path) -> dict:
+    """A run's `results.json`.
+
+    Raises:
+        ValueError: the folder is no finished run.
+    """
+    path = Path(folder) / RESULTS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {RESULTS_FILE}: expected the folder of a finished run. Let `minigpt3d evaluate … --out "
+            f"{folder}` come to its end; it goes on where it stopped."
+        )
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema = results["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. Run it again.") from error
+    if schema != 1:
+        raise ValueError(f"{path}: expected schema 1, got {schema!r}. It is from another version: evaluate again.")
+    return results
+
+
+def read_objects(folder: str | Path) -> list[dict]:
+    """A run's `objects.jsonl`: a dict for each (object, question, condition).
+
+    Raises:
+        ValueError: it is missing, or a line is no JSON object.
+    """
+    path = Path(folder) / OBJECTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {OBJECTS_FILE}: `minigpt3d evaluate` writes it beside {RESULTS_FILE}.")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                row["object_id"], row["question"], row["condition"], row["scores"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a scored answer, got {line[:60]!r} ({error!r}). Run `minigpt3d "
+                    "evaluate` again: the answers are kept, only the scores are made anew."
+                ) from error
+            rows.append(row)
+    return rows
+
+
+def values_of(rows: list[dict], question: str, metric: str, condition: str = SEEING) -> dict[str, float]:
+    """{object_id: score} of one metric, in the order of the rows; objects without that score are not in it."""
+    return {
+        row["object_id"]: row["scores"][metric]
+        for row in rows
+        if row["question"] == question and row["condition"] == condition and metric in row["scores"]
+    }
+
+
+def as_corruption(condition: str) -> tuple[str, int] | None:
+    """ "jitter-3" → ("jitter", 3); None for what is no corruption."""
+    name, dash, severity = condition.rpartition("-")
+    return (name, int(severity)) if dash and severity.isdecimal() else None
+
+
+def main_score(results: dict) -> dict:
+    """The score that a suite is about; ties between questions go to the one that is asked first."""
+    order = [MAIN_METRICS.get(results["suite"]), *METRICS]
+    questions = list(results["questions"])
+    seeing = [score for score in results["scores"] if score["condition"] == SEEING]
+    if not seeing:
+        raise ValueError(f"The {results['suite']} run holds no score of the objects as they are: there is no result.")
+    return min(seeing, key=lambda score: (order.index(score["metric"]), questions.index(score["question"])))
+
+
+def prompt_hash(results: dict, metric: str) -> str | None:
+    """Of the prompt that the judge scored a metric with; right details, wrong ones and precision are of one prompt."""
+    prompts = results["judge"]["prompts"]
+    return prompts.get(metric) or prompts.get("hallucination" if metric in ("correctness", "precision") else metric)
+
+
+# ---- As people read them --------------------------------------------------------------------------------------------
+
+
+def scaled(value: float, unit: str) -> float:
+    """Shares as per cent, all else as it is."""
+    return 100 * value if unit == "share" else value
+
+
+def number(value: float, unit: str) -> str:
+    return f"{scaled(value, unit):.{2 if unit == 'count' else 1}f}" + (" %" if unit == "share" else "")
+
+
+def interval(low: float, high: float, unit: str) -> str:
+    digits = 2 if unit == "count" else 1
+    return f"({scaled(low, unit):.{digits}f}–{scaled(high, unit):.{digits}f})"
+
+
+def with_interval(score: dict) -> str:
+    """A score with its 95 % interval: "71.0 % (61.5–79.0)"."""
+    return f"{number(score['value'], score['unit'])} {interval(score['low'], score['high'], score['unit'])}"
+
+
+def same_judge(name: str | None) -> str | None:
+    """What a judge's name is compared by: without the folder or owner before it, letter case and kind of dash."""
+    return name and name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace(" ", "-")
