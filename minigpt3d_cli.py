@@ -151,7 +151,7 @@ def add_evaluate(commands):
     evaluate.add_argument(
         "--robustness",
         action="store_true",
-        help="ask about corrupted clouds, too: ten corruptions, five severities each",
+        help="ask about corrupted clouds, too: eleven corruptions, five severities each",
     )
     decoding = evaluate.add_argument_group("decoding")
     decoding.add_argument(
@@ -162,6 +162,14 @@ def add_evaluate(commands):
         choices=["default", "benchmark"],
         default="default",
         help="default: the training prompt; benchmark: that of the authors' evaluation, to the character",
+    )
+    decoding.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="answer whose likelihood is taken for each class, with {} for its name, such as 'This is a {}.'; may be given "
+        "several times (default: the suite's)",
     )
     decoding.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="(default: 16)")
     decoding.add_argument("--seed", type=int, default=0, help="of sampling, corruptions and intervals (default: 0)")
@@ -746,6 +754,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         greedy=args.greedy,
         template=args.template,
         batch_size=args.batch_size,
+        phrases=args.phrase,
         robustness=args.robustness,
         metrics=args.metrics,
         encoders={metric: given for metric, given in (("s_bert", args.s_bert), ("simcse", args.simcse)) if given},

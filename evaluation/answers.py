@@ -25,7 +25,7 @@ from transformers import BatchFeature
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
-from .conditions import apply
+from .conditions import apply, read_clouds
 from .objects import EvalObject
 from .suites import Question
 
@@ -139,21 +139,13 @@ def run_batches(
 # ---- Generation -----------------------------------------------------------------------------------------------------
 
 
-# Any cloud will do where the blind control's, which has no extent to normalise, is put in afterwards.
-_STAND_IN = np.eye(2, 6, dtype=np.float32)
-
-
 def encode_question(
     processor: MiniGPT3DProcessor, clouds: list[np.ndarray], prompt: str, template: str
 ) -> BatchFeature:
     """Inputs of the model for one question about each of B clouds: `input_ids`, `attention_mask` (B, T), `point_clouds`."""
-    blind = [not cloud.any() for cloud in clouds]
-    conversations = []
-    for cloud, is_blind in zip(clouds, blind, strict=True):
-        content = [{"type": "point_cloud", "point_cloud": _STAND_IN if is_blind else cloud}]
-        conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}])
+    content = [{"type": "point_cloud", "point_cloud": _STAND_IN}, {"type": "text", "text": prompt}]
     inputs = processor.apply_chat_template(
-        conversations,
+        [[{"role": "user", "content": content}]] * len(clouds),
         chat_template=template,
         tokenize=True,
         return_dict=True,
@@ -161,8 +153,12 @@ def encode_question(
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     )
-    inputs["point_clouds"][torch.tensor(blind)] = 0
+    inputs["point_clouds"] = read_clouds(processor, clouds)
     return inputs
+
+
+# The chat template wants some cloud, and would not read a blind one.
+_STAND_IN = np.eye(2, 6, dtype=np.float32)
 
 
 @torch.inference_mode()

@@ -29,17 +29,16 @@ from .answers import (
     ANSWERS_DIR,
     Job,
     append_lines,
-    encode_question,
     generate_answers,
     open_part,
     read_lines,
     run_batches,
 )
-from .conditions import CONTROLS, CORRUPTIONS, NUM_SEVERITIES
+from .conditions import CONTROLS, CORRUPTION_CONDITIONS
 from .likelihood import class_log_likelihoods
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .report import write_report
-from .score import SHUFFLED, Scorer, compare_conditions
+from .score import SHUFFLED, Scorer, compare_conditions, default_prompt
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
@@ -64,6 +63,7 @@ class Options:
         greedy: the most likely answers instead of the paper's sampling.
         template: of the processor.
         batch_size: objects that are answered together.
+        phrases: answers whose likelihood is taken, with {} for a class's name; empty: the suite's.
         robustness: whether corruptions are tried, too.
         metrics: names; empty: all of the suite that are at hand.
         encoders: folder or Hub id of a sentence encoder, by metric.
@@ -84,6 +84,7 @@ class Options:
     greedy: bool = False
     template: str = "default"
     batch_size: int = 16
+    phrases: list[str] = field(default_factory=list)
     robustness: bool = False
     metrics: list[str] = field(default_factory=list)
     encoders: dict[str, str] = field(default_factory=dict)
@@ -126,6 +127,8 @@ def read_objects(options: Options) -> list[EvalObject]:
 def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
     """The suite's row; for own objects without what they do not say anything of."""
     suite = SUITES[options.suite]
+    if options.phrases:
+        suite = replace(suite, phrases=tuple(options.phrases))
     if suite.name != "own":
         return suite
     known = {name for name in ("label", "caption", "color") if any(getattr(each, name) for each in objects)}
@@ -230,9 +233,7 @@ def fingerprint_objects(objects: list[EvalObject]) -> str:
 def conditions_of(suite: Suite, robustness: bool) -> list[str]:
     """ "seeing", the controls, and with `robustness` the corruptions."""
     controls = [name for name in CONTROLS if suite.has_color or name != "no_color"]
-    grades = [f"{name}-{severity}" for name in CORRUPTIONS for severity in range(1, NUM_SEVERITIES + 1)]
-    if not suite.has_color:
-        grades = [name for name in grades if not name.startswith("color")]
+    grades = [name for name in CORRUPTION_CONDITIONS if suite.has_color or not name.startswith("color")]
     return ["seeing", *controls, *(grades if robustness else [])]
 
 
@@ -284,9 +285,9 @@ def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], 
     names = [name for row in suite.classes.values() for name in row]
 
     def work(job: Job, group: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
-        phrases = [suite.phrase.format(name) for name in names]
-        inputs = encode_question(processor, clouds, job.question.prompt, options.template)
-        sums, tokens = class_log_likelihoods(model, processor, inputs, phrases)
+        sums, tokens = class_log_likelihoods(
+            model, processor, clouds, job.question.prompt, names, suite.phrases, options.template, options.batch_size
+        )
         return [{"log_likelihood": row.tolist(), "tokens": tokens.tolist()} for row in sums]
 
     labelled = tuple(each for each in objects if each.label)
@@ -344,7 +345,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
                 | {"interval": "Wilson"}
             )
         if condition == "seeing":
-            table = {"question": question, "method": "likelihood", "phrase": suite.phrase, "names": classes}
+            table = {"question": question, "method": "likelihood", "phrases": list(suite.phrases), "names": classes}
             table |= {"confusion": confusion.tolist()}
             table |= {name.removeprefix("likelihood_"): entry["value"]
                       for name, entry in zip(LIKELIHOOD_METRICS, entries[-2:], strict=True)}  # fmt: skip
@@ -427,6 +428,7 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         "decoding": None if options.answers else decoding,
         "template": None if options.answers else options.template,
         "batch_size": None if options.answers else options.batch_size,
+        "phrases": None if options.answers or suite.classes is None else list(suite.phrases),
         "seed": options.seed,
     }
     # Processes wait for the slowest, which may take its time.

@@ -1,5 +1,6 @@
 """From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,11 @@ class Answer:
 @cache
 def load_metric(module: str):
     return evaluate.load(str(METRICS_DIR / module))
+
+
+def default_prompt(module: str) -> str:
+    """What a metric's module asks the judge."""
+    return sys.modules[type(load_metric(module)).__module__].PROMPT
 
 
 def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalObject]:

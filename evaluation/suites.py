@@ -6,6 +6,8 @@ A suite is one row. Prompts and decoding are those of the paper's benchmarks; `D
 from dataclasses import dataclass, replace
 
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
+from minigpt3d.training.household.captions import with_article
+from minigpt3d.training.household.colors import COLORS
 from minigpt3d.training.household.kinds import KINDS
 
 from .objects import MODELNET40_CLASSES
@@ -80,7 +82,7 @@ class Suite:
         max_new_tokens: of an answer.
         classes: each class with the names it goes by; None where there is no closed set.
         judges_classes: whether a judge, if there is one, says which class an answer means, as in the paper's ModelNet40.
-        phrase: the answer whose likelihood is taken, with {} for a class's name.
+        phrases: the answers whose likelihood is taken, all together, with {} for a class's name.
         has_color: whether the clouds have colors to take away.
     """
 
@@ -90,7 +92,7 @@ class Suite:
     max_new_tokens: int
     classes: dict[str, tuple[str, ...]] | None = None
     judges_classes: bool = False
-    phrase: str = "{}"
+    phrases: tuple[str, ...] = ("{}",)
     has_color: bool = True
 
 
@@ -139,8 +141,9 @@ HOUSEHOLD = Suite(
     max_new_tokens=100,
     # A kind goes by several names, and the most likely one counts.
     classes={kind: tuple(answers) for kind, answers in KINDS.items()},
-    phrase="This is a {}.",
+    # As the checkpoint has learned to say it: with a color, whichever.
+    phrases=tuple(f"This is {with_article(color)} {{}}." for color in COLORS),
 )
-OWN = replace(HOUSEHOLD, name="own", title="Own objects", classes=None, phrase="{}", max_new_tokens=150)
+OWN = replace(HOUSEHOLD, name="own", title="Own objects", classes=None, phrases=("{}",), max_new_tokens=150)
 
 SUITES = {suite.name: suite for suite in (MODELNET40, OBJAVERSE, CAPTION, HOUSEHOLD, OWN)}

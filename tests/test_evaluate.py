@@ -27,7 +27,6 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.run import Options, evaluate
 from minigpt3d.evaluation.score import shuffle
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
 from minigpt3d.training.household.colors import COLORS, main_color
