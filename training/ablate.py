@@ -494,7 +494,7 @@ def in_words(rows: list[dict]) -> list[str]:
         halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in found if row["measure"] == "kind"]
         rest = (
             f"{'No other' if told else 'No'} difference is told apart from noise: for kinds one would have to be above "
-            f"{100 * min(halves):.0f} to {100 * max(halves):.0f} points, and more after Holm's correction."
+            f"{100 * max(halves):.0f} points to be safe, and more after Holm's correction."
         )
         sentences.append(
             f"**{group}** (the recipe: {reference}). {f'More than noise: {told}. ' if told else ''}{rest}"
