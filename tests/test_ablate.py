@@ -1,17 +1,19 @@
 """Ablations: the table of variants, encoded clouds, stages that are shared, intervals, and the report."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_config, make_tiny_model
+from scipy import stats
 from test_training import release  # noqa: F401
 
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.training import ablate, pack as packing
-from minigpt3d.training.ablate import FULL, VARIANTS, EncodedClouds, Lab, as_cloud, resampled_means, rows_of, summarize
+from minigpt3d.training.ablate import FULL, VARIANTS, EncodedClouds, Lab, as_cloud, estimate_mean, rows_of, summarize
 from minigpt3d.training.stages import RECIPES, select_trainable
 from minigpt3d.training.stream import pack_batch
 from minigpt3d.training.weights import named_parameters, prepare_model
@@ -139,11 +141,52 @@ def test_experts_and_queries(lab):
 
 def test_intervals_cover_seeds_and_objects():
     rng = np.random.default_rng(0)
-    objects = rng.normal(size=(1, 400)).repeat(3, axis=0)  # seeds agree: the objects' standard error alone
-    low, high = np.quantile(resampled_means(objects), (0.025, 0.975))
-    assert (high - low) / 2 == pytest.approx(1.96 * objects[0].std() / 20, rel=0.05)
-    seeds = np.array([[0.0], [1.0], [2.0]]).repeat(400, axis=1)  # objects agree: the seeds' scatter alone
-    assert resampled_means(seeds).std() == pytest.approx(np.std([0, 1, 2]) / np.sqrt(3), rel=0.05)
+    objects = rng.normal(size=400)
+    found = estimate_mean(np.tile(objects, (3, 1)))  # seeds agree: an ordinary t interval over the objects
+    expected = stats.ttest_1samp(objects, 0)
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+    seeds = [0.1, 0.2, 0.6]
+    found = estimate_mean(np.tile(seeds, (400, 1)).T)  # objects agree: one over the seeds
+    assert (found["low"], found["high"]) == pytest.approx(tuple(stats.ttest_1samp(seeds, 0).confidence_interval()))
+    assert estimate_mean(np.zeros((3, 4))) == {"mean": 0, "low": 0, "high": 0, "p": 1}
+
+
+@pytest.mark.parametrize("of_seeds", [0.0, 0.1, 0.4])
+def test_where_nothing_differs_few_differences_are_more_than_noise(of_seeds):
+    """One in 20 at the 5 % level; a bootstrap of four seeds finds up to one in 6 when their scatter is the larger one."""
+    rng = np.random.default_rng(0)
+    found = [
+        estimate_mean(of_seeds * rng.normal(size=(4, 1)) + rng.normal(size=(1, 100)))["p"] < 0.05 for _ in range(2_000)
+    ]
+    assert 0.03 < np.mean(found) < 0.08
+
+
+def test_one_seed_is_no_interval():
+    with pytest.raises(ValueError, match="got 1. Give more --seeds"):
+        summarize([run for run in make_runs(0.4) if run["seed"] == 0])
+    rows = summarize([run for run in make_runs(0.4) if run["seed"] == 0 or run["variant"] == FULL.name])
+    assert {row["variant"] for row in rows} == {FULL.name}
+
+
+def test_two_names_of_one_computation_are_told(tmp_path):
+    runs = make_runs(worse=0.4)
+    runs += [run | {"variant": "1 expert"} for run in runs if run["variant"] == "without stage II"]
+    assert ablate.find_same(runs) == [("without stage II", "1 expert")]
+    ablate.write_report(runs, FACTS, tmp_path)
+    assert "for one computation" in (tmp_path / "ablation.md").read_text()
+    runs[-1]["loss"] = [0.5, *runs[-1]["loss"][1:]]
+    assert not ablate.find_same(runs)
+
+
+def test_processes_do_not_share_temporary_files(tmp_path):
+    """The first to rename must not take the other's unfinished file."""
+    names = []
+    ablate.write_whole(tmp_path / "views.pt", lambda partial: (names.append(partial.name), partial.write_text("x")))
+    assert str(os.getpid()) in names[0] and [path.name for path in tmp_path.iterdir()] == ["views.pt"]
+
+
+FACTS = {"date": "2026-01-02", "cpus": 2, "versions": "v", "scale": 0.25, "views": 4}
 
 
 def make_runs(worse: float) -> list[dict]:
@@ -166,25 +209,20 @@ def test_what_differs_is_told_and_what_does_not_is_not():
     assert "p" not in clear[FULL.name, "kind"]
     noise = {(row["variant"], row["measure"]): row for row in summarize(make_runs(worse=0.003))}
     assert noise["without stage II", "kind"]["p"] > 0.05
-    with pytest.raises(ValueError, match="no run of the 'full recipe'"):
+    with pytest.raises(ValueError, match="two runs of the 'full recipe'.*got 0"):
         summarize(make_runs(0.1)[1::2])
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
-    facts = {
-        "command": "python training/ablate.py",
-        "date": "2026-01-02",
-        "cpus": 2,
-        "versions": "v",
-        "scale": 0.25,
-        "views": 4,
-    }
-    ablate.write_report(make_runs(worse=0.4), facts, tmp_path)
+    ablate.write_report(make_runs(worse=0.4), FACTS, tmp_path)
     text = (tmp_path / "ablation.md").read_text()
-    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    content = json.loads((tmp_path / "ablation.json").read_text())
+    assert content["command"] in text and content["command"].endswith("--seeds 0 1 2 --scale 0.25 --views 4")
+    rows = content["rows"]
     row = next(r for r in rows if r["variant"] == "without stage II" and r["measure"] == "kind")
     cells = f"| {100 * row['value']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f}) | **{100 * row['difference']:+.1f} ("
     assert cells in text
+    assert "for one computation" not in text
     assert "More than noise: without stage II: kind named -" in text and "What it cannot show" in text
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 

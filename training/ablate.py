@@ -7,7 +7,7 @@ by its row, its seed and the stages before it. The encoder is frozen in every st
 augmented views, and steps cost what the Q-Former and the language model cost. A run that was stopped goes on, and several
 processes with seeds of their own may share OUT.
 
-Shapes: S seeds, O held-out objects, R resamples, B samples, N points, G groups, D width of the encoder.
+Shapes: S seeds, O held-out objects, B samples, N points, G groups, D width of the encoder.
 """
 
 import argparse
@@ -16,19 +16,20 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
@@ -225,8 +226,8 @@ def encode_text(processor, sample: Sample, stage: Stage) -> dict[str, torch.Tens
 
 
 def write_whole(path: Path, write):
-    """`write(temporary)`, then rename."""
-    partial = path.with_name(path.name + ".tmp")
+    """`write(temporary)`, then rename. Processes that share a folder have temporary files of their own."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(partial)
     os.replace(partial, path)
 
@@ -350,46 +351,68 @@ class Lab:
 
 RUNS_DIR, SETTINGS_FILE = "runs", "settings.json"
 MEASURES = {"kind": "kind named", "color": "main color named", "loss": "loss of the caption, nats a token"}
-RESAMPLES = 10_000
 
 
-def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means of (S, O) values over seeds and objects that are both drawn anew, with replacement: (R,)."""
-    num_seeds, num_objects = values.shape
-    rng = np.random.default_rng(seed)
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES)  # (R, S)
-    objects = rng.multinomial(num_objects, np.full(num_objects, 1 / num_objects), RESAMPLES)  # (R, O)
-    return ((seeds @ values) * objects).sum(1) / values.size
+def estimate_mean(values: np.ndarray) -> dict[str, float]:
+    """Mean of (S, O) values with its 95 % interval and the p of being 0, for other seeds and other objects than these.
+
+    Both are random: the variance of the mean is that of the seeds' means over S plus that of the objects' means over O, and
+    Student's t has Satterthwaite's degrees of freedom. A bootstrap of three or four seeds is no substitute: where they
+    agree in sign, as they do by chance once in 8 times if there are four, no resample has another, and p is at its least.
+    """
+    parts = np.array([values.mean(1 - axis).var(ddof=1) / values.shape[axis] for axis in (0, 1)])
+    mean, variance = values.mean(), parts.sum()
+    if variance == 0:
+        return {"mean": mean, "low": mean, "high": mean, "p": float(mean == 0)}
+    freedom = variance**2 / (parts**2 / (np.array(values.shape) - 1)).sum()
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+    p = 2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def find_same(runs: list[dict]) -> list[tuple[str, str]]:
+    """Pairs of variants that came out alike to the last bit for every object and seed: two names of one computation."""
+    results = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        results.setdefault(run["variant"], []).append([run["seed"], *(run[measure] for measure in MEASURES)])
+    return [(a, b) for a, b in combinations(results, 2) if results[a] == results[b]]
 
 
 def summarize(runs: list[dict]) -> list[dict]:
     """For each variant and measure the mean and the difference to the full recipe, with 95 % intervals and p.
 
+    Variants that have less than two seeds in common with the full recipe are left out.
+
     Raises:
-        ValueError: there is no run of the full recipe.
+        ValueError: there are less than two runs of the full recipe.
     """
     values = {}
     for name in dict.fromkeys(run["variant"] for run in runs):
         found = sorted((run for run in runs if run["variant"] == name), key=lambda run: run["seed"])
         for measure in MEASURES:
             values[name, measure] = {run["seed"]: run[measure] for run in found}
-    if (FULL.name, "kind") not in values:
-        raise ValueError(f"there is no run of the {FULL.name!r} to compare with. Leave it in --variants.")
+    if len(values.get((FULL.name, "kind"), {})) < 2:
+        raise ValueError(
+            f"an interval over seeds takes two runs of the {FULL.name!r} to compare with, got "
+            f"{len(values.get((FULL.name, 'kind'), {}))}. Give more --seeds, and leave it in --variants. What was run is kept."
+        )
     rows = []
     for (name, measure), by_seed in values.items():
         full = values[FULL.name, measure]
         seeds = sorted(by_seed.keys() & full.keys())
+        if len(seeds) < 2:  # another process may be at it
+            continue
         own = np.array([by_seed[seed] for seed in seeds])  # (S, O)
-        low, high = np.quantile(resampled_means(own), (0.025, 0.975))
-        row = {"variant": name, "measure": measure, "seeds": len(seeds), "value": own.mean(), "low": low, "high": high}
+        found = estimate_mean(own)
+        row = {"variant": name, "measure": measure, "seeds": len(seeds)}
+        row |= {"value": found["mean"], "low": found["low"], "high": found["high"]}
         if name != FULL.name:
-            difference = own - np.array([full[seed] for seed in seeds])
-            means = resampled_means(difference)
-            low, high = np.quantile(means, (0.025, 0.975))
-            tail = min((means <= 0).mean(), (means >= 0).mean())
-            row |= {"difference": difference.mean(), "difference_low": low, "difference_high": high}
-            row["p"] = min(1.0, 2 * max(tail, 1 / RESAMPLES))
-        rows.append({key: each if isinstance(each, str) else round(float(each), 4) for key, each in row.items()})
+            found = estimate_mean(own - np.array([full[seed] for seed in seeds]))
+            row |= {"difference": found["mean"], "difference_low": found["low"], "difference_high": found["high"]}
+            row["p"] = found["p"]
+        rows.append(
+            {key: each if isinstance(each, str) or key == "p" else round(float(each), 4) for key, each in row.items()}
+        )
     compared = [row for row in rows if "p" in row]
     for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
         row["p"] = round(float(p), 4)  # of all differences in the table together
@@ -468,10 +491,11 @@ def in_words(rows: list[dict]) -> list[str]:
         told = "; ".join(
             f"{row['variant']}: {MEASURES[row['measure']]} {to_text(row, 'difference_')}" for row in clear
         )
-        smallest = min(
-            abs(row["difference_high"] - row["difference_low"]) / 2 for row in found if row["measure"] == "kind"
+        halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in found if row["measure"] == "kind"]
+        rest = (
+            f"{'No other' if told else 'No'} difference is told apart from noise: for kinds one would have to be above "
+            f"{100 * max(halves):.0f} points to be safe, and more after Holm's correction."
         )
-        rest = f"Everything else here is noise: kinds would have to differ by some {100 * smallest:.0f} points to be seen."
         sentences.append(
             f"**{group}** (the recipe: {reference}). {f'More than noise: {told}. ' if told else ''}{rest}"
         )
@@ -482,13 +506,24 @@ def write_report(runs: list[dict], facts: dict, out: Path):
     """ablation.json, ablation.md and ablation.png from the runs; nothing is trained."""
     rows = summarize(runs)
     minutes = sum(run["minutes"] for run in runs)
+    same = [list(pair) for pair in find_same(runs)]
     facts = facts | {"seeds": sorted({run["seed"] for run in runs}), "objects": len(runs[0]["kind"])}
+    facts["command"] = (  # of all processes that shared the folder, whatever each of them was given
+        "python training/ablate.py --base build/household/base --data build/household/packed --out DIR "
+        f"--seeds {' '.join(map(str, facts['seeds']))} --scale {facts['scale']:g} --views {facts['views']}"
+    )
     write_whole(
         out / "ablation.json",
-        lambda p: p.write_text(json.dumps(facts | {"minutes": round(minutes, 1), "rows": rows}, indent=1) + "\n"),
+        lambda p: p.write_text(
+            json.dumps(facts | {"minutes": round(minutes, 1), "same": same, "rows": rows}, indent=1) + "\n"
+        ),
     )
     draw(rows, out / "ablation.png")
     seeds = ", ".join(map(str, facts["seeds"]))
+    twins = "; ".join(f"*{a}* and *{b}*" for a, b in same)
+    twins = (
+        f"- Two names for one computation, alike to the last bit for every object and seed: {twins}.\n" if same else ""
+    )
     text = f"""# What each part of the recipe contributes
 
 Variants of the household recipe, each with one thing changed, {len(facts["seeds"])} seeds ({seeds}), scored on the
@@ -498,7 +533,7 @@ Variants of the household recipe, each with one thing changed, {len(facts["seeds
 {facts["command"]}
 ```
 
-on {facts["date"]} in {minutes:.0f} minutes on {facts["cpus"]} CPU cores ({facts["versions"]}). The stages are {facts["scale"]:g} times as long as
+on {facts["date"]} in {minutes:.0f} minutes, summed over the processes that shared the work, on {facts["cpus"]} CPU cores ({facts["versions"]}). The stages are {facts["scale"]:g} times as long as
 the recipe's, on {facts["views"]} encoded views of each cloud instead of fresh ones.
 
 ![Differences to the full recipe](ablation.png)
@@ -506,13 +541,13 @@ the recipe's, on {facts["views"]} encoded views of each cloud instead of fresh o
 {to_table(rows)}
 
 *kind* and *color*: share of greedy answers to "What is this?" that name them. *loss*: of the reference caption, lower is better.
-In brackets 95 % intervals from {RESAMPLES:,} resamples of seeds and objects; **bold**: more than noise, at 5 % for all differences
-of the table together (Holm).
+In brackets 95 % intervals (Student's t) for other seeds and other objects than these; **bold**: more than noise, at 5 % for all
+differences of the table together (Holm).
 
 ## What it shows
 
 {chr(10).join(f"- {sentence}" for sentence in in_words(rows))}
-
+{twins}
 ## What it cannot show
 
 - Anything about the paper's own tables. This model has a thousandth of the size, names the kinds of household things, and
@@ -520,7 +555,12 @@ of the table together (Holm).
   stages to do than in the paper, and pre-trained queries are pre-trained for this.
 - Differences below its noise. A part whose interval holds zero may matter all the same.
 - What longer training would do: the stages are shorter than the recipe's, and no learning rate was tuned for a variant.
-- More than a few seeds can: their own scatter is known poorly, and the intervals are a little too narrow for it.
+- More than a few seeds can: their own scatter is known poorly, which the intervals allow for by being wide. All seeds see
+  the same encoded views.
+- Whether experts and routers matter, unless *without stage IV* differs from the full recipe: they are trained in that stage
+  alone, and where it changes nothing, its variants cannot differ.
+- The number of experts by itself: of fewer experts the two that are used have a larger sum of weights, which are not
+  renormalised. Nor the rank by itself: alpha stays, so that a smaller rank has a larger scale, and the Q-Former's rank stays.
 """
     write_whole(out / "ablation.md", lambda p: p.write_text(text, encoding="utf-8"))
 
@@ -571,12 +611,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--report_only", action="store_true", help="table and picture of the runs that are there")
     args = parser.parse_args(argv)
     try:
-        ablate(args, sys.argv[1:] if argv is None else list(argv))
+        ablate(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def ablate(args: argparse.Namespace, argv: list[str]):
+def ablate(args: argparse.Namespace):
     """
     Raises:
         ValueError: with what is wrong and what to do, before anything heavy.
@@ -594,7 +634,7 @@ def ablate(args: argparse.Namespace, argv: list[str]):
         raise ValueError("give --base and --data, which `make household` leaves in build/household.")
     settings = {"scale": args.scale, "views": args.views}
     settings |= {"base": fingerprint_model(args.base), "data": fingerprint(args.data, [])}
-    settings |= describe_machine(argv)
+    settings |= describe_machine()
     runs_dir.mkdir(parents=True, exist_ok=True)
     if settings_file.exists():
         theirs = json.loads(settings_file.read_text())
@@ -611,12 +651,10 @@ def ablate(args: argparse.Namespace, argv: list[str]):
     print(to_table(summarize(read_runs(runs_dir))))
 
 
-def describe_machine(argv: list[str]) -> dict:
+def describe_machine() -> dict:
     """What a reader needs to repeat it."""
-    shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return {
-        "command": f"python training/ablate.py {shlex.join(shown)}",
         "date": date.today().isoformat(),
         "cpus": os.cpu_count(),
         "versions": f"Python {platform.python_version()}, {packages}",
