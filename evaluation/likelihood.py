@@ -27,6 +27,7 @@ from .conditions import read_clouds
 
 
 NAME_MARK = "{}"  # stands for the name in an answer
+ANSWERS_AT_ONCE = 16  # a batch has so many rows for each object
 
 
 @torch.inference_mode()
@@ -51,7 +52,8 @@ def class_log_likelihoods(
         answers: A ways to name a class, "{}" for its name, all different: ["This is a {}."]. A class is as likely as all of
             them together.
         template: name of one of the processor's chat templates.
-        batch_size: objects at once. Memory grows with it, and not with the number of classes or answers.
+        batch_size: objects at once. Memory grows with it, and not with the number of classes or answers beyond
+            `ANSWERS_AT_ONCE`.
 
     Returns:
         Log-likelihoods, (B, C) float64 in nats, and the tokens of a class's answer, (C,) float64, the mean over its A
@@ -130,29 +132,35 @@ def _score(
     """Clouds (B, P, 6), ids of the prompt and of each answer → log-likelihood of each answer, (B, answers) float64."""
     device, batch_size = model.device, len(point_clouds)
 
-    def log_probabilities(ids: list[int], **kwargs):
-        """Of what follows the last tokens: (B, T, V) float32, and the cache."""
-        input_ids = torch.tensor(ids, device=device).expand(batch_size, -1)
-        outputs = model(input_ids=input_ids, use_cache=True, **kwargs)
+    def log_probabilities(input_ids: torch.Tensor, **kwargs):
+        """Of what follows the last tokens: (rows, T, V) float32, and the cache."""
+        outputs = model(input_ids=input_ids.to(device), use_cache=True, **kwargs)
         return outputs.logits.log_softmax(-1, dtype=torch.float32), outputs.past_key_values
-
-    def total(steps: torch.Tensor, ids: list[int]) -> torch.Tensor:
-        """(B, T, V), and the ids that came at these T steps → (B,) float64."""
-        return steps[:, range(len(ids)), ids].double().sum(1)
 
     # What all answers begin with, "This is a" perhaps, goes along with the prompt; each keeps one token at least.
     num_shared = min(len(os.path.commonprefix(answers)), min(map(len, answers)) - 1)
     shared = answers[0][:num_shared]
     steps, cache = log_probabilities(
-        [*prompt, *shared], point_clouds=point_clouds.to(device), logits_to_keep=num_shared + 1
+        torch.tensor([*prompt, *shared]).expand(batch_size, -1),
+        point_clouds=point_clouds.to(device),
+        logits_to_keep=num_shared + 1,
     )
-    scores = []
-    for ids in answers:
-        score = total(steps, ids[: num_shared + 1])
-        rest = ids[num_shared:]
-        if len(rest) > 1:  # the last token is predicted, and nothing follows it
+    scores = torch.empty(batch_size, len(answers), dtype=torch.float64)
+    for index, ids in enumerate(answers):
+        first = ids[: num_shared + 1]
+        scores[:, index] = steps[:, range(len(first)), first].double().sum(1).cpu()
+    # The rest of the answers, those of one length together: no padding, so no masks.
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(answers):
+        by_length.setdefault(len(ids) - num_shared, []).append(index)
+    for length, indices in by_length.items():
+        for start in range(0, len(indices) if length > 1 else 0, ANSWERS_AT_ONCE):
+            some = indices[start : start + ANSWERS_AT_ONCE]
+            rest = torch.tensor([answers[index][num_shared:] for index in some]).repeat(batch_size, 1)  # (B*A, T)
             # A copy, because a cache grows in place, and how it is cut back differs between kinds and versions.
-            following, _ = log_probabilities(rest[:-1], past_key_values=copy.deepcopy(cache))
-            score += total(following, rest[1:])
-        scores.append(score)
-    return torch.stack(scores, dim=1).cpu().numpy()
+            own = copy.deepcopy(cache)
+            own.batch_repeat_interleave(len(some))
+            following, _ = log_probabilities(rest[:, :-1], past_key_values=own)  # the last is predicted, and no more
+            gained = following.gather(-1, rest[:, 1:, None].to(device)).double().sum((1, 2))  # (B*A,)
+            scores[:, some] += gained.view(batch_size, -1).cpu()
+    return scores.numpy()

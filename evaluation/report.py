@@ -27,7 +27,7 @@ from .results import (
     values_of,
     with_interval,
 )
-from .statistics import bootstrap, holm, wilson
+from .statistics import bootstrap, wilson
 
 
 NUM_SHOWN = 10  # best and worst objects
@@ -108,6 +108,14 @@ def write_report(out: Path, read_cloud: Callable[[str], np.ndarray | None]):
     _write(out / "report.html", page.encode("utf-8", errors="replace"))
 
 
+def score_table(results: dict) -> str:
+    """Scores with their controls, as lines for a terminal."""
+    rows = _scores(results, {}).table
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
 # ---- Sections -------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +147,6 @@ def _differences(results: dict) -> Section:
     """What the controls say about the main score, and about each difference whether it is noise."""
     section = Section("What the numbers say")
     main, tests = main_score(results), results["tests"]
-    corrected = dict(zip(map(id, tests), holm([test["p"] for test in tests]), strict=True)) if tests else {}
     section.words.append(f"The main score, {_named(results, main)}, is {with_interval(main)}.")
     about_main = {test["b"]: test for test in tests if test["a"] == SEEING and _key(test) == _key(main)}
     for control, (used, not_used) in READINGS.items():
@@ -147,7 +154,7 @@ def _differences(results: dict) -> Section:
             continue
         test = about_main[control]
         gain = -test["difference"] if main["metric"] in LOWER_IS_BETTER else test["difference"]
-        if corrected[id(test)] >= NOISE:
+        if test["p"] >= NOISE:
             section.words.append(not_used)
         elif gain > 0:
             section.words.append(used)
@@ -156,13 +163,8 @@ def _differences(results: dict) -> Section:
     if "blind" not in about_main:
         section.words.append("There is no blind control, so nothing here says whether the geometry is used.")
     section.points = [f"{_named(results, test)}: {test['words']}" for test in tests]
-    lost = [test for test in tests if test["p"] < NOISE <= corrected[id(test)]]
-    if lost:
-        listed = "; ".join(f"{_named(results, test)}, {CONTROLS.get(test['b'], test['b'])}" for test in lost)
-        section.words.append(
-            f"Of {len(tests)} comparisons, chance alone lets some stand out. Corrected for their number (Holm), these are "
-            f"noise after all: {listed}."
-        )
+    if len(tests) > 1:
+        section.words.append(f"Each p is corrected for the {len(tests)} comparisons that are made here (Holm).")
     section.words += _unparsed_and_cut(results)
     return section
 

@@ -286,7 +286,14 @@ def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], 
 
     def work(job: Job, group: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
         sums, tokens = class_log_likelihoods(
-            model, processor, clouds, job.question.prompt, names, suite.phrases, options.template, options.batch_size
+            model,
+            processor,
+            clouds,
+            job.question.prompt,
+            names,
+            suite.phrases,
+            options.template,
+            max(1, options.batch_size // 4),
         )
         return [{"log_likelihood": row.tolist(), "tokens": tokens.tolist()} for row in sums]
 

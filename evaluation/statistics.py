@@ -125,7 +125,7 @@ def in_words(difference: float, low: float, high: float, p: float, unit: str, a:
     digits = 1 if unit == "score100" else digits
     amount = f"{scale * difference:+.{digits}f} {name}".strip()
     interval = f"95 % interval {scale * low:+.{digits}f} to {scale * high:+.{digits}f}"
-    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    chance = "p below 0.001" if p < 0.001 else f"p = {p:.3f}"
     if p < SIGNIFICANT:
         return f"{a} against {b}, {amount}, is more than noise: {interval}, {chance}."
     return f"{a} against {b}, {amount}, is noise on these objects: {interval}, {chance}."

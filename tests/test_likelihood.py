@@ -10,7 +10,7 @@ from test_modeling import BACKBONES
 from test_processing import llama_style, qwen_style, wordpiece_style
 
 from minigpt3d.evaluation.conditions import apply
-from minigpt3d.evaluation.likelihood import class_log_likelihoods, encode_answers, top_k
+from minigpt3d.evaluation.likelihood import ANSWERS_AT_ONCE, class_log_likelihoods, encode_answers, top_k
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 from minigpt3d.training.household.colors import COLORS
@@ -178,12 +178,18 @@ def test_a_cloud_is_encoded_once_and_rows_are_bounded(model, tiny_processor, clo
     monkeypatch.setattr(model.model, "forward", counting_forward)
     class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, ["Here is a {}."], batch_size=2)
     assert encoded == [2, 1]
-    assert {rows for rows, _ in passes} == {1, 2}
+    assert max(rows for rows, _ in passes) <= 2 * min(ANSWERS_AT_ONCE, len(CLASSES))
     prompt, answers = encode_answers(tiny_processor, QUESTION, [f"Here is a {name}." for name in CLASSES])
     begin = len(encode_answers(tiny_processor, QUESTION, ["Here is a"])[1][0]) - 1  # without ###
-    widths = [width for rows, width in passes if rows == 2]
-    assert widths[0] >= len(prompt) + begin - 1 and len(widths) == 1 + len(CLASSES)
-    assert max(widths[1:]) <= max(map(len, answers)) - begin
+    prefixes = [width for rows, width in passes if width >= len(prompt) + begin - 1]
+    assert len(prefixes) == 2  # of each batch, once
+    lengths = {len(ids) for ids in answers}
+    assert len(passes) <= 2 + 2 * len(lengths)  # answers of one length go together
+    assert max(width for _, width in passes if width not in prefixes) <= max(lengths) - begin
+    passes.clear()
+    monkeypatch.setattr("minigpt3d.evaluation.likelihood.ANSWERS_AT_ONCE", 1)
+    class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, ["Here is a {}."], batch_size=2)
+    assert {rows for rows, _ in passes} == {1, 2}
 
 
 # ---- Ranking ----------------------------------------------------------------------------------------------------------

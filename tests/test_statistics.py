@@ -69,7 +69,7 @@ def test_holm_by_hand():
 
 def test_words():
     assert in_words(0.6, 0.5, 0.7, 1e-9, "share", "seeing", "blind") == (
-        "seeing against blind, +60.0 points, is more than noise: 95 % interval +50.0 to +70.0, p < 0.001."
+        "seeing against blind, +60.0 points, is more than noise: 95 % interval +50.0 to +70.0, p below 0.001."
     )
     assert in_words(-0.2, -1.5, 1.1, 0.75, "score100", "A", "B") == (
         "A against B, -0.2 points, is noise on these objects: 95 % interval -1.5 to +1.1, p = 0.750."
