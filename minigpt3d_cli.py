@@ -741,6 +741,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if metric not in METRICS or not path:
             raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(METRICS)}")
         prompts[metric] = Path(path).read_text(encoding="utf-8")
+    if args.answers is not None and not args.answers.is_file():
+        raise CommandError(
+            f"--answers {args.answers}: no such file (expected answers of another program, JSON or JSONL)"
+        )
     name = str(args.answers) if args.answers else resolve_model(args.model)
     options = Options(
         suite=args.suite,

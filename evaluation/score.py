@@ -1,6 +1,5 @@
 """From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -37,12 +36,12 @@ class Answer:
 
 @cache
 def load_metric(module: str):
-    return evaluate.load(str(METRICS_DIR / module))
+    return evaluate.load(str(METRICS_DIR / module), keep_in_memory=True)
 
 
 def default_prompt(module: str) -> str:
     """What a metric's module asks the judge."""
-    return sys.modules[type(load_metric(module)).__module__].PROMPT
+    return load_metric(module).rubric
 
 
 def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalObject]:
@@ -114,10 +113,10 @@ class Scorer:
                 low, high = bootstrap(values, seed=self.seed)
             for object_id, value in zip(compared, values, strict=True):
                 scores[object_id][name] = value
-            if result.get("replies"):
+            judged = self._is_judged(name)
+            if judged:
                 for object_id, reply in zip(compared, result["replies"], strict=True):
                     reasons[object_id][name] = reply
-            judged = bool(result.get("replies")) and self.judge is not None
             entries.append(
                 {
                     "question": question.name,
@@ -145,21 +144,25 @@ class Scorer:
 
     def _compute(self, name: str, wanted: list[str], texts: list[str], references: list[str]) -> dict:
         metric, options = METRICS[name], {}
+        judged = self._is_judged(name)
         if metric.module == "closed_set_accuracy":
             options = self._classes(metric.reference)
+            if judged:
+                options.pop("aliases", None)  # a judge knows other names by itself
         elif metric.module == "caption_overlap":
             options["scores"] = tuple(wanted)
         elif metric.module == "sentence_similarity":
             options["encoder"] = self.encoders[name]
             options["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
-        judged = metric.needs == "judge" or (
-            name == "closed_set_accuracy" and self.suite.judges_classes and self.judge
-        )
         if judged:
             options["judge"] = self.judge
             if name in self.prompts:
                 options["prompt"] = self.prompts[name]
         return load_metric(metric.module).compute(predictions=texts, references=references, **options)
+
+    def _is_judged(self, name: str) -> bool:
+        judges_classes = name == "closed_set_accuracy" and self.suite.judges_classes
+        return METRICS[name].needs == "judge" or (judges_classes and self.judge is not None)
 
     def _classes(self, field: str) -> dict:
         if field == "color":

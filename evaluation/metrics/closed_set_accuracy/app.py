@@ -1,5 +1,9 @@
-import evaluate
-from evaluate.utils import launch_gradio_widget
+"""The page of this metric's Space: its card. A form cannot ask for the classes."""
+
+import gradio
+from evaluate.utils.gradio import parse_readme
 
 
-launch_gradio_widget(evaluate.load("closed_set_accuracy"))
+with gradio.Blocks() as page:
+    gradio.Markdown(parse_readme("README.md"))
+page.launch()
