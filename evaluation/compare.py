@@ -22,10 +22,10 @@ from .results import (
     with_interval,
 )
 from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap
+from .suites import RATIOS
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
-RATIOS = ("precision",)  # not means over objects, so pairs of objects say nothing; their parts are tested
 
 
 def compare(folders: list[str | Path]) -> str:

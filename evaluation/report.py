@@ -28,6 +28,7 @@ from .results import (
     with_interval,
 )
 from .statistics import bootstrap, wilson
+from .suites import RATIOS
 
 
 NUM_SHOWN = 10  # best and worst objects
@@ -210,7 +211,7 @@ def _robustness(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> 
         overall = np.mean([score["value"] for score in corrupted.values()])
         sentence = f"Over {len(corrupted)} corruptions and severities the mean is {number(overall, unit)}"
         by_object = _mean_by_object(rows, question, metric, set(row) - {SEEING, *CONTROLS})
-        if metric != "precision" and by_object:  # that one is no mean over objects
+        if metric not in RATIOS and by_object:
             sentence += f" {interval(*bootstrap(by_object), unit)}"
         if seeing["value"] > 0:
             sentence += (

@@ -490,7 +490,7 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
             "cut": sum(line.get("cut", False) for line in answers),
         },
-        "judge": None if options.judge is None else describe_judge(options),
+        "judge": None if options.judge is None else describe_judge(suite, options),
         "not_scored": left_out,
     } | scored
     write_json(options.out / RESULTS_FILE, results)
@@ -499,11 +499,13 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     return results
 
 
-def describe_judge(options: Options) -> dict:
+def describe_judge(suite: Suite, options: Options) -> dict:
     """Who judged, by which prompts, and what it took."""
     prompts = {}
+    asked = {name for question in suite.questions for name in question.metrics}
     for name, metric in METRICS.items():
-        if metric.needs == "judge" or name == "closed_set_accuracy":
+        judged = metric.needs == "judge" or (name == "closed_set_accuracy" and suite.judges_classes)
+        if name in asked and judged:
             text = options.judge_prompts.get(name) or default_prompt(metric.module)
             prompts[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {"model": options.judge.name, "date": date.today().isoformat(), "prompts": prompts} | options.judge.usage

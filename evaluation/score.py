@@ -13,7 +13,7 @@ from minigpt3d.training.household.kinds import KINDS
 
 from .objects import EvalObject
 from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap, wilson
-from .suites import METRICS, Question, Suite
+from .suites import METRICS, RATIOS, Question, Suite
 
 
 METRICS_DIR = Path(__file__).with_name("metrics")
@@ -102,7 +102,7 @@ class Scorer:
                 computed[metric.module] = self._compute(name, wanted, texts, references)
             result = computed[metric.module]
             values = result["values"][_VALUES[name]] if isinstance(result["values"], dict) else result["values"]
-            if name == "precision":
+            if name in RATIOS:
                 right, wrong = (np.array(result["values"][each], float) for each in ("correct", "wrong"))
                 total = right + wrong
                 values = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
@@ -212,7 +212,7 @@ def compare_conditions(
     for (question, condition), scores in values.items():
         if condition not in controls:
             continue
-        for name in metric_names:
+        for name in (each for each in metric_names if each not in RATIOS):
             seeing = values.get((question, "seeing"), {})
             common = [i for i in scores if scores[i].get(name) is not None and seeing.get(i, {}).get(name) is not None]
             if not common:

@@ -56,6 +56,10 @@ METRICS = {
 }
 
 
+# Not means over objects but sums divided by sums, so pairs of objects say nothing; their parts are tested.
+RATIOS = ("precision",)
+
+
 @dataclass(frozen=True)
 class Question:
     """What is asked.

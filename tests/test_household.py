@@ -2,17 +2,22 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
+from ways_in import make_processor, make_seeing_model
 
+from minigpt3d.conversion import save_pretrained
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.training.data import read_annotations, read_point_cloud
-from minigpt3d.training.household.build_data import build
+from minigpt3d.training.household.build_data import NUM_POINTS, build
 from minigpt3d.training.household.captions import annotate, get_facts, what_is_this, with_article
 from minigpt3d.training.household.colors import COLORS, color_indices, first_color, main_color, names_color
-from minigpt3d.training.household.evaluate import accuracy, score, score_majority
+from minigpt3d.training.household.evaluate import evaluate_models, to_table
+from minigpt3d.training.household.heldout import write_heldout
 from minigpt3d.training.household.kinds import KINDS, kind_of, names_kind
 from minigpt3d.training.household.library import FurnitureLibrary, read_properties
 from minigpt3d.training.household.procedural import make_object
@@ -289,12 +294,44 @@ def test_clouds_are_those_of_inference(tmp_path):
     np.testing.assert_array_equal(cloud, load_point_cloud(model))
 
 
-def test_scores(tmp_path):
-    rows = [{"kind": "chair", "main_color": "red"}, {"kind": "lamp", "main_color": "gray"}]
-    result = score(rows, ["A red armchair.", "A grey sofa."], ["It is red.", "It is blue."])
-    assert [result[name]["accuracy"] for name in ("kind", "color", "color_asked")] == [0.5, 1.0, 0.5]
-    assert accuracy([True, False])["standard_error"] == pytest.approx(0.3536)
-    train = [{"split": "train", "kind": "lamp", "main_color": "red"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, train)))
-    assert score_majority(tmp_path, rows)["kind"]["accuracy"] == 0.5
+def write_release(folder: Path, kinds_and_colors: list[tuple[str, str, str]]) -> Path:
+    """A release of objects (split, kind, color), of which the validation objects have clouds."""
+    rng, rows = np.random.default_rng(0), []
+    (folder / "validation").mkdir(parents=True)
+    for number, (split, kind, color) in enumerate(kinds_and_colors):
+        rows.append(
+            {"object_id": f"o{number}", "name": f"Nice {kind}", "kind": kind, "main_color": color, "split": split}
+            | {"category": "Things", "creator": "A. Maker", "license": "CC0", "library": "box.sh3f"}
+        )
+        cloud = rng.uniform(0, 1, (NUM_POINTS, 6)).astype(np.float32)
+        if split == "validation":
+            np.save(folder / "validation" / f"o{number}_{NUM_POINTS}.npy", cloud)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_models_and_the_majority_answer_are_scored(tmp_path):
+    """What is counted is evaluation's matter (tests/test_evaluate.py); here: of which objects, and beside what."""
+    things = [("train", "lamp", "red")] * 2 + [("train", "chair", "blue"), ("train", "", "blue")]
+    things += [("validation", "chair", "red"), ("validation", "lamp", "red"), ("validation", "", "red")]
+    data = write_release(tmp_path / "data", things)
+    heldout = tmp_path / "heldout.parquet"
+    assert write_heldout(data, heldout) == 2
+    assert set(pyarrow.parquet.read_table(heldout)["creator"].to_pylist()) == {"A. Maker"}
+    save_pretrained(make_seeing_model(), make_processor(), tmp_path / "model")
+    summary = evaluate_models(data, heldout, {"IV": tmp_path / "model"}, tmp_path / "reports")
+    assert summary["objects"] == 2 and summary["majority"]["answer"] == "This is a red lamp."
+    assert summary["majority"]["kind"] == {"value": 0.5, "low": 0.0945, "high": 0.9055}  # Wilson's interval, by hand
+    assert summary["majority"]["color"]["value"] == summary["majority"]["color_asked"]["value"] == 1
+    model = summary["models"]["IV"]
+    assert set(model["seeing"]) == set(model["blind"]) == {"kind", "color", "color_asked"}
+    hits = {kind: int(hit[0]) for kind, hit in model["by_kind"].items()}
+    assert set(hits) == {"chair", "lamp"} and model["seeing"]["kind"]["value"] == sum(hits.values()) / 2
+    table = to_table(summary)
+    assert "| stage IV |" in table and "| IV, blind |" in table
+    assert "| majority answer | 0.50 (0.09 to 0.91) | 1.00" in table
+    assert (tmp_path / "reports" / "IV" / "report.html").is_file()
+
+
+def test_answers_name_kinds():
     assert names_kind(what_is_this(get_facts("Desk lamp", "Lights", np.zeros((8, 6)))), "lamp")

@@ -25,7 +25,8 @@ from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from ..pack import pack, release_entries
 from .build_data import SOURCES, build
-from .evaluate import evaluate, to_table
+from .evaluate import evaluate_models, to_table
+from .heldout import write_heldout
 from .model_card import write_model_card
 
 
@@ -147,19 +148,22 @@ def main(argv: list[str] | None = None):
     checkpoint = args.work_dir / "checkpoint"
     recipe.step("export", checkpoint, lambda: export(stages["IV"], checkpoint))
 
+    heldout = args.work_dir / "heldout.parquet"
+    recipe.step("held-out objects", heldout, lambda: write_heldout(data, heldout))
+
     def score():
-        results = evaluate(data, stages | {"shipped": checkpoint})
-        scores.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        found = evaluate_models(data, heldout, stages | {"shipped": checkpoint}, args.work_dir / "reports")
+        scores.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     recipe.step("scores", scores, score)
-    results = json.loads(scores.read_text(encoding="utf-8"))
-    write_model_card(checkpoint, data, results, recipe.times, json.loads((base / "pretrain.json").read_text()))
+    found = json.loads(scores.read_text(encoding="utf-8"))
+    write_model_card(checkpoint, data, found, recipe.times, json.loads((base / "pretrain.json").read_text()))
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial)
     shutil.rmtree(args.output_dir, ignore_errors=True)
     partial.rename(args.output_dir)
-    print(to_table(results))
+    print(to_table(found))
     print(f"\n{args.output_dir} is done; minutes: {json.dumps(recipe.times)}, in all {sum(recipe.times.values()):.1f}")
 
 

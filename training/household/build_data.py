@@ -90,6 +90,12 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, ensure_ascii=False, indent=1).encode()))
 
 
+def read_metadata(data_dir: Path) -> list[dict]:
+    """What a release knows of each of its objects."""
+    lines = (Path(data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def recolored(cloud: np.ndarray, seed: int) -> np.ndarray:
     """The same shape in other colours, part by part."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data import encode_cloud
-from .build_data import NUM_POINTS, write_atomically
+from .build_data import NUM_POINTS, read_metadata, write_atomically
 from .captions import detailed, get_facts
-from .evaluate import read_metadata
 
 
 def write_heldout(data_dir: Path, path: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minigpt3d.model_card import write_card
 
-from .evaluate import read_metadata
+from .build_data import read_metadata
 
 
 # Without numbers, which stand in `counts`, `minutes` and `figures`: from there the card takes them with their place.
@@ -22,9 +22,8 @@ TEXTS = {
     "tokenizer and a language model on the captions alone, then the 3D encoder together with the Q-Former, by telling kind, "
     "noun, category and colors of real and of made-up objects (`training/household/pretrain.py`). Then come stages I to IV "
     "of the paper, by `training/stage1.py` to `stage4.py --recipe household`.",
-    "scores": 'The objects are held out, the question is "What is this?", decoding is greedy. '
-    "`python -m minigpt3d.training.household.evaluate --data build/household/data --models checkpoints/household` gives the "
-    "numbers of this folder again.",
+    "scores": "`minigpt3d evaluate household --model checkpoints/household --greedy --out report` gives the numbers of this "
+    "folder again.",
     "limits": [
         "It knows the kinds of things in `training/household/kinds.py`, as furniture libraries draw them, and few of each.",
         "The recipe was chosen by looking at the held-out objects a few times, so expect a little less on others.",
@@ -40,13 +39,13 @@ TEXTS = {
 }
 
 
-def write_model_card(folder: Path, data_dir: Path, results: dict, times: dict, pretraining: dict):
+def write_model_card(folder: Path, data_dir: Path, scores: dict, times: dict, pretraining: dict):
     """Write recipe.json, scores.json, CREATORS.md and the card, README.md, into the checkpoint's folder.
 
     Args:
         folder: of the checkpoint.
         data_dir: the release that it was trained on.
-        results: of `evaluate`.
+        scores: of `evaluate_models`.
         times: minutes by step.
         pretraining: what `pretrain` returned.
     """
@@ -65,10 +64,6 @@ def write_model_card(folder: Path, data_dir: Path, results: dict, times: dict, p
         "figures": {
             key.replace("_", " "): value for key, value in pretraining.items() if key.endswith(("kind", "color"))
         },
-    }
-    scores = {name: result for name, result in results.items() if name != "models"}
-    scores["models"] = {
-        name: {k: v for k, v in model.items() if k != "answers"} for name, model in results["models"].items()
     }
     for name, content in (("recipe.json", recipe), ("scores.json", scores)):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
