@@ -183,8 +183,8 @@ def add_evaluate(commands):
     scores.add_argument(
         "--metrics", nargs="+", default=[], metavar="NAME", help="these only (default: all that need no download)"
     )
-    scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="encoder of s_bert (default: the benchmarks' own)")
-    scores.add_argument("--simcse", metavar="DIR_OR_ID", help="encoder of simcse (default: the benchmarks' own)")
+    scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="score s_bert, too, with this encoder")
+    scores.add_argument("--simcse", metavar="DIR_OR_ID", help="score simcse, too, with this encoder")
     judge = evaluate.add_argument_group("judge")
     judge.add_argument(
         "--judge",

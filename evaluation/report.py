@@ -303,15 +303,22 @@ def _settings(results: dict) -> Section:
     }
     if (generation := results["generation"]) and generation["objects_per_second"]:
         facts["speed"] = f"{generation['objects_per_second']:.2f} objects/s, {generation['seconds']:.0f} s in all"
+    if encoders := results.get("encoders"):
+        facts["encoders"] = _listed(encoders)
     if judge:
-        facts["judge"] = f"{judge['model']} at {judge['endpoint']}, {judge['date']}"
+        facts["judge"] = f"{judge['model']}{' at ' + judge['endpoint'] if judge['endpoint'] else ''}, {judge['date']}"
         facts["judge's prompts"] = _listed(judge["prompts"], " sha256 ")
+        tokens_in, tokens_out, cost = (judge[name] for name in ("prompt_tokens", "completion_tokens", "cost"))
         facts["judge's use"] = (
-            f"{judge['calls']:,} calls and {judge['cached']:,} replies of the cache; {judge['prompt_tokens']:,} tokens in, "
-            f"{judge['completion_tokens']:,} out; cost {'unknown' if judge['cost'] is None else judge['cost']}"
+            f"{judge['calls']:,} calls and {judge['cached']:,} replies of the cache; {_known(tokens_in)} tokens in, "
+            f"{_known(tokens_out)} out; cost {'unknown' if cost is None else f'{cost:.4f} US dollars'}"
         )
     table = [["setting", "value"], *([name, fact] for name, fact in facts.items() if fact)]
     return Section("How it was made", table=table)
+
+
+def _known(number: int | None) -> str:
+    return "an unknown number of" if number is None else f"{number:,}"
 
 
 def _listed(settings: dict, joint: str = " ") -> str:

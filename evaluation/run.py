@@ -66,7 +66,7 @@ class Options:
         phrases: answers whose likelihood is taken, with {} for a class's name; empty: the suite's.
         robustness: whether corruptions are tried, too.
         metrics: names; empty: all of the suite that are at hand.
-        encoders: folder or Hub id of a sentence encoder, by metric.
+        encoders: folder or Hub id of a sentence encoder, by metric, where it is not the one of `METRICS`.
         judge: prompts → replies.
         judge_prompts: the user's own, by metric.
         seed: of sampling, corruptions, shuffling and bootstrap.
@@ -184,8 +184,8 @@ def _problem(name: str, options: Options) -> str | None:
             except LookupError:
                 return "needs WordNet (python -m nltk.downloader wordnet)"
     if "/" in needs:
-        if name not in options.metrics:
-            return f"downloads an encoder, {needs} (--metrics … {name})"
+        if name not in (*options.metrics, *options.encoders):
+            return f"downloads an encoder, {needs} (--{name.replace('_', '-')} {needs}, or a folder)"
         if name == "s_bert" and find_spec("sentence_transformers") is None:
             return 'needs sentence-transformers (pip install "minigpt3d[eval]")'
     return None
@@ -490,6 +490,11 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
             "cut": sum(line.get("cut", False) for line in answers),
         },
+        "encoders": {
+            name: name_encoder(options.encoders.get(name, METRICS[name].needs))
+            for name in metrics
+            if "/" in METRICS[name].needs
+        },
         "judge": None if options.judge is None else describe_judge(suite, options),
         "not_scored": left_out,
     } | scored
@@ -497,6 +502,11 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     clouds = {each.object_id: each.read for each in objects}
     write_report(options.out, lambda object_id: clouds[object_id]())
     return results
+
+
+def name_encoder(given: str) -> str:
+    """Its Hub id, or its folder's name."""
+    return Path(given).resolve().name if Path(given).exists() else given
 
 
 def describe_judge(suite: Suite, options: Options) -> dict:

@@ -12,6 +12,7 @@ from minigpt3d.training.household.colors import COLORS
 from minigpt3d.training.household.kinds import KINDS
 
 from .objects import EvalObject
+from .results import CONTROLS
 from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap, wilson
 from .suites import METRICS, RATIOS, Question, Suite
 
@@ -60,7 +61,7 @@ class Scorer:
         suite: the row.
         objects: all of them, by id.
         judge: prompts → replies; None: what needs one is not scored.
-        encoders: folder or Hub id by metric, for those that need one.
+        encoders: folder or Hub id by metric, of those that take another than `METRICS` has.
         prompts: the user's own prompts for the judge, by metric.
         seed: of the shuffled control and of the bootstrap.
     """
@@ -152,7 +153,7 @@ class Scorer:
         elif metric.module == "caption_overlap":
             options["scores"] = tuple(wanted)
         elif metric.module == "sentence_similarity":
-            options["encoder"] = self.encoders[name]
+            options["encoder"] = self.encoders.get(name, metric.needs)
             options["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
         if judged:
             options["judge"] = self.judge
@@ -229,6 +230,12 @@ def compare_conditions(
     for entry, p in zip(tests, holm([entry["p"] for entry in tests]), strict=True):
         entry["p"] = p
         entry["words"] = in_words(
-            entry["difference"], entry["low"], entry["high"], p, METRICS[entry["metric"]].unit, "seeing", entry["b"]
+            entry["difference"],
+            entry["low"],
+            entry["high"],
+            p,
+            METRICS[entry["metric"]].unit,
+            "as it is",
+            CONTROLS[entry["b"]],
         )
     return tests

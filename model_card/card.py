@@ -25,6 +25,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
+from minigpt3d.evaluation.results import METRICS
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .facts import Fact, find_unsourced, read_fact, take_marks
@@ -170,6 +171,8 @@ def render(template: str, facts: Mapping) -> str:
         "score": score,
         "row": in_row,
         "words": in_words,
+        "titled": titled,
+        "by_condition": by_condition,
     }
     return environment.from_string(template).render(facts)
 
@@ -201,6 +204,21 @@ def in_row(fact: Fact) -> Fact:
 
 def in_words(fact: Fact) -> Fact:
     return fact.says(fact.raw.replace("_", " "))
+
+
+def titled(fact: Fact) -> Fact:
+    """A metric's title."""
+    return fact.says(METRICS[fact.raw])
+
+
+def by_condition(run: Fact) -> list[dict[str, Fact | None]]:
+    """The scores of a run, a row for each question and metric: by condition, None where one was not tried."""
+    rows = {}
+    for line in run["scores"]:
+        row = rows.setdefault((line["question"].raw, line["metric"].raw), dict.fromkeys(_CONDITIONS))
+        if line["condition"].raw in row:
+            row[line["condition"].raw] = line
+    return [row for row in rows.values() if row["seeing"] is not None]
 
 
 def _command(model_id: str, paths: list[Path], given: Mapping[str, Given], ablation: str | Path | None) -> str:

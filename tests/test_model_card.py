@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from minigpt3d.conversion.checkpoints import fingerprint_model
+from minigpt3d.evaluation.results import METRICS
 from minigpt3d.model_card import SOURCES_FILE, CardError, read_given, write_card
 from minigpt3d.model_card.card import _TEMPLATE, estimate_emissions
 from minigpt3d.model_card.facts import Fact, find_unsourced, take_marks
@@ -154,7 +156,7 @@ def resolve(source: str, files: dict[str, Path]):
 def says(text: str, value) -> bool:
     """Whether a text is a way to print a value: as it is, rounded, or as a percentage."""
     if isinstance(value, str):
-        return text.replace("\\|", "|") in (value, " ".join(value.split()))
+        return text.replace("\\|", "|") in (value, " ".join(value.split()), METRICS.get(value))
     if isinstance(value, bool) or not re.fullmatch(r"-?[\d.,]+( %)?|[\d.]+e-\d+", text):
         return text == json.dumps(value)
     number = float(text.removesuffix(" %").replace(",", ""))
@@ -192,15 +194,19 @@ def check_sources(folder: Path, **files: Path):
     return card
 
 
-def test_household_card_is_what_its_folder_gives(household):
+def test_household_card_is_what_its_folder_gives(tmp_path, monkeypatch):
     """And the card in the repository is up to date."""
-    write_card(household, model_id="checkpoints/household")
+    shutil.copytree(HOUSEHOLD, tmp_path / "checkpoints" / "household")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "model_card", tmp_path / "model_card")
+    household, ablation = Path("checkpoints/household"), Path("model_card/ablation.md")
+    write_card(household, [household / "evaluation"], ablation=ablation, fingerprint=fingerprint_model(str(household)))
     for name in ("README.md", SOURCES_FILE):
         assert (household / name).read_text() == (HOUSEHOLD / name).read_text(), (
-            "write it again: minigpt3d card checkpoints/household"
+            "write it again, with the command at its end"
         )
-    card = check_sources(household)
-    assert len(numbers_of(card)) > 100
+    card = check_sources(household, **{"evaluation/results.json": household / "evaluation" / "results.json"})
+    assert len(numbers_of(card)) > 300
 
 
 def test_cards_of_all_kinds_hold_no_number_without_source(household, adapter, release, make_run):
@@ -283,9 +289,9 @@ def test_facts_know_their_place():
 
 def test_results_are_told_with_their_controls(household, make_run):
     card = write_card(household, [make_run("one", make_results())], model_id="org/model").read_text()
-    assert "| what | as they are | closed set accuracy | 71.3 % | 64.3 % to 77.3 % | 100 | 0 | none |" in card
-    assert "| what | blind: no geometry, no color | closed set accuracy | 8.4 % |" in card
-    assert "what, closed set accuracy: closed_set_accuracy differs by 0.600 on 100 objects." in card
+    assert "| what | closed-set accuracy | 71.3 % (64.3 % to 77.3 %) | 8.4 % (" in card
+    assert "– | – | 100 | 0 | none |" in card  # neither without colors nor with another object's answer
+    assert "- what, closed-set accuracy: closed_set_accuracy differs by 0.600 on 100 objects." in card
     assert "No judge took part." in card and "`top_p` 0.7" in card and "2026-11-23" in card
     assert "```bash\nminigpt3d evaluate household --model tiny --out out\n```" in card
     # Corruptions are many: the worst is a limit, the rest is in the report.
@@ -298,7 +304,10 @@ def test_results_are_told_with_their_controls(household, make_run):
 def test_a_judge_is_named_and_what_could_not_be_read_counts(household, make_run):
     card = write_card(household, [make_run("two", JUDGED)]).read_text()
     assert "Judge: Qwen2-72B-Instruct, 2026-11-22; prompts (SHA-256) `caption_score` `aaaabbbbccccdddd`." in card
-    assert "| what | as they are | caption score | 48.2 | 48.1 to 48.2 | 100 | 3 | Qwen2-72B-Instruct |" in card
+    assert (
+        "| what | caption score | 48.2 (48.1 to 48.2) | – | – | 12.5 (12.4 to 12.6) | 100 | 3 | Qwen2-72B-Instruct |"
+        in card
+    )
     assert "`caption_score`: 3 of 100 answers could not be parsed, and count as wrong." in card
     assert "4 answers were cut off at the longest length allowed." in card
     assert "without a blind control, so it does not show that geometry is used." in card

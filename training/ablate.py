@@ -494,7 +494,7 @@ def in_words(rows: list[dict]) -> list[str]:
         halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in found if row["measure"] == "kind"]
         rest = (
             f"{'No other' if told else 'No'} difference is told apart from noise: for kinds one would have to be above "
-            f"{100 * max(halves):.0f} points to be safe, and more after Holm's correction."
+            f"{100 * max(halves):.1f} points to be safe, and more after Holm's correction."
         )
         sentences.append(
             f"**{group}** (the recipe: {reference}). {f'More than noise: {told}. ' if told else ''}{rest}"
@@ -560,7 +560,7 @@ differences of the table together (Holm).
 - Whether experts and routers matter, unless *without stage IV* differs from the full recipe: they are trained in that stage
   alone, and where it changes nothing, its variants cannot differ.
 - The number of experts by itself: of fewer experts the two that are used have a larger sum of weights, which are not
-  renormalised. Nor the rank by itself: alpha stays, so that a smaller rank has a larger scale, and the Q-Former's rank stays.
+  renormalized. Nor the rank by itself: alpha stays, so that a smaller rank has a larger scale, and the Q-Former's rank stays.
 """
     write_whole(out / "ablation.md", lambda p: p.write_text(text, encoding="utf-8"))
 

@@ -148,21 +148,22 @@ def main(argv: list[str] | None = None):
     checkpoint = args.work_dir / "checkpoint"
     recipe.step("export", checkpoint, lambda: export(stages["IV"], checkpoint))
 
-    heldout = args.work_dir / "heldout.parquet"
+    heldout, reports = args.work_dir / "heldout.parquet", args.work_dir / "reports"
     recipe.step("held-out objects", heldout, lambda: write_heldout(data, heldout))
 
     def score():
-        found = evaluate_models(data, heldout, stages | {"shipped": checkpoint}, args.work_dir / "reports")
+        found = evaluate_models(data, heldout, stages | {"shipped": checkpoint}, reports)
         scores.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     recipe.step("scores", scores, score)
     found = json.loads(scores.read_text(encoding="utf-8"))
-    write_model_card(checkpoint, data, found, recipe.times, json.loads((base / "pretrain.json").read_text()))
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial)
     shutil.rmtree(args.output_dir, ignore_errors=True)
     partial.rename(args.output_dir)
+    pretraining = json.loads((base / "pretrain.json").read_text())
+    write_model_card(args.output_dir, data, found, reports / "shipped", recipe.times, pretraining)
     print(to_table(found))
     print(f"\n{args.output_dir} is done; minutes: {json.dumps(recipe.times)}, in all {sum(recipe.times.values()):.1f}")
 

@@ -25,7 +25,6 @@ COLUMNS = {
     "color": ("what", "color_accuracy"),
     "color_asked": ("color", "color_accuracy"),
 }
-METRICS = ["closed_set_accuracy", "color_accuracy"]
 MAJORITY = "majority"
 
 
@@ -41,7 +40,7 @@ def evaluate_models(data_dir: Path, heldout: Path, models: dict[str, Path], out:
         `{"objects", "majority": {"answer", COLUMN: {"value", "low", "high"}},
         "models": {name: {"seeing": {COLUMN: …}, "blind": {COLUMN: …}, "by_kind": {kind: "3/4"}}}}`
     """
-    shared = {"suite": "household", "data": str(heldout), "greedy": True, "metrics": METRICS}
+    shared = {"suite": "household", "data": str(heldout), "greedy": True}
 
     def load(folder: Path):
         model = MiniGPT3DForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,9 +1,11 @@
 """The household recipe in its own words and numbers, for the model card, and the creators of its data."""
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
+from minigpt3d.conversion.checkpoints import fingerprint_model
 from minigpt3d.model_card import write_card
 
 from .build_data import read_metadata
@@ -39,13 +41,14 @@ TEXTS = {
 }
 
 
-def write_model_card(folder: Path, data_dir: Path, scores: dict, times: dict, pretraining: dict):
-    """Write recipe.json, scores.json, CREATORS.md and the card, README.md, into the checkpoint's folder.
+def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Path, times: dict, pretraining: dict):
+    """Write recipe.json, scores.json, CREATORS.md, evaluation/ and the card, README.md, into the checkpoint's folder.
 
     Args:
         folder: of the checkpoint.
         data_dir: the release that it was trained on.
         scores: of `evaluate_models`.
+        report_dir: its evaluation.
         times: minutes by step.
         pretraining: what `pretrain` returned.
     """
@@ -68,7 +71,14 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, times: dict, pr
     for name, content in (("recipe.json", recipe), ("scores.json", scores)):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "CREATORS.md").write_text(creators(data_dir), encoding="utf-8")
-    write_card(folder, model_id="checkpoints/household")
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
+    shutil.copytree(report_dir, folder / "evaluation", ignore=shutil.ignore_patterns(*WORKING_FILES))
+    write_card(
+        folder, [folder / "evaluation"], model_id="checkpoints/household", fingerprint=fingerprint_model(str(folder))
+    )
+
+
+WORKING_FILES = ("answers", "likelihood", "judge", "objects.jsonl", "settings.json")  # what a report is made from
 
 
 # Pieces whose own licence file says otherwise than the library that holds them.
