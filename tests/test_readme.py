@@ -2,9 +2,9 @@
 
 How a README block is treated:
 - ```python blocks run in order in one fresh process at the root, so that later ones use earlier names.
-- ```bash blocks run line by line at the root (a trailing backslash joins lines). Not run but checked: installs, clones and
-  environments; `make` targets (must exist); training launches (their script must exist and know every option).
-  `make demo` runs, in this environment.
+- ```bash blocks run line by line at the root (a trailing backslash joins lines), with build/ elsewhere. Not run but
+  checked: installs, clones and environments; `make` targets (must exist); training launches (their script must exist and
+  know every option). `make demo` runs, in this environment.
 - ```text right behind a block is its output; blanks count once, `...` stands for anything.
 - ```console and other languages are not looked at.
 - `<!-- not run: reason -->` before a block exempts it; Python is compiled all the same.
@@ -90,8 +90,8 @@ def read_blocks(text: str) -> list[Block]:
 
 
 def same_output(shown: str, real: str) -> bool:
-    """Equal but for the amount of white space; `...` or `…` in what is shown stands for anything."""
-    parts = re.split(r"\.\.\.|…", " ".join(shown.split()))
+    """Equal but for the amount of white space; `...` or `…` in what is shown stands for anything, or nothing."""
+    parts = re.split(r" ?(?:\.\.\.|…) ?", " ".join(shown.split()))
     return re.fullmatch(".*".join(re.escape(part) for part in parts), " ".join(real.split()), re.S) is not None
 
 
@@ -177,7 +177,7 @@ def run_command(command: str, scratch: Path) -> str | None:
     elif words[:2] == ["accelerate", "launch"]:
         return check_launch(words)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
+        ["bash", "-euo", "pipefail", "-c", command.replace("build/", f"{scratch}/")],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
@@ -186,7 +186,7 @@ def run_command(command: str, scratch: Path) -> str | None:
         timeout=TIMEOUT,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout.replace(f"{scratch}/", "build/")
 
 
 def run_bash(block: Block, scratch: Path):
@@ -219,11 +219,17 @@ def test_python_snippets():
     run_python([block for block in BLOCKS if block.language == "python"])
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """One for all blocks, as later ones read what earlier ones wrote to build/."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize(
     "block", [b for b in BLOCKS if b.language == "bash" and not b.reason], ids=lambda block: f"line{block.line}"
 )
-def test_commands(block, tmp_path):
-    run_bash(block, tmp_path)
+def test_commands(block, scratch):
+    run_bash(block, scratch)
 
 
 # The machinery itself ------------------------------------------------------------------------------------------------
