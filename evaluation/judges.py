@@ -190,11 +190,8 @@ class EndpointJudge(Judge):
                 "concurrency must be 1 or more, requests_per_minute above 0 or None for no limit; got "
                 f"{concurrency} and {requests_per_minute}."
             )
-        self._settings = {
-            "temperature": 0,
-            "seed": 0,
-            "max_tokens": max_tokens,
-        }  # less what the model turns out to refuse
+        # Less what the model turns out to refuse.
+        self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}
         key = {"kind": "chat completions", "model": model, "settings": dict(self._settings)}
         super().__init__(model, cache_dir, key, parts.hostname, price)
         self._key_variable, self._concurrency = api_key_variable, concurrency
