@@ -794,14 +794,17 @@ def make_judge(args: argparse.Namespace):
     if args.judge_url is None:
         return LocalJudge(args.judge, cache, args.device)
     price = None if args.judge_price is None else tuple(args.judge_price)
-    return EndpointJudge(
-        args.judge,
-        args.judge_url,
-        cache,
-        concurrency=args.judge_concurrency,
-        requests_per_minute=args.judge_rpm,
-        price=price,
-    )
+    try:
+        return EndpointJudge(
+            args.judge,
+            args.judge_url,
+            cache,
+            concurrency=args.judge_concurrency,
+            requests_per_minute=args.judge_rpm,
+            price=price,
+        )
+    except ImportError as error:
+        raise CommandError(one_line(error)) from error
 
 
 def load_for_evaluation(name: str, args: argparse.Namespace):

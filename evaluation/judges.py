@@ -17,11 +17,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 import torch
@@ -31,14 +31,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 try:
     import openai
-except ImportError as error:
-    raise ImportError("Judges need the openai client: pip install 'minigpt3d[eval]'") from error
+except ImportError:  # a local judge does without
+    openai = None
 
 
 MAX_TOKENS = 256  # of a reply: a verdict and its reason
 
 
-class JudgeError(RuntimeError):
+class JudgeError(OSError):
     """A judge did not reply to all prompts. The replies that came are kept."""
 
 
@@ -56,7 +56,7 @@ class Judge:
     def __init__(self, name: str, cache_dir: str | Path, key: dict, endpoint: str | None = None, price=None):
         self.name, self._key, self._price = name, key, price or (0, 0)
         self._cache_dir = Path(cache_dir)
-        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
         counts = dict.fromkeys(("calls", "cached", "failed", "cut", "prompt_tokens", "completion_tokens"), 0)
         self.usage = counts | {"cost": None if price is None else 0.0, "endpoint": endpoint}
 
@@ -77,29 +77,21 @@ class Judge:
             with bar, closing(self._ask(missing)) as answered:  # closed: no request starts after an error or Ctrl-C
                 for entry in answered:
                     entries[entry["key"]["prompt"]] = entry
-                    self._count(entry)
                     bar.set_postfix(
-                        {name: self.usage[name] for name in ("prompt_tokens", "completion_tokens", "cost")}
+                        {name: self.usage[name] for name in ("prompt_tokens", "completion_tokens", "cost")},
+                        refresh=False,
                     )
                     bar.update()
         except JudgeError as error:
             kept = sum(self._recall(prompt) is not None for prompt in entries)
             raise JudgeError(
                 f"{error} {kept} of {len(entries)} replies are kept in {self._cache_dir}; run again to go on from there."
-            ) from None
+            ) from None  # what is chained may show the key
         return [entries[prompt]["reply"] for prompt in prompts]
 
     def _ask(self, prompts: list[str]) -> Iterator[dict]:
-        """The entries of the cache, already written, in the order in which the replies come."""
+        """The entries of the cache, already kept, in the order in which the replies come."""
         raise NotImplementedError
-
-    def _count(self, entry: dict):
-        self.usage["calls"] += 1
-        self.usage["cut"] += entry["finish_reason"] == "length"
-        for name, usd_per_million in zip(("prompt_tokens", "completion_tokens"), self._price, strict=True):
-            tokens = entry[name]
-            self.usage[name] = _plus(self.usage[name], tokens)
-            self.usage["cost"] = _plus(self.usage["cost"], tokens and tokens * usd_per_million / 1e6)
 
     def _path(self, prompt: str) -> Path:
         key = json.dumps(self._key | {"prompt": prompt}, sort_keys=True)
@@ -110,17 +102,25 @@ class Judge:
         try:
             entry = json.loads(self._path(prompt).read_bytes())
             whole = entry["key"] == self._key | {"prompt": prompt} and isinstance(entry["reply"], str | None)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
 
     def _keep(self, prompt: str, reply: dict) -> dict:
-        """The entry of a reply, written in one step: other processes and later runs see all of it or nothing."""
+        """The entry of a reply, counted and written in one step: others see all of it or nothing."""
         entry = {"key": self._key | {"prompt": prompt}, **reply}
         path = self._path(prompt)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(entry, indent=1), encoding="utf-8")
         os.replace(temporary, path)
+        with self._lock:
+            self.usage["calls"] += 1
+            self.usage["cut"] += reply["finish_reason"] == "length"
+            for name, usd_per_million in zip(("prompt_tokens", "completion_tokens"), self._price, strict=True):
+                tokens = reply[name]
+                self.usage[name] = _plus(self.usage[name], tokens)
+                self.usage["cost"] = _plus(self.usage["cost"], tokens and tokens * usd_per_million / 1e6)
         return entry
 
 
@@ -129,13 +129,20 @@ def _plus(total: float | None, more: float | None) -> float | None:
     return None if total is None or more is None else total + more
 
 
+def _as_utf8(text: str) -> str:
+    """Half an emoji, cut by a token limit or written as an escape in JSON, has no bytes: it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
 # ---- Endpoint -------------------------------------------------------------------------------------------------------
 
 ATTEMPTS = 7  # with waits of up to 1, 2, … 32 s between them: about a minute, after which most rate limits begin anew
 MAX_RETRY_AFTER = 300  # seconds; who asks for more is out of quota rather than busy
+GRACE = 10  # seconds that requests on their way get when the run ends early
 REPLACEMENTS = {"seed": None, "max_tokens": "max_completion_tokens"}  # of settings that some models refuse
 FIXES = {
     401: "Set the environment variable {variable} to a key that it accepts.",
+    402: "Top up the account, or take another endpoint.",
     403: "Set the environment variable {variable} to a key that may use this model.",
     404: "Check the model's name, and the URL: that of most servers ends in /v1.",
     429: "Top up the account, or take another endpoint.",
@@ -150,9 +157,10 @@ class EndpointJudge(Judge):
     """A model behind an OpenAI-compatible endpoint: a paid one, or vLLM, llama.cpp, Ollama on one's own machine.
 
     A server that is busy, broken or silent is asked again, later and later, and not before the time that it names. One
-    that refuses (the key, the model, the URL) ends the run at once, and so do `concurrency` prompts in vain in a row; a
-    stray one does when all others are answered. A model that thinks before it replies needs more `max_tokens`, or a
-    server that turns thinking off: a reply that is cut off before its verdict cannot be read.
+    that refuses (the key, the model, a setting) ends the run at once, and so do `concurrency` prompts in vain in a row,
+    three at least; a stray one does when all others are answered. A prompt that a content filter refuses has the reply
+    None. A model that thinks before it replies needs more `max_tokens`, or a server that turns thinking off: a reply that
+    is cut off before its verdict cannot be read.
 
     Args:
         model: its name at the endpoint.
@@ -181,6 +189,8 @@ class EndpointJudge(Judge):
         timeout: float = 120.0,
         max_tokens: int = MAX_TOKENS,
     ):
+        if openai is None:
+            raise ImportError('An endpoint is asked by the openai client: pip install "minigpt3d[eval]"')
         parts = urlsplit(url)
         self._shown_url = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -190,37 +200,57 @@ class EndpointJudge(Judge):
                 "concurrency must be 1 or more, requests_per_minute above 0 or None for no limit; got "
                 f"{concurrency} and {requests_per_minute}."
             )
-        # Less what the model turns out to refuse.
-        self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}
-        key = {"kind": "chat completions", "model": model, "settings": dict(self._settings)}
+        self._api_key = os.environ.get(api_key_variable, "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):
+            raise ValueError(f"The environment variable {api_key_variable} holds no key: expected one line of ASCII.")
+        self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}  # REPLACEMENTS may change them
+        key = {"kind": "chat completions", "model": model, "settings": self._settings}
         super().__init__(model, cache_dir, key, parts.hostname, price)
         self._key_variable, self._concurrency = api_key_variable, concurrency
-        self._api_key = os.environ.get(api_key_variable, "").strip() or "none"  # the client insists on one
         # The client's own retries wait 8 s at most, know nothing of each other, and stop at a reply that is no JSON.
-        self._client = openai.OpenAI(api_key=self._api_key, base_url=url, max_retries=0, timeout=timeout)
-        self._lock = threading.Lock()
+        # It insists on a key, and without one would take that of another variable.
+        self._client = openai.OpenAI(api_key=self._api_key or "none", base_url=url, max_retries=0, timeout=timeout)
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0  # on the monotonic clock: no request starts before
 
     def _ask(self, prompts: list[str]) -> Iterator[dict]:
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self._concurrency)
+        todo, done, stop = SimpleQueue(), SimpleQueue(), threading.Event()
+
+        def work():
+            for prompt in iter(todo.get, None):
+                try:
+                    done.put(self._ask_until_answered(prompt, stop))
+                except _NoReplyError as error:
+                    done.put(error)
+                except Exception as error:
+                    done.put(error)  # ahead of those whom the next line stops
+                    stop.set()  # here, for this thread would begin with the next prompt
+
+        # Those of an executor would keep the process from ending until the last request has timed out.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._concurrency, len(prompts)))]
+        for prompt in [*prompts, *[None] * len(threads)]:
+            todo.put(prompt)
         in_vain = in_a_row = 0
         try:
-            for future in as_completed([pool.submit(self._ask_until_answered, prompt, stop) for prompt in prompts]):
-                try:
-                    entry = future.result()
-                except _NoReplyError as error:
-                    last, in_vain, in_a_row = error, in_vain + 1, in_a_row + 1
+            for thread in threads:
+                thread.start()
+            for _ in prompts:
+                outcome = done.get()
+                if isinstance(outcome, dict):
+                    in_a_row = 0
+                    yield outcome
+                elif isinstance(outcome, _NoReplyError):
+                    last, in_vain, in_a_row = outcome, in_vain + 1, in_a_row + 1
                     self.usage["failed"] += 1
-                    if in_a_row == self._concurrency:
+                    if in_a_row == max(3, self._concurrency):
                         break
                 else:
-                    in_a_row = 0
-                    yield entry
+                    raise outcome
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)  # waits for the requests on their way: their replies are kept
+            end = time.monotonic() + GRACE  # the replies that come until then are kept
+            for thread in threads:
+                thread.join(max(0, end - time.monotonic()))
         if in_vain:
             raise JudgeError(
                 f"{self._shown_url} did not reply to {in_vain} of {len(prompts)} prompts; the last: {last}."
@@ -228,24 +258,23 @@ class EndpointJudge(Judge):
 
     def _ask_until_answered(self, prompt: str, stop: threading.Event) -> dict:
         for attempt in range(ATTEMPTS):
-            if attempt:
-                _pause(self.first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1), stop)
-            with self._lock:
-                now = time.monotonic()
-                start = max(now, self._next_start)
-                self._next_start = start + self._interval
-            _pause(start - now, stop)
-            settings = dict(self._settings)
+            _pause(self.first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1) if attempt else 0, stop)
+            while wait := self._take_turn():
+                _pause(wait, stop)
+            settings = self._settings
             try:
                 return self._keep(prompt, self._request(prompt, settings))
             except openai.APIStatusError as error:
+                if error.code == "content_filter":  # how Azure refuses a prompt; its price is unknown
+                    reply = dict.fromkeys(("reply", "served_model", "prompt_tokens", "completion_tokens"))
+                    return self._keep(prompt, reply | {"finish_reason": "content_filter"})
                 trouble = self._tell(f"HTTP {error.status_code} {error.response.text}")
-                if not (self._is_passing(error) or self._can_do_without(error, settings)):
+                if not (_is_passing(error) or self._can_do_without(error, settings)):
                     fix = FIXES.get(error.status_code, "It was sent {settings}.")
                     raise JudgeError(
                         f"{self._shown_url} refuses to judge with {self.name!r}: {trouble}. "
                         + fix.format(variable=self._key_variable, settings=settings)
-                    ) from None  # what is chained may show the key
+                    ) from None
                 wait = _retry_after(error.response.headers)
                 if wait > MAX_RETRY_AFTER:
                     raise _NoReplyError(f"{trouble} (it asks to wait {wait:.0f} s)") from None
@@ -253,34 +282,47 @@ class EndpointJudge(Judge):
                     self._next_start = max(self._next_start, time.monotonic() + wait)
             except openai.APIConnectionError as error:  # timed out, refused or cut
                 trouble = self._tell(f"{error} {error.__cause__ or ''}")
-            except ValueError as error:  # something else than a completion
-                trouble = self._tell(f"no chat completion came: {error}")
+            except ValueError as error:
+                trouble = self._tell(f"no chat completion came, but {error}")
         raise _NoReplyError(f"{trouble} ({ATTEMPTS} attempts)")
 
+    def _take_turn(self) -> float:
+        """Seconds until a request may start, to be asked again then; 0 if this one may."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next_start:
+                return self._next_start - now
+            self._next_start = now + self._interval
+            return 0.0
+
     def _request(self, prompt: str, settings: dict) -> dict:
-        content = prompt.encode("utf-8", "replace").decode()  # half an emoji, cut by a token limit, is no UTF-8
-        response = self._client.chat.completions.with_raw_response.create(
-            model=self.name, messages=[{"role": "user", "content": content}], **settings
-        )
-        return _read_completion(json.loads(response.http_response.content))
+        messages = [{"role": "user", "content": _as_utf8(prompt)}]
+        # Raw: the client makes something of anything that is JSON.
+        completions = self._client.chat.completions.with_raw_response
+        response = completions.create(model=self.name, messages=messages, **settings)
+        return _read_completion(response.http_response.content.decode(errors="replace"))
 
-    def _is_passing(self, error: openai.APIStatusError) -> bool:
-        return error.status_code in (408, 409, 429) and error.code != "insufficient_quota" or error.status_code >= 500
-
-    def _can_do_without(self, error: openai.APIStatusError, settings: dict) -> bool:
+    def _can_do_without(self, error: "openai.APIStatusError", settings: dict) -> bool:
         """Whether a request was refused for a setting that can be left out or renamed. It is, from now on."""
-        for name in settings.keys() & REPLACEMENTS.keys() if error.status_code in (400, 422) else ():
-            if re.search(rf"\b{name}\b", error.response.text):
+        if error.status_code not in (400, 422):
+            return False
+        for name, instead in REPLACEMENTS.items():
+            if name in settings and re.search(rf"\b{name}\b", error.response.text):
                 with self._lock:
                     if name in self._settings:  # no other thread was told before
-                        value, instead = self._settings.pop(name), REPLACEMENTS[name]
-                        self._settings |= {instead: value} if instead else {}
+                        others = {key: value for key, value in self._settings.items() if key != name}
+                        self._settings = others | ({instead: self._settings[name]} if instead else {})
                 return True
         return False
 
     def _tell(self, trouble: str) -> str:
         """On one line, not too long, and without the key, which some servers repeat."""
-        return " ".join(trouble.replace(self._api_key, "***").split())[:300].rstrip(".")
+        trouble = trouble.replace(self._api_key, "***") if self._api_key else trouble
+        return " ".join(trouble.split())[:300].rstrip(".")
+
+
+def _is_passing(error: "openai.APIStatusError") -> bool:
+    return error.status_code >= 500 or (error.status_code in (408, 409, 429) and error.code != "insufficient_quota")
 
 
 def _pause(seconds: float, stop: threading.Event):
@@ -301,22 +343,23 @@ def _retry_after(headers) -> float:
     return seconds if seconds > 0 else 0.0  # neither negative nor NaN
 
 
-def _read_completion(completion) -> dict:
+def _read_completion(text: str) -> dict:
     """What is kept of a chat completion. Where there is no choice or no text, as after a content filter, the reply is None.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no chat completion. The message is the text.
     """
     try:
-        choice = {"message": {}} if completion["choices"] == [] else completion["choices"][0]
-        reply = choice["message"].get("content")
-        usage = completion.get("usage") or {}
+        completion = json.loads(text)
+        choice = completion["choices"][0] if completion["choices"] != [] else {"message": {}}
+        reply, usage = choice["message"].get("content"), completion.get("usage") or {}
         tokens = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
         finish_reason, served_model = choice.get("finish_reason"), completion.get("model")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(json.dumps(completion)) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(repr(text)) from None
     if not isinstance(reply, str | None) or not all(isinstance(number, int | None) for number in tokens.values()):
-        raise ValueError(json.dumps(completion))
+        raise ValueError(repr(text))
+    reply = reply and _as_utf8(reply)
     return {"reply": reply, "finish_reason": finish_reason, "served_model": served_model, **tokens}
 
 
@@ -329,7 +372,7 @@ class LocalJudge(Judge):
     Args:
         model: a folder or a Hub id.
         cache_dir: where replies are kept; runs and processes may share it.
-        device: where it runs.
+        device: where it runs; None for the accelerator, if there is one.
         batch_size: prompts at a time.
         max_tokens: of a reply.
     """
@@ -338,13 +381,21 @@ class LocalJudge(Judge):
         self,
         model: str | Path,
         cache_dir: str | Path,
-        device: str = "cpu",
+        device: str | None = None,
         *,
         batch_size: int = 8,
         max_tokens: int = MAX_TOKENS,
     ):
-        self._source, self._device, self._batch_size, self._max_tokens = model, device, batch_size, max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        self._source, self._batch_size, self._max_tokens = model, batch_size, max_tokens
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self._device = device or accelerator
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"No judge at {str(model)!r}: expected a folder or the Hub id of a chat model (one behind an endpoint "
+                f"needs a URL). {str(error).splitlines()[0]}"
+            ) from error
         if self._tokenizer.chat_template is None:
             raise ValueError(f"{model} has no chat template, so it is no chat model. Take an instruction-tuned one.")
         if self._tokenizer.pad_token is None:
@@ -353,7 +404,11 @@ class LocalJudge(Judge):
         name = folder.resolve().name if folder.is_dir() else str(model)
         key = {"kind": "transformers", "model": name, "settings": {"do_sample": False, "max_tokens": max_tokens}}
         if folder.is_dir():  # a folder's content may change under its name, and another may have the same
-            files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+            files = [
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                for file in sorted(folder.iterdir())
+                if file.is_file()
+            ]
             key["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         super().__init__(name, cache_dir, key)
 
@@ -370,7 +425,7 @@ class LocalJudge(Judge):
     @torch.inference_mode()
     def _generate(self, prompts: list[str]) -> list[dict]:
         inputs = self._tokenizer.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            [[{"role": "user", "content": _as_utf8(prompt)}] for prompt in prompts],
             add_generation_prompt=True,
             padding=True,
             return_dict=True,
@@ -380,7 +435,8 @@ class LocalJudge(Judge):
         ends = self._model.generation_config.eos_token_id  # one id or several
         ends = self._tokenizer.eos_token_id if ends is None else ends
         output = self._model.generate(
-            **inputs,
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],  # and no token types, which most models do not take
             max_new_tokens=self._max_tokens,
             do_sample=False,
             num_beams=1,

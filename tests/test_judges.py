@@ -1,4 +1,4 @@
-"""Judges: a real HTTP server on loopback that misbehaves, and a tiny chat model in this process."""
+"""Judges: behind an endpoint that misbehaves in every way known of, on loopback, and as a tiny chat model."""
 
 import json
 import os
@@ -7,508 +7,758 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from email.utils import formatdate
+import traceback
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from email.message import Message
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minigpt3d.evaluation import judges
 from minigpt3d.evaluation.judges import ATTEMPTS, EndpointJudge, JudgeError, LocalJudge
 
 
-PROMPTS = [f"Is answer {number} right?" for number in range(6)]
-KEY = "sk-not-for-others"
+KEY = "sk-do-not-show-me"
 
 
-# ---- A server that does as it is told -------------------------------------------------------------------------------
+# ---- An endpoint ----------------------------------------------------------------------------------------------------
 
 
-def completion(text: str | None, finish_reason: str = "stop", **others) -> dict:
-    message = {"role": "assistant", "content": text}
-    usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    return {"id": "x", "object": "chat.completion", "model": "served", "choices": [choice], "usage": usage} | others
+class Request(NamedTuple):
+    time: float
+    prompt: str
+    body: dict
+    headers: Message
+    path: str
 
 
-class Server(ThreadingHTTPServer):
-    """Replies "T#" and the prompt, unless `behave` does something else.
+class Answer(NamedTuple):
+    content: bytes
+    status: int = 200
+    headers: dict = {}
+    missing: int = 0  # bytes that are promised and never come
 
-    Attributes:
-        behave: (handler, prompt, how often it was asked before) → None to reply as usual, or what to send: a dict or bytes
-            with status 200, or (status, headers, dict or bytes). The handler is there for worse.
-        requests: (when, prompt, body, headers) in the order of arrival.
-        most_at_once: requests that were answered at the same time.
-    """
 
-    daemon_threads = True
-    allow_reuse_address = True
+def completion(content: str | None = "T#yes", finish_reason="stop", tokens: tuple | None = (10, 4)) -> dict:
+    result = {"choices": [{"message": {"content": content}, "finish_reason": finish_reason}], "model": "served"}
+    return result | ({"usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}} if tokens else {})
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave: Callable = lambda handler, prompt, before: None
-        self.requests: list[tuple] = []
-        self.at_once = self.most_at_once = 0
-        self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-    def handle_error(self, request, client_address):
-        pass  # a client that has gone
+def refusal(status: int, message: str, **others) -> Answer:
+    return as_answer({"error": {"message": message} | others})._replace(status=status)
 
-    def asked(self) -> list[str]:
-        return [prompt for _, prompt, *_ in self.requests]
+
+def as_answer(value: dict) -> Answer:
+    return Answer(json.dumps(value).encode())
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *arguments):
+    def log_message(self, *args):
         pass
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][0]["content"]
-        server = self.server
-        with server.lock:
-            before = server.asked().count(prompt)
-            server.requests.append((time.monotonic(), prompt, body, self.headers))
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
+        body, endpoint = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server.endpoint
+        request = Request(time.monotonic(), body["messages"][0]["content"], body, self.headers, self.path)
+        with endpoint.lock:
+            endpoint.requests.append(request)
+            endpoint.active += 1
+            endpoint.most_active = max(endpoint.active, endpoint.most_active)
+            nth = sum(other.prompt == request.prompt for other in endpoint.requests)
+        answer = endpoint.answer(request, nth)
+        with endpoint.lock:
+            endpoint.active -= 1
         try:
-            answer = (
-                server.behave(self, prompt, before)
-                if self.path == "/v1/chat/completions"
-                else error(404, "no such path")
-            )
-            if not self.close_connection or answer is not None:
-                self.send(answer if answer is not None else completion(f"T#{prompt}"))
-        finally:
-            with server.lock:
-                server.at_once -= 1
+            self.reply(answer if isinstance(answer, Answer) else as_answer(answer))
+        except OSError:  # the client has gone
+            self.close_connection = True
 
-    def send(self, answer):
-        status, headers, content = answer if isinstance(answer, tuple) else (200, {}, answer)
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in (
-            {"Content-Type": "application/json", "Content-Length": str(len(content))} | headers
-        ).items():
+    def reply(self, answer: Answer):
+        self.send_response(answer.status)
+        length = str(len(answer.content) + answer.missing)
+        for name, value in ({"Content-Type": "application/json", "Content-Length": length} | answer.headers).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(answer.content)
+        self.close_connection |= answer.missing > 0
+
+
+class Endpoint:
+    """Replies "reply to PROMPT" until `answer` is set: (request, how often its prompt was asked) → answer."""
+
+    def __init__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.endpoint, self.lock, self.over = self, threading.Lock(), threading.Event()
+        self.requests: list[Request] = []
+        self.active = self.most_active = 0
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def answer(self, request: Request, nth: int) -> Answer | dict:
+        return completion(f"reply to {request.prompt}")
+
+    def asked(self) -> Counter:
+        """How often each prompt was."""
+        return Counter(request.prompt for request in self.requests)
 
 
 @pytest.fixture
-def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def endpoint():
+    endpoint = Endpoint()
+    threading.Thread(target=endpoint.server.serve_forever, args=(0.01,), daemon=True).start()
+    yield endpoint
+    endpoint.over.set()
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(EndpointJudge, "first_wait", 0.01)
+def environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("OPENAI_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(EndpointJudge, "first_wait", 0.001)
 
 
 @pytest.fixture
-def make_judge(server, tmp_path):
-    def make(model="judge", url=server.url, cache_dir=tmp_path / "cache", **options) -> EndpointJudge:
+def make_judge(endpoint, tmp_path):
+    def make(model="a-model", url=endpoint.url, cache_dir=tmp_path / "cache", **options) -> EndpointJudge:
         return EndpointJudge(model, url, cache_dir, **options)
 
     return make
 
 
-def error(status: int, message: str, code: str | None = None, **headers) -> tuple:
-    return status, headers, {"error": {"message": message, "type": "x", "param": None, "code": code}}
+def replies_to(prompts: list[str]) -> list[str]:
+    return [f"reply to {prompt}" for prompt in prompts]
 
 
-# ---- When all is well -----------------------------------------------------------------------------------------------
+def read_entries(folder: Path) -> list[dict]:
+    """Everything in a cache. Nothing else may lie there."""
+    return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
-def test_replies_come_back_in_the_order_of_the_prompts(server, make_judge):
-    def slow_first(handler, prompt, before):
-        time.sleep(0.2 if prompt == PROMPTS[0] else 0)
+# ---- Replies --------------------------------------------------------------------------------------------------------
 
-    server.behave = slow_first
-    judge = make_judge()
-    assert judge(PROMPTS) == [f"T#{prompt}" for prompt in PROMPTS]
-    assert sorted(server.asked()) == sorted(PROMPTS)
-    when, _, body, headers = server.requests[0]
-    assert (body["model"], body["temperature"], body["seed"], body["max_tokens"]) == ("judge", 0, 0, 256)
-    assert headers["Authorization"] == f"Bearer {KEY}"
-    assert judge.usage == {
-        "calls": 6, "cached": 0, "failed": 0, "cut": 0, "prompt_tokens": 60, "completion_tokens": 18, "cost": None,
-        "endpoint": "127.0.0.1",
+
+def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
+    others_replied = threading.Barrier(4)
+
+    def the_first_last(request, nth):
+        if request.prompt != "3":
+            others_replied.wait(10) if request.prompt in "012" else None
+            return completion(f"reply to {request.prompt}")
+        others_replied.wait(10)
+        time.sleep(0.1)
+        return completion("reply to 3")
+
+    endpoint.answer = the_first_last
+    prompts = list("3012465")
+    assert make_judge(concurrency=4)(prompts) == replies_to(prompts)
+
+
+def test_what_is_sent(endpoint, make_judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/not/there")
+    make_judge("org/model", max_tokens=17)(["Größe 灯?"])
+    (request,) = endpoint.requests
+    messages = [{"role": "user", "content": "Größe 灯?"}]
+    assert request.body == {
+        "model": "org/model", "messages": messages, "temperature": 0, "seed": 0, "max_tokens": 17
     }  # fmt: skip
+    assert request.path == "/v1/chat/completions" and request.headers["Authorization"] == f"Bearer {KEY}"
 
 
-def test_nothing_is_asked_twice(server, make_judge, tmp_path):
-    first = make_judge()
-    assert first([PROMPTS[0], PROMPTS[1], PROMPTS[0]]) == [f"T#{PROMPTS[n]}" for n in (0, 1, 0)]
-    assert sorted(server.asked()) == PROMPTS[:2]
-    second = make_judge()
-    assert second(PROMPTS[:3]) == [f"T#{prompt}" for prompt in PROMPTS[:3]]
-    assert sorted(server.asked()) == PROMPTS[:3]
-    assert (second.usage["cached"], second.usage["calls"]) == (2, 1)
-    make_judge(model="other")(PROMPTS[:1])
-    make_judge(max_tokens=7)(PROMPTS[:1])
-    assert server.asked().count(PROMPTS[0]) == 3  # another model, another setting: another question
-    second(PROMPTS[:4])
-    assert (second.usage["cached"], second.usage["calls"]) == (5, 2)  # of both times
+def test_equal_prompts_are_asked_once(endpoint, make_judge):
+    judge = make_judge()
+    assert judge(["a", "b", "a", "a"]) == replies_to(["a", "b", "a", "a"])
+    assert judge([]) == []
+    assert endpoint.asked() == {"a": 1, "b": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"key": 1}', b"\xff", b'{"key": {}, "reply": 3}'])
-def test_a_damaged_file_of_the_cache_is_asked_again(server, make_judge, tmp_path, content):
-    make_judge()(PROMPTS[:1])
-    (path,) = (tmp_path / "cache").iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(content)
-    assert make_judge()(PROMPTS[:1]) == [f"T#{PROMPTS[0]}"]
-    assert len(server.requests) == 2 and path.read_bytes() == whole
+def test_the_limit_of_requests_at_a_time_is_kept_and_used(endpoint, make_judge):
+    three = threading.Barrier(3)
+
+    def together(request, nth):
+        three.wait(10)
+        time.sleep(0.05)  # in which a fourth would come
+        return completion()
+
+    endpoint.answer = together
+    make_judge(concurrency=3)([str(i) for i in range(12)])
+    assert endpoint.most_active == 3
 
 
-def test_cost_and_tokens(server, make_judge):
-    judge = make_judge(price=(2.0, 10.0))
-    judge(PROMPTS[:4])
-    assert judge.usage["cost"] == pytest.approx(4 * (10 * 2 + 3 * 10) / 1e6)
-    server.behave = lambda handler, prompt, before: completion("T#", usage=None)
-    judge(PROMPTS)
-    assert judge.usage["prompt_tokens"] is None and judge.usage["cost"] is None  # from then on nobody knows
-
-
-def test_concurrency_and_rate_are_kept(server, make_judge):
-    server.behave = lambda handler, prompt, before: time.sleep(0.05)
-    prompts = [f"{number}" for number in range(9)]
-    make_judge(concurrency=3)(prompts)
-    assert server.most_at_once == 3
-    server.requests.clear()
-    make_judge(model="slow", concurrency=8, requests_per_minute=60 / 0.05)(prompts)
-    times = [when for when, *_ in server.requests]
-    assert (
-        times[-1] - times[0] > 0.05 * 8 * 0.9
-    )  # each starts 0.05 s after the one before, the way to the server aside
-
-
-# ---- When it is not -------------------------------------------------------------------------------------------------
-
-
-def drop(handler):
-    handler.close_connection = True
-
-
-def cut_in_the_middle(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", "5000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [{"mess')
-    handler.close_connection = True
-
-
-def hang(handler):
-    time.sleep(0.5)
-    handler.close_connection = True
-
-
-PASSING = {
-    "429": lambda handler: error(429, "slow down"),
-    "500": lambda handler: (500, {"Content-Type": "text/html"}, b"<h1>oops</h1>"),
-    "503": lambda handler: error(503, "loading the model"),
-    "408": lambda handler: error(408, "too late"),
-    "html": lambda handler: (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"),
-    "half json": lambda handler: b'{"choices": [{"mess',
-    "no body": lambda handler: b"",
-    "null": lambda handler: b"null",
-    "a list": lambda handler: b"[1, 2]",
-    "no choices": lambda handler: {"hello": 1},
-    "choices of another kind": lambda handler: {"choices": "no"},
-    "tokens of another kind": lambda handler: completion("T#", usage={"prompt_tokens": "many"}),
-    "no utf-8": lambda handler: b'{"choices": [{"message": {"content": "\xff"}}]}',
-    "an error with status 200": lambda handler: {"error": {"message": "overloaded"}},
-    "cut": cut_in_the_middle,
-    "dropped": drop,
-    "hangs": hang,
-}
-
-
-@pytest.mark.parametrize("how", PASSING)
-def test_what_passes_is_tried_again(server, make_judge, how):
-    server.behave = lambda handler, prompt, before: PASSING[how](handler) if before < 2 else None
-    judge = make_judge(timeout=0.2)
-    assert judge(PROMPTS[:2]) == [f"T#{prompt}" for prompt in PROMPTS[:2]]
-    assert [server.asked().count(prompt) for prompt in PROMPTS[:2]] == [3, 3]
-    assert (judge.usage["calls"], judge.usage["failed"]) == (2, 0)
-
-
-@pytest.mark.parametrize("in_words", [False, True])
-def test_retry_after_is_kept_by_all(server, make_judge, in_words):
-    """In seconds, or as a date, which knows whole seconds only."""
-    seconds = 2.2 if in_words else 0.4
-    told = threading.Event()
-
-    def busy(handler, prompt, before):
-        if not told.is_set():
-            told.set()
-            value = formatdate(time.time() + seconds, usegmt=True) if in_words else str(seconds)
-            return error(429, "slow down", **{"Retry-After": value})
-
-    server.behave = busy
-    make_judge(concurrency=1)(PROMPTS[:3])
-    times = [when for when, *_ in server.requests]
-    assert len(times) == 4 and times[1] - times[0] >= (1.1 if in_words else seconds)
-
-
-def test_a_long_retry_after_is_not_waited_for(server, make_judge):
-    server.behave = lambda handler, prompt, before: error(429, "come back tomorrow", **{"Retry-After": "86400"})
-    started = time.monotonic()
-    with pytest.raises(JudgeError, match="come back tomorrow.*asks to wait 86400 s"):
-        make_judge()(PROMPTS)
-    assert time.monotonic() - started < 5 and max(map(server.asked().count, PROMPTS)) == 1
-
-
-def test_waits_grow(server, make_judge, monkeypatch):
-    monkeypatch.setattr(EndpointJudge, "first_wait", 0.04)
-    server.behave = lambda handler, prompt, before: error(500, "oops") if before < 4 else None
-    make_judge()(PROMPTS[:1])
-    times = [when for when, *_ in server.requests]
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
-    assert all(wait >= 0.02 * 2**number for number, wait in enumerate(waits)) and len(waits) == 4
+def test_requests_per_minute_are_kept(endpoint, make_judge):
+    judge, interval = make_judge(requests_per_minute=600, concurrency=6), 0.1
+    endpoint.answer = lambda request, nth: refusal(500, "oops") if (request.prompt, nth) == ("1", 1) else completion()
+    begin = time.monotonic()
+    judge([str(i) for i in range(6)])
+    times = [request.time - begin for request in endpoint.requests]
+    assert len(times) == 7 and all(at >= i * interval for i, at in enumerate(sorted(times)))
 
 
 @pytest.mark.parametrize(
-    "answer, message",
+    ("answer", "reply"),
     [
-        (error(401, f"Incorrect API key provided: {KEY}"), "OPENAI_API_KEY"),
-        (error(403, "no access"), "OPENAI_API_KEY"),
-        (error(404, "The model `judge` does not exist"), "model's name, and the URL"),
-        (error(429, "You exceeded your quota", "insufficient_quota"), "Top up the account"),
-        (error(400, "messages: too long for the context"), "too long for the context"),
+        (completion(None), None),
+        (completion(""), ""),
+        (completion(None, "content_filter"), None),
+        ({"choices": [{"message": {}}]}, None),
+        ({"choices": []}, None),
+        (refusal(400, "filtered", code="content_filter"), None),
+        (completion("T#beca", "length"), "T#beca"),
+        (completion("half an emoji: \ud83d"), "half an emoji: ?"),
     ],
 )
-def test_a_refusal_ends_the_run_at_once(server, make_judge, tmp_path, answer, message):
-    server.behave = lambda handler, prompt, before: answer if prompt != PROMPTS[0] else None
-    judge = make_judge(concurrency=1)
-    with pytest.raises(JudgeError, match=message) as caught:
-        judge(PROMPTS)
-    assert len(server.requests) <= 3  # those that were on their way
-    told = "".join(map(str, (caught.value, caught.value.__cause__)))
-    assert KEY not in told and "1 of 6 replies are kept" in told
-    assert all(KEY not in path.read_text() for path in (tmp_path / "cache").iterdir())
-
-
-def test_settings_that_a_model_refuses_are_left_out_or_renamed(server, make_judge):
-    def picky(handler, prompt, before):
-        body = server.requests[-1][2]
-        if "seed" in body:
-            return error(400, "Unknown parameter: 'seed'.")
-        if "max_tokens" in body:
-            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
-
-    server.behave = picky
-    judge = make_judge(concurrency=1)
-    assert judge(PROMPTS) == [f"T#{prompt}" for prompt in PROMPTS]
-    last = server.requests[-1][2]
-    assert last["max_completion_tokens"] == 256 and not {"seed", "max_tokens"} & last.keys()
-    assert len(server.requests) == len(PROMPTS) + 2  # learned once
-    server.requests.clear()
-    assert make_judge()(PROMPTS) and not server.requests  # the same question, however it had to be put
-
-
-def test_in_vain(server, make_judge):
-    """One prompt that never gets a reply: all others do, and are kept; the same call goes on from there."""
-    broken = {PROMPTS[2]}
-    server.behave = lambda handler, prompt, before: error(500, "oops") if prompt in broken else None
-    judge = make_judge(concurrency=2)
-    with pytest.raises(
-        JudgeError, match="did not reply to 1 of 6 prompts.*500.*oops.*5 of 6 replies are kept.*run again"
-    ):
-        judge(PROMPTS)
-    assert server.asked().count(PROMPTS[2]) == ATTEMPTS and judge.usage["failed"] == 1
-    server.requests.clear()
-    broken.clear()
-    assert judge(PROMPTS) == [f"T#{prompt}" for prompt in PROMPTS]
-    assert server.asked() == [PROMPTS[2]]
-
-
-def test_a_dead_server_ends_the_run(make_judge):
-    judge = make_judge(url="http://127.0.0.1:1/v1", concurrency=2)
-    many = [f"prompt {number}" for number in range(200)]
-    started = time.monotonic()
-    with pytest.raises(JudgeError, match="did not reply.*0 of 200 replies are kept"):
-        judge(many)
-    assert judge.usage["failed"] == 2 and time.monotonic() - started < 10  # not each of the 200 in vain
-
-
-@pytest.mark.parametrize("text, reason", [(None, "content_filter"), ("", "stop"), ("T#because it", "length")])
-def test_replies_without_a_verdict_are_replies(server, make_judge, text, reason):
-    """Metrics count them as unparsed; asking again would give the same."""
-    server.behave = lambda handler, prompt, before: completion(text, reason)
+def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge, tmp_path, answer, reply):
+    endpoint.answer = lambda request, nth: answer
     judge = make_judge()
-    assert judge(PROMPTS[:2]) == [text, text] and make_judge()(PROMPTS[:2]) == [text, text]
-    assert len(server.requests) == 2 and judge.usage["cut"] == (2 if reason == "length" else 0)
+    assert judge(["a"]) == judge(["a"]) == [reply]
+    assert len(endpoint.requests) == 1 and judge.usage["calls"] == judge.usage["cached"] == 1
+    assert judge.usage["cut"] == (reply == "T#beca")
+    (entry,) = read_entries(tmp_path / "cache")
+    assert entry["reply"] == reply
 
 
-def test_no_choices_are_no_reply(server, make_judge):
-    server.behave = lambda handler, prompt, before: completion("x", choices=[])
-    assert make_judge()(PROMPTS[:1]) == [None]
+def test_half_an_emoji_is_asked_about(endpoint, make_judge):
+    assert make_judge()(["a \ud83d b"]) == ["reply to a ? b"]
 
 
-def test_odd_texts_arrive_as_they_are(server, make_judge):
-    prompts = ["Ünïcödé 🪑", "two\nlines and \x00", "half an emoji \ud83e"]
-    assert make_judge()(prompts)[:2] == [f"T#{prompt}" for prompt in prompts[:2]]
-    assert set(server.asked()) == {*prompts[:2], "half an emoji ?"}
+def test_usage_adds_up_over_calls(endpoint, make_judge):
+    counts = {"a": (100, 10), "b": (200, 20), "c": (300, 30), "d": (0, 0)}
+    endpoint.answer = lambda request, nth: completion("cut", "length", counts[request.prompt])
+    judge = make_judge(price=(2, 10))
+    judge(["a", "b", "a"])
+    judge(["b", "c", "d"])
+    assert judge.name == "a-model"
+    assert judge.usage == {
+        "calls": 4, "cached": 1, "failed": 0, "cut": 4, "prompt_tokens": 600, "completion_tokens": 60,
+        "cost": pytest.approx((600 * 2 + 60 * 10) / 1e6), "endpoint": "127.0.0.1",
+    }  # fmt: skip
+    assert make_judge().usage["cost"] is None  # no price
 
 
-@pytest.mark.parametrize("prompts", ["a text", ["fine", 3], [None]])
-def test_prompts_of_another_kind(make_judge, prompts):
-    with pytest.raises(ValueError, match="a list of prompts"):
-        make_judge()(prompts)
+@pytest.mark.parametrize(("tokens", "known"), [(None, (None, None)), ((None, 4), (None, 8)), ((10, None), (20, None))])
+def test_unknown_tokens_make_the_sum_unknown(endpoint, make_judge, tokens, known):
+    endpoint.answer = lambda request, nth: completion(tokens=tokens if request.prompt == "a" else (10, 4))
+    judge = make_judge(price=(1, 1))
+    for prompt in "bac":
+        judge([prompt])
+    expected = tuple(None if total is None else total * 3 // 2 for total in known)
+    assert (judge.usage["prompt_tokens"], judge.usage["completion_tokens"]) == expected
+    assert judge.usage["cost"] is None and judge.usage["calls"] == 3
 
 
-@pytest.mark.parametrize("options", [{"url": "localhost:8000"}, {"url": "ftp://x/v1"}, {"url": "http:///v1"},
-                                     {"concurrency": 0}, {"requests_per_minute": 0}])  # fmt: skip
-def test_wrong_options(make_judge, options):
-    with pytest.raises(ValueError, match="http://127.0.0.1:8000/v1|concurrency must be 1 or more"):
-        make_judge(**options)
+# ---- Cache ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_key_is_needed_where_none_is_set(server, make_judge, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert make_judge()(PROMPTS[:1]) == [f"T#{PROMPTS[0]}"]
+def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_judge, tmp_path):
+    prompts = ["a", "b"]
+    make_judge(concurrency=2, timeout=5)(prompts)
+    again = make_judge()
+    assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == 2
+    assert (again.usage["calls"], again.usage["cached"], again.usage["prompt_tokens"]) == (0, 2, 0)
+    for count, changes in enumerate(({"model": "other"}, {"max_tokens": 9}, {"cache_dir": tmp_path / "other"}), 2):
+        assert make_judge(**changes)(prompts) == replies_to(prompts)
+        assert len(endpoint.requests) == 2 * count
+    again(["a ", "A", "a", "b"])
+    assert endpoint.asked()["a "] == endpoint.asked()["A"] == 1 and len(endpoint.requests) == 10
 
 
-def test_a_password_in_the_url_is_not_shown(server, make_judge):
-    server.behave = lambda handler, prompt, before: error(404, "nothing here")
-    with pytest.raises(JudgeError) as caught:
-        make_judge(url=server.url.replace("//", "//me:secret@"))(PROMPTS[:1])
-    assert "secret" not in str(caught.value) and "127.0.0.1" in str(caught.value)
+def test_entries_say_what_was_asked_and_hold_no_key(endpoint, make_judge, tmp_path):
+    make_judge()(["a"])
+    (entry,) = read_entries(tmp_path / "cache")
+    settings = {"temperature": 0, "seed": 0, "max_tokens": judges.MAX_TOKENS}
+    assert entry == {
+        "key": {"kind": "chat completions", "model": "a-model", "settings": settings, "prompt": "a"},
+        "reply": "reply to a", "finish_reason": "stop", "served_model": "served",
+        "prompt_tokens": 10, "completion_tokens": 4,
+    }  # fmt: skip
 
 
-SCRIPT = """
+def test_damaged_entries_are_asked_again(endpoint, make_judge, tmp_path):
+    prompts, cache = list("abcdefgh"), tmp_path / "cache"
+    make_judge()(prompts)
+    paths = {json.loads(path.read_text())["key"]["prompt"]: path for path in cache.iterdir()}
+    whole = json.loads(paths["e"].read_text())
+    damaged = {
+        "a": b"", "b": paths["b"].read_bytes()[:-9], "c": b"[1, 2]", "d": b"\xff\xfe\x00",
+        "e": json.dumps(whole | {"reply": 3}).encode(), "f": json.dumps({"key": whole["key"]}).encode(),
+        "g": json.dumps(whole).encode(),  # of another prompt
+    }  # fmt: skip
+    for prompt, content in damaged.items():
+        paths[prompt].write_bytes(content)
+    assert make_judge()(prompts) == make_judge()(prompts) == replies_to(prompts)
+    assert endpoint.asked() == {prompt: 2 if prompt in damaged else 1 for prompt in prompts}
+
+
+def test_judges_at_the_same_time_share_a_cache(endpoint, make_judge, tmp_path):
+    prompts, results = [str(i) for i in range(30)], []
+    runs = [threading.Thread(target=lambda: results.append(make_judge()(prompts))) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(30)
+    assert results == [replies_to(prompts)] * 3
+    assert sorted(entry["key"]["prompt"] for entry in read_entries(tmp_path / "cache")) == sorted(prompts)
+
+
+ASK = """
 import sys
 from minigpt3d.evaluation.judges import EndpointJudge
-prompts = [f"prompt {number}" for number in range(40)]
-replies = EndpointJudge("judge", sys.argv[1], sys.argv[2], concurrency=4)(prompts)
-assert replies == [f"T#{prompt}" for prompt in prompts]
+
+url, cache_dir, *prompts = sys.argv[1:]
+EndpointJudge("a-model", url, cache_dir, concurrency=2)(prompts)
 """
 
 
-def test_a_killed_run_goes_on(server, tmp_path):
-    server.behave = lambda handler, prompt, before: time.sleep(0.05)
-    command = [sys.executable, "-c", SCRIPT, server.url, str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(list((tmp_path / "cache").glob("*.json"))) < 8:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = {json.loads(path.read_text())["key"]["prompt"] for path in (tmp_path / "cache").glob("*.json")}
-    assert 8 <= len(kept) < 40
-    server.requests.clear()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=60)
-    assert set(server.asked()) == {f"prompt {number}" for number in range(40)} - kept
-    assert len(server.requests) == 40 - len(kept)
+def test_a_killed_run_goes_on_without_asking_twice(endpoint, make_judge, tmp_path):
+    prompts, arrived = [str(i) for i in range(12)], threading.Semaphore(0)
+
+    def seven_then_silence(request, nth):
+        if len(endpoint.requests) > 7:
+            arrived.release()
+            endpoint.over.wait()
+        return completion(f"reply to {request.prompt}")
+
+    endpoint.answer = seven_then_silence
+    run = subprocess.Popen([sys.executable, "-c", ASK, endpoint.url, str(tmp_path / "cache"), *prompts])
+    # Both threads ask anew, so they have kept what they got.
+    came = arrived.acquire(timeout=60) and arrived.acquire(timeout=60)
+    run.send_signal(signal.SIGKILL)
+    assert came and run.wait(10) == -signal.SIGKILL
+    in_flight = {request.prompt for request in endpoint.requests[7:]}
+    assert len(endpoint.requests) == 9 and len(read_entries(tmp_path / "cache")) == 7
+
+    del endpoint.answer
+    judge = make_judge()
+    assert judge(prompts) == replies_to(prompts)
+    assert endpoint.asked() == {prompt: 2 if prompt in in_flight else 1 for prompt in prompts}
+    assert (judge.usage["calls"], judge.usage["cached"]) == (5, 7)
 
 
-# ---- A model in this process ----------------------------------------------------------------------------------------
+# ---- Servers that are busy, broken or silent ------------------------------------------------------------------------
 
-TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+def test_retry_after_is_respected_by_all_threads(endpoint, make_judge):
+    on_its_way = threading.Event()
+
+    def busy(request, nth):
+        if request.prompt == "a" and nth == 1:
+            assert on_its_way.wait(10)
+            return refusal(429, "slow down")._replace(headers={"Retry-After": "1"})
+        if request.prompt == "b":
+            on_its_way.set()
+            time.sleep(0.4)  # its thread goes on with c or d while a waits
+        return completion(f"reply to {request.prompt}")
+
+    endpoint.answer = busy
+    assert make_judge(concurrency=2)(list("abcd")) == replies_to("abcd")
+    told = next(request.time for request in endpoint.requests if request.prompt == "b")  # a little after that
+    later = [request.time - told for request in endpoint.requests[2:]]
+    assert {request.prompt for request in endpoint.requests[:2]} == {"a", "b"}
+    assert len(later) == 3 and min(later) >= 1
+
+
+def test_retry_after_as_a_date_or_nonsense():
+    date = datetime.now(timezone.utc) + timedelta(seconds=60)
+    for value in (format_datetime(date, usegmt=True), format_datetime(date.astimezone(timezone(timedelta(hours=9))))):
+        assert 50 < judges._retry_after({"retry-after": value}) <= 60
+    past = format_datetime(datetime.now(timezone.utc) - timedelta(seconds=60), usegmt=True)
+    for headers in ({}, *({"retry-after": value} for value in (past, "", "soon", "-3", "nan", "Mon, 99 Foo 2026"))):
+        assert judges._retry_after(headers) == 0
+    assert judges._retry_after({"retry-after": "2.5"}) == 2.5
+
+
+def test_a_server_that_asks_for_hours_is_not_waited_for(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: refusal(429, "daily limit")._replace(headers={"Retry-After": "7200"})
+    with pytest.raises(JudgeError, match=r"HTTP 429 .*daily limit.*it asks to wait 7200 s"):
+        make_judge()(["a"])
+    assert len(endpoint.requests) == 1
+
+
+def test_waits_double(endpoint, make_judge, monkeypatch):
+    monkeypatch.setattr(EndpointJudge, "first_wait", 0.01)
+    endpoint.answer = lambda request, nth: refusal(500, "oops")
+    with pytest.raises(JudgeError):
+        make_judge()(["a"])
+    times = [request.time for request in endpoint.requests]
+    waits = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
+    assert len(waits) == ATTEMPTS - 1
+    assert all(wait >= 0.005 * 2**i for i, wait in enumerate(waits))  # half of each may be jitter
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        *(pytest.param(refusal(status, "oops"), id=f"{status}") for status in (408, 409, 429, 500, 502, 503, 529)),
+        pytest.param(Answer(b"<h1>oops</h1>", 500), id="500 as HTML"),
+        pytest.param(Answer(b"<html>hi</html>", headers={"Content-Type": "text/html"}), id="HTML"),
+        pytest.param(Answer(b'{"choices": [{"mess'), id="half of JSON"),
+        pytest.param(Answer(b'{"choices": [{"mess', missing=100), id="cut connection"),
+        pytest.param(Answer(b"zzz", headers={"Content-Encoding": "gzip"}), id="no gzip"),
+        pytest.param(Answer(b""), id="nothing"),
+        *(
+            pytest.param(Answer(content), id=content.decode())
+            for content in (
+                b"null", b"3", b"[1, 2]", b'{"hello": 1}', b'{"choices": null}', b'{"choices": "no"}',
+                b'{"choices": [3]}', b'{"choices": [{"message": null}]}', b'{"choices": [{"message": {"content": 3}}]}',
+                b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "x"}}',
+                b'{"choices": [{"message": {"content": "x"}}], "usage": 3}', b'{"error": {"message": "overloaded"}}',
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_passing_trouble_is_asked_again(endpoint, make_judge, trouble):
+    endpoint.answer = lambda request, nth: trouble if nth < 3 else completion("at last")
+    judge = make_judge()
+    assert judge(["a"]) == ["at last"]
+    assert len(endpoint.requests) == 3
+    assert (judge.usage["calls"], judge.usage["failed"], judge.usage["prompt_tokens"]) == (1, 0, 10)
+
+
+def test_a_silent_server_is_asked_again(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: endpoint.over.wait() if nth == 1 else completion("at last")
+    begin = time.monotonic()
+    assert make_judge(timeout=0.3)(["a"]) == ["at last"]
+    assert 0.3 <= endpoint.requests[1].time - begin < 5
+
+
+def test_a_stray_failure_ends_the_run_after_all_others_and_the_same_call_goes_on(endpoint, make_judge, tmp_path):
+    prompts = list("abcde")
+    endpoint.answer = lambda request, nth: (
+        refusal(500, "cannot do a") if request.prompt == "a" else completion(f"reply to {request.prompt}")
+    )
+    judge = make_judge(concurrency=1)
+    with pytest.raises(JudgeError) as caught:
+        judge(prompts)
+    assert str(caught.value) == (
+        f'{endpoint.url} did not reply to 1 of 5 prompts; the last: HTTP 500 {{"error": {{"message": "cannot do a"}}}} '
+        f"({ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to go on from there."
+    )
+    assert endpoint.asked() == {"a": ATTEMPTS, "b": 1, "c": 1, "d": 1, "e": 1}
+    del endpoint.answer
+    assert judge(prompts) == replies_to(prompts)
+    assert endpoint.asked() == {"a": ATTEMPTS + 1, "b": 1, "c": 1, "d": 1, "e": 1}
+    assert (judge.usage["calls"], judge.usage["cached"], judge.usage["failed"]) == (5, 4, 1)
+
+
+def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: refusal(500, "oops") if request.prompt in "ace" else completion()
+    with pytest.raises(JudgeError, match="did not reply to 3 of 9 prompts.* 6 of 9 replies are kept"):
+        make_judge(concurrency=1)(list("abcdefghi"))
+
+
+@pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
+def test_a_broken_server_is_given_up(endpoint, make_judge, concurrency, in_vain):
+    endpoint.answer = lambda request, nth: Answer(b"<html>no API here</html>")
+    with pytest.raises(
+        JudgeError, match=rf"did not reply to {in_vain} of 40 .*no chat completion came.*no API here.* 0 of 40 replies"
+    ):
+        make_judge(concurrency=concurrency)([str(i) for i in range(40)])
+    # Each thread may have begun with one more.
+    assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
+
+
+def test_no_server_at_all(endpoint, make_judge):
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    url = endpoint.url.replace("127", "me:my-password@127") + "?token=my-token"
+    judge = make_judge(url=url)
+    with pytest.raises(JudgeError, match="Connection refused") as caught:
+        judge(["a"])
+    assert f"{caught.value}".startswith(endpoint.url + " did not reply to 1 of 1 prompts")
+    assert "my-" not in "".join(traceback.format_exception(caught.value)) and judge.usage["endpoint"] == "127.0.0.1"
+
+
+# ---- Servers that refuse --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "others", "fix"),
+    [
+        (400, {"code": "context_length_exceeded"}, r"It was sent \{'temperature': 0, 'seed': 0, 'max_tokens': 256\}"),
+        (401, {}, "Set the environment variable OPENAI_API_KEY"),
+        (402, {}, "Top up the account"),
+        (403, {}, "Set the environment variable OPENAI_API_KEY"),
+        (404, {}, "Check the model's name, and the URL: that of most servers ends in /v1"),
+        (429, {"code": "insufficient_quota"}, "Top up the account"),
+    ],
+)
+def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, others, fix):
+    endpoint.answer = lambda request, nth: (
+        completion("kept") if request.prompt == "a" else refusal(status, f"I do not like {KEY} for a-model", **others)
+    )
+    with pytest.raises(JudgeError, match=fix) as caught:
+        make_judge(concurrency=1)(list("abcdefgh"))
+    message = str(caught.value)
+    assert f"{endpoint.url} refuses to judge with 'a-model': HTTP {status}" in message
+    assert "I do not like *** for a-model" in message and "1 of 8 replies are kept" in message
+    assert endpoint.asked() == {"a": 1, "b": 1}
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert KEY not in "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
+
+
+def refuses(name: str, status: int) -> Answer:
+    """As OpenAI or, with 422, Mistral says it."""
+    if status == 422:
+        return Answer(json.dumps({"detail": [{"loc": ["body", name], "type": "extra_forbidden"}]}).encode(), 422)
+    message = f"Unsupported parameter: '{name}' is not supported with this model."
+    return refusal(400, message + " Use 'max_completion_tokens' instead." if name == "max_tokens" else message)
+
+
+@pytest.mark.parametrize(
+    ("refused", "status", "left"),
+    [
+        (["seed"], 422, {"temperature": 0, "max_tokens": 256}),
+        (["max_tokens"], 400, {"temperature": 0, "seed": 0, "max_completion_tokens": 256}),
+        (["max_tokens", "seed"], 400, {"temperature": 0, "max_completion_tokens": 256}),
+    ],
+)
+def test_settings_that_are_refused_are_left_out_or_renamed(endpoint, make_judge, refused, status, left):
+    def old_names_only(request, nth):
+        found = [name for name in refused if name in request.body]
+        return refuses(found[0], status) if found else completion(f"reply to {request.prompt}")
+
+    endpoint.answer = old_names_only
+    prompts = [str(i) for i in range(20)]
+    judge = make_judge(concurrency=4)
+    assert judge(prompts) == replies_to(prompts)
+    # Each of four threads is told at most once, and the limit on the reply's length is never dropped.
+    assert len(endpoint.requests) <= 20 + 4 * len(refused)
+    assert all({"max_tokens", "max_completion_tokens"} & request.body.keys() for request in endpoint.requests)
+    sent = endpoint.requests[-1].body
+    assert {name: sent[name] for name in sent.keys() - {"model", "messages"}} == left
+    told = len(endpoint.requests)
+    judge(["one more"])
+    assert make_judge()(prompts) == replies_to(prompts) and len(endpoint.requests) == told + 1
+
+
+def test_a_judge_without_temperature_0_is_refused(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: refusal(400, "'temperature' does not support 0 with this model.")
+    with pytest.raises(JudgeError, match="'temperature' does not support 0"):
+        make_judge(concurrency=1)(["a", "b"])
+    assert len(endpoint.requests) == 1
+
+
+def test_a_refusal_ends_the_waits_of_others(endpoint, make_judge, monkeypatch):
+    monkeypatch.setattr(EndpointJudge, "first_wait", 20.0)
+    three_wait = threading.Barrier(4)
+
+    def one_refuses(request, nth):
+        three_wait.wait(10)
+        time.sleep(0.2 if request.prompt == "3" else 0)
+        return refusal(401, "no") if request.prompt == "3" else refusal(500, "oops")
+
+    endpoint.answer = one_refuses
+    judge, begin = make_judge(concurrency=4), time.monotonic()
+    with pytest.raises(JudgeError, match="refuses to judge with 'a-model': HTTP 401"):
+        judge([str(i) for i in range(40)])
+    assert time.monotonic() - begin < 5
+    assert len(endpoint.requests) == 4 and judge.usage["failed"] == 0
+
+
+def test_replies_on_their_way_at_a_refusal_are_kept(endpoint, make_judge, tmp_path):
+    refused = threading.Event()
+
+    def one_is_slow(request, nth):
+        if request.prompt == "slow":
+            refused.wait(10)
+            time.sleep(0.2)
+            return completion("came late")
+        while len(endpoint.requests) < 2:
+            time.sleep(0.01)
+        refused.set()
+        return refusal(401, "no")
+
+    endpoint.answer = one_is_slow
+    judge = make_judge(concurrency=2)
+    with pytest.raises(JudgeError, match="1 of 4 replies are kept"):
+        judge(["slow", "b", "c", "d"])
+    assert len(endpoint.requests) == 2
+    assert (judge.usage["calls"], judge.usage["prompt_tokens"]) == (1, 10)
+    assert [entry["reply"] for entry in read_entries(tmp_path / "cache")] == ["came late"]
+
+
+def test_ctrl_c_waits_for_no_silent_server(endpoint, make_judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "GRACE", 0.5)
+
+    def interrupt(request, nth):
+        if len(endpoint.requests) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return completion("kept") if request.prompt == "a" else endpoint.over.wait(20) and completion()
+
+    endpoint.answer = interrupt
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        make_judge(concurrency=2)(list("abcdef"))
+    assert 0.5 <= time.monotonic() - begin < 10
+    assert endpoint.asked() == {"a": 1, "b": 1, "c": 1}
+    assert [entry["reply"] for entry in read_entries(tmp_path / "cache")] == ["kept"]
+    assert [thread for thread in threading.enumerate() if not thread.daemon] == [threading.main_thread()]
+
+
+# ---- Keys and arguments ---------------------------------------------------------------------------------------------
+
+
+def test_no_key_is_needed_and_no_other_is_sent(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: refusal(401, "nonetheless: none of your business")
+    with pytest.raises(JudgeError, match="nonetheless: none of .*variable MY_KEY to a key that it accepts"):
+        make_judge(api_key_variable="MY_KEY")(["a"])
+    assert KEY not in str(endpoint.requests[0].headers)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}…"])
+def test_a_key_that_is_none_is_not_shown(make_judge, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="variable OPENAI_API_KEY holds no key") as caught:
+        make_judge()
+    assert KEY not in str(caught.value)
+
+
+def test_blanks_around_a_key_do_no_harm(endpoint, make_judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    make_judge()(["a"])
+    assert endpoint.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "127.0.0.1:8000", "ftp://x/v1", "http://", "/v1"])
+def test_urls_are_checked(make_judge, url):
+    with pytest.raises(ValueError, match="A judge's URL looks like http://127.0.0.1:8000/v1, got"):
+        make_judge(url=url)
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"requests_per_minute": 0}, {"requests_per_minute": -1}])
+def test_limits_are_checked(make_judge, options):
+    with pytest.raises(ValueError, match="concurrency must be 1 or more, requests_per_minute above 0"):
+        make_judge(**options)
+
+
+@pytest.mark.parametrize("prompts", ["a text", ["a", None], [["a"]]])
+def test_prompts_are_checked(endpoint, make_judge, prompts):
+    with pytest.raises(ValueError, match="A judge takes a list of prompts, each a text; got"):
+        make_judge()(prompts)
+    assert not endpoint.requests
+
+
+# ---- Local ----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}<user>{{ message.content }}<end>{% endfor %}<assistant>"
+PROMPTS = [
+    "Is it a chair?",
+    "灯",
+    "The answer is: a long one, of many words. Is it right?",
+    "x",
+    "What is this?",
+    "No.",
+]
+MAX_TOKENS = 12
+
+
+def greedy(model, tokenizer, prompt: str) -> list[int]:
+    """The tokens of the reply, by one whole forward pass for each."""
+    ids = tokenizer(f"<user>{prompt}<end><assistant>", return_tensors="pt").input_ids
+    start, ends = ids.shape[1], model.generation_config.eos_token_id
+    while ids.shape[1] < start + MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, start:].tolist()
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory) -> Path:
-    """A tiny Llama that reads bytes, with a chat template."""
-    folder = tmp_path_factory.mktemp("judges") / "tiny-chat"
+@torch.no_grad()
+def chat_model(tmp_path_factory):
+    """A folder with a tiny random Llama, and prompt → (greedy reply, whether it is cut, its tokens).
+
+    The model's own generation settings sample and penalize, and a second token ends its replies.
+    """
+    folder, special = tmp_path_factory.mktemp("judges") / "tiny-llama", ["<end>", "<user>", "<assistant>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", chat_template=TEMPLATE)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        eos_token_id=1, pad_token_id=0, max_position_embeddings=512, initializer_range=0.5,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, initializer_range=0.3, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.generation_config.do_sample = True  # a judge must not sample, whatever a model's own settings are
-    model.generation_config.temperature = 5.0
-    model.generation_config.eos_token_id = [1, *range(200, 216)]  # several, so that some replies end early
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(eos_token_id=[0], do_sample=True, repetition_penalty=1.9, top_k=3)
+    model.generation_config.eos_token_id = ends = [0, greedy(model, tokenizer, PROMPTS[0])[3]]
     model.save_pretrained(folder)
-    return folder
+    replies = {prompt: greedy(model, tokenizer, prompt) for prompt in PROMPTS}
+    assert replies[PROMPTS[0]][-1] == ends[1]
+    return folder, {
+        prompt: (tokenizer.decode(ids, skip_special_tokens=True), ids[-1] not in ends, len(ids))
+        for prompt, ids in replies.items()
+    }
 
 
-def test_local_judge(chat_model, tmp_path):
-    judge = LocalJudge(chat_model, tmp_path / "a", max_tokens=8)
-    replies = judge(PROMPTS + PROMPTS[:1])
-    assert len(replies) == 7 and replies[6] == replies[0] and len(set(replies)) > 1
-    usage = judge.usage
-    assert usage["calls"] == 6 and usage["cost"] is None and usage["endpoint"] is None
-    assert usage["prompt_tokens"] == sum(len(f"<{prompt}>:") for prompt in PROMPTS)
-    assert 0 < usage["completion_tokens"] <= 6 * 8 and judge.name == "tiny-chat"
-    again = LocalJudge(chat_model, tmp_path / "a", max_tokens=8)
-    assert again(PROMPTS) == replies[:6] and "_model" not in vars(again)  # nothing to ask: no weights are loaded
-    alone = LocalJudge(chat_model, tmp_path / "b", batch_size=1, max_tokens=8)
-    assert alone(PROMPTS) == replies[:6]
-    assert alone.usage == usage  # what is cut and counted is that of each reply, not of its batch
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_local_replies_are_greedy_whatever_the_batch(chat_model, tmp_path, batch_size):
+    folder, expected = chat_model
+    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=batch_size, max_tokens=MAX_TOKENS)
+    assert judge(PROMPTS + PROMPTS[:1]) == [expected[prompt][0] for prompt in PROMPTS + PROMPTS[:1]]
+    cut = sum(is_cut for _, is_cut, _ in expected.values())
+    assert 0 < cut < len(PROMPTS) and len({reply for reply, _, _ in expected.values()}) > 3
+    assert judge.name == "tiny-llama"
+    assert judge.usage == {
+        "calls": len(PROMPTS), "cached": 0, "failed": 0, "cut": cut,
+        "prompt_tokens": sum(len(prompt.encode()) + 3 for prompt in PROMPTS),
+        "completion_tokens": sum(tokens for _, _, tokens in expected.values()), "cost": None, "endpoint": None,
+    }  # fmt: skip
 
 
-def test_local_replies_end_where_the_model_ends(chat_model, tmp_path):
-    """Replies of a batch are of different lengths: a reply ends at its own end, and only one that has none is cut."""
-    prompts = [f"{'x' * number} is this right?" for number in range(24)]
-    judge = LocalJudge(chat_model, tmp_path, batch_size=24, max_tokens=200)
-    judge(prompts)
-    entries = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    ended = [entry for entry in entries if entry["finish_reason"] == "stop"]
-    assert 1 < len({entry["completion_tokens"] for entry in ended})
-    assert judge.usage["cut"] == len(entries) - len(ended)
-    assert all(entry["completion_tokens"] == 200 for entry in entries if entry["finish_reason"] == "length")
+def test_local_replies_are_kept_as_they_come(chat_model, tmp_path, monkeypatch):
+    folder, expected = chat_model
+    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=2, max_tokens=MAX_TOKENS)
+    generate, batches = judge._generate, []
 
-
-def test_a_changed_folder_is_another_judge(chat_model, tmp_path):
-    import shutil
-
-    folder = tmp_path / "judge"
-    shutil.copytree(chat_model, folder)
-    LocalJudge(folder, tmp_path / "cache", max_tokens=2)(PROMPTS[:1])
-    os.utime(folder / "model.safetensors", (1, 1))
-    judge = LocalJudge(folder, tmp_path / "cache", max_tokens=2)
-    judge(PROMPTS[:1])
-    assert judge.usage["calls"] == 1
-
-
-def test_a_model_without_a_chat_template_is_told(chat_model, tmp_path):
-    import shutil
-
-    folder = tmp_path / "base"
-    shutil.copytree(chat_model, folder)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template.*instruction-tuned"):
-        LocalJudge(folder, tmp_path / "cache")
-
-
-def test_batches_are_kept_as_they_come(chat_model, tmp_path, monkeypatch):
-    judge = LocalJudge(chat_model, tmp_path, batch_size=2, max_tokens=2)
-    generate, done = judge._generate, []
-
-    def fail_in_the_third(prompts):
-        if len(done) == 2:
-            raise MemoryError
-        done.append(prompts)
+    def killed_at_the_third(prompts):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(prompts)
         return generate(prompts)
 
-    monkeypatch.setattr(judge, "_generate", fail_in_the_third)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(judge, "_generate", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
         judge(PROMPTS)
-    again = LocalJudge(chat_model, tmp_path, max_tokens=2)
-    again(PROMPTS)
-    assert (again.usage["cached"], again.usage["calls"]) == (4, 2)
+    again = LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)
+    assert again(PROMPTS) == [expected[prompt][0] for prompt in PROMPTS]
+    assert (again.usage["calls"], again.usage["cached"]) == (2, 4)
+
+    def no_weights(*args, **options):
+        raise AssertionError("The weights are loaded though there is nothing to ask.")
+
+    monkeypatch.setattr(judges.AutoModelForCausalLM, "from_pretrained", no_weights)
+    assert LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)(PROMPTS) == again(PROMPTS)
+    with pytest.raises(AssertionError):  # other settings
+        LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS - 1)(PROMPTS)
+    os.utime(folder / "config.json", ns=(0, 0))
+    with pytest.raises(AssertionError):  # another content
+        LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)(PROMPTS)
+
+
+def test_half_an_emoji_is_asked_of_a_local_judge(chat_model, tmp_path):
+    one, other = LocalJudge(chat_model[0], tmp_path, max_tokens=3)(["a \ud83d b", "a ? b"])
+    assert one == other
+
+
+def test_what_is_no_chat_model_is_refused(chat_model, tmp_path):
+    with pytest.raises(ValueError, match=r"No judge at '.*nothing': expected a folder or the Hub id of a chat model"):
+        LocalJudge(tmp_path / "nothing", tmp_path)
+    with pytest.raises(ValueError, match=r"No judge at 'gpt-4o': .*one behind an endpoint needs a URL"):
+        LocalJudge("gpt-4o", tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(chat_model[0])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="base has no chat template, so it is no chat model"):
+        LocalJudge(tmp_path / "base", tmp_path)
