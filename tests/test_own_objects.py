@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 from test_readme import BLOCKS, ENVIRONMENT, ROOT, read_commands, run_python, same_output
@@ -14,8 +15,7 @@ def test_own_objects(tmp_path):
     for name in ("checkpoints", "training"):
         (tmp_path / name).symlink_to(ROOT / name)
     make, commands = [block for block in BLOCKS if block.reason and "test_own_objects" in block.reason]
-    make.reason = None
-    run_python([make], cwd=tmp_path)
+    run_python([replace(make, reason=None)], cwd=tmp_path)
     output = ""
     for command in read_commands(commands.code):
         done = subprocess.run(
