@@ -32,6 +32,7 @@ from .suites import RATIOS
 
 
 NUM_SHOWN = 10  # best and worst objects
+FEW = 20  # a bootstrap of fewer objects does not see what others would be like
 NOISE = 0.05  # two-sided, the level of a 95 % interval
 ONE_OR_NONE = {
     "closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy", "likelihood_top_1", "likelihood_top_5"
@@ -137,6 +138,10 @@ def _scores(results: dict, pictures: dict[str, bytes]) -> Section:
             [results["questions"][question], name, *([seeing["judge"] or "none"] if judged else [])]
             + [with_interval(row[condition]) if condition in row else "–" for condition in (SEEING, *controls)]
             + [f"{seeing['objects']:,}", f"{seeing['unparsed']:,}"]
+        )
+    if any(score["interval"] == "bootstrap" and score["objects"] < FEW for score in results["scores"]):
+        section.words.append(
+            f"With fewer than {FEW} objects the intervals of scores that are no accuracies are too narrow: trust none of them."
         )
     if picture := draw_scores(results):
         pictures["scores"] = picture
@@ -250,10 +255,12 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
     if classes:
         pictures["confusion"] = draw_confusion(classes["names"], classes["confusion"])
         section.pictures.append("confusion")
+        first_five = (
+            f", and {number(classes['top_5'], 'share')} are among the first five" if "top_5" in classes else ""
+        )
         section.words.append(
             f"By the likelihood of each of {len(classes['names'])} class names as the answer, "
-            f"{number(classes['top_1'], 'share')} are right, and {number(classes['top_5'], 'share')} are among the first "
-            "five. This needs no judge and no parsing."
+            f"{number(classes['top_1'], 'share')} are right{first_five}. This needs no judge and no parsing."
         )
         section.table[0] += ["likelihood, top 1", "most often mistaken for"]
         for own, taken in enumerate(np.array(classes["confusion"])):

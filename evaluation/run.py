@@ -324,6 +324,9 @@ def read_conditions(folder: Path, objects: list[EvalObject]) -> dict[tuple[str, 
 def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options):
     """Entries of results.json, values by (question, condition), object and metric, and the confusion matrix."""
     classes = list(suite.classes)
+    ranks = {
+        name: k for name, k in LIKELIHOOD_METRICS.items() if k == 1 or k < len(classes)
+    }  # of five, five are certain
     owner = np.array([classes.index(name) for name, row in suite.classes.items() for _ in row])
     truth = {each.object_id: classes.index(each.label) for each in objects if each.label}
     scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
@@ -341,9 +344,9 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
             best = np.array([each[owner == index].max() for index in range(len(classes))])
             order = np.argsort(-best, kind="stable")
             place = int(np.flatnonzero(order == classes.index(label))[0])
-            scores[object_id] = {name: float(place < k) for name, k in LIKELIHOOD_METRICS.items()}
+            scores[object_id] = {name: float(place < k) for name, k in ranks.items()}
             confusion[classes.index(label), order[0]] += 1
-        for name in LIKELIHOOD_METRICS:
+        for name in ranks:
             hits = [row[name] for row in scores.values()]
             low, high = wilson(int(sum(hits)), len(hits))
             entries.append(
@@ -355,7 +358,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
             table = {"question": question, "method": "likelihood", "phrases": list(suite.phrases), "names": classes}
             table |= {"confusion": confusion.tolist()}
             table |= {name.removeprefix("likelihood_"): entry["value"]
-                      for name, entry in zip(LIKELIHOOD_METRICS, entries[-2:], strict=True)}  # fmt: skip
+                      for name, entry in zip(ranks, entries[-len(ranks) :], strict=True)}  # fmt: skip
     return entries, values, table
 
 

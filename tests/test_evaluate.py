@@ -316,13 +316,14 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     found = {(e["question"], e["condition"], e["metric"]) for e in results["scores"]}
     for condition in ("seeing", "blind", "no_color", "shuffled"):
         assert {("what", condition, m) for m in ("closed_set_accuracy", "color_accuracy", "likelihood_top_1")} <= found
+        assert ("what", condition, "likelihood_top_5") not in found  # of two classes both are among the first five
         assert ("caption", condition, "rouge_l") in found
     for entry in results["scores"]:
         assert entry["low"] <= entry["value"] <= entry["high"] or entry["metric"] == "precision"
     rows = [json.loads(line) for line in (out / "objects.jsonl").read_text().splitlines()]
     assert len(rows) == 7 * 3 * 4
     for name in ("report.md", "report.html"):
-        assert (out / name).stat().st_size > 1000
+        assert "With fewer than 20 objects" in (out / name).read_text()
     # Again, with nothing to do but to score.
     before = sorted(read_lines(out / "answers"), key=json.dumps)
     assert run_command(*arguments, "--batch-size", 4) == 0
