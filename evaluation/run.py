@@ -308,8 +308,8 @@ def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
-def read_conditions(folder: Path, objects: list[EvalObject]) -> dict[tuple[str, str], dict[str, dict]]:
-    """Lines by (question, condition) and object; one line for the blind stands for all."""
+def read_conditions(folder: Path, suite: Suite, objects: list[EvalObject]) -> dict[tuple[str, str], dict[str, dict]]:
+    """Lines by (question, condition) and object, whichever process was first; one line for the blind stands for all."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for line in read_lines(folder):
         found.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
@@ -318,7 +318,8 @@ def read_conditions(folder: Path, objects: list[EvalObject]) -> dict[tuple[str, 
         if condition == "blind" and len(lines) == 1:
             (line,) = lines.values()
             lines |= {object_id: line for object_id in order}
-    return {key: {i: lines[i] for i in order if i in lines} for key, lines in found.items()}
+    keys = [(question.name, condition) for question in suite.questions for condition in conditions_of(suite, True)]
+    return {key: {i: found[key][i] for i in order if i in found[key]} for key in keys if key in found}
 
 
 def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options):
@@ -331,7 +332,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
     truth = {each.object_id: classes.index(each.label) for each in objects if each.label}
     scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
     entries, values, table = [], {}, None
-    found = read_conditions(options.out / LIKELIHOOD_DIR, objects)
+    found = read_conditions(options.out / LIKELIHOOD_DIR, suite, objects)
     for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == "seeing")]:
         lines = found[question, "seeing" if condition == SHUFFLED else condition]
         lines = {object_id: line for object_id, line in lines.items() if object_id in truth}
@@ -367,12 +368,11 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
     scorer = Scorer(
         suite, {each.object_id: each for each in objects}, options.judge, options.encoders, options.judge_prompts, options.seed
     )  # fmt: skip
-    found = read_conditions(options.out / ANSWERS_DIR, objects)
+    found = read_conditions(options.out / ANSWERS_DIR, suite, objects)
     questions = {question.name: question for question in suite.questions}
     entries, values, rows = [], {}, []
     truth = {each.object_id: each for each in objects}
-    keys = sorted(found, key=lambda key: (list(questions).index(key[0]), key[1] != "seeing"))
-    for name, condition in [*keys, *((name, SHUFFLED) for name, condition in keys if condition == "seeing")]:
+    for name, condition in [*found, *((name, SHUFFLED) for name, condition in found if condition == "seeing")]:
         question = questions[name]
         lines = found[name, "seeing" if condition == SHUFFLED else condition]
         wanted = [metric for metric in question.metrics if metric in metrics]

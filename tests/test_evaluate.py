@@ -27,6 +27,7 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
+from minigpt3d.evaluation.run import read_conditions
 from minigpt3d.evaluation.score import shuffle
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
 from minigpt3d.training.household.colors import COLORS, main_color
@@ -272,6 +273,19 @@ def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
     for rank in range(3):
         append_lines(open_part(tmp_path, rank), [{"n": rank}])
     assert [line["n"] for line in read_lines(tmp_path)] == [0, 1, 2]
+
+
+def test_results_are_in_one_order_whichever_process_was_first(tmp_path):
+    objects = [EvalObject("a", None), EvalObject("b", None)]
+    lines = [
+        {"question": question, "condition": condition, "object_id": object_id}
+        for question, condition, object_id in
+        [("color", "seeing", "b"), ("what", "jitter-1", "a"), ("what", "blind", "b"), ("what", "seeing", "b"), ("what", "seeing", "a")]
+    ]  # fmt: skip
+    append_lines(open_part(tmp_path, 0), lines)
+    found = read_conditions(tmp_path, SUITES["household"], objects)
+    assert list(found) == [("what", "seeing"), ("what", "blind"), ("what", "jitter-1"), ("color", "seeing")]
+    assert list(found["what", "seeing"]) == list(found["what", "blind"]) == ["a", "b"]
 
 
 def test_sampling_is_a_function_of_the_seed(tiny_processor):
