@@ -1,10 +1,10 @@
 """What a model is shown of an object: the object as it is, controls that take something away, and corruptions.
 
     seeing              the object as it is
-    blind, no_color     controls: nothing at all; no colours
+    blind, no_color     controls: nothing at all; no colors
     NAME-SEVERITY       a row of `CORRUPTIONS` at severity 1 (least) to 5, such as jitter-3
 
-The corruptions are in the spirit of ModelNet40-C (arXiv 2201.12296), for clouds with colours. They happen to the object,
+The corruptions are in the spirit of ModelNet40-C (arXiv 2201.12296), for clouds with colors. They happen to the object,
 before the processor takes as many points of it as its model reads: a model that reads 1,024 of 8,192 points hardly
 notices that half of them are gone, and that is its due.
 
@@ -79,7 +79,7 @@ def visible(coord: np.ndarray, direction: np.ndarray) -> np.ndarray:
 
     Args:
         coord: (N, 3), largest norm about 1.
-        direction: (3,) from the object's centre to the scanner, norm 1.
+        direction: (3,) from the object's center to the scanner, norm 1.
     """
     ray = coord - SCANNER_DISTANCE * direction
     distance = np.linalg.norm(ray, axis=1, keepdims=True)
@@ -92,9 +92,8 @@ def _outliers(cloud: np.ndarray, share: float, rng: np.random.Generator) -> np.n
     chosen = rng.permutation(len(cloud))[: round(share * len(cloud))]
     background = rng.uniform(-1, 1, (len(cloud), 3))
     cloud = cloud.copy()
-    cloud[chosen, :3] = background[
-        : len(chosen)
-    ]  # colours stay: those of the object, or this would attack them as well
+    # Colors stay those of the object, or this would attack them as well.
+    cloud[chosen, :3] = background[: len(chosen)]
     return cloud
 
 
@@ -180,7 +179,7 @@ CORRUPTIONS = {
     "rotation": Corruption("turned about any axis", (15, 30, 60, 90, 180), "degrees", _rotation),
     "scale": Corruption("one axis is stretched or squeezed", (1.25, 1.5, 2, 3, 4), "times", _scale),
     "color_loss": Corruption(
-        "points without colour: black", (0.1, 0.25, 0.5, 0.75, 0.95), "share of the points", _color_loss
+        "points without color: black", (0.1, 0.25, 0.5, 0.75, 0.95), "share of the points", _color_loss
     ),
     "fewer_points": Corruption(
         "a sparse scan, its points repeated", (4096, 2048, 1024, 512, 256), "points", _fewer_points
@@ -213,7 +212,7 @@ def apply(condition: str, cloud: np.ndarray, object_id: str, seed: int = 0) -> n
 
     Args:
         condition: see the head of this file.
-        cloud: (N, 6), xyz centred with largest norm 1, rgb in [0, 1], y up. It is left as it is.
+        cloud: (N, 6), xyz centerd with largest norm 1, rgb in [0, 1], y up. It is left as it is.
         object_id: which object this is, for its chances.
         seed: of the chances.
 

@@ -75,16 +75,18 @@ def class_log_likelihoods(
     return together, np.array([len(tokens) for tokens in ids]).reshape(shape).mean(1)
 
 
-def top_k(log_likelihoods: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
-    """The k most likely classes of each object, best first: (B, k) int64, ranked by log-likelihood per token.
+def rank_classes(log_likelihoods: np.ndarray, tokens: np.ndarray, class_of_name: Sequence[int]) -> np.ndarray:
+    """The classes of each object, the most likely first: (B, C) int64, by log-likelihood per token of its best name.
 
     Per token, because each further one costs, and a long name would lose for its length. Equal ones keep their order.
 
     Args:
-        log_likelihoods, tokens: (B, C) and (C,), as `class_log_likelihoods` returns them.
-        k: with fewer classes all are ranked.
+        log_likelihoods, tokens: (B, N) and (N,) of N names, as `class_log_likelihoods` returns them.
+        class_of_name: (N,) the class that each name stands for; each of the C classes has one at least.
     """
-    return np.argsort(-np.asarray(log_likelihoods) / tokens, axis=1, kind="stable")[:, :k]
+    each, class_of_name = np.asarray(log_likelihoods) / tokens, np.asarray(class_of_name)
+    best = np.stack([each[:, class_of_name == number].max(1) for number in range(class_of_name.max() + 1)], axis=1)
+    return np.argsort(-best, axis=1, kind="stable")
 
 
 def encode_answers(
@@ -92,7 +94,7 @@ def encode_answers(
 ) -> tuple[list[int], list[list[int]]]:
     """Ids of the prompt, placeholders of one cloud among them, and of each answer with its `###`: as training has both.
 
-    Each answer is tokenised where it stands, behind the prompt: alone, many tokenizers would give it another first token.
+    Each answer is tokenized where it stands, behind the prompt: alone, many tokenizers would give it another first token.
     """
     content = [{"type": "point_cloud"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]

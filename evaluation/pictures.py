@@ -8,7 +8,7 @@ from PIL import Image
 from .results import CONTROLS, METRICS, SEEING, as_corruption, scaled
 
 
-# Okabe and Ito's, which the colour-blind tell apart; the same condition has the same colour in every picture.
+# Okabe and Ito's, which the color-blind tell apart; the same condition has the same color in every picture.
 COLORS = {SEEING: "#0072B2", "blind": "#000000", "no_color": "#E69F00", "shuffled": "#CC79A7"}
 NAMES = {SEEING: "as it is", **CONTROLS}
 CORRUPTED = "#D55E00"
@@ -18,10 +18,10 @@ MAX_COUNTED_CLASSES = 45  # nor the counts in its cells
 
 
 def draw_cloud(cloud: np.ndarray) -> bytes:
-    """An object in its own colours, from the front and from behind, y up.
+    """An object in its own colors, from the front and from behind, y up.
 
     Args:
-        cloud: (N, 6), xyz and rgb in [0, 1]. One without colours (all the same, as ModelNet40's black) is shaded by
+        cloud: (N, 6), xyz and rgb in [0, 1]. One without colors (all the same, as ModelNet40's black) is shaded by
             depth instead, for a silhouette does not show what it is.
     """
     coord, rgb = cloud[:, :3] - (cloud[:, :3].max(0) + cloud[:, :3].min(0)) / 2, cloud[:, 3:].clip(0, 1)
@@ -144,7 +144,7 @@ def draw_robustness(scores: list[dict], title: str) -> bytes | None:
 
 
 def draw_confusion(names: list[str], confusion: list[list[int]]) -> bytes:
-    """Rows: what the objects are; columns: what they are taken for. Cells have counts, the colour is the row's share."""
+    """Rows: what the objects are; columns: what they are taken for. Cells have counts, the color is the row's share."""
     counts = np.array(confusion)
     totals = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(totals, 1)

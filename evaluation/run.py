@@ -35,7 +35,7 @@ from .answers import (
     run_batches,
 )
 from .conditions import CONTROLS, CORRUPTION_CONDITIONS
-from .likelihood import class_log_likelihoods
+from .likelihood import class_log_likelihoods, rank_classes
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .report import write_report
 from .score import SHUFFLED, Scorer, compare_conditions, default_prompt
@@ -328,7 +328,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
     ranks = {
         name: k for name, k in LIKELIHOOD_METRICS.items() if k == 1 or k < len(classes)
     }  # of five, five are certain
-    owner = np.array([classes.index(name) for name, row in suite.classes.items() for _ in row])
+    owner = [classes.index(name) for name, row in suite.classes.items() for _ in row]
     truth = {each.object_id: classes.index(each.label) for each in objects if each.label}
     scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
     entries, values, table = [], {}, None
@@ -341,9 +341,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
         confusion = np.zeros((len(classes), len(classes)), dtype=int)
         for object_id, label in compared.items():
             line = lines[object_id]
-            each = np.array(line["log_likelihood"]) / np.array(line["tokens"])
-            best = np.array([each[owner == index].max() for index in range(len(classes))])
-            order = np.argsort(-best, kind="stable")
+            (order,) = rank_classes([line["log_likelihood"]], line["tokens"], owner)
             place = int(np.flatnonzero(order == classes.index(label))[0])
             scores[object_id] = {name: float(place < k) for name, k in ranks.items()}
             confusion[classes.index(label), order[0]] += 1

@@ -10,7 +10,7 @@ from test_modeling import BACKBONES
 from test_processing import llama_style, qwen_style, wordpiece_style
 
 from minigpt3d.evaluation.conditions import apply
-from minigpt3d.evaluation.likelihood import ANSWERS_AT_ONCE, class_log_likelihoods, encode_answers, top_k
+from minigpt3d.evaluation.likelihood import ANSWERS_AT_ONCE, class_log_likelihoods, encode_answers, rank_classes
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 from minigpt3d.training.household.colors import COLORS
@@ -199,9 +199,10 @@ def test_ranked_by_likelihood_per_token():
     log_likelihoods = np.array([[-4.0, -6.0, -3.0, -3.0], [-8.0, -6.0, -30.0, -1.0]])
     tokens = np.array([2.0, 4.0, 1.0, 1.0])
     # per token: -2, -1.5, -3, -3 and -4, -1.5, -30, -1
-    assert top_k(log_likelihoods, tokens, 4).tolist() == [[1, 0, 2, 3], [3, 1, 0, 2]]
-    assert top_k(log_likelihoods.tolist(), tokens.tolist(), 1).tolist() == [[1], [3]]
-    assert top_k(log_likelihoods, tokens, 9).shape == (2, 4)
+    assert rank_classes(log_likelihoods, tokens, range(4)).tolist() == [[1, 0, 2, 3], [3, 1, 0, 2]]
+    # Two names of a class: the better one counts. Here 0 and 2 are of one, 1 and 3 of the other.
+    assert rank_classes(log_likelihoods.tolist(), tokens.tolist(), [1, 0, 1, 0]).tolist() == [[0, 1], [0, 1]]
+    assert rank_classes(log_likelihoods[:1], tokens, [0, 1, 1, 1]).tolist() == [[1, 0]]
 
 
 def test_the_bundled_model_knows_the_demos_objects():
@@ -212,7 +213,11 @@ def test_the_bundled_model_knows_the_demos_objects():
     clouds = [processor.feature_extractor(ROOT / "demo" / "objects" / name)["point_clouds"][0] for name in names]
     answers = [f"This is a{'n' if color[0] in 'aeiou' else ''} {color} {{}}." for color in COLORS]
     result = class_log_likelihoods(model, processor, clouds, QUESTION, list(KINDS), answers)
-    assert [list(KINDS)[best] for (best,) in top_k(*result, 1)] == ["cabinet", "table", "chair"]
+    assert [list(KINDS)[order[0]] for order in rank_classes(*result, range(len(KINDS)))] == [
+        "cabinet",
+        "table",
+        "chair",
+    ]
 
 
 # ---- What cannot be scored --------------------------------------------------------------------------------------------
