@@ -12,7 +12,6 @@ import numpy as np
 
 from .report import markdown_table
 from .results import (
-    METRICS,
     SEEING,
     prompt_hash,
     read_objects,
@@ -21,8 +20,8 @@ from .results import (
     values_of,
     with_interval,
 )
-from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap
-from .suites import RATIOS
+from .statistics import bootstrap, holm, in_words, paired_difference
+from .suites import METRICS
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
@@ -152,7 +151,7 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
     """Each pair of runs in each row, where the objects, and the judge's prompt, are the same; and why others are not."""
     tests, notes = [], []
     for (prompts, metric), row in rows.items():
-        if len(prompts) > 1 or metric in RATIOS:
+        if len(prompts) > 1 or METRICS[metric].is_ratio:
             continue
         for names in combinations([name for name in runs if name in row["cells"]], 2):
             cells, pair = [row["cells"][name] for name in names], [runs[name] for name in names]
@@ -162,20 +161,15 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
                 continue
             if cells[0]["judge"] and len({prompt_hash(run["results"], metric) for run in pair}) > 1:
                 notes.append(
-                    f"{METRICS[metric]}: {' and '.join(names)} were judged with different prompts. That is another "
+                    f"{METRICS[metric].title}: {' and '.join(names)} were judged with different prompts. That is another "
                     "measure, and their difference is not tested."
                 )
                 continue
             a, b = (np.array([found[object_id] for object_id in sorted(found)]) for found in (a, b))
-            difference, low, high, p = paired_bootstrap(a, b)
-            yes_or_no = bool(np.isin([a, b], (0, 1)).all())
-            if yes_or_no:
-                p = mcnemar(a, b)
             tests.append(
-                {"prompt": prompts[0], "metric": metric, "a": names[0], "b": names[1], "difference": difference,
-                 "low": low, "high": high, "p": p, "test": "McNemar exact" if yes_or_no else "paired bootstrap",
-                 "unit": row["unit"]}
-            )  # fmt: skip
+                {"prompt": prompts[0], "metric": metric, "a": names[0], "b": names[1], "unit": row["unit"]}
+                | paired_difference(a, b)
+            )
     for test, p in zip(tests, holm([test["p"] for test in tests]) if tests else [], strict=True):
         test["p"] = float(p)
         test["words"] = in_words(*(test[key] for key in ("difference", "low", "high", "p", "unit", "a", "b")))
@@ -216,14 +210,15 @@ def to_markdown(comparison: dict) -> str:
             cells = [_cell(row["cells"].get(column), row["unit"]) for column in table["columns"]]
             prompts = " and ".join(f"“{prompt}”" for prompt in row["prompts"])
             lines.append(
-                [f"mean of {prompts}" if len(row["prompts"]) > 1 else prompts, METRICS[row["metric"]], *cells]
+                [f"mean of {prompts}" if len(row["prompts"]) > 1 else prompts, METRICS[row["metric"]].title, *cells]
             )
         parts.append(markdown_table(lines))
         if table["tests"]:
             parts.append(f"Differences, p corrected for {len(table['tests'])} comparisons (Holm):")
             parts.append(
                 "\n".join(
-                    f"- {METRICS[test['metric']]}, “{test['prompt']}”: {test['words']}" for test in table["tests"]
+                    f"- {METRICS[test['metric']].title}, “{test['prompt']}”: {test['words']}"
+                    for test in table["tests"]
                 )
             )
         sources = {}

@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .results import METRICS, SEEING, prompt_hash, same_judge, scaled
+from .results import SEEING, prompt_hash, same_judge, scaled
+from .suites import METRICS
 
 
 HUB_DATASETS = {suite: "RunsenXu/PointLLM" for suite in ("modelnet40", "objaverse", "caption")}
@@ -108,7 +109,7 @@ def _seeing(result: dict) -> list[dict]:
 
 
 def _title(result: dict, score: dict) -> str:
-    return f"{METRICS[score['metric']]}, “{result['questions'][score['question']].strip()}”"
+    return f"{METRICS[score['metric']].title}, “{result['questions'][score['question']].strip()}”"
 
 
 def _details(result: dict, score: dict) -> dict:

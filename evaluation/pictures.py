@@ -5,7 +5,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from .results import CONTROLS, METRICS, SEEING, as_corruption, scaled
+from .results import CONTROLS, SEEING, as_corruption, scaled
+from .suites import METRICS
 
 
 # Okabe and Ito's, which the color-blind tell apart; the same condition has the same color in every picture.
@@ -64,7 +65,7 @@ def draw_scores(results: dict) -> bytes | None:
     if not rows:
         return None
     shown = [condition for condition in conditions if any(condition in row for row in rows.values())]
-    names = [f"{METRICS[metric]}\n{_short(results['questions'][question])}" for question, metric in rows]
+    names = [f"{METRICS[metric].title}\n{_short(results['questions'][question])}" for question, metric in rows]
     figure = _figure(8, 1.1 + 0.62 * len(rows), layout="constrained")
     panel = figure.add_subplot()
     gap = 0.68 / max(len(shown), 3)

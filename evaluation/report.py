@@ -15,8 +15,6 @@ from jinja2 import Environment, FileSystemLoader
 from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     CONTROLS,
-    LOWER_IS_BETTER,
-    METRICS,
     SEEING,
     as_corruption,
     interval,
@@ -27,29 +25,25 @@ from .results import (
     values_of,
     with_interval,
 )
-from .statistics import bootstrap, wilson
-from .suites import RATIOS
+from .statistics import SIGNIFICANT, bootstrap, wilson
+from .suites import METRICS
 
 
 NUM_SHOWN = 10  # best and worst objects
 FEW = 20  # a bootstrap of fewer objects does not see what others would be like
-NOISE = 0.05  # two-sided, the level of a 95 % interval
-ONE_OR_NONE = {
-    "closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy", "likelihood_top_1", "likelihood_top_5"
-}  # fmt: skip
 # What a control tells: where the objects as they are do better, and where they do not.
 READINGS = {
     "blind": (
         "The geometry is used: with every point and color at zero the score is worse.",
-        "Nothing here shows that the geometry is used: with every point and color at zero the score is as good.",
+        "Nothing here shows that the geometry is used: with every point and color at zero the score cannot be told from this one.",
     ),
     "shuffled": (
         "The answers belong to their objects: scored against another object they are worse.",
-        "Nothing here shows that the answers belong to their objects: scored against another object they are as good.",
+        "Nothing here shows that the answers belong to their objects: scored against another object they cannot be told from these.",
     ),
     "no_color": (
         "Color is used: without it the score is worse.",
-        "Nothing here shows that color is used: without it the score is as good.",
+        "Nothing here shows that color is used: without it the score cannot be told from this one.",
     ),
 }
 
@@ -133,7 +127,7 @@ def _scores(results: dict, pictures: dict[str, bytes]) -> Section:
     ]
     for (question, metric), row in by_row.items():
         seeing = row[SEEING]
-        name = METRICS[metric] + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+        name = METRICS[metric].title + (" (lower is better)" if METRICS[metric].lower_is_better else "")
         section.table.append(
             [results["questions"][question], name, *([seeing["judge"] or "none"] if judged else [])]
             + [with_interval(row[condition]) if condition in row else "–" for condition in (SEEING, *controls)]
@@ -159,8 +153,8 @@ def _differences(results: dict) -> Section:
         if control not in about_main:
             continue
         test = about_main[control]
-        gain = -test["difference"] if main["metric"] in LOWER_IS_BETTER else test["difference"]
-        if test["p"] >= NOISE:
+        gain = -test["difference"] if METRICS[main["metric"]].lower_is_better else test["difference"]
+        if test["p"] >= SIGNIFICANT:
             section.words.append(not_used)
         elif gain > 0:
             section.words.append(used)
@@ -216,13 +210,13 @@ def _robustness(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> 
         overall = np.mean([score["value"] for score in corrupted.values()])
         sentence = f"Over {len(corrupted)} corruptions and severities the mean is {number(overall, unit)}"
         by_object = _mean_by_object(rows, question, metric, set(row) - {SEEING, *CONTROLS})
-        if metric not in RATIOS and by_object:
+        if not METRICS[metric].is_ratio and by_object:
             sentence += f" {interval(*bootstrap(by_object), unit)}"
         if seeing["value"] > 0:
             sentence += (
                 f", {100 * overall / seeing['value']:.0f} % of the {number(seeing['value'], unit)} without corruption"
             )
-        worst = (max if metric in LOWER_IS_BETTER else min)(names, key=means.get)
+        worst = (max if METRICS[metric].lower_is_better else min)(names, key=means.get)
         section.words = [f"{sentence}. Hardest: {worst.replace('_', ' ')}, {number(means[worst], unit)}."]
         name = f"robustness-{_slug(question)}-{metric}"
         pictures[name] = draw_robustness(list(row.values()), title)
@@ -248,7 +242,7 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
         return []
     names = classes["names"] if classes else []
     names = [*names, *sorted(set(answered) - set(names))]
-    section = Section("Classes", table=[["class", *([METRICS[main["metric"]]] if answered else [])]])
+    section = Section("Classes", table=[["class", *([METRICS[main["metric"]].title] if answered else [])]])
     for name in names:
         hits = answered.get(name, [])
         section.table.append([name, *([_share(sum(hits), len(hits))] if answered else [])])
@@ -275,7 +269,7 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
 
 def _main_score_by_label(main: dict, rows: list[dict]) -> dict[str, list[float]]:
     """{label: hits}; nothing where the score is no hit or miss, or where labels are no classes but say each its own."""
-    if main["metric"] not in ONE_OR_NONE:
+    if not METRICS[main["metric"]].is_hit:
         return {}
     labels = {row["object_id"]: row["label"] for row in rows if row["label"] is not None}
     by_label = {}
@@ -345,7 +339,7 @@ def _key(score: dict) -> tuple[str, str]:
 
 
 def _named(results: dict, score: dict) -> str:
-    return f"{METRICS[score['metric']]}, “{results['questions'][score['question']].strip()}”"
+    return f"{METRICS[score['metric']].title}, “{results['questions'][score['question']].strip()}”"
 
 
 def _slug(text: str) -> str:
@@ -370,7 +364,7 @@ def best_and_worst(results: dict, rows: list[dict]) -> tuple[list[str], list[str
                 key = (row["question"], metric)
                 if key != _key(main) and units[key] == "share":
                     others[row["object_id"]].append(value)
-    sign = -1 if main["metric"] in LOWER_IS_BETTER else 1
+    sign = -1 if METRICS[main["metric"]].lower_is_better else 1
     goodness = {
         object_id: (sign * value, np.mean(others[object_id]) if others[object_id] else 0.0)
         for object_id, value in values.items()
@@ -403,10 +397,10 @@ def _card(object_id: str, results: dict, rows: list[dict], read_cloud: Callable)
                 "prompt": row["prompt"],
                 "answer": row["answer"],
                 "scores": [
-                    (METRICS[metric], _of_one(metric, value, units[row["question"], metric]))
+                    (METRICS[metric].title, _of_one(metric, value, units[row["question"], metric]))
                     for metric, value in row["scores"].items()
                 ],
-                "reasons": [(METRICS[metric], reason) for metric, reason in row["reasons"].items() if reason],
+                "reasons": [(METRICS[metric].title, reason) for metric, reason in row["reasons"].items() if reason],
             }
             for row in own
         ],
@@ -414,7 +408,7 @@ def _card(object_id: str, results: dict, rows: list[dict], read_cloud: Callable)
 
 
 def _of_one(metric: str, value: float, unit: str) -> str:
-    if metric in ONE_OR_NONE:
+    if METRICS[metric].is_hit:
         return "right" if value else "wrong"
     return f"{value:.0f}" if unit == "count" else number(value, unit)
 

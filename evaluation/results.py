@@ -3,32 +3,12 @@
 import json
 from pathlib import Path
 
+from .suites import METRICS
+
 
 RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
 SEEING = "seeing"  # the condition of an object as it is
 CONTROLS = {"blind": "blind", "no_color": "color removed", "shuffled": "another object's answer"}
-
-# In the order in which a report has them; a suite's main one is the first that its first question is scored by, except
-# where `MAIN_METRICS` says otherwise.
-METRICS = {
-    "closed_set_accuracy": "closed-set accuracy",
-    "open_vocabulary_accuracy": "open-vocabulary accuracy",
-    "caption_score": "caption score",
-    "precision": "precision of details",
-    "correctness": "right details",
-    "hallucination": "wrong details",
-    "color_accuracy": "color accuracy",
-    "likelihood_top_1": "likelihood, top 1",
-    "likelihood_top_5": "likelihood, top 5",
-    "s_bert": "S-BERT",
-    "simcse": "SimCSE",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "bleu_4": "BLEU-4",
-    "bleu_1": "BLEU-1",
-}
-MAIN_METRICS = {"objaverse": "open_vocabulary_accuracy"}
-LOWER_IS_BETTER = ("hallucination",)
 
 
 def read_results(folder: str | Path) -> dict:
@@ -94,7 +74,7 @@ def as_corruption(condition: str) -> tuple[str, int] | None:
 
 def main_score(results: dict) -> dict:
     """The score that a suite is about; ties between questions go to the one that is asked first."""
-    order = [MAIN_METRICS.get(results["suite"]), *METRICS]
+    order = list(METRICS)
     questions = list(results["questions"])
     seeing = [score for score in results["scores"] if score["condition"] == SEEING]
     if not seeing:

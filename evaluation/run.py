@@ -336,7 +336,9 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
     for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == "seeing")]:
         lines = found[question, "seeing" if condition == SHUFFLED else condition]
         lines = {object_id: line for object_id, line in lines.items() if object_id in truth}
-        compared = scorer._compared("label", dict.fromkeys(lines, ""), condition)
+        compared = scorer.truths("label", dict.fromkeys(lines, ""), condition)
+        if not compared:
+            continue
         scores = values.setdefault((question, condition), {})
         confusion = np.zeros((len(classes), len(classes)), dtype=int)
         for object_id, label in compared.items():

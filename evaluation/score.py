@@ -1,7 +1,6 @@
 """From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -13,26 +12,14 @@ from minigpt3d.training.household.kinds import KINDS
 
 from .objects import EvalObject
 from .results import CONTROLS
-from .statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap, wilson
-from .suites import METRICS, RATIOS, Question, Suite
+from .statistics import bootstrap, holm, in_words, paired_difference, wilson
+from .suites import METRICS, Question, Suite
 
 
 METRICS_DIR = Path(__file__).with_name("metrics")
 # What an answer may call a color, beside its name.
 COLOR_WORDS = {"gray": ["grey", "silver"], "purple": ["violet"], "pink": ["magenta"]}
 SHUFFLED = "shuffled"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was said of an object under a condition, and its scores by metric."""
-
-    object_id: str
-    question: str
-    condition: str
-    text: str
-    scores: dict[str, float | None]
-    reasons: dict[str, str]
 
 
 @cache
@@ -93,7 +80,7 @@ class Scorer:
         computed: dict[str, dict] = {}
         for name in metrics:
             metric = METRICS[name]
-            compared = self._compared(metric.reference, answers, condition)
+            compared = self.truths(metric.reference, answers, condition)
             if not compared:
                 continue
             texts = [answers[object_id] for object_id in compared]
@@ -103,17 +90,20 @@ class Scorer:
                 computed[metric.module] = self._compute(name, wanted, texts, references)
             result = computed[metric.module]
             values = result["values"][_VALUES[name]] if isinstance(result["values"], dict) else result["values"]
-            if name in RATIOS:
+            if metric.is_ratio:
                 right, wrong = (np.array(result["values"][each], float) for each in ("correct", "wrong"))
                 total = right + wrong
+                if not total.any():  # no detail was counted: there is no ratio
+                    continue
                 values = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
-                low, high = bootstrap((right, total), seed=self.seed) if total.sum() else (None, None)
-            elif METRICS[name].is_hit:
+                low, high = bootstrap((right, total), seed=self.seed)
+            elif metric.is_hit:
                 low, high = wilson(int(sum(values)), len(values))
             else:
                 low, high = bootstrap(values, seed=self.seed)
             for object_id, value in zip(compared, values, strict=True):
-                scores[object_id][name] = value
+                if value is not None:
+                    scores[object_id][name] = value
             judged = self._is_judged(name)
             if judged:
                 for object_id, reply in zip(compared, result["replies"], strict=True):
@@ -135,9 +125,11 @@ class Scorer:
             )
         return entries, scores, reasons
 
-    def _compared(self, field: str, answers: dict[str, str], condition: str) -> dict[str, str]:
-        """Truth by object_id, for the objects that have one; under "shuffled" that of another object."""
+    def truths(self, field: str, answers: dict[str, str], condition: str) -> dict[str, str]:
+        """What the answers are compared with, for the objects that have it; under "shuffled" another object's."""
         having = [each for each in self.objects.values() if getattr(each, field) and each.object_id in answers]
+        if condition == SHUFFLED and len(having) < 2:
+            return {}  # there is no other object
         if condition == SHUFFLED:
             other = shuffle(having, field, self.seed)
             return {each.object_id: getattr(other[each.object_id], field) for each in having}
@@ -213,19 +205,14 @@ def compare_conditions(
     for (question, condition), scores in values.items():
         if condition not in controls:
             continue
-        for name in (each for each in metric_names if each not in RATIOS):
+        for name in (each for each in metric_names if not METRICS[each].is_ratio):
             seeing = values.get((question, "seeing"), {})
-            common = [i for i in scores if scores[i].get(name) is not None and seeing.get(i, {}).get(name) is not None]
+            common = [i for i in scores if name in scores[i] and name in seeing.get(i, {})]
             if not common:
                 continue
             a, b = ([side[i][name] for i in common] for side in (seeing, scores))
-            difference, low, high, p = paired_bootstrap(a, b)
-            test = "paired bootstrap"
-            if METRICS[name].is_hit:
-                p, test = mcnemar(a, b), "McNemar exact"
             tests.append(
-                {"question": question, "metric": name, "a": "seeing", "b": condition, "difference": difference}
-                | {"low": low, "high": high, "p": p, "test": test}
+                {"question": question, "metric": name, "a": "seeing", "b": condition} | paired_difference(a, b)
             )
     for entry, p in zip(tests, holm([entry["p"] for entry in tests]), strict=True):
         entry["p"] = p

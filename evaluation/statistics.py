@@ -4,7 +4,7 @@ Shapes: N objects, R resamples.
 """
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 
 CONFIDENCE = 0.95
@@ -87,19 +87,45 @@ def mcnemar(a, b) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def paired_bootstrap(a, b, seed: int = 0) -> tuple[float, float, float, float]:
-    """Mean difference a - b over the same objects, its interval, and p of there being none.
+def sign_flip(a, b, seed: int = 0) -> float:
+    """p of scores over the same objects being equal but for chance, which would give each difference either sign.
+
+    Exact for few objects, where a bootstrap sees differences that are none; else by `RESAMPLES` draws of signs.
+
+    Args:
+        a, b: (N,) scores.
+        seed: of the draws.
+    """
+    difference = np.subtract(*_paired(a, b))
+    if len(difference) < 2:
+        return 1.0
+    found = permutation_test(
+        (difference,),
+        lambda values, axis: values.mean(axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=_CHUNK,
+        rng=seed,
+    )
+    return float(found.pvalue)
+
+
+def paired_difference(a, b, seed: int = 0) -> dict:
+    """How far two scores over the same objects are apart, and whether chance explains it.
+
+    Args:
+        a, b: (N,) scores.
+        seed: of resamples and draws.
 
     Returns:
-        (difference, low, high, p); p is no smaller than what so many resamples can tell.
+        "difference": mean of a - b; "low", "high": its interval, by bootstrap; "p" of there being none, by the "test": hits
+        by `mcnemar`, other scores by `sign_flip`.
     """
     a, b = _paired(a, b)
-    difference = a - b
-    means = _resampled(difference[:, None], seed)[:, 0]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    beyond = min((means <= 0).sum(), (means >= 0).sum())
-    return float(difference.mean()), float(low), float(high), min(1.0, 2 * (int(beyond) + 1) / (RESAMPLES + 1))
+    hits = np.isin([a, b], (0, 1)).all()
+    low, high = bootstrap(a - b, seed)
+    p, test = (mcnemar(a, b), "McNemar exact") if hits else (sign_flip(a, b, seed), "sign flips")
+    return {"difference": float((a - b).mean()), "low": low, "high": high, "p": p, "test": test}
 
 
 def holm(p_values) -> list[float]:
@@ -113,7 +139,7 @@ def holm(p_values) -> list[float]:
 
 
 def in_words(difference: float, low: float, high: float, p: float, unit: str, a: str, b: str) -> str:
-    """Whether a difference is more than noise.
+    """Whether a difference is more than noise, or cannot be told from it.
 
     Args:
         difference, low, high: a - b and its 95 % interval, in the unit.
@@ -128,4 +154,4 @@ def in_words(difference: float, low: float, high: float, p: float, unit: str, a:
     chance = "p below 0.001" if p < 0.001 else f"p = {p:.3f}"
     if p < SIGNIFICANT:
         return f"{a} against {b}, {amount}, is more than noise: {interval}, {chance}."
-    return f"{a} against {b}, {amount}, is noise on these objects: {interval}, {chance}."
+    return f"{a} against {b}, {amount}, cannot be told from noise on these objects: {interval}, {chance}."

@@ -23,41 +23,47 @@ class Metric:
     """What is measured of an answer.
 
     Args:
+        title: in reports.
         module: folder in evaluation/metrics; for likelihoods none.
         reference: the field of `EvalObject` that holds the truth: "label", "caption" or "color".
         unit: "share" in [0, 1], "score100" in [0, 100], or "count".
         is_hit: whether an object's value is 0 or 1, so that the score is a share of objects.
+        is_ratio: whether it is no mean over objects but a sum divided by a sum. Pairs of objects say nothing of such a one;
+            its two parts are tested.
+        lower_is_better: as of mistakes.
         needs: what it needs beside answers and references: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
     """
 
+    title: str
     module: str
     reference: str
     unit: str = "share"
     is_hit: bool = False
+    is_ratio: bool = False
+    lower_is_better: bool = False
     needs: str = ""
 
 
+# In the order in which a report has them. A run's main score is the first that it has.
 METRICS = {
-    "likelihood_top_1": Metric("", "label", is_hit=True),
-    "likelihood_top_5": Metric("", "label", is_hit=True),
-    "closed_set_accuracy": Metric("closed_set_accuracy", "label", is_hit=True),
-    "open_vocabulary_accuracy": Metric("open_vocabulary_accuracy", "label", is_hit=True, needs="judge"),
-    "color_accuracy": Metric("closed_set_accuracy", "color", is_hit=True),
-    "caption_score": Metric("caption_judge_score", "caption", "score100", needs="judge"),
-    "correctness": Metric("hallucination", "caption", "count", needs="judge"),
-    "hallucination": Metric("hallucination", "caption", "count", needs="judge"),
-    "precision": Metric("hallucination", "caption", needs="judge"),
-    "bleu_1": Metric("caption_overlap", "caption"),
-    "bleu_4": Metric("caption_overlap", "caption"),
-    "rouge_l": Metric("caption_overlap", "caption"),
-    "meteor": Metric("caption_overlap", "caption", needs="wordnet"),
-    "s_bert": Metric("sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"),
-    "simcse": Metric("sentence_similarity", "caption", needs="princeton-nlp/sup-simcse-roberta-large"),
+    "closed_set_accuracy": Metric("closed-set accuracy", "closed_set_accuracy", "label", is_hit=True),
+    "open_vocabulary_accuracy": Metric(
+        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", is_hit=True, needs="judge"
+    ),
+    "caption_score": Metric("caption score", "caption_judge_score", "caption", "score100", needs="judge"),
+    "precision": Metric("precision of details", "hallucination", "caption", is_ratio=True, needs="judge"),
+    "correctness": Metric("right details", "hallucination", "caption", "count", needs="judge"),
+    "hallucination": Metric("wrong details", "hallucination", "caption", "count", lower_is_better=True, needs="judge"),
+    "color_accuracy": Metric("color accuracy", "closed_set_accuracy", "color", is_hit=True),
+    "likelihood_top_1": Metric("likelihood, top 1", "", "label", is_hit=True),
+    "likelihood_top_5": Metric("likelihood, top 5", "", "label", is_hit=True),
+    "s_bert": Metric("S-BERT", "sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"),
+    "simcse": Metric("SimCSE", "sentence_similarity", "caption", needs="princeton-nlp/sup-simcse-roberta-large"),
+    "meteor": Metric("METEOR", "caption_overlap", "caption", needs="wordnet"),
+    "rouge_l": Metric("ROUGE-L", "caption_overlap", "caption"),
+    "bleu_4": Metric("BLEU-4", "caption_overlap", "caption"),
+    "bleu_1": Metric("BLEU-1", "caption_overlap", "caption"),
 }
-
-
-# Not means over objects but sums divided by sums, so pairs of objects say nothing; their parts are tested.
-RATIOS = ("precision",)
 
 
 @dataclass(frozen=True)

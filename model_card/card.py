@@ -25,7 +25,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
-from minigpt3d.evaluation.results import METRICS
+from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .facts import Fact, find_unsourced, read_fact, take_marks
@@ -208,7 +208,7 @@ def in_words(fact: Fact) -> Fact:
 
 def titled(fact: Fact) -> Fact:
     """A metric's title."""
-    return fact.says(METRICS[fact.raw])
+    return fact.says(METRICS[fact.raw].title)
 
 
 def by_condition(run: Fact) -> list[dict[str, Fact | None]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt3d.evaluation.statistics import bootstrap, in_words, mcnemar, paired_bootstrap, wilson
+from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
 
 
 # Class: objects of it among the household's 100 validation objects.
@@ -134,14 +134,11 @@ def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None 
         )  # fmt: skip
         if condition in ("blind", "no_color", "shuffled"):
             seeing = values[question, "seeing", metric]
-            difference, low, high, p = paired_bootstrap(seeing, found)
-            if binary:
-                p = mcnemar(seeing, found)
-            tests.append(
-                {"question": question, "metric": metric, "a": "seeing", "b": condition, "difference": difference,
-                 "low": low, "high": high, "p": p, "test": "McNemar exact" if binary else "paired bootstrap",
-                 "words": in_words(difference, low, high, p, unit, "seeing", condition)}
-            )  # fmt: skip
+            test = {"question": question, "metric": metric, "a": "seeing", "b": condition} | paired_difference(
+                seeing, found
+            )
+            numbers = [test[key] for key in ("difference", "low", "high", "p")]
+            tests.append(test | {"words": in_words(*numbers, unit, "seeing", condition)})
     objects = len({row["object_id"] for row in rows})
     return {
         "schema": 1, "suite": suite, "date": "2026-11-23", "seed": 0,

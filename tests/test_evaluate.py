@@ -28,7 +28,7 @@ from minigpt3d.evaluation.objects import (
     read_own,
 )
 from minigpt3d.evaluation.run import read_conditions
-from minigpt3d.evaluation.score import shuffle
+from minigpt3d.evaluation.score import Scorer, shuffle
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
 from minigpt3d.training.household.colors import COLORS, main_color
 from minigpt3d.training.household.kinds import KINDS
@@ -306,6 +306,35 @@ def test_blind_clouds_reach_the_model_as_zeros(tiny_processor, template, monkeyp
     lines = generate(model, tiny_processor, clouds, "What?", template, GREEDY | {"max_new_tokens": 3}, 0)
     assert len(lines) == 2 and seen[0][0].any() and not seen[0][1].any()
     assert all(line["tokens"] <= 3 for line in lines)
+
+
+def test_one_object_has_no_other_to_shuffle_with_and_proves_nothing(own_objects, model_dir, tmp_path):
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--limit", 1]
+    assert run_command(*arguments, "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {entry["condition"] for entry in results["scores"]} == {"seeing", "blind", "no_color"}
+    assert results["tests"] and all(test["p"] == 1 for test in results["tests"])
+
+
+def test_details_that_nobody_counted_have_no_precision():
+    """A judge that finds nothing: there is no ratio; one that says nothing readable: every such answer is wrong."""
+    objects = {name: EvalObject(name, None, caption="A red chair.") for name in "ab"}
+    question = Question("caption", "", ("precision", "hallucination"))
+
+    def scored(*replies):
+        def judge(prompts):
+            return replies
+
+        judge.name = "judge"
+        scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 0)
+        entries, scores, _ = scorer.score(question, "seeing", dict.fromkeys(objects, "A chair."), question.metrics)
+        return {entry["metric"]: entry["value"] for entry in entries}, scores
+
+    assert scored("0#0#none", "0#0#none") == ({"hallucination": 0}, {name: {"hallucination": 0} for name in "ab"})
+    values, scores = scored("3#1#a red chair", "0#0#none")
+    assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"hallucination": 0}
+    values, scores = scored("3#0#a red chair", "I cannot say.")
+    assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"precision": 0, "hallucination": 1}
 
 
 def test_shuffling_gives_every_object_another_one():

@@ -294,8 +294,8 @@ def test_caption_score(load):
 def test_hallucination(load):
     replies = ["2#1#reason", "0#0#", " 10 # 3 ", "2#", "2#-1#", "a#b", "2#1 wrong", "100#0#", None]
     result = load("hallucination").compute(predictions=["a"] * 9, references=["b"] * 9, judge=Judge(*replies))
-    assert result["values"] == {"correct": [2, 0, 10] + [0] * 6, "wrong": [1, 0, 3] + [0] * 6}
-    assert result["correctness"] == 12 / 9 and result["hallucination"] == 4 / 9 and result["precision"] == 12 / 16
+    assert result["values"] == {"correct": [2, 0, 10] + [0] * 6, "wrong": [1, 0, 3] + [1] * 6}
+    assert result["correctness"] == 12 / 9 and result["hallucination"] == 10 / 9 and result["precision"] == 12 / 22
     assert result["unparsed"] == 6
     nothing = load("hallucination").compute(predictions=["a"], references=["b"], judge=Judge("0#0#nothing said"))
     assert nothing["precision"] == 0 and nothing["unparsed"] == 0

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from minigpt3d.conversion.checkpoints import fingerprint_model
-from minigpt3d.evaluation.results import METRICS
+from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.model_card import SOURCES_FILE, CardError, read_given, write_card
 from minigpt3d.model_card.card import _TEMPLATE, estimate_emissions
 from minigpt3d.model_card.facts import Fact, find_unsourced, take_marks
@@ -156,7 +156,11 @@ def resolve(source: str, files: dict[str, Path]):
 def says(text: str, value) -> bool:
     """Whether a text is a way to print a value: as it is, rounded, or as a percentage."""
     if isinstance(value, str):
-        return text.replace("\\|", "|") in (value, " ".join(value.split()), METRICS.get(value))
+        return text.replace("\\|", "|") in (
+            value,
+            " ".join(value.split()),
+            METRICS[value].title if value in METRICS else None,
+        )
     if isinstance(value, bool) or not re.fullmatch(r"-?[\d.,]+( %)?|[\d.]+e-\d+", text):
         return text == json.dumps(value)
     number = float(text.removesuffix(" %").replace(",", ""))

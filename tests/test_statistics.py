@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minigpt3d.evaluation.statistics import bootstrap, holm, in_words, mcnemar, paired_bootstrap, wilson
+from minigpt3d.evaluation.statistics import bootstrap, holm, in_words, mcnemar, paired_difference, sign_flip, wilson
 
 
 @pytest.mark.parametrize("hits, total", [(0, 10), (10, 10), (71, 100), (1, 3)])
@@ -51,14 +51,32 @@ def test_mcnemar_is_scipys_binomial():
     assert mcnemar(a, a) == 1.0
 
 
-def test_paired_bootstrap():
+def test_sign_flips_by_hand():
+    """Of the eight signs of (1, 2, 3), two give a mean as far from zero; of the two of one difference, both."""
+    assert sign_flip([1, 2, 3], [0, 0, 0]) == pytest.approx(2 / 8)
+    assert sign_flip([1, 2, 3], [0, 0, 6]) == 1.0
+    assert sign_flip([0.9], [0.1]) == 1.0
+    hits = np.array([1] * 9 + [0] * 3), np.array([0] * 9 + [1] * 3)
+    assert sign_flip(*hits) == pytest.approx(mcnemar(*hits))  # the same test, where it is of hits
+
+
+def test_false_alarms_are_as_many_as_promised():
+    """Of few objects, too, where a bootstrap would cry wolf."""
+    rng = np.random.default_rng(3)
+    for count in (6, 40):
+        noise = [sign_flip(rng.normal(size=count), rng.normal(size=count), seed) for seed in range(200)]
+        assert 0.01 < np.mean(np.array(noise) < 0.05) < 0.1
+
+
+def test_paired_difference():
     rng = np.random.default_rng(3)
     b = rng.normal(size=300)
-    difference, low, high, p = paired_bootstrap(b + 0.5 + 0.1 * rng.normal(size=300), b)
-    assert low < 0.5 < high and high - low < 0.03 and p < 0.001
-    noise = [paired_bootstrap(rng.normal(size=60), rng.normal(size=60), seed)[3] for seed in range(150)]
-    assert 0.005 < np.mean(np.array(noise) < 0.05) < 0.12  # false alarms as often as promised
-    assert paired_bootstrap(b, b) == (0.0, 0.0, 0.0, 1.0)
+    found = paired_difference(b + 0.5 + 0.1 * rng.normal(size=300), b)
+    assert found["low"] < 0.5 < found["high"] and found["high"] - found["low"] < 0.03
+    assert found["p"] < 0.001 and found["test"] == "sign flips"
+    assert paired_difference(b, b) == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "test": "sign flips"}
+    hits = [1, 1, 1, 0], [0, 1, 0, 0]
+    assert paired_difference(*hits)["p"] == mcnemar(*hits) and paired_difference(*hits)["test"] == "McNemar exact"
 
 
 def test_holm_by_hand():
@@ -72,7 +90,7 @@ def test_words():
         "seeing against blind, +60.0 points, is more than noise: 95 % interval +50.0 to +70.0, p below 0.001."
     )
     assert in_words(-0.2, -1.5, 1.1, 0.75, "score100", "A", "B") == (
-        "A against B, -0.2 points, is noise on these objects: 95 % interval -1.5 to +1.1, p = 0.750."
+        "A against B, -0.2 points, cannot be told from noise on these objects: 95 % interval -1.5 to +1.1, p = 0.750."
     )
 
 
@@ -86,7 +104,7 @@ def test_words():
         lambda: bootstrap(([0.0], [0.0])),
         lambda: mcnemar([1, 0], [1]),
         lambda: mcnemar([0.5], [1]),
-        lambda: paired_bootstrap([1], []),
+        lambda: paired_difference([1], []),
     ],
 )
 def test_what_cannot_be_tested_is_said(call):

@@ -46,7 +46,7 @@ Returns:
     correctness: right details in a description, the mean.
     hallucination: wrong details in a description, the mean.
     precision: right details of all that were counted, over all objects, between 0 and 1; 0 if none were counted.
-    unparsed: how many replies had no two numbers at their beginning; they count as no details.
+    unparsed: how many replies had no two numbers at their beginning; they count as no right detail and one wrong.
     values: {"correct": right details of each object, "wrong": wrong ones}.
     replies: the judge's, for each object.
 """,
@@ -65,7 +65,8 @@ Returns:
         rows = [{"answer": a, "reference": r} for a, r in zip(predictions, references, strict=True)]
         replies = _ask(judge, RUBRIC if prompt is None else prompt, rows)
         verdicts = [VERDICT.match(reply or "") for reply in replies]
-        correct, wrong = ([int(verdict[n]) if verdict else 0 for verdict in verdicts] for n in (1, 2))
+        correct = [int(verdict[1]) if verdict else 0 for verdict in verdicts]
+        wrong = [int(verdict[2]) if verdict else 1 for verdict in verdicts]
         return {
             "correctness": sum(correct) / len(rows),
             "hallucination": sum(wrong) / len(rows),
