@@ -202,7 +202,8 @@ def add_evaluate(commands):
         action="append",
         default=[],
         metavar="METRIC=FILE",
-        help="your own prompt for a metric, with {answer}, {reference} and {classes} to fill in; may be given several times",
+        help="your own prompt for open_vocabulary_accuracy, caption_score or hallucination, with {answer} and {reference} to "
+        "fill in, or for closed_set_accuracy, with {answer} and {classes}; may be given several times",
     )
     judge.add_argument(
         "--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)"
@@ -725,22 +726,25 @@ def run_pack(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     if args.model is not None and args.answers is not None:
         raise CommandError("give --model or --answers, not both")
-    for option, given in (("--judge-url", args.judge_url), ("--judge-prompt", args.judge_prompt)):
+    for option in ("--judge-url", "--judge-prompt", "--judge-cache", "--judge-rpm", "--judge-price"):
+        given = getattr(args, option[2:].replace("-", "_"))
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
+        if given and args.judge_url is None and option in ("--judge-rpm", "--judge-price"):
+            raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
     try:
         from minigpt3d.conversion.checkpoints import fingerprint_model
         from minigpt3d.evaluation.run import Options, evaluate
-        from minigpt3d.evaluation.suites import METRICS
+        from minigpt3d.evaluation.suites import JUDGE_PROMPTS
     except ImportError as error:
         raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
 
     prompts = {}
     for item in args.judge_prompt:
-        metric, _, path = item.partition("=")
-        if metric not in METRICS or not path:
-            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(METRICS)}")
-        prompts[metric] = Path(path).read_text(encoding="utf-8")
+        name, _, path = item.partition("=")
+        if name not in JUDGE_PROMPTS or not path:
+            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(JUDGE_PROMPTS)}")
+        prompts[name] = Path(path).read_text(encoding="utf-8")
     if args.answers is not None and not args.answers.is_file():
         raise CommandError(
             f"--answers {args.answers}: no such file (expected answers of another program, JSON or JSONL)"

@@ -63,7 +63,13 @@ def class_log_likelihoods(
         ValueError: nothing to score; names or answers that are blank, doubled or hold marks of the prompt; or a model in
             training mode.
     """
-    _check(model, clouds, classes, answers, batch_size)
+    if not len(clouds):
+        raise ValueError("clouds is empty. Pass at least one cloud.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout makes every score another. Call model.eval().")
+    check_answers(classes, answers)
     texts = [answer.replace(NAME_MARK, name) for name in classes for answer in answers]
     prompt, ids = encode_answers(processor, question, texts, template)
     scores = [
@@ -106,9 +112,11 @@ def encode_answers(
     return prompt, [ids[len(prompt) :] for ids in whole]
 
 
-def _check(model, clouds: Sequence, classes: Sequence[str], answers: Sequence[str], batch_size: int):
-    if not len(clouds):
-        raise ValueError("clouds is empty. Pass at least one cloud.")
+def check_answers(classes: Sequence[str], answers: Sequence[str]):
+    """
+    Raises:
+        ValueError: names of classes, or ways to name one, that are blank, doubled or hold marks of the prompt.
+    """
     for what, texts in (("classes", classes), ("answers", answers)):
         if isinstance(texts, str) or not texts or not all(isinstance(x, str) and x.strip() for x in texts):
             raise ValueError(f"{what} must be a list of texts, none of them blank; got {texts!r:.120}.")
@@ -122,10 +130,6 @@ def _check(model, clouds: Sequence, classes: Sequence[str], answers: Sequence[st
     for answer in answers:
         if answer.count(NAME_MARK) != 1:
             raise ValueError(f"answers must hold {NAME_MARK} once, where the name of a class goes; got {answer!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout makes every score another. Call model.eval().")
 
 
 def _score(

@@ -186,6 +186,11 @@ def read_own(data: str) -> list[EvalObject]:
         ValueError: a line out of schema, with its number; no objects; an id that is there twice.
     """
     path = Path(data)
+    if path.is_dir() and not (path / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"--data {data}: a folder without {MANIFEST_FILE}. Give a .csv or .jsonl that names your files and says what "
+            "they show, or what `minigpt3d pack` wrote."
+        )
     objects = _read_lines(path) if path.is_file() else _read_packed(data)
     ids = [each.object_id for each in objects]
     twice = sorted({each for each in ids if ids.count(each) > 1}) if len(set(ids)) < len(ids) else []

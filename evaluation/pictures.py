@@ -1,5 +1,6 @@
 """The pictures of a report, as PNG bytes: objects, scores with intervals, robustness curves, confusion matrix."""
 
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -187,7 +188,11 @@ def _figure(width: float, height: float, **settings):
 
 def _png(figure, dpi: int = 110, num_colors: int | None = None) -> bytes:
     figure.set_dpi(dpi)
-    figure.canvas.draw()
+    with (
+        warnings.catch_warnings()
+    ):  # what matplotlib's font lacks, such as Chinese, is drawn as boxes; the tables have it
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
     if num_colors:
         image = image.quantize(num_colors, dither=Image.Dither.NONE)

@@ -83,9 +83,8 @@ def main_score(results: dict) -> dict:
 
 
 def prompt_hash(results: dict, metric: str) -> str | None:
-    """Of the prompt that the judge scored a metric with; right details, wrong ones and precision are of one prompt."""
-    prompts = results["judge"]["prompts"]
-    return prompts.get(metric) or prompts.get("hallucination" if metric in ("correctness", "precision") else metric)
+    """Of the prompt that the judge scored a metric with."""
+    return results["judge"]["prompts"].get(METRICS[metric].prompt)
 
 
 # ---- As people read them --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Answers are kept, so that other metrics or a judge can be added later by the sam
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
 
 from .answers import (
     ANSWERS_DIR,
@@ -35,7 +37,7 @@ from .answers import (
     run_batches,
 )
 from .conditions import CONTROLS, CORRUPTION_CONDITIONS
-from .likelihood import class_log_likelihoods, rank_classes
+from .likelihood import check_answers, class_log_likelihoods, rank_classes
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .report import write_report
 from .score import SHUFFLED, Scorer, compare_conditions, default_prompt
@@ -45,6 +47,7 @@ from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
 LIKELIHOOD_DIR = "likelihood"
 SETTINGS_FILE, OBJECTS_FILE, RESULTS_FILE = "settings.json", "objects.jsonl", "results.json"
+NUM_SAID = 5  # objects that cannot be read
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
 
 
@@ -68,7 +71,7 @@ class Options:
         metrics: names; empty: all of the suite that are at hand.
         encoders: folder or Hub id of a sentence encoder, by metric, where it is not the one of `METRICS`.
         judge: prompts → replies.
-        judge_prompts: the user's own, by metric.
+        judge_prompts: the user's own, by name (of `JUDGE_PROMPTS`).
         seed: of sampling, corruptions, shuffling and bootstrap.
         command: that repeats this, for the report.
     """
@@ -138,7 +141,8 @@ def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
         if metrics:
             questions.append(replace(question, metrics=metrics))
     labels = sorted({each.label for each in objects if each.label})
-    return replace(suite, questions=tuple(questions), classes={label: (label,) for label in labels} or None)
+    classes = {label: (label,) for label in labels} if len(labels) > 1 else None  # of one, there is nothing to choose
+    return replace(suite, questions=tuple(questions), classes=classes)
 
 
 def choose_metrics(suite: Suite, options: Options) -> tuple[list[str], dict[str, str]]:
@@ -161,8 +165,8 @@ def choose_metrics(suite: Suite, options: Options) -> tuple[list[str], dict[str,
         problem = _problem(name, options)
         if problem is None:
             chosen.append(name)
-        elif options.metrics:
-            raise ValueError(f"--metrics {name}: {problem}.")
+        elif name in (*options.metrics, *options.encoders):
+            raise ValueError(f"{name} was asked for, but {problem}.")
         else:
             left_out[name] = problem
     return chosen, left_out
@@ -184,6 +188,9 @@ def _problem(name: str, options: Options) -> str | None:
             except LookupError:
                 return "needs WordNet (python -m nltk.downloader wordnet)"
     if "/" in needs:
+        given = options.encoders.get(name, needs)
+        if given.count("/") != 1 and not Path(given).is_dir():
+            return f"has no encoder {given}: give a folder, or a model's name on the Hub, such as {needs}"
         if name not in (*options.metrics, *options.encoders):
             return f"downloads an encoder, {needs} (--{name.replace('_', '-')} {needs}, or a folder)"
         if name == "s_bert" and find_spec("sentence_transformers") is None:
@@ -207,8 +214,10 @@ def claim_settings(options: Options, settings: dict):
                     "another --out, or the settings it had."
                 )
         return
-    if options.out.exists() and any(options.out.iterdir()):
-        raise ValueError(f"--out {options.out} holds other things than an evaluation. Give a new folder.")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(
+            f"--out {options.out} is a file, or holds other things than an evaluation. Give a new folder."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -218,13 +227,44 @@ def write_json(path: Path, content):
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def fingerprint_objects(objects: list[EvalObject]) -> str:
-    """A digest of ids and references, and of the first cloud."""
-    digest = hashlib.sha256()
-    for each in objects:
+def check_objects(objects: list[EvalObject]) -> str:
+    """Read every cloud once; returns a digest of ids, references and clouds.
+
+    Raises:
+        ValueError: some cannot be read.
+    """
+    digest, broken = hashlib.sha256(), []
+    for each in tqdm(objects, desc="reading", unit="object", disable=None):
         digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
-    digest.update(np.ascontiguousarray(objects[0].read(), dtype=np.float32).tobytes())
+        try:
+            digest.update(np.ascontiguousarray(each.read(), dtype=np.float32).tobytes())
+        except (ValueError, OSError) as error:
+            broken.append(str(error))
+    if broken:
+        more = f" … and {len(broken) - NUM_SAID} more" if len(broken) > NUM_SAID else ""
+        raise ValueError(
+            f"{len(broken)} of {len(objects)} objects cannot be read. Mend them or leave them out.\n"
+            + "\n".join(broken[:NUM_SAID]) + more
+        )  # fmt: skip
     return digest.hexdigest()[:16]
+
+
+def check_texts(suite: Suite, options: Options):
+    """
+    Raises:
+        ValueError: phrases or a judge's prompt that cannot be used.
+    """
+    if suite.classes is not None and options.answers is None:
+        check_answers([name for row in suite.classes.values() for name in row], suite.phrases)
+    elif options.phrases:
+        raise ValueError("--phrase: there is no closed set of classes here, or no model, to take likelihoods of.")
+    for name, text in options.judge_prompts.items():
+        (module,) = {metric.module for metric in METRICS.values() if metric.prompt == name}
+        wanted = dict.fromkeys(re.findall(r"\{[a-z]+\}", default_prompt(module)))
+        if missing := [place for place in wanted if place not in text]:
+            raise ValueError(
+                f"--judge-prompt {name}: the text lacks {' and '.join(missing)}: put it where that shall stand."
+            )
 
 
 # ---- Answers --------------------------------------------------------------------------------------------------------
@@ -269,7 +309,7 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options):
         if key in given:
             raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
         given[key] = {"object_id": key[2], "question": question, "condition": condition, "answer": answer["answer"]}
-    missing = [i for i in ids if not any(key[2] == i for key in given)]
+    missing = ids - {object_id for _, _, object_id in given}
     if missing:
         raise ValueError(
             f"--answers {options.answers}: {len(missing)} of {len(ids)} objects have no answer, such as {min(missing)!r}. Give "
@@ -429,21 +469,22 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     objects = read_objects(options)
     suite = suite_for(options, objects)
     metrics, left_out = choose_metrics(suite, options)
+    check_texts(suite, options)
     decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
-    settings = {
-        "suite": suite.name,
-        "objects": len(objects),
-        "dataset": fingerprint_objects(objects),
-        "model": options.fingerprint,
-        "decoding": None if options.answers else decoding,
-        "template": None if options.answers else options.template,
-        "batch_size": None if options.answers else options.batch_size,
-        "phrases": None if options.answers or suite.classes is None else list(suite.phrases),
-        "seed": options.seed,
-    }
     # Processes wait for the slowest, which may take its time.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     if accelerator.is_main_process:
+        settings = {
+            "suite": suite.name,
+            "objects": len(objects),
+            "dataset": check_objects(objects),
+            "model": options.fingerprint,
+            "decoding": None if options.answers else decoding,
+            "template": None if options.answers else options.template,
+            "batch_size": None if options.answers else options.batch_size,
+            "phrases": None if options.answers or suite.classes is None else list(suite.phrases),
+            "seed": options.seed,
+        }
         claim_settings(options, settings)
         for name, why in left_out.items():
             say(f"not scored: {name} {why}")
@@ -515,10 +556,9 @@ def name_encoder(given: str) -> str:
 def describe_judge(suite: Suite, options: Options) -> dict:
     """Who judged, by which prompts, and what it took."""
     prompts = {}
-    asked = {name for question in suite.questions for name in question.metrics}
-    for name, metric in METRICS.items():
-        judged = metric.needs == "judge" or (name == "closed_set_accuracy" and suite.judges_classes)
-        if name in asked and judged:
-            text = options.judge_prompts.get(name) or default_prompt(metric.module)
-            prompts[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    for name in {name: None for question in suite.questions for name in question.metrics}:
+        metric = METRICS[name]
+        if metric.needs == "judge" or (metric.prompt and suite.judges_classes):
+            text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
+            prompts[metric.prompt] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {"model": options.judge.name, "date": date.today().isoformat(), "prompts": prompts} | options.judge.usage

@@ -49,7 +49,7 @@ class Scorer:
         objects: all of them, by id.
         judge: prompts → replies; None: what needs one is not scored.
         encoders: folder or Hub id by metric, of those that take another than `METRICS` has.
-        prompts: the user's own prompts for the judge, by metric.
+        prompts: the user's own prompts for the judge, by name (of `JUDGE_PROMPTS`).
         seed: of the shuffled control and of the bootstrap.
     """
 
@@ -64,7 +64,6 @@ class Scorer:
     ):
         self.suite, self.objects, self.judge, self.seed = suite, objects, judge, seed
         self.encoders, self.prompts = encoders, prompts
-        self.prompt_hashes: dict[str, str] = {}
 
     def score(self, question: Question, condition: str, answers: dict[str, str], metrics: list[str]):
         """Score the answers to one question under one condition.
@@ -149,8 +148,8 @@ class Scorer:
             options["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
         if judged:
             options["judge"] = self.judge
-            if name in self.prompts:
-                options["prompt"] = self.prompts[name]
+            if metric.prompt in self.prompts:
+                options["prompt"] = self.prompts[metric.prompt]
         return load_metric(metric.module).compute(predictions=texts, references=references, **options)
 
     def _is_judged(self, name: str) -> bool:

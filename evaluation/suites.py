@@ -32,6 +32,7 @@ class Metric:
             its two parts are tested.
         lower_is_better: as of mistakes.
         needs: what it needs beside answers and references: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
+        prompt: name of the prompt that a judge answers; one reply may give several scores.
     """
 
     title: str
@@ -42,28 +43,41 @@ class Metric:
     is_ratio: bool = False
     lower_is_better: bool = False
     needs: str = ""
+    prompt: str = ""
 
 
 # In the order in which a report has them. A run's main score is the first that it has.
 METRICS = {
-    "closed_set_accuracy": Metric("closed-set accuracy", "closed_set_accuracy", "label", is_hit=True),
-    "open_vocabulary_accuracy": Metric(
-        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", is_hit=True, needs="judge"
+    "closed_set_accuracy": Metric(
+        "closed-set accuracy", "closed_set_accuracy", "label", is_hit=True, prompt="closed_set_accuracy"
     ),
-    "caption_score": Metric("caption score", "caption_judge_score", "caption", "score100", needs="judge"),
-    "precision": Metric("precision of details", "hallucination", "caption", is_ratio=True, needs="judge"),
-    "correctness": Metric("right details", "hallucination", "caption", "count", needs="judge"),
-    "hallucination": Metric("wrong details", "hallucination", "caption", "count", lower_is_better=True, needs="judge"),
+    "open_vocabulary_accuracy": Metric(
+        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", is_hit=True, needs="judge",
+        prompt="open_vocabulary_accuracy",
+    ),
+    "caption_score": Metric(
+        "caption score", "caption_judge_score", "caption", "score100", needs="judge", prompt="caption_score"
+    ),
+    "precision": Metric(
+        "precision of details", "hallucination", "caption", is_ratio=True, needs="judge", prompt="hallucination"
+    ),
+    "correctness": Metric("right details", "hallucination", "caption", "count", needs="judge", prompt="hallucination"),
+    "hallucination": Metric(
+        "wrong details", "hallucination", "caption", "count", lower_is_better=True, needs="judge", prompt="hallucination"
+    ),
     "color_accuracy": Metric("color accuracy", "closed_set_accuracy", "color", is_hit=True),
     "likelihood_top_1": Metric("likelihood, top 1", "", "label", is_hit=True),
     "likelihood_top_5": Metric("likelihood, top 5", "", "label", is_hit=True),
-    "s_bert": Metric("S-BERT", "sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"),
+    "s_bert": Metric(
+        "S-BERT", "sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"
+    ),
     "simcse": Metric("SimCSE", "sentence_similarity", "caption", needs="princeton-nlp/sup-simcse-roberta-large"),
     "meteor": Metric("METEOR", "caption_overlap", "caption", needs="wordnet"),
     "rouge_l": Metric("ROUGE-L", "caption_overlap", "caption"),
     "bleu_4": Metric("BLEU-4", "caption_overlap", "caption"),
     "bleu_1": Metric("BLEU-1", "caption_overlap", "caption"),
-}
+}  # fmt: skip
+JUDGE_PROMPTS = tuple(dict.fromkeys(metric.prompt for metric in METRICS.values() if metric.prompt))
 
 
 @dataclass(frozen=True)

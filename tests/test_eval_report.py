@@ -377,6 +377,10 @@ def test_confusion_of_any_size(no_warnings, num_classes):
     assert max(image.shape) < 1500
 
 
+def test_names_that_the_font_lacks(no_warnings):
+    assert pixels(pictures.draw_confusion(["стул", "椅子"], [[1, 2], [3, 4]])).size
+
+
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "minigpt3d\[eval\]"'):

@@ -337,6 +337,23 @@ def test_details_that_nobody_counted_have_no_precision():
     assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"precision": 0, "hallucination": 1}
 
 
+def test_the_judge_is_asked_by_the_users_prompt():
+    """Details are asked for once, for three scores, by the prompt that the result names."""
+    asked = []
+
+    def judge(prompts):
+        asked.extend(prompts)
+        return ["1#0#so"] * len(prompts)
+
+    judge.name = "judge"
+    suite, objects = SUITES["caption"], {"a": EvalObject("a", None, caption="A red chair.")}
+    (question,) = suite.questions
+    scorer = Scorer(suite, objects, judge, {}, {"hallucination": "Mine: {answer} | {reference}"}, 0)
+    entries, _, _ = scorer.score(question, "seeing", {"a": "A chair."}, ["correctness", "hallucination", "precision"])
+    assert asked == ["Mine: A chair. | A red chair."]
+    assert [entry["metric"] for entry in entries] == ["correctness", "hallucination", "precision"]
+
+
 def test_shuffling_gives_every_object_another_one():
     objects = [EvalObject(str(i), None, label="x") for i in range(9)]
     other = shuffle(objects, "label", 0)
@@ -438,7 +455,20 @@ def test_answers_of_another_program(own_objects, tmp_path):
         (["objaverse", "--data", "x"], "objaverse needs --annotations"),
         (["own", "--data", "nowhere"], "nowhere"),
         (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
-        (["household", "--metrics", "caption_score"], "caption_score: needs a judge"),
+        (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
+        (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
+        (["household", "--phrase", "a thing"], "answers must hold {} once"),
+        (["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"], "--phrase: there is no closed set"),
+        (
+            ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=PROMPT"],
+            "--judge-prompt hallucination: the text lacks {reference}",
+        ),
+        (
+            ["household", "--judge", "m", "--judge-price", "1", "2"],
+            "--judge-price belongs to a judge behind an endpoint",
+        ),
+        (["own", "--data", "DIR"], "a folder without packed.json"),
+        (["own", "--data", "BROKEN"], "2 of 3 objects cannot be read"),
         (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
         (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
         (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
@@ -446,6 +476,18 @@ def test_answers_of_another_program(own_objects, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, capsys):
+    (tmp_path / "DIR").mkdir()
+    np.save(tmp_path / "DIR" / "a_8192.npy", make_cloud(1))
+    np.save(tmp_path / "DIR" / "nan.npy", np.full((9, 6), np.nan, np.float32))
+    (tmp_path / "DIR" / "torn.npy").write_bytes(b"\x93NUMPY")
+    conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    (tmp_path / "GT").write_text(json.dumps([{"object_id": "a", "conversations": conversations}]))
+    (tmp_path / "PROMPT").write_text("Is it so? {answer}")
+    lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn")]
+    (tmp_path / "BROKEN.jsonl").write_text("\n".join(lines))
+    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl"}
+    arguments = [tmp_path / files[each] if each in files else each for each in arguments]
+    arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
