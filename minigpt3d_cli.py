@@ -211,6 +211,12 @@ def add_evaluate(commands):
     judge.add_argument(
         "--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests at once (default: 8)"
     )
+    judge.add_argument(
+        "--judge-max-tokens",
+        type=positive_int,
+        metavar="N",
+        help="of a reply (default: 256); one that thinks before it replies needs more",
+    )
     judge.add_argument("--judge-rpm", type=positive_int, metavar="N", help="requests a minute, at most")
     judge.add_argument(
         "--judge-price",
@@ -726,7 +732,14 @@ def run_pack(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     if args.model is not None and args.answers is not None:
         raise CommandError("give --model or --answers, not both")
-    for option in ("--judge-url", "--judge-prompt", "--judge-cache", "--judge-rpm", "--judge-price"):
+    for option in (
+        "--judge-url",
+        "--judge-prompt",
+        "--judge-cache",
+        "--judge-max-tokens",
+        "--judge-rpm",
+        "--judge-price",
+    ):
         given = getattr(args, option[2:].replace("-", "_"))
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
@@ -795,8 +808,9 @@ def make_judge(args: argparse.Namespace):
     from minigpt3d.evaluation.judges import EndpointJudge, LocalJudge
 
     cache = args.judge_cache or args.out / "judge"
+    limits = {} if args.judge_max_tokens is None else {"max_tokens": args.judge_max_tokens}
     if args.judge_url is None:
-        return LocalJudge(args.judge, cache, args.device)
+        return LocalJudge(args.judge, cache, args.device, **limits)
     price = None if args.judge_price is None else tuple(args.judge_price)
     try:
         return EndpointJudge(
@@ -806,6 +820,7 @@ def make_judge(args: argparse.Namespace):
             concurrency=args.judge_concurrency,
             requests_per_minute=args.judge_rpm,
             price=price,
+            **limits,
         )
     except ImportError as error:
         raise CommandError(one_line(error)) from error

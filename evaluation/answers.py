@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import BatchFeature
 
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -27,6 +26,7 @@ from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
 from .objects import EvalObject
+from .progress import progress
 from .suites import Question
 
 
@@ -46,10 +46,19 @@ class Job:
 
 
 def read_lines(folder: Path) -> Iterator[dict]:
-    """All whole lines of the parts in a folder; one that was torn when a run was killed is passed over."""
+    """All whole lines of the parts in a folder; one that was torn when a run was killed is passed over.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     for path in sorted(folder.glob("part-*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            yield json.loads(line)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: damaged ({error}). Delete the line, and the same command asks again."
+                ) from error
 
 
 def open_part(folder: Path, process_index: int) -> Path:
@@ -114,10 +123,12 @@ def run_batches(
         job, objects, _ = batch
         return [apply(job.condition, each.read(), each.object_id, seed) for each in objects]
 
-    total = sum(len(objects) for _, objects, _ in mine)
+    # Of all processes together: as far as this one is, so are the others.
+    rounds = [missing[first : first + state.num_processes] for first in range(0, len(missing), state.num_processes)]
+    sizes = [sum(len(objects) for _, objects, _ in batches) for batches in rounds]
     with (
         ThreadPoolExecutor(1) as pool,  # the next batch's clouds are read while this one is worked on
-        tqdm(total=total, desc=what, unit="object", disable=None if state.is_main_process else True) as bar,
+        progress(sum(sizes), what, "object", shown=state.is_main_process) as bar,
     ):
         waiting = [pool.submit(load, batch) for batch in mine[:1]]
         for number, (job, objects, first) in enumerate(mine):
@@ -128,11 +139,11 @@ def run_batches(
             batch_seed = int(np.random.SeedSequence([seed, name, first]).generate_state(1)[0])
             before = time.perf_counter()
             lines = work(job, objects, clouds, batch_seed)
-            key["seconds"] = round((time.perf_counter() - before) / len(objects), 4)
+            key["seconds"] = round((time.perf_counter() - before) / len(objects) / state.num_processes, 4)
             lines = [{"object_id": each.object_id} | key | line for each, line in zip(objects, lines, strict=True)]
             append_lines(part, [line for line in lines if line_key(line) not in done])
             bar.set_postfix_str(f"{job.question.name}, {job.condition}", refresh=False)
-            bar.update(len(objects))
+            bar.update(sizes[number])
     state.wait_for_everyone()
 
 
@@ -179,21 +190,26 @@ def generate(
         seed: of the sampling.
 
     Returns:
-        For each cloud `answer`, `tokens` (new ones) and `cut`: whether the limit ended it.
+        For each cloud `answer`, `tokens` (new ones, `###` among them and eos not) and `cut`: whether the limit ended it.
     """
+    tokenizer = processor.tokenizer
     inputs = encode_question(processor, clouds, prompt, template)
     torch.manual_seed(seed)
+    # Only eos is an end token: were `###` one, too, as a model's own settings may have it, `min_new_tokens` would forbid it.
     output = model.generate(
-        **inputs.to(model.device), **decoding, stop_strings=[END_OF_ANSWER], tokenizer=processor.tokenizer
+        **inputs.to(model.device),
+        **decoding,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_strings=[END_OF_ANSWER],
+        tokenizer=tokenizer,
     )
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     lines = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-        text = processor.tokenizer.decode(row[:length], skip_special_tokens=True)
-        ended = length < decoding["max_new_tokens"] or row[length - 1] in ends or END_OF_ANSWER in text
-        lines.append({"answer": text.split(END_OF_ANSWER)[0].strip(), "tokens": length, "cut": not ended})
+        row = row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        ended = len(row) < decoding["max_new_tokens"] or END_OF_ANSWER in text
+        lines.append({"answer": text.split(END_OF_ANSWER)[0].strip(), "tokens": len(row), "cut": not ended})
     return lines
 
 

@@ -4,8 +4,9 @@ A judge is a callable, prompts → replies. What prompts ask and how replies are
 only asks, as repeatably as it can (temperature 0, a fixed seed), and never twice: each reply is kept as it comes, so a
 killed run loses no more than the requests on their way.
 
-    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "finish_reason",
-                              "served_model", "prompt_tokens", "completion_tokens"}; DIGEST is that of the key
+    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "date",
+                              "finish_reason", "served_model", "prompt_tokens", "completion_tokens"}; DIGEST is that of
+                              the key
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import date
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +27,9 @@ from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .progress import progress
 
 
 try:
@@ -54,7 +57,8 @@ class Judge:
     """
 
     def __init__(self, name: str, cache_dir: str | Path, key: dict, endpoint: str | None = None, price=None):
-        self.name, self._key, self._price = name, key, price or (0, 0)
+        self.name, self._key, self._price, self._has_price = name, key, price or (0, 0), price is not None
+        self._used: dict[str, dict] = {}
         self._cache_dir = Path(cache_dir)
         self._lock = threading.Lock()
         counts = dict.fromkeys(("calls", "cached", "failed", "cut", "prompt_tokens", "completion_tokens"), 0)
@@ -72,7 +76,7 @@ class Judge:
         missing = [prompt for prompt, entry in entries.items() if entry is None]
         cached = len(entries) - len(missing)
         self.usage["cached"] += cached
-        bar = tqdm(total=len(entries), initial=cached, desc=f"judge {self.name}", unit="reply", disable=None)
+        bar = progress(len(entries), f"judge {self.name}", "reply", initial=cached)
         try:
             with bar, closing(self._ask(missing)) as answered:  # closed: no request starts after an error or Ctrl-C
                 for entry in answered:
@@ -87,7 +91,32 @@ class Judge:
             raise JudgeError(
                 f"{error} {kept} of {len(entries)} replies are kept in {self._cache_dir}; run again to go on from there."
             ) from None  # what is chained may show the key
+        self._used |= entries
         return [entries[prompt]["reply"] for prompt in prompts]
+
+    def sum_up(self) -> dict:
+        """All replies that were given since the judge was made, whenever they came.
+
+        Returns:
+            "replies": how many different ones; "cut": by the limit of tokens; "date" of the first and the last; "served_models": as the endpoint called
+            itself; "prompt_tokens", "completion_tokens" and "cost" in US dollars, at today's price; None if unknown.
+        """
+        entries = list(self._used.values())
+        dates = sorted({entry["date"] for entry in entries})
+        tokens = {}
+        for name in ("prompt_tokens", "completion_tokens"):
+            known = all(entry[name] is not None for entry in entries)
+            tokens[name] = sum(entry[name] for entry in entries) if known else None
+        known = self._has_price and None not in tokens.values()
+        cost = sum(n * price / 1e6 for n, price in zip(tokens.values(), self._price, strict=True)) if known else None
+        return {
+            "replies": len(entries),
+            "cut": sum(entry["finish_reason"] == "length" for entry in entries),
+            "date": " to ".join(dict.fromkeys((*dates[:1], *dates[-1:]))),
+            "served_models": sorted({entry["served_model"] for entry in entries} - {None}),
+            **tokens,
+            "cost": cost,
+        }
 
     def _ask(self, prompts: list[str]) -> Iterator[dict]:
         """The entries of the cache, already kept, in the order in which the replies come."""
@@ -102,13 +131,14 @@ class Judge:
         try:
             entry = json.loads(self._path(prompt).read_bytes())
             whole = entry["key"] == self._key | {"prompt": prompt} and isinstance(entry["reply"], str | None)
+            whole = whole and isinstance(entry["date"], str)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
 
     def _keep(self, prompt: str, reply: dict) -> dict:
         """The entry of a reply, counted and written in one step: others see all of it or nothing."""
-        entry = {"key": self._key | {"prompt": prompt}, **reply}
+        entry = {"key": self._key | {"prompt": prompt}, "date": date.today().isoformat(), **reply}
         path = self._path(prompt)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ checkpoint's held-out objects, for one's own, and for answers that another progr
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -61,21 +62,79 @@ class EvalObject:
 # ---- ModelNet40 -----------------------------------------------------------------------------------------------------
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles lists, numbers and numpy arrays; whatever else a pickle asks for is refused, and not imported."""
+class _Dtype:
+    """Of a dtype what a pickle may say: a plain number's kind, size and byte order."""
 
-    ALLOWED = {
-        *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),  # how protocol 2 writes bytes
+    __slots__ = ("dtype",)
+
+    def __init__(self, code, align=False, copy=True):
+        if not re.fullmatch("[fiu][1248]", code):
+            raise pickle.UnpicklingError(f"it holds an array of dtype {code!r}, no plain numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        order, *others = state[1:]
+        if order not in "<>|=" or any(other not in (None, -1, 0) for other in others):
+            raise pickle.UnpicklingError("it holds an array of a dtype that is none of plain numbers")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """An array in the making; numpy's own would take any state, such as addresses for objects."""
+
+    __slots__ = ("array",)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class _Maker:
+    """What a pickle may call. It has no attributes that a pickle could set."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make):
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *args):
+        return self._make(*args)
+
+    def __setattr__(self, name, value):
+        raise pickle.UnpicklingError(f"it would set {name} of a function")
+
+
+def _from_buffer(data, dtype, shape, order):
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles lists, numbers and arrays of numbers, with stand-ins for what of numpy their pickles name.
+
+    Whatever else a pickle asks for is refused, and not imported.
+    """
+
+    STAND_INS = {
+        **{
+            (f"numpy.{core}.{module}", name): _Maker(make)
+            for core in ("core", "_core")
+            for module, name, make in (
+                ("multiarray", "_reconstruct", lambda *_: _Array()),
+                ("multiarray", "scalar", lambda dtype, data: np.frombuffer(data, dtype.dtype)[0].item()),
+                ("numeric", "_frombuffer", _from_buffer),
+            )
+        },
+        ("numpy", "ndarray"): None,  # an argument, and nothing to call
+        ("numpy", "dtype"): _Maker(_Dtype),
+        ("_codecs", "encode"): _Maker(lambda text, encoding: text.encode("latin-1")),  # how protocol 2 writes bytes
     }
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in self.STAND_INS:
             raise pickle.UnpicklingError(f"it would call {module}.{name}, which arrays do not need")
-        return super().find_class(module, name)
+        return self.STAND_INS[module, name]
 
 
 def read_modelnet40(path: Path) -> list[EvalObject]:
@@ -84,7 +143,7 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
     They have no color, so it is black, as in the paper.
 
     Raises:
-        ValueError: the file is no such pickle, or one that wants more than arrays.
+        ValueError: the file is no such pickle, or one that wants more than arrays of numbers.
     """
     try:
         with open(path, "rb") as file:
@@ -96,10 +155,10 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
         raise ValueError(f"--data {path}: refused or damaged: {' '.join(str(error).split())[:200]}.") from error
     try:
-        clouds, labels = content
+        clouds, labels = ([each.array if isinstance(each, _Array) else each for each in half] for half in content)
         labels = [int(np.asarray(label).item()) for label in labels]
         fits = len(clouds) == len(labels) > 0 and all(_is_modelnet_cloud(cloud) for cloud in clouds)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         fits = False
     if not fits or not all(0 <= label < len(MODELNET40_CLASSES) for label in labels):
         raise ValueError(

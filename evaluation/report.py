@@ -310,10 +310,13 @@ def _settings(results: dict) -> Section:
         facts["judge"] = f"{judge['model']}{' at ' + judge['endpoint'] if judge['endpoint'] else ''}, {judge['date']}"
         facts["judge's prompts"] = _listed(judge["prompts"], " sha256 ")
         tokens_in, tokens_out, cost = (judge[name] for name in ("prompt_tokens", "completion_tokens", "cost"))
+        cut = f", {judge['cut']:,} of them cut off" if judge["cut"] else ""
         facts["judge's use"] = (
-            f"{judge['calls']:,} calls and {judge['cached']:,} replies of the cache; {_known(tokens_in)} tokens in, "
-            f"{_known(tokens_out)} out; cost {'unknown' if cost is None else f'{cost:.4f} US dollars'}"
+            f"{judge['replies']:,} replies{cut}; {_known(tokens_in)} tokens in, {_known(tokens_out)} out; cost "
+            f"{'unknown' if cost is None else f'{cost:.4f} US dollars'}"
         )
+        if judge["served_models"]:
+            facts["judge's own name"] = ", ".join(judge["served_models"])
     table = [["setting", "value"], *([name, fact] for name, fact in facts.items() if fact)]
     return Section("How it was made", table=table)
 

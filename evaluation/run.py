@@ -15,6 +15,7 @@ import json
 import platform
 import re
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from importlib.metadata import version
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 from .answers import (
     ANSWERS_DIR,
@@ -37,16 +38,19 @@ from .answers import (
     run_batches,
 )
 from .conditions import CONTROLS, CORRUPTION_CONDITIONS
-from .likelihood import check_answers, class_log_likelihoods, rank_classes
+from .likelihood import check_answers, class_log_likelihoods, encode_answers, rank_classes
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
+from .progress import progress
 from .report import write_report
-from .score import SHUFFLED, Scorer, compare_conditions, default_prompt
+from .results import OBJECTS_FILE, RESULTS_FILE
+from .score import SHUFFLED, Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
 
 LIKELIHOOD_DIR = "likelihood"
-SETTINGS_FILE, OBJECTS_FILE, RESULTS_FILE = "settings.json", "objects.jsonl", "results.json"
+SETTINGS_FILE, LOCK_FILE = "settings.json", ".lock"
+PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions matter
 NUM_SAID = 5  # objects that cannot be read
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
 
@@ -198,27 +202,44 @@ def _problem(name: str, options: Options) -> str | None:
     return None
 
 
-def claim_settings(options: Options, settings: dict):
+@contextmanager
+def alone_in(out: Path):
+    """A new folder, or that of an evaluation, for this process and those that it leads alone.
+
+    Raises:
+        ValueError: it holds other things, or somebody is at work in it.
+    """
+    others = (
+        [path for path in out.iterdir() if path.suffix != ".tmp" and path.name != LOCK_FILE] if out.is_dir() else []
+    )
+    if (out.exists() and not out.is_dir()) or (others and not (out / SETTINGS_FILE).exists()):
+        raise ValueError(f"--out {out} is a file, or holds other things than an evaluation. Give a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"--out {out}: another process is at work there. Wait for it, or give another folder. (Processes of one run "
+            "know of each other by `accelerate launch`; by torchrun on a CPU they need ACCELERATE_USE_CPU=true.)"
+        ) from None
+
+
+def claim_settings(out: Path, settings: dict):
     """Write settings.json, or see that it says the same.
 
     Raises:
-        ValueError: the folder holds answers that were given under other settings, or something else.
+        ValueError: the folder holds answers that were given under other settings.
     """
-    path = options.out / SETTINGS_FILE
-    if path.exists():
+    path = out / SETTINGS_FILE
+    if path.exists() and any(next(read_lines(out / name), None) for name in (ANSWERS_DIR, LIKELIHOOD_DIR)):
         theirs = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if theirs.get(name) != value:
                 raise ValueError(
-                    f"--out {options.out} holds answers with {name} {theirs.get(name)!r}, but now it is {value!r}. Give "
-                    "another --out, or the settings it had."
+                    f"--out {out} holds answers with {name} {theirs.get(name)!r}, but now it is {value!r}. Give another "
+                    "--out, or the settings it had."
                 )
-        return
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(
-            f"--out {options.out} is a file, or holds other things than an evaluation. Give a new folder."
-        )
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 
@@ -234,12 +255,15 @@ def check_objects(objects: list[EvalObject]) -> str:
         ValueError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
-    for each in tqdm(objects, desc="reading", unit="object", disable=None):
+    bar = progress(len(objects), "reading", "object")
+    for each in objects:
+        bar.update()
         digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
         try:
             digest.update(np.ascontiguousarray(each.read(), dtype=np.float32).tobytes())
         except (ValueError, OSError) as error:
             broken.append(str(error))
+    bar.close()
     if broken:
         more = f" … and {len(broken) - NUM_SAID} more" if len(broken) > NUM_SAID else ""
         raise ValueError(
@@ -249,16 +273,29 @@ def check_objects(objects: list[EvalObject]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_texts(suite: Suite, options: Options):
+def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], options: Options):
     """
     Raises:
-        ValueError: phrases or a judge's prompt that cannot be used.
+        ValueError: classes, phrases or a judge's prompt that cannot be used.
     """
+    labels = [each.label for each in objects if each.label]
+    if "closed_set_accuracy" in metrics and labels:
+        scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
+        scorer.score(
+            replace(suite.questions[0], metrics=()), "seeing", {objects[0].object_id: ""}, ["closed_set_accuracy"]
+        )
     if suite.classes is not None and options.answers is None:
         check_answers([name for row in suite.classes.values() for name in row], suite.phrases)
     elif options.phrases:
         raise ValueError("--phrase: there is no closed set of classes here, or no model, to take likelihoods of.")
+    asked = {
+        METRICS[name].prompt for question in suite.questions for name in question.metrics if is_judged(suite, name)
+    }
     for name, text in options.judge_prompts.items():
+        if name not in asked:
+            raise ValueError(
+                f"--judge-prompt {name}: in {suite.name} the judge is asked for {', '.join(sorted(asked))}."
+            )
         (module,) = {metric.module for metric in METRICS.values() if metric.prompt == name}
         wanted = dict.fromkeys(re.findall(r"\{[a-z]+\}", default_prompt(module)))
         if missing := [place for place in wanted if place not in text]:
@@ -288,11 +325,12 @@ def make_jobs(suite: Suite, objects: list[EvalObject], options: Options) -> list
     return jobs
 
 
-def take_answers(suite: Suite, objects: list[EvalObject], options: Options):
-    """Put another program's answers where the model's would be.
+def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> list[dict]:
+    """Another program's answers, as lines of ours: all objects' for each question and condition that is answered.
 
     Raises:
-        ValueError: an object, a question or a condition that the suite does not have, or an answer that is there twice.
+        ValueError: an object, a question or a condition that the suite does not have, or an answer that is there twice or
+            not at all.
     """
     names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
     for answer in read_answers(options.answers):
@@ -309,15 +347,15 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options):
         if key in given:
             raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
         given[key] = {"object_id": key[2], "question": question, "condition": condition, "answer": answer["answer"]}
-    missing = ids - {object_id for _, _, object_id in given}
-    if missing:
-        raise ValueError(
-            f"--answers {options.answers}: {len(missing)} of {len(ids)} objects have no answer, such as {min(missing)!r}. Give "
-            "all answers, or --limit to the first objects."
-        )
-    part = open_part(options.out / ANSWERS_DIR, 0)
-    part.unlink(missing_ok=True)
-    append_lines(part, list(given.values()))
+    asked = dict.fromkeys(key[:2] for key in given)
+    for question, condition in dict.fromkeys([*((question, "seeing") for question, _ in asked), *asked]):
+        missing = ids - {object_id for *key, object_id in given if key == [question, condition]}
+        if missing:
+            raise ValueError(
+                f"--answers {options.answers}: of {len(ids)} objects {len(missing)} have no answer to {question!r}, "
+                f"{condition}, such as {min(missing)!r}. Give all answers, or --limit to the first objects."
+            )
+    return list(given.values())
 
 
 def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], options: Options):
@@ -469,83 +507,119 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     objects = read_objects(options)
     suite = suite_for(options, objects)
     metrics, left_out = choose_metrics(suite, options)
-    check_texts(suite, options)
-    decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
+    check_texts(suite, objects, metrics, options)
+    given = None if options.answers is None else take_answers(suite, objects, options)
     # Processes wait for the slowest, which may take its time.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
-    if accelerator.is_main_process:
-        settings = {
+    with alone_in(options.out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            for name, why in left_out.items():
+                say(f"not scored: {name} {why}")
+        settings, facts = answer_all(suite, objects, options, given, load)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return {}
+        if options.judge is not None:
+            asked = count_judged(suite, options.out)
+            say(
+                f"{options.judge.name} is asked about up to {asked:,} answers, but not again where it has replied before"
+            )
+        scored = score_all(suite, objects, metrics, options)
+        encoders = {name: METRICS[name].needs for name in metrics if "/" in METRICS[name].needs}
+        results = {
+            "schema": 1,
             "suite": suite.name,
-            "objects": len(objects),
-            "dataset": check_objects(objects),
-            "model": options.fingerprint,
-            "decoding": None if options.answers else decoding,
-            "template": None if options.answers else options.template,
-            "batch_size": None if options.answers else options.batch_size,
-            "phrases": None if options.answers or suite.classes is None else list(suite.phrases),
+            "title": suite.title,
+            "date": date.today().isoformat(),
+            "command": options.command,
             "seed": options.seed,
-        }
-        claim_settings(options, settings)
-        for name, why in left_out.items():
-            say(f"not scored: {name} {why}")
-    facts = {"parameters": None, "dtype": None, "device": None}
-    if options.answers is None:
-        model, processor = load()
-        facts = {
-            "parameters": model.num_parameters(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device),
-        }
-        jobs = make_jobs(suite, objects, options)
-        generate_answers(
-            model, processor, jobs, options.out, options.template, decoding, options.batch_size, options.seed
-        )
-        if suite.classes is not None:
-            take_likelihoods(model, processor, suite, objects, options)
-    elif accelerator.is_main_process:
-        take_answers(suite, objects, options)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return {}
+            "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]},
+            "model": {"name": options.model, "fingerprint": options.fingerprint, "parameters": facts["parameters"]}
+            | {"dtype": settings["dtype"]},
+            **{name: settings[name] for name in ("decoding", "template", "batch_size")},
+            "questions": {question.name: question.prompt for question in suite.questions},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "device": facts["device"],
+            "generation": sum_up_answers(options.out),
+            "encoders": {
+                name: name_encoder(options.encoders.get(name, default)) for name, default in encoders.items()
+            },
+            "judge": None if options.judge is None else describe_judge(suite, options),
+            "not_scored": left_out,
+        } | scored
+        write_json(options.out / RESULTS_FILE, results)
+        clouds = {each.object_id: each.read for each in objects}
+        write_report(options.out, lambda object_id: clouds[object_id]())
+        return results
 
-    scored = score_all(suite, objects, metrics, options)
-    answers = list(read_lines(options.out / ANSWERS_DIR))
+
+def answer_all(suite: Suite, objects: list[EvalObject], options: Options, given: list[dict] | None, load: Callable):
+    """Answers and likelihoods in their folders; returns what is in settings.json, and what is told of the model."""
+    is_main = PartialState().is_main_process
+    dataset = check_objects(objects) if is_main else None
+    facts = {"parameters": None, "device": None}
+    settings = {"suite": suite.name, "objects": len(objects), "dataset": dataset, "model": options.fingerprint}
+    names = ("decoding", "template", "prompts", "phrases", "batch_size", "dtype", "device")
+    settings |= dict.fromkeys(names) | {"seed": options.seed}
+    if given is not None:
+        if is_main:
+            claim_settings(options.out, settings)
+            part = open_part(options.out / ANSWERS_DIR, 0)
+            part.unlink(missing_ok=True)
+            append_lines(part, given)
+        return settings, facts
+    model, processor = load()
+    is_gpu = model.device.type == "cuda"
+    facts = {"parameters": model.num_parameters()}
+    facts |= {"device": torch.cuda.get_device_name() if is_gpu else str(model.device)}
+    decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
+    settings |= {
+        "decoding": decoding,
+        "template": options.template,
+        "prompts": fingerprint_prompts(processor, suite, options.template),
+        "phrases": None if suite.classes is None else list(suite.phrases),
+        "batch_size": options.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+    if is_main:
+        claim_settings(options.out, settings)
+    jobs = make_jobs(suite, objects, options)
+    generate_answers(model, processor, jobs, options.out, options.template, decoding, options.batch_size, options.seed)
+    if suite.classes is not None:
+        take_likelihoods(model, processor, suite, objects, options)
+    return settings, facts
+
+
+def fingerprint_prompts(processor, suite: Suite, template: str) -> str:
+    """A digest of the token ids of all questions: of template and tokenizer, as far as they matter."""
+    ids = [encode_answers(processor, question.prompt, ["a"], template)[0] for question in suite.questions]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def sum_up_answers(out: Path) -> dict:
+    """How many answers there are and how long they took, in whichever runs they were given."""
+    answers = list(read_lines(out / ANSWERS_DIR))
     seconds = sum(line.get("seconds", 0.0) for line in answers)
-    packages = ("torch", "transformers", "accelerate", "evaluate")
-    results = {
-        "schema": 1,
-        "suite": suite.name,
-        "title": suite.title,
-        "date": date.today().isoformat(),
-        "command": options.command,
-        "seed": options.seed,
-        "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]},
-        "model": {"name": options.model, "fingerprint": options.fingerprint}
-        | {name: facts[name] for name in ("parameters", "dtype")},
-        "decoding": settings["decoding"],
-        "template": settings["template"],
-        "batch_size": settings["batch_size"],
-        "questions": {question.name: question.prompt for question in suite.questions},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "device": facts["device"],
-        "generation": {
-            "answers": len(answers),
-            "seconds": round(seconds, 2),
-            "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
-            "cut": sum(line.get("cut", False) for line in answers),
-        },
-        "encoders": {
-            name: name_encoder(options.encoders.get(name, METRICS[name].needs))
-            for name in metrics
-            if "/" in METRICS[name].needs
-        },
-        "judge": None if options.judge is None else describe_judge(suite, options),
-        "not_scored": left_out,
-    } | scored
-    write_json(options.out / RESULTS_FILE, results)
-    clouds = {each.object_id: each.read for each in objects}
-    write_report(options.out, lambda object_id: clouds[object_id]())
-    return results
+    return {
+        "answers": len(answers),
+        "new_tokens": sum(line.get("tokens", 0) for line in answers) or None,
+        "seconds": round(seconds, 2),
+        "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
+        "cut": sum(line.get("cut", False) for line in answers),
+    }
+
+
+def count_judged(suite: Suite, out: Path) -> int:
+    """How many questions a judge has to answer, where none are equal."""
+    prompts = {
+        question.name: len({METRICS[name].prompt for name in question.metrics if is_judged(suite, name)})
+        for question in suite.questions
+    }
+    # Those of objects as they are twice, for each is compared with another object, too.
+    return sum(
+        prompts[line["question"]] * (1 + (line["condition"] == "seeing")) for line in read_lines(out / ANSWERS_DIR)
+    )
 
 
 def name_encoder(given: str) -> str:
@@ -554,11 +628,12 @@ def name_encoder(given: str) -> str:
 
 
 def describe_judge(suite: Suite, options: Options) -> dict:
-    """Who judged, by which prompts, and what it took."""
+    """Who judged, by which prompts, when, and what it took."""
     prompts = {}
     for name in {name: None for question in suite.questions for name in question.metrics}:
-        metric = METRICS[name]
-        if metric.needs == "judge" or (metric.prompt and suite.judges_classes):
+        if is_judged(suite, name):
+            metric = METRICS[name]
             text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
             prompts[metric.prompt] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {"model": options.judge.name, "date": date.today().isoformat(), "prompts": prompts} | options.judge.usage
+    judge = options.judge
+    return {"model": judge.name, "endpoint": judge.usage["endpoint"], "prompts": prompts} | judge.sum_up()

@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 
 from minigpt3d.training.household.colors import COLORS
-from minigpt3d.training.household.kinds import KINDS
+from minigpt3d.training.household.kinds import KINDS, answer_nouns
 
 from .objects import EvalObject
 from .results import CONTROLS
@@ -39,6 +39,12 @@ def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalO
     """
     order = np.random.default_rng([seed, *field.encode()]).permutation(len(objects))
     return {objects[a].object_id: objects[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+
+
+def is_judged(suite: Suite, name: str) -> bool:
+    """Whether it is the judge who scores this metric, if there is one."""
+    metric = METRICS[name]
+    return metric.needs == "judge" or bool(metric.prompt and suite.judges_classes)
 
 
 class Scorer:
@@ -103,7 +109,7 @@ class Scorer:
             for object_id, value in zip(compared, values, strict=True):
                 if value is not None:
                     scores[object_id][name] = value
-            judged = self._is_judged(name)
+            judged = self.judge is not None and is_judged(self.suite, name)
             if judged:
                 for object_id, reply in zip(compared, result["replies"], strict=True):
                     reasons[object_id][name] = reply
@@ -136,7 +142,7 @@ class Scorer:
 
     def _compute(self, name: str, wanted: list[str], texts: list[str], references: list[str]) -> dict:
         metric, options = METRICS[name], {}
-        judged = self._is_judged(name)
+        judged = self.judge is not None and is_judged(self.suite, name)
         if metric.module == "closed_set_accuracy":
             options = self._classes(metric.reference)
             if judged:
@@ -152,10 +158,6 @@ class Scorer:
                 options["prompt"] = self.prompts[metric.prompt]
         return load_metric(metric.module).compute(predictions=texts, references=references, **options)
 
-    def _is_judged(self, name: str) -> bool:
-        judges_classes = name == "closed_set_accuracy" and self.suite.judges_classes
-        return METRICS[name].needs == "judge" or (judges_classes and self.judge is not None)
-
     def _classes(self, field: str) -> dict:
         if field == "color":
             return {"classes": list(COLORS), "aliases": COLOR_WORDS}
@@ -164,10 +166,7 @@ class Scorer:
         else:
             classes = sorted({each.label for each in self.objects.values() if each.label})
         if set(classes) <= set(KINDS):
-            nouns = {
-                kind: [noun for row in rows.values() for noun in row] + list(rows) for kind, rows in KINDS.items()
-            }
-            return {"classes": classes, "aliases": {kind: nouns[kind] for kind in classes}}
+            return {"classes": classes, "aliases": {kind: answer_nouns(kind) for kind in classes}}
         return {"classes": classes}
 
 

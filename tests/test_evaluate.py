@@ -1,8 +1,11 @@
 """`minigpt3d evaluate`: objects of every suite, answers that survive a kill, scores, and the command line."""
 
+import hashlib
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 import minigpt3d_cli
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.evaluation.answers import Job, append_lines, generate, open_part, read_lines, run_batches
+from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.objects import (
     MODELNET40_CLASSES,
     EvalObject,
@@ -27,11 +31,16 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.run import read_conditions
+from minigpt3d.evaluation.run import Options, alone_in, evaluate, read_conditions
 from minigpt3d.evaluation.score import Scorer, shuffle
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from minigpt3d.training.household.colors import COLORS, main_color
 from minigpt3d.training.household.kinds import KINDS
+
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "household"
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +107,56 @@ class Hostile:
 def test_modelnet40_runs_nothing(tmp_path, wrap):
     trap = tmp_path / "trap"
     (tmp_path / "evil.dat").write_bytes(pickle.dumps(wrap(Hostile(str(trap)))))
-    with pytest.raises(ValueError, match="refused or damaged: it would call .*mkdir"):
+    with pytest.raises(ValueError, match="refused or damaged: it (would call .*mkdir|holds an array of dtype 'O8')"):
         read_modelnet40(tmp_path / "evil.dat")
     assert not trap.exists()
+
+
+# What made numpy's own functions, called by a pickle, read or write memory that is none of theirs.
+FORGED_ARRAYS = """
+import pickle, sys
+from pathlib import Path
+import numpy as np
+from minigpt3d.evaluation.objects import read_modelnet40
+
+_reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float32(1).__reduce__()[0]
+
+class Call:
+    def __init__(self, *parts):
+        self.parts = parts
+    def __reduce__(self):
+        return self.parts
+
+def dtype(code, *state):
+    return Call(np.dtype, (code, False, True), (3, "|", *state)) if state else Call(np.dtype, (code, False, True))
+
+def array(dtype):
+    return Call(_reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, b"AAAAAAAA"))
+
+no_objects = dtype("O8", None, None, None, -1, -1, 0)
+for forged in (
+    array(no_objects), array(dtype("O8")), Call(scalar, (no_objects, b"AAAAAAAA")),
+    Call(np.ndarray, ((1,), dtype("O8"), b"AAAAAAAA")),
+    array(dtype("V8", None, ("f",), {"f": (dtype("O8"), 0)}, 8, 1, 0)),
+    array(dtype("V8", None, ("f",), {"f": (dtype("i8"), 1 << 40)}, 8, 1, 0)),
+    array(dtype("i8", None, ("f",), {"f": (dtype("O8"), 0)}, 8, 1, 0)),
+    Call(scalar, (dtype("V8", None, None, None, 1 << 40, 1, 0), b"AAAAAAAA")),
+    Call(np.dtype, ("f4", False, True), (None, {"dtype": 3})),
+    Call(_reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40,), dtype("f4"), False, b"AAAA")),
+):
+    for content in ([[np.zeros((4, 6), np.float32)], [forged]], [[forged], [1]]):
+        Path(sys.argv[1]).write_bytes(pickle.dumps(content, protocol=2))
+        try:
+            read_modelnet40(Path(sys.argv[1]))
+        except ValueError as error:
+            print("refused:", error)
+"""
+
+
+def test_modelnet40_forges_no_memory(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORGED_ARRAYS, tmp_path / "x.dat"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: --data")]) == 20
 
 
 @pytest.mark.parametrize(
@@ -269,6 +325,14 @@ def without_seconds(lines):
         yield line
 
 
+def test_a_damaged_line_is_told_by_its_place(tmp_path):
+    append_lines(open_part(tmp_path, 0), [{"n": 1}])
+    with open(tmp_path / "part-0.jsonl", "ab") as file:
+        file.write(b'{"n":\n')
+    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged .* Delete the line"):
+        list(read_lines(tmp_path))
+
+
 def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
     for rank in range(3):
         append_lines(open_part(tmp_path, rank), [{"n": rank}])
@@ -295,6 +359,19 @@ def test_sampling_is_a_function_of_the_seed(tiny_processor):
         generate(model, tiny_processor, clouds, "What is this?", "default", decoding, seed) for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_the_papers_ten_new_tokens_do_not_forbid_the_end(monkeypatch):
+    """`###` is an end token in the model's own settings, and one token of its tokenizer."""
+    model, processor = (
+        cls.from_pretrained(SHIPPED) for cls in (MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor)
+    )
+    end = processor.tokenizer.convert_tokens_to_ids("###")
+    assert end in model.generation_config.eos_token_id and DECODING["min_new_tokens"] == 10
+    clouds = [each.read() for each in read_household()[:6]]
+    lines = generate(model.eval(), processor, clouds, "What is this?", "default", DECODING | {"max_new_tokens": 40}, 0)
+    assert min(line["tokens"] for line in lines) < 10 and not any(line["cut"] for line in lines)
+    assert all(re.fullmatch("This is an? [a-z ]+\\.", line["answer"]) for line in lines), lines
 
 
 @pytest.mark.parametrize("template", ["default", "benchmark"])
@@ -359,6 +436,21 @@ def test_shuffling_gives_every_object_another_one():
     other = shuffle(objects, "label", 0)
     assert all(key != value.object_id for key, value in other.items())
     assert len({value.object_id for value in other.values()}) == 9
+
+
+@pytest.mark.parametrize(
+    "answer, kind",
+    [("This is a light brown table.", "table"), ("It is a light blue sofa.", "sofa"), ("A pine wood table.", "table"),
+     ("A rose-colored chair with four legs.", "chair"), ("An oak wardrobe", "cabinet"), ("A child's bed", "bed"),
+     ("A chandelier.", "lamp"), ("Three couches", "sofa"), ("A washing machine", "appliance"), ("A mattress", "bed")]
+)  # fmt: skip
+def test_kinds_in_free_words(answer, kind):
+    """A color, a wood, an owner is no kind, though "Light" and "Pine" are names of the catalog."""
+    objects = {"a": EvalObject("a", None, label=kind)}
+    scorer = Scorer(SUITES["household"], objects, None, {}, {}, 0)
+    question = SUITES["household"].questions[0]
+    (entry,), _, _ = scorer.score(question, "seeing", {"a": answer}, ["closed_set_accuracy"])
+    assert entry["value"] == 1
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
@@ -436,7 +528,87 @@ def test_two_processes_answer_as_one(own_objects, model_dir, tmp_path):
     assert results[0] == results[1]
 
 
-def test_answers_of_another_program(own_objects, tmp_path):
+@pytest.mark.parametrize(
+    "change, name",
+    [(["--dtype", "bfloat16"], "dtype"), (["--batch-size", "3"], "batch_size"), (["--seed", "1"], "seed"), ([], "dataset"),
+     ([], "prompts")]
+)  # fmt: skip
+def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_dir, tmp_path, capsys):
+    data, model, out = tmp_path / "data", tmp_path / "model", tmp_path / "out"
+    shutil.copytree(own_objects.parent, data)
+    shutil.copytree(model_dir, model)
+    arguments = ["own", "--data", data / "objects.jsonl", "--model", model, "--greedy", "--device", "cpu", "--out", out,
+                 "--metrics", "closed_set_accuracy", "--limit", 2]  # fmt: skip
+    assert run_command(*arguments) == 0
+    if name == "dataset":  # not the first cloud
+        np.save(data / "box1.npy", make_cloud(99))
+    elif name == "prompts":
+        (template,) = model.glob("chat_template.jinja")
+        template.write_text(template.read_text().replace("[INST]", "[ASK]"))
+    before = sorted((out / "answers").glob("*"))[0].read_bytes()
+    assert run_command(*arguments, *change) == 1
+    assert f"holds answers with {name} " in capsys.readouterr().err
+    assert sorted((out / "answers").glob("*"))[0].read_bytes() == before
+    for folder in ("answers", "likelihood"):
+        shutil.rmtree(out / folder)
+    (out / "settings.json.tmp").write_text("{")
+    assert run_command(*arguments, *change) == 0  # no answers, so nothing to mix
+
+
+def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
+    with alone_in(out):
+        assert run_command(*arguments) == 1
+    assert f"--out {out}: another process is at work there" in capsys.readouterr().err
+    assert not (out / "answers").exists()
+
+
+def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
+    """By hand, from the scores to the report: one whose every second reply is nonsense, and nothing is asked twice."""
+    asked = []
+
+    class TestJudge(Judge):
+        def _ask(self, prompts):
+            for prompt in prompts:
+                asked.append(prompt)
+                reply = "nonsense" if len(asked) % 2 else "T#so" if "T#" in prompt else "7#1#so"
+                facts = {"finish_reason": "stop", "served_model": "m-1", "prompt_tokens": 10, "completion_tokens": 2}
+                yield self._keep(prompt, {"reply": reply} | facts)
+
+    def run():
+        judge = TestJudge("m", tmp_path / "out" / "judge", {"model": "m"}, price=(1e5, 1e5))
+        options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, judge=judge,
+                          judge_prompts={"hallucination": "MINE {answer} {reference} 7#1#so"})  # fmt: skip
+
+        def load():
+            return make_seeing_model().eval(), make_processor()
+
+        return evaluate(options, load, said.append)
+
+    said = []
+    first = run()
+    assert any(line.startswith("m is asked about up to ") for line in said)
+    count = len(asked)
+    judged = {entry["metric"]: entry for entry in first["scores"] if entry["judge"] and entry["condition"] == "seeing"}
+    assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}
+    assert sum(prompt.startswith("MINE") for prompt in asked) > 0
+    assert (
+        first["judge"]["prompts"]["hallucination"]
+        == hashlib.sha256(b"MINE {answer} {reference} 7#1#so").hexdigest()[:16]
+    )
+    assert judged["precision"]["value"] == pytest.approx(
+        judged["correctness"]["value"] / (judged["correctness"]["value"] + judged["hallucination"]["value"])
+    )
+    assert judged["hallucination"]["value"] == 1 and judged["hallucination"]["unparsed"] > 0
+    assert first["judge"]["replies"] == count and first["judge"]["served_models"] == ["m-1"]
+    assert first["judge"]["cost"] == pytest.approx(1.2 * count)
+    again = run()
+    assert len(asked) == count and again["judge"] == first["judge"] and again["scores"] == first["scores"]
+    assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_answers_of_another_program(own_objects, tmp_path, capsys):
     lines = [{"object_id": f"box{i}", "answer": "It is a crate."} for i in range(7)]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out"
@@ -446,6 +618,13 @@ def test_answers_of_another_program(own_objects, tmp_path):
     (entry,) = [e for e in results["scores"] if e["metric"] == "closed_set_accuracy" and e["condition"] == "seeing"]
     assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
     assert results["decoding"] is None and results["model"]["parameters"] is None
+    # An object without an answer to a question that others have one to.
+    lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments[-1] = tmp_path / "more"
+    assert run_command(*arguments) == 1
+    assert "of 7 objects 6 have no answer to 'caption', seeing, such as 'box1'" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
 
 
 @pytest.mark.parametrize(
@@ -467,6 +646,19 @@ def test_answers_of_another_program(own_objects, tmp_path):
             ["household", "--judge", "m", "--judge-price", "1", "2"],
             "--judge-price belongs to a judge behind an endpoint",
         ),
+        (
+            [
+                "household",
+                "--judge",
+                "m",
+                "--judge-url",
+                "http://x/v1",
+                "--judge-prompt",
+                "closed_set_accuracy=PROMPT",
+            ],
+            "--judge-prompt closed_set_accuracy: in household the judge is asked for caption_score, hallucination",
+        ),
+        (["own", "--data", "TWINS"], "'box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
         (["own", "--data", "BROKEN"], "2 of 3 objects cannot be read"),
         (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
@@ -485,12 +677,14 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     (tmp_path / "PROMPT").write_text("Is it so? {answer}")
     lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn")]
     (tmp_path / "BROKEN.jsonl").write_text("\n".join(lines))
-    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl"}
+    lines = [json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("Box", "box")]
+    (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
+    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl"}
     arguments = [tmp_path / files[each] if each in files else each for each in arguments]
     arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):

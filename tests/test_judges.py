@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from email.message import Message
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -230,6 +230,21 @@ def test_half_an_emoji_is_asked_about(endpoint, make_judge):
     assert make_judge()(["a \ud83d b"]) == ["reply to a ? b"]
 
 
+def test_the_sum_is_of_all_replies_whenever_they_came(endpoint, make_judge, tmp_path):
+    """As a run's results have it, that was stopped and went on the next day."""
+    make_judge()(["a", "b"])
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text(path.read_text().replace(date.today().isoformat(), "2026-01-31"))
+    judge = make_judge(price=(1e6, 2e6))
+    judge(["a", "b", "a"])
+    whole = {"replies": 2, "cut": 0, "date": "2026-01-31", "served_models": ["served"]}
+    assert judge.sum_up() == whole | {"prompt_tokens": 20, "completion_tokens": 8, "cost": 36.0}
+    judge(["a", "c"])
+    whole |= {"replies": 3, "date": f"2026-01-31 to {date.today().isoformat()}"}
+    assert judge.sum_up() == whole | {"prompt_tokens": 30, "completion_tokens": 12, "cost": 54.0}
+    assert make_judge().sum_up()["replies"] == 0
+
+
 def test_usage_adds_up_over_calls(endpoint, make_judge):
     counts = {"a": (100, 10), "b": (200, 20), "c": (300, 30), "d": (0, 0)}
     endpoint.answer = lambda request, nth: completion("cut", "length", counts[request.prompt])
@@ -277,7 +292,7 @@ def test_entries_say_what_was_asked_and_hold_no_key(endpoint, make_judge, tmp_pa
     settings = {"temperature": 0, "seed": 0, "max_tokens": judges.MAX_TOKENS}
     assert entry == {
         "key": {"kind": "chat completions", "model": "a-model", "settings": settings, "prompt": "a"},
-        "reply": "reply to a", "finish_reason": "stop", "served_model": "served",
+        "reply": "reply to a", "date": date.today().isoformat(), "finish_reason": "stop", "served_model": "served",
         "prompt_tokens": 10, "completion_tokens": 4,
     }  # fmt: skip
 

@@ -56,6 +56,11 @@ OTHER_NOUNS = frozenset(
     "house hut kettle knob mat mirror ottoman paper phone pot rack remote ring sheet shoe shutter slot stand switch "
     "toy trolley vase".split()
 )
+# Head nouns of names that in a sentence are more often a color, a wood, a part, an owner or something else.
+ONLY_IN_NAMES = frozenset(
+    "acacia audi bamboo basin beech beetle birch blossom cedar child citroen cypress female fiat fir ford human leon light "
+    "male maple oak palm peugeot pine poplar renault rose seat spruce vanity washing willow yamaha".split()
+)
 # Names that the rule would read wrongly.
 EXCEPTIONS: dict[str, tuple[str, str] | None] = {
     "rocking horse": None,
@@ -104,6 +109,12 @@ def head_noun(name: str) -> str:
     """The word that the kind hangs on, or the last word of the name."""
     words = _head_words(name)
     return next((word for word in words if word in _BY_NOUN or word in OTHER_NOUNS), (words or ["object"])[0])
+
+
+def answer_nouns(kind: str) -> list[str]:
+    """The nouns by which an answer in free words may name a kind."""
+    row = KINDS[kind]
+    return [*row, *(noun for nouns in row.values() for noun in nouns if noun not in row and noun not in ONLY_IN_NAMES)]
 
 
 def names_kind(answer: str, kind: str) -> bool:
