@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .conditions import SEEING
 from .report import markdown_table
 from .results import (
-    SEEING,
     prompt_hash,
     read_objects,
     read_results,

@@ -27,7 +27,9 @@ from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
-CONTROLS = ("blind", "no_color")
+SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
+# What seeing is compared with, in words. Shuffled is no condition of a cloud: seeing answers are scored against another object.
+CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
 # Of `holes`: the share of the object's points that a hole takes.
 HOLE_SHARE = 0.05
 # Of `occlusion`: how far the scanner looks down, in degrees; how far away it is, the largest norm being 1; and the radius
@@ -196,13 +198,13 @@ def check_condition(condition: str):
     Raises:
         ValueError: it is not.
     """
-    known = ("seeing", *CONTROLS, *CORRUPTION_CONDITIONS)
+    known = (SEEING, BLIND, NO_COLOR, *CORRUPTION_CONDITIONS)
     if condition not in known:
         hint = " Shuffled is no condition of a cloud: seeing answers are scored against another object." * (
-            condition == "shuffled"
+            condition == SHUFFLED
         )
         raise ValueError(
-            f"condition must be seeing, {', '.join(CONTROLS)}, or NAME-SEVERITY with a severity of 1 to 5 and one of the "
+            f"condition must be {SEEING}, {BLIND}, {NO_COLOR}, or NAME-SEVERITY with a severity of 1 to 5 and one of the "
             f"names {', '.join(CORRUPTIONS)}; got {condition!r}.{hint}"
         )
 
@@ -229,11 +231,11 @@ def apply(condition: str, cloud: np.ndarray, object_id: str, seed: int = 0) -> n
         raise ValueError(
             f"object_id {object_id!r}: a cloud must have shape (points, 6), xyz and rgb; got {cloud.shape}."
         )
-    if condition == "seeing":
+    if condition == SEEING:
         return cloud.astype(np.float32)
-    if condition == "blind":
+    if condition == BLIND:
         return np.zeros(cloud.shape, dtype=np.float32)
-    if condition == "no_color":
+    if condition == NO_COLOR:
         return (cloud * [1, 1, 1, 0, 0, 0]).astype(np.float32)
     name, _, severity = condition.partition("-")
     corruption = CORRUPTIONS[name]

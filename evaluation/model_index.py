@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .results import SEEING, prompt_hash, same_judge, scaled
+from .conditions import BLIND, SEEING
+from .results import prompt_hash, same_judge, scaled
 from .suites import METRICS
 
 
@@ -121,7 +122,7 @@ def _details(result: dict, score: dict) -> dict:
         prompt = prompt_hash(result, score["metric"])
         details["judge"] = f"{score['judge']}, {result['judge']['date']}, prompt sha256 {prompt}"
     for other in result["scores"]:
-        if (other["question"], other["metric"], other["condition"]) == (score["question"], score["metric"], "blind"):
+        if (other["question"], other["metric"], other["condition"]) == (score["question"], score["metric"], BLIND):
             details["blind_control"] = _value(other["value"], other)
     return details
 

@@ -6,12 +6,13 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from .results import CONTROLS, SEEING, as_corruption, scaled
+from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
+from .results import as_corruption, scaled
 from .suites import METRICS
 
 
 # Okabe and Ito's, which the color-blind tell apart; the same condition has the same color in every picture.
-COLORS = {SEEING: "#0072B2", "blind": "#000000", "no_color": "#E69F00", "shuffled": "#CC79A7"}
+COLORS = {SEEING: "#0072B2", BLIND: "#000000", NO_COLOR: "#E69F00", SHUFFLED: "#CC79A7"}
 NAMES = {SEEING: "as it is", **CONTROLS}
 CORRUPTED = "#D55E00"
 GRAY = "#777777"
@@ -117,7 +118,7 @@ def draw_robustness(scores: list[dict], title: str) -> bytes | None:
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     severities = sorted({severity for curve in curves.values() for severity, _ in curve})
     for panel, (name, curve) in zip(panels, curves.items(), strict=False):
-        for condition, style in ((SEEING, "-"), ("blind", (0, (4, 3)))):
+        for condition, style in ((SEEING, "-"), (BLIND, (0, (4, 3)))):
             if score := by_condition.get(condition):
                 value, low, high = (scaled(score[key], unit) for key in ("value", "low", "high"))
                 panel.axhspan(low, high, color=COLORS[condition], alpha=0.1, linewidth=0)

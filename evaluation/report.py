@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
-    CONTROLS,
-    SEEING,
     as_corruption,
     interval,
     main_score,
@@ -33,15 +32,15 @@ NUM_SHOWN = 10  # best and worst objects
 FEW = 20  # a bootstrap of fewer objects does not see what others would be like
 # What a control tells: where the objects as they are do better, and where they do not.
 READINGS = {
-    "blind": (
+    BLIND: (
         "The geometry is used: with every point and color at zero the score is worse.",
         "Nothing here shows that the geometry is used: with every point and color at zero the score cannot be told from this one.",
     ),
-    "shuffled": (
+    SHUFFLED: (
         "The answers belong to their objects: scored against another object they are worse.",
         "Nothing here shows that the answers belong to their objects: scored against another object they cannot be told from these.",
     ),
-    "no_color": (
+    NO_COLOR: (
         "Color is used: without it the score is worse.",
         "Nothing here shows that color is used: without it the score cannot be told from this one.",
     ),
@@ -160,7 +159,7 @@ def _differences(results: dict) -> Section:
             section.words.append(used)
         else:
             section.words.append(f"Unexpected: {CONTROLS[control]}, the score is better than as it is.")
-    if "blind" not in about_main:
+    if BLIND not in about_main:
         section.words.append("There is no blind control, so nothing here says whether the geometry is used.")
     section.points = [f"{_named(results, test)}: {test['words']}" for test in tests]
     if len(tests) > 1:

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
+from .conditions import SEEING
 from .suites import METRICS
 
 
 RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
-SEEING = "seeing"  # the condition of an object as it is
-CONTROLS = {"blind": "blind", "no_color": "color removed", "shuffled": "another object's answer"}
 
 
 def read_results(folder: str | Path) -> dict:

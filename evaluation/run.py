@@ -37,13 +37,13 @@ from .answers import (
     read_lines,
     run_batches,
 )
-from .conditions import CONTROLS, CORRUPTION_CONDITIONS
+from .conditions import BLIND, CORRUPTION_CONDITIONS, NO_COLOR, SEEING, SHUFFLED
 from .likelihood import check_answers, class_log_likelihoods, encode_answers, rank_classes
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .progress import progress
 from .report import write_report
 from .results import OBJECTS_FILE, RESULTS_FILE
-from .score import SHUFFLED, Scorer, compare_conditions, default_prompt, is_judged
+from .score import Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
@@ -282,7 +282,7 @@ def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], opt
     if "closed_set_accuracy" in metrics and labels:
         scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
         scorer.score(
-            replace(suite.questions[0], metrics=()), "seeing", {objects[0].object_id: ""}, ["closed_set_accuracy"]
+            replace(suite.questions[0], metrics=()), SEEING, {objects[0].object_id: ""}, ["closed_set_accuracy"]
         )
     if suite.classes is not None and options.answers is None:
         check_answers([name for row in suite.classes.values() for name in row], suite.phrases)
@@ -308,10 +308,10 @@ def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], opt
 
 
 def conditions_of(suite: Suite, robustness: bool) -> list[str]:
-    """ "seeing", the controls, and with `robustness` the corruptions."""
-    controls = [name for name in CONTROLS if suite.has_color or name != "no_color"]
-    grades = [name for name in CORRUPTION_CONDITIONS if suite.has_color or not name.startswith("color")]
-    return ["seeing", *controls, *(grades if robustness else [])]
+    """The object as it is, blind and without color, and with `robustness` the corruptions."""
+    corruptions = CORRUPTION_CONDITIONS if robustness else ()
+    of_color = (NO_COLOR, *(name for name in corruptions if name.startswith("color")))
+    return [name for name in (SEEING, BLIND, NO_COLOR, *corruptions) if suite.has_color or name not in of_color]
 
 
 def make_jobs(suite: Suite, objects: list[EvalObject], options: Options) -> list[Job]:
@@ -320,7 +320,7 @@ def make_jobs(suite: Suite, objects: list[EvalObject], options: Options) -> list
     for number, question in enumerate(suite.questions):
         for condition in conditions_of(suite, options.robustness and number == 0):
             # Blind, every object is the same object: greedily there is one answer for all.
-            asked = objects[:1] if condition == "blind" and options.greedy else objects
+            asked = objects[:1] if condition == BLIND and options.greedy else objects
             jobs.append(Job(question, condition, tuple(asked)))
     return jobs
 
@@ -334,7 +334,7 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
     """
     names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
     for answer in read_answers(options.answers):
-        question, condition = answer["question"] or names[0], answer["condition"] or "seeing"
+        question, condition = answer["question"] or names[0], answer["condition"] or SEEING
         for value, known, what in (
             (question, names, "question"),
             (condition, conditions_of(suite, True), "condition"),
@@ -348,7 +348,7 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
             raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
         given[key] = {"object_id": key[2], "question": question, "condition": condition, "answer": answer["answer"]}
     asked = dict.fromkeys(key[:2] for key in given)
-    for question, condition in dict.fromkeys([*((question, "seeing") for question, _ in asked), *asked]):
+    for question, condition in dict.fromkeys([*((question, SEEING) for question, _ in asked), *asked]):
         missing = ids - {object_id for *key, object_id in given if key == [question, condition]}
         if missing:
             raise ValueError(
@@ -377,7 +377,7 @@ def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], 
 
     labelled = tuple(each for each in objects if each.label)
     jobs = [
-        Job(suite.questions[0], condition, labelled[:1] if condition == "blind" else labelled)
+        Job(suite.questions[0], condition, labelled[:1] if condition == BLIND else labelled)
         for condition in conditions_of(suite, robustness=False)
     ]
     run_batches(jobs, options.out / LIKELIHOOD_DIR, options.batch_size, options.seed, work, "likelihoods")
@@ -393,7 +393,7 @@ def read_conditions(folder: Path, suite: Suite, objects: list[EvalObject]) -> di
         found.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
     order = [each.object_id for each in objects]
     for (_, condition), lines in found.items():
-        if condition == "blind" and len(lines) == 1:
+        if condition == BLIND and len(lines) == 1:
             (line,) = lines.values()
             lines |= {object_id: line for object_id in order}
     keys = [(question.name, condition) for question in suite.questions for condition in conditions_of(suite, True)]
@@ -411,8 +411,8 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
     scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
     entries, values, table = [], {}, None
     found = read_conditions(options.out / LIKELIHOOD_DIR, suite, objects)
-    for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == "seeing")]:
-        lines = found[question, "seeing" if condition == SHUFFLED else condition]
+    for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == SEEING)]:
+        lines = found[question, SEEING if condition == SHUFFLED else condition]
         lines = {object_id: line for object_id, line in lines.items() if object_id in truth}
         compared = scorer.truths("label", dict.fromkeys(lines, ""), condition)
         if not compared:
@@ -433,7 +433,7 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
                 | {"low": low, "high": high, "unit": "share", "objects": len(hits), "unparsed": 0, "judge": None}
                 | {"interval": "Wilson"}
             )
-        if condition == "seeing":
+        if condition == SEEING:
             table = {"question": question, "method": "likelihood", "phrases": list(suite.phrases), "names": classes}
             table |= {"confusion": confusion.tolist()}
             table |= {name.removeprefix("likelihood_"): entry["value"]
@@ -450,9 +450,9 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
     questions = {question.name: question for question in suite.questions}
     entries, values, rows = [], {}, []
     truth = {each.object_id: each for each in objects}
-    for name, condition in [*found, *((name, SHUFFLED) for name, condition in found if condition == "seeing")]:
+    for name, condition in [*found, *((name, SHUFFLED) for name, condition in found if condition == SEEING)]:
         question = questions[name]
-        lines = found[name, "seeing" if condition == SHUFFLED else condition]
+        lines = found[name, SEEING if condition == SHUFFLED else condition]
         wanted = [metric for metric in question.metrics if metric in metrics]
         texts = {object_id: line["answer"] for object_id, line in lines.items()}
         scored, scores, reasons = scorer.score(question, condition, texts, wanted)
@@ -475,7 +475,7 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
                 values.setdefault(key, {}).setdefault(object_id, {}).update(each)
     write_text(options.out / OBJECTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     names = [*metrics, *(LIKELIHOOD_METRICS if classes else ())]
-    tests = compare_conditions(values, names, [*CONTROLS, SHUFFLED])
+    tests = compare_conditions(values, names)
     return {"scores": entries, "tests": tests, "classes": classes}
 
 
@@ -618,7 +618,7 @@ def count_judged(suite: Suite, out: Path) -> int:
     }
     # Those of objects as they are twice, for each is compared with another object, too.
     return sum(
-        prompts[line["question"]] * (1 + (line["condition"] == "seeing")) for line in read_lines(out / ANSWERS_DIR)
+        prompts[line["question"]] * (1 + (line["condition"] == SEEING)) for line in read_lines(out / ANSWERS_DIR)
     )
 
 

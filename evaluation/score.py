@@ -10,8 +10,8 @@ import numpy as np
 from minigpt3d.training.household.colors import COLORS
 from minigpt3d.training.household.kinds import KINDS, answer_nouns
 
+from .conditions import CONTROLS, SEEING, SHUFFLED
 from .objects import EvalObject
-from .results import CONTROLS
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
 from .suites import METRICS, Question, Suite
 
@@ -19,7 +19,6 @@ from .suites import METRICS, Question, Suite
 METRICS_DIR = Path(__file__).with_name("metrics")
 # What an answer may call a color, beside its name.
 COLOR_WORDS = {"gray": ["grey", "silver"], "purple": ["violet"], "pink": ["magenta"]}
-SHUFFLED = "shuffled"
 
 
 @cache
@@ -131,7 +130,7 @@ class Scorer:
         return entries, scores, reasons
 
     def truths(self, field: str, answers: dict[str, str], condition: str) -> dict[str, str]:
-        """What the answers are compared with, for the objects that have it; under "shuffled" another object's."""
+        """What the answers are compared with, for the objects that have it; under `SHUFFLED` another object's."""
         having = [each for each in self.objects.values() if getattr(each, field) and each.object_id in answers]
         if condition == SHUFFLED and len(having) < 2:
             return {}  # there is no other object
@@ -188,30 +187,27 @@ _VALUES = {"correctness": "correct", "hallucination": "wrong", "precision": "cor
 
 
 def compare_conditions(
-    values: dict[tuple[str, str], dict[str, dict[str, float]]], metric_names: list[str], controls: list[str]
+    values: dict[tuple[str, str], dict[str, dict[str, float]]], metric_names: list[str]
 ) -> list[dict]:
     """Paired tests of what the model says of the objects as they are against each control, corrected for their number.
 
     Args:
         values: by (question, condition), by object and metric.
-        controls: conditions.
 
     Returns:
         The entries of `tests` in results.json.
     """
     tests = []
     for (question, condition), scores in values.items():
-        if condition not in controls:
+        if condition not in CONTROLS:
             continue
         for name in (each for each in metric_names if not METRICS[each].is_ratio):
-            seeing = values.get((question, "seeing"), {})
+            seeing = values.get((question, SEEING), {})
             common = [i for i in scores if name in scores[i] and name in seeing.get(i, {})]
             if not common:
                 continue
             a, b = ([side[i][name] for i in common] for side in (seeing, scores))
-            tests.append(
-                {"question": question, "metric": name, "a": "seeing", "b": condition} | paired_difference(a, b)
-            )
+            tests.append({"question": question, "metric": name, "a": SEEING, "b": condition} | paired_difference(a, b))
     for entry, p in zip(tests, holm([entry["p"] for entry in tests]), strict=True):
         entry["p"] = p
         entry["words"] = in_words(

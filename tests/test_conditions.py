@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 
 from minigpt3d.evaluation import conditions
-from minigpt3d.evaluation.conditions import CONTROLS, CORRUPTION_CONDITIONS, CORRUPTIONS, apply, read_clouds
+from minigpt3d.evaluation.conditions import (
+    BLIND,
+    CORRUPTION_CONDITIONS,
+    CORRUPTIONS,
+    NO_COLOR,
+    SEEING,
+    apply,
+    read_clouds,
+)
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
-ALL = ("seeing", *CONTROLS, *CORRUPTION_CONDITIONS)
+ALL = (SEEING, BLIND, NO_COLOR, *CORRUPTION_CONDITIONS)
 NUM_POINTS = 8192
 
 
