@@ -1,10 +1,10 @@
 """Judges: language models that are asked about answers, behind an OpenAI-compatible endpoint or in this process.
 
 A judge is a callable, prompts → replies. What prompts ask and how replies are read is the matter of the metrics; a judge
-only asks, as repeatably as it can (temperature 0, a fixed seed), and never twice: each reply is kept as it comes, so a
-killed run loses no more than the requests on their way.
+only asks, as repeatably as the model lets it (temperature 0, a fixed seed), and never twice: each reply is kept as it
+comes, so a killed run loses no more than the requests on their way.
 
-    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "date",
+    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "date", "sampled",
                               "finish_reason", "served_model", "prompt_tokens", "completion_tokens"}; DIGEST is that of
                               the key
 """
@@ -98,8 +98,9 @@ class Judge:
         """All replies that were given since the judge was made, whenever they came.
 
         Returns:
-            "replies": how many different ones; "cut": by the limit of tokens; "date" of the first and the last; "served_models": as the endpoint called
-            itself; "prompt_tokens", "completion_tokens" and "cost" in US dollars, at today's price; None if unknown.
+            "replies": how many different ones; "cut": by the limit of tokens; "sampled": by a model that refuses
+            temperature 0; "date" of the first and the last; "served_models": as the endpoint called itself;
+            "prompt_tokens", "completion_tokens" and "cost" in US dollars, at today's price; None if unknown.
         """
         entries = list(self._used.values())
         dates = sorted({entry["date"] for entry in entries})
@@ -112,6 +113,7 @@ class Judge:
         return {
             "replies": len(entries),
             "cut": sum(entry["finish_reason"] == "length" for entry in entries),
+            "sampled": sum(entry["sampled"] for entry in entries),
             "date": " to ".join(dict.fromkeys((*dates[:1], *dates[-1:]))),
             "served_models": sorted({entry["served_model"] for entry in entries} - {None}),
             **tokens,
@@ -131,7 +133,7 @@ class Judge:
         try:
             entry = json.loads(self._path(prompt).read_bytes())
             whole = entry["key"] == self._key | {"prompt": prompt} and isinstance(entry["reply"], str | None)
-            whole = whole and isinstance(entry["date"], str)
+            whole = whole and isinstance(entry["date"], str) and isinstance(entry["sampled"], bool)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
@@ -169,7 +171,11 @@ def _as_utf8(text: str) -> str:
 ATTEMPTS = 7  # with waits of up to 1, 2, … 32 s between them: about a minute, after which most rate limits begin anew
 MAX_RETRY_AFTER = 300  # seconds; who asks for more is out of quota rather than busy
 GRACE = 10  # seconds that requests on their way get when the run ends early
-REPLACEMENTS = {"seed": None, "max_tokens": "max_completion_tokens"}  # of settings that some models refuse
+REPLACEMENTS = {
+    "seed": None,
+    "temperature": None,
+    "max_tokens": "max_completion_tokens",
+}  # of settings that some models refuse
 FIXES = {
     401: "Set the environment variable {variable} to a key that it accepts.",
     402: "Top up the account, or take another endpoint.",
@@ -187,7 +193,7 @@ class EndpointJudge(Judge):
     """A model behind an OpenAI-compatible endpoint: a paid one, or vLLM, llama.cpp, Ollama on one's own machine.
 
     A server that is busy, broken or silent is asked again, later and later, and not before the time that it names. One
-    that refuses (the key, the model, a setting) ends the run at once, and so do `concurrency` prompts in vain in a row,
+    that refuses (the key, the model) ends the run at once, and so do `concurrency` prompts in vain in a row,
     three at least; a stray one does when all others are answered. A prompt that a content filter refuses has the reply
     None. A model that thinks before it replies needs more `max_tokens`, or a server that turns thinking off: a reply that
     is cut off before its verdict cannot be read.
@@ -297,7 +303,7 @@ class EndpointJudge(Judge):
             except openai.APIStatusError as error:
                 if error.code == "content_filter":  # how Azure refuses a prompt; its price is unknown
                     reply = dict.fromkeys(("reply", "served_model", "prompt_tokens", "completion_tokens"))
-                    return self._keep(prompt, reply | {"finish_reason": "content_filter"})
+                    return self._keep(prompt, reply | {"finish_reason": "content_filter", "sampled": False})
                 trouble = self._tell(f"HTTP {error.status_code} {error.response.text}")
                 if not (_is_passing(error) or self._can_do_without(error, settings)):
                     fix = FIXES.get(error.status_code, "It was sent {settings}.")
@@ -330,7 +336,8 @@ class EndpointJudge(Judge):
         # Raw: the client makes something of anything that is JSON.
         completions = self._client.chat.completions.with_raw_response
         response = completions.create(model=self.name, messages=messages, **settings)
-        return _read_completion(response.http_response.content.decode(errors="replace"))
+        completion = _read_completion(response.http_response.content.decode(errors="replace"))
+        return completion | {"sampled": "temperature" not in settings}
 
     def _can_do_without(self, error: "openai.APIStatusError", settings: dict) -> bool:
         """Whether a request was refused for a setting that can be left out or renamed. It is, from now on."""
@@ -482,6 +489,7 @@ class LocalJudge(Judge):
                 {
                     "reply": self._tokenizer.decode(tokens, skip_special_tokens=True),
                     "finish_reason": "stop" if len(end) else "length",
+                    "sampled": False,
                     "served_model": None,
                     "prompt_tokens": int(mask.sum()),
                     "completion_tokens": len(tokens),

@@ -310,6 +310,8 @@ def _settings(results: dict) -> Section:
         facts["judge's prompts"] = _listed(judge["prompts"], " sha256 ")
         tokens_in, tokens_out, cost = (judge[name] for name in ("prompt_tokens", "completion_tokens", "cost"))
         cut = f", {judge['cut']:,} of them cut off" if judge["cut"] else ""
+        if judge["sampled"]:
+            cut += f", {judge['sampled']:,} sampled, for the model refuses temperature 0: asked anew, it may say other things"
         facts["judge's use"] = (
             f"{judge['replies']:,} replies{cut}; {_known(tokens_in)} tokens in, {_known(tokens_out)} out; cost "
             f"{'unknown' if cost is None else f'{cost:.4f} US dollars'}"

@@ -152,7 +152,8 @@ def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None 
         "generation": {"answers": len(rows), "seconds": 41.2, "objects_per_second": 2.4, "cut": 3},
         "judge": judge and {
             "model": judge, "endpoint": "127.0.0.1", "date": "2026-11-23", "prompts": {"caption_score": "aa" * 8,
-            "open_vocabulary_accuracy": "bb" * 8, "closed_set_accuracy": "cc" * 8, "hallucination": "dd" * 8}, "replies": 200, "cut": 0, "served_models": [],
+            "open_vocabulary_accuracy": "bb" * 8, "closed_set_accuracy": "cc" * 8, "hallucination": "dd" * 8}, "replies": 200, "cut": 4, "sampled": 196,
+            "served_models": ["judge-1-0613"],
             "prompt_tokens": 61234, "completion_tokens": 2345, "cost": None},
         "scores": scores, "tests": tests, "classes": None,
     }  # fmt: skip
