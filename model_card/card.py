@@ -13,6 +13,7 @@ The text is in `card.jinja`. What it prints are `facts`, and it may hold no numb
 """
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
@@ -465,8 +466,10 @@ def _find_worst_corruption(run: Fact, main: Fact) -> Fact | None:
 
 
 def _take_ablation(path: Path, folder: Path) -> Fact:
-    """The table, without a title of its own; its picture is copied into the folder."""
-    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    """The table, without a title of its own, its headings below the card's; its picture is copied into the folder."""
+    parts = path.read_text(encoding="utf-8").strip().split("```")  # every other one is code
+    parts[::2] = [re.sub(r"^#(?=#+ )", "###", part, flags=re.MULTILINE) for part in parts[::2]]
+    lines = "```".join(parts).splitlines()
     picture = path.with_suffix(".png")
     if picture.is_file() and picture.resolve() != (folder / picture.name).resolve():
         shutil.copyfile(picture, folder / picture.name)

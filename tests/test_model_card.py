@@ -420,7 +420,8 @@ def test_the_command_writes_the_same_card(household, make_run, monkeypatch, tmp_
     """What the card ends with, taken apart as a command line would, gives it again."""
     make_run("one", make_results())
     (tmp_path / "ablation.md").write_text(
-        "# Ablations\n\n| variant | accuracy |\n|-|-|\n| no stage I | 0.5 |\n\n![all](ablation.png)\n"
+        "# Ablations\n\n| variant | accuracy |\n|-|-|\n| no stage I | 0.5 |\n\n![all](ablation.png)\n\n"
+        "## What it shows\n\n```bash\n## a comment\n```\n"
     )
     (tmp_path / "ablation.png").write_bytes(b"picture")
     monkeypatch.chdir(tmp_path)
@@ -432,6 +433,7 @@ def test_the_command_writes_the_same_card(household, make_run, monkeypatch, tmp_
                      "--ablation", "ablation.md"]  # fmt: skip
     assert write_card("household", ["one"], read_given([words[6]]), words[8]).read_text() == card
     assert "### Ablations\n\n| variant" in card and (household / "ablation.png").read_bytes() == b"picture"
+    assert "\n#### What it shows\n\n```bash\n## a comment\n" in card
 
 
 def test_paths_of_this_machine_stay_here(household, make_run, tmp_path):
