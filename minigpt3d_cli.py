@@ -181,7 +181,11 @@ def add_evaluate(commands):
     )
     scores = evaluate.add_argument_group("scores")
     scores.add_argument(
-        "--metrics", nargs="+", default=[], metavar="NAME", help="these only (default: all that need no download)"
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="these, and what --out has scored before (default: all that need no download)",
     )
     scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="score s_bert, too, with this encoder")
     scores.add_argument("--simcse", metavar="DIR_OR_ID", help="score simcse, too, with this encoder")
@@ -455,6 +459,21 @@ def load(args: argparse.Namespace):
 
 class CommandError(Exception):
     """What went wrong, in one line for the user."""
+
+
+class ShowWarnings:
+    """Warnings for users as one line each, and not again; those for developers as `show` has them."""
+
+    def __init__(self, show):
+        self.show, self.shown = show, set()
+
+    def __call__(self, message, category, *where):
+        text = " ".join(str(message).split())
+        if category is not UserWarning:
+            self.show(message, category, *where)
+        elif text not in self.shown:
+            self.shown.add(text)
+            complain(f"warning: {text}")
 
 
 def complain(message: str):
@@ -877,7 +896,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = ShowWarnings(warnings.showwarning)
+            return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the answers has left, `head` for one

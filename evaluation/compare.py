@@ -237,4 +237,5 @@ def _cell(score: dict | None, unit: str) -> str:
         return "–"
     if "source" in score:  # as printed
         return f"{score['value']:.2f}{' %' if unit == 'share' else ''} (no interval)"
-    return with_interval(score)
+    unparsed = f", {score['unparsed']:,} of {score['objects']:,} unparsed" if score.get("unparsed") else ""
+    return with_interval(score) + unparsed

@@ -17,6 +17,7 @@ import re
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import date
@@ -247,6 +248,7 @@ class EndpointJudge(Judge):
         # It insists on a key, and without one would take that of another variable.
         self._client = openai.OpenAI(api_key=self._api_key or "none", base_url=url, max_retries=0, timeout=timeout)
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._has_warned = False
         self._next_start = 0.0  # on the monotonic clock: no request starts before
 
     def _ask(self, prompts: list[str]) -> Iterator[dict]:
@@ -320,7 +322,19 @@ class EndpointJudge(Judge):
                 trouble = self._tell(f"{error} {error.__cause__ or ''}")
             except ValueError as error:
                 trouble = self._tell(f"no chat completion came, but {error}")
+            if attempt == 2:
+                self._warn_of(trouble)
         raise _NoReplyError(f"{trouble} ({ATTEMPTS} attempts)")
+
+    def _warn_of(self, trouble: str):
+        """Once, what keeps a run waiting."""
+        with self._lock:
+            is_first, self._has_warned = not self._has_warned, True
+        if is_first:
+            warnings.warn(
+                f"{self._shown_url}: {trouble}. It is asked again, up to {ATTEMPTS} times, later and later.",
+                stacklevel=2,
+            )
 
     def _take_turn(self) -> float:
         """Seconds until a request may start, to be asked again then; 0 if this one may."""

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -255,16 +256,22 @@ def read_own(data: str) -> list[EvalObject]:
     twice = sorted({each for each in ids if ids.count(each) > 1}) if len(set(ids)) < len(ids) else []
     if twice or not objects:
         problem = (
-            f"object_id {twice[0]!r} is there twice; give lines an object_id of their own" if twice else "is empty"
+            f"object_id {twice[0]!r} is there twice; give lines an object_id of their own"
+            if twice
+            else "holds no objects: expected a line for each, with 'file' and 'label', 'caption' or 'color'"
         )
         raise ValueError(f"--data {data}: {problem}.")
     return objects
 
 
+OWN_COLUMNS = ("file", "label", "caption", "color", "object_id")
+
+
 def _read_lines(path: Path) -> list[EvalObject]:
-    objects = []
+    objects, spelling, unknown = [], {}, {}
     for where, line in read_own_lines(path, {"file"}):
         facts = {name: line.get(name) for name in ("label", "caption", "color")} if isinstance(line, dict) else {}
+        unknown |= dict.fromkeys(name for name in line if name not in OWN_COLUMNS) if facts else {}
         if not facts or not isinstance(line.get("file"), str) or not any(facts.values()):
             raise ValueError(
                 f"{where}: expected 'file' and at least one of 'label', 'caption' and 'color', got {json.dumps(line)[:80]}."
@@ -272,13 +279,22 @@ def _read_lines(path: Path) -> list[EvalObject]:
         for name, value in facts.items():
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ValueError(f"{where}: {name!r} must be a text, got {value!r:.80}.")
-        if facts["color"] is not None and facts["color"] not in COLORS:
+        facts = {name: value and value.strip() for name, value in facts.items()}
+        if facts["label"]:  # "Chair" is what "chair" is: as it was first written
+            facts["label"] = spelling.setdefault(facts["label"].casefold(), facts["label"])
+        if facts["color"] and (color := facts["color"].lower()) in COLORS:
+            facts["color"] = color
+        elif facts["color"]:
             raise ValueError(f"{where}: 'color' must be one of {', '.join(COLORS)}, got {facts['color']!r}.")
         file = path.parent / line["file"]
         if not file.is_file():
             raise ValueError(f"{where}: there is no file {file}.")
         object_id = str(line.get("object_id") or Path(line["file"]).stem)
         objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS), **facts))
+    if unknown:
+        warnings.warn(
+            f"{path}: of each object, {', '.join(OWN_COLUMNS)} are read; not read: {', '.join(unknown)}.", stacklevel=4
+        )
     return objects
 
 
@@ -320,7 +336,9 @@ def read_answers(path: Path) -> list[dict]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--answers {path}: not UTF-8 ({error}). Save it as UTF-8.") from error
+    except OSError as error:
         raise ValueError(f"--answers {path}: cannot be read ({error}).") from error
     try:
         content = json.loads(text)

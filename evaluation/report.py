@@ -17,6 +17,7 @@ from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     as_corruption,
     interval,
+    is_mute,
     main_score,
     number,
     read_objects,
@@ -33,16 +34,16 @@ FEW = 20  # a bootstrap of fewer objects does not see what others would be like
 # What a control tells: where the objects as they are do better, and where they do not.
 READINGS = {
     BLIND: (
-        "The geometry is used: with every point and color at zero the score is worse.",
-        "Nothing here shows that the geometry is used: with every point and color at zero the score cannot be told from this one.",
+        "The geometry is used: with every point and color at zero the main score is worse.",
+        "The main score does not show that the geometry is used: with every point and color at zero it cannot be told from this one.",
     ),
     SHUFFLED: (
-        "The answers belong to their objects: scored against another object they are worse.",
-        "Nothing here shows that the answers belong to their objects: scored against another object they cannot be told from these.",
+        "The answers belong to their objects: scored against another object, the main score is worse.",
+        "The main score does not show that the answers belong to their objects: scored against another object, it cannot be told from this one.",
     ),
     NO_COLOR: (
-        "Color is used: without it the score is worse.",
-        "Nothing here shows that color is used: without it the score cannot be told from this one.",
+        "Color is used: without it the main score is worse.",
+        "The main score does not show that color is used: without it, it cannot be told from this one.",
     ),
 }
 
@@ -152,13 +153,15 @@ def _differences(results: dict) -> Section:
         if control not in about_main:
             continue
         test = about_main[control]
-        gain = -test["difference"] if METRICS[main["metric"]].lower_is_better else test["difference"]
         if test["p"] >= SIGNIFICANT:
-            section.words.append(not_used)
-        elif gain > 0:
+            others = [_named(results, each) for each in tests if each["b"] == control and _is_gain(each)]
+            section.words.append(not_used + (f" Others show it: {'; '.join(others)}." if others else ""))
+        elif _is_gain(test):
             section.words.append(used)
         else:
-            section.words.append(f"Unexpected: {CONTROLS[control]}, the score is better than as it is.")
+            section.words.append(f"Unexpected: {CONTROLS[control]}, the main score is better than as it is.")
+    if results["dataset"].get("labels") == 1:
+        section.words.append("All objects have one label: accuracy says no more than whether answers name it.")
     if BLIND not in about_main:
         section.words.append("There is no blind control, so nothing here says whether the geometry is used.")
     section.points = [f"{_named(results, test)}: {test['words']}" for test in tests]
@@ -168,11 +171,22 @@ def _differences(results: dict) -> Section:
     return section
 
 
+def _is_gain(test: dict) -> bool:
+    """Whether the objects as they are do better than the control, by more than noise."""
+    gain = -test["difference"] if METRICS[test["metric"]].lower_is_better else test["difference"]
+    return test["p"] < SIGNIFICANT and gain > 0
+
+
 def _unparsed_and_cut(results: dict) -> list[str]:
     unparsed = [score for score in results["scores"] if score["unparsed"] and score["condition"] == SEEING]
     words = [
         f"{score['unparsed']:,} of {score['objects']:,} could not be read for {_named(results, score)} "
         f"({'no verdict came from the judge' if score['judge'] else 'the answer names no class'}) and count as wrong."
+        + (
+            " So this number says nothing of the model: take another judge, or --judge-max-tokens."
+            if is_mute(score)
+            else ""
+        )
         for score in unparsed
     ]
     if not unparsed:

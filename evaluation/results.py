@@ -81,6 +81,11 @@ def main_score(results: dict) -> dict:
     return min(seeing, key=lambda score: (order.index(score["metric"]), questions.index(score["question"])))
 
 
+def is_mute(score: dict) -> bool:
+    """Whether the judge gave no verdict at all, so that the score says nothing of the model."""
+    return bool(score["judge"]) and score["unparsed"] == score["objects"]
+
+
 def prompt_hash(results: dict, metric: str) -> str | None:
     """Of the prompt that the judge scored a metric with."""
     return results["judge"]["prompts"].get(METRICS[metric].prompt)

@@ -42,7 +42,7 @@ from .likelihood import check_answers, class_log_likelihoods, encode_answers, ra
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .progress import progress
 from .report import write_report
-from .results import OBJECTS_FILE, RESULTS_FILE
+from .results import OBJECTS_FILE, RESULTS_FILE, is_mute, read_results
 from .score import Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
@@ -72,7 +72,7 @@ class Options:
         batch_size: objects that are answered together.
         phrases: answers whose likelihood is taken, with {} for a class's name; empty: the suite's.
         robustness: whether corruptions are tried, too.
-        metrics: names; empty: all of the suite that are at hand.
+        metrics: names; empty: all of the suite that are at hand. What `out` holds of others is scored again.
         encoders: folder or Hub id of a sentence encoder, by metric, where it is not the one of `METRICS`.
         judge: prompts → replies.
         judge_prompts: the user's own, by name (of `JUDGE_PROMPTS`).
@@ -149,8 +149,16 @@ def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
     return replace(suite, questions=tuple(questions), classes=classes)
 
 
-def choose_metrics(suite: Suite, options: Options) -> tuple[list[str], dict[str, str]]:
+def scored_before(out: Path) -> set[str]:
+    """Metrics of the run's earlier results, if it has any."""
+    return {score["metric"] for score in read_results(out)["scores"]} if (out / RESULTS_FILE).is_file() else set()
+
+
+def choose_metrics(suite: Suite, options: Options, before: set[str]) -> tuple[list[str], dict[str, str]]:
     """Metrics that are scored, and of the suite's others why they are not.
+
+    Args:
+        before: metrics that are scored beside those that were asked for.
 
     Raises:
         ValueError: one that was asked for is unknown or not at hand.
@@ -165,7 +173,7 @@ def choose_metrics(suite: Suite, options: Options) -> tuple[list[str], dict[str,
         if find_spec(module) is None:
             raise ImportError(f'evaluation needs {package}, which is not installed. pip install "minigpt3d[eval]"')
     chosen, left_out = [], {}
-    for name in options.metrics or known:
+    for name in [each for each in known if not options.metrics or each in before.union(options.metrics)]:
         problem = _problem(name, options)
         if problem is None:
             chosen.append(name)
@@ -506,7 +514,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     """
     objects = read_objects(options)
     suite = suite_for(options, objects)
-    metrics, left_out = choose_metrics(suite, options)
+    before = scored_before(options.out)
+    metrics, left_out = choose_metrics(suite, options, before)
     check_texts(suite, objects, metrics, options)
     given = None if options.answers is None else take_answers(suite, objects, options)
     # Processes wait for the slowest, which may take its time.
@@ -514,17 +523,22 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     with alone_in(options.out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             for name, why in left_out.items():
-                say(f"not scored: {name} {why}")
+                say(f"not scored{' any more' if name in before else ''}: {name} {why}")
         settings, facts = answer_all(suite, objects, options, given, load)
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return {}
         if options.judge is not None:
-            asked = count_judged(suite, options.out)
+            asked = count_judged(suite, metrics, options.out)
             say(
                 f"{options.judge.name} is asked about up to {asked:,} answers, but not again where it has replied before"
             )
         scored = score_all(suite, objects, metrics, options)
+        if mute := {METRICS[score["metric"]].title for score in scored["scores"] if is_mute(score)}:
+            say(
+                f"{options.judge.name} gave no verdict that can be read on {', '.join(sorted(mute))}: that says nothing of "
+                "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens."
+            )
         encoders = {name: METRICS[name].needs for name in metrics if "/" in METRICS[name].needs}
         results = {
             "schema": 1,
@@ -533,7 +547,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "date": date.today().isoformat(),
             "command": options.command,
             "seed": options.seed,
-            "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]},
+            "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]}
+            | {"labels": len({each.label for each in objects if each.label})},
             "model": {"name": options.model, "fingerprint": options.fingerprint, "parameters": facts["parameters"]}
             | {"dtype": settings["dtype"]},
             **{name: settings[name] for name in ("decoding", "template", "batch_size")},
@@ -544,7 +559,7 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "encoders": {
                 name: name_encoder(options.encoders.get(name, default)) for name, default in encoders.items()
             },
-            "judge": None if options.judge is None else describe_judge(suite, options),
+            "judge": None if options.judge is None else describe_judge(suite, metrics, options),
             "not_scored": left_out,
         } | scored
         write_json(options.out / RESULTS_FILE, results)
@@ -610,10 +625,12 @@ def sum_up_answers(out: Path) -> dict:
     }
 
 
-def count_judged(suite: Suite, out: Path) -> int:
+def count_judged(suite: Suite, metrics: list[str], out: Path) -> int:
     """How many questions a judge has to answer, where none are equal."""
     prompts = {
-        question.name: len({METRICS[name].prompt for name in question.metrics if is_judged(suite, name)})
+        question.name: len(
+            {METRICS[name].prompt for name in question.metrics if name in metrics and is_judged(suite, name)}
+        )
         for question in suite.questions
     }
     # Those of objects as they are twice, for each is compared with another object, too.
@@ -627,10 +644,10 @@ def name_encoder(given: str) -> str:
     return Path(given).resolve().name if Path(given).exists() else given
 
 
-def describe_judge(suite: Suite, options: Options) -> dict:
+def describe_judge(suite: Suite, metrics: list[str], options: Options) -> dict:
     """Who judged, by which prompts, when, and what it took."""
     prompts = {}
-    for name in {name: None for question in suite.questions for name in question.metrics}:
+    for name in metrics:
         if is_judged(suite, name):
             metric = METRICS[name]
             text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)

@@ -158,15 +158,26 @@ def _set_tests(p: float, difference: float):
     ("p", "difference", "said"),
     [
         (1e-9, 0.5, "The geometry is used"),
-        (0.8, 0.01, "Nothing here shows that the geometry is used"),
-        (0.06, 0.1, "Nothing here shows that the geometry is used"),
-        (1e-9, -0.5, "Unexpected: blind, the score is better than as it is"),
+        (0.8, 0.01, "The main score does not show that the geometry is used"),
+        (0.06, 0.1, "The main score does not show that the geometry is used"),
+        (1e-9, -0.5, "Unexpected: blind, the main score is better than as it is"),
     ],
 )
 def test_blind_control_in_words(tmp_path, p, difference, said):
     folder = household_run(tmp_path / "run", corruptions=False)
     markdown = changed(folder, _set_tests(p, difference))
-    assert said in markdown
+    assert said in markdown and "Others show it" not in markdown
+
+
+def test_scores_that_show_more_than_the_main_one_are_named(tmp_path):
+    def change(results, rows):
+        for test in results["tests"]:
+            test["p"] = 0.5 if test["metric"] == "closed_set_accuracy" else 0.01
+            test["difference"] = -0.1 if test["metric"] == "likelihood_top_5" else 0.1
+
+    markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
+    (said,) = [line for line in markdown.splitlines() if "does not show that color is used" in line]
+    assert said.endswith("Others show it: likelihood, top 1, “What is this?”; color accuracy, “What color is it?”.")
 
 
 def test_all_answers_read_and_none_cut(tmp_path):

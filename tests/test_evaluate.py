@@ -218,9 +218,26 @@ def test_own_objects(own_objects):
 
 
 def test_own_objects_in_a_table(own_objects):
+    """As a spreadsheet writes it and people type: with a mark, Windows' line ends, blanks and capitals."""
     table = own_objects.with_suffix(".csv")
-    table.write_text("file,label\nbox0.npy,box\nbox1.npy,crate\n")
-    assert [(each.object_id, each.label) for each in read_own(str(table))] == [("box0", "box"), ("box1", "crate")]
+    table.write_bytes(
+        "\ufefffile,label,color\r\nbox0.npy,Box ,Red\r\nbox1.npy,crate,\r\nbox2.npy, box,red\r\n".encode()
+    )
+    objects = [(each.object_id, each.label, each.color) for each in read_own(str(table))]
+    assert objects == [("box0", "Box", "red"), ("box1", "crate", None), ("box2", "Box", "red")]
+
+
+def test_columns_that_nobody_reads_are_told(own_objects):
+    table = own_objects.with_name("colour.csv")
+    table.write_text("file,label,colour\nbox0.npy,box,red\n")
+    with pytest.warns(UserWarning, match="colour.csv: .* color, object_id are read; not read: colour"):
+        read_own(str(table))
+    table.write_text("file;label\nbox0.npy;box\n")
+    with pytest.raises(ValueError, match="must name the column file, with commas between them; got file;label"):
+        read_own(str(table))
+    table.write_bytes("file,label\nbox0.npy,Möbel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8 .* Save it as UTF-8"):
+        read_own(str(table))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +251,7 @@ def test_own_objects_in_a_table(own_objects):
         ("[1]", "line 1: expected 'file'"),
         ("{", "line 1: not JSON"),
         ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is there twice"),
-        ("", "is empty"),
+        ("", "holds no objects: expected a line for each"),
     ],
 )
 def test_own_objects_out_of_schema(own_objects, line, message):
@@ -481,6 +498,9 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     assert run_command(*arguments, "--batch-size", 4) == 0
     assert sorted(read_lines(out / "answers"), key=json.dumps) == before
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    # One score more, or only one: what there was stays.
+    assert run_command(*arguments, "--batch-size", 4, "--metrics", "rouge_l") == 0
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     # And with other settings, which is refused.
     assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
     assert "holds answers with seed 0, but now it is 1" in capsys.readouterr().err
@@ -564,6 +584,55 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     assert not (out / "answers").exists()
 
 
+def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    found = []
+    for name in ("rouge_l", "color_accuracy"):
+        assert run_command(*arguments, "--metrics", name) == 0
+        found.append({entry["metric"] for entry in json.loads((out / "results.json").read_text())["scores"]})
+    assert "color_accuracy" not in found[0] and found[1] == found[0] | {"color_accuracy"}
+
+
+def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
+    """Its scores are zero by its own fault."""
+
+    class Mute(Judge):
+        def _ask(self, prompts):
+            facts = dict.fromkeys(("finish_reason", "served_model", "prompt_tokens", "completion_tokens"))
+            yield from [self._keep(prompt, {"reply": "hm", "sampled": False} | facts) for prompt in prompts]
+
+    said = []
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, metrics=["caption_score"],
+                      judge=Mute("m", tmp_path / "judge", {"model": "m"}))  # fmt: skip
+    results = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
+    assert any("m gave no verdict that can be read on caption score" in line for line in said)
+    assert set(results["judge"]["prompts"]) == {"caption_score"}  # the only one that was asked
+    assert "So this number says nothing of the model" in (tmp_path / "out" / "report.md").read_text()
+    folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
+    assert minigpt3d_cli.main(["compare", *folders]) == 0
+    assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
+
+
+def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path):
+    table = own_objects.with_name("one.csv")
+    table.write_text("file,label\nbox0.npy,box\nbox1.npy,box\n")
+    arguments = [
+        "own",
+        "--data",
+        table,
+        "--model",
+        model_dir,
+        "--out",
+        tmp_path / "out",
+        "--greedy",
+        "--device",
+        "cpu",
+    ]
+    assert run_command(*arguments) == 0
+    assert "All objects have one label" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     """By hand, from the scores to the report: one whose every second reply is nonsense, and nothing is asked twice."""
     asked = []
@@ -573,7 +642,13 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
             for prompt in prompts:
                 asked.append(prompt)
                 reply = "nonsense" if len(asked) % 2 else "T#so" if "T#" in prompt else "7#1#so"
-                facts = {"finish_reason": "stop", "served_model": "m-1", "prompt_tokens": 10, "completion_tokens": 2}
+                facts = {
+                    "finish_reason": "stop",
+                    "sampled": False,
+                    "served_model": "m-1",
+                    "prompt_tokens": 10,
+                    "completion_tokens": 2,
+                }
                 yield self._keep(prompt, {"reply": reply} | facts)
 
     def run():
@@ -658,7 +733,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
             ],
             "--judge-prompt closed_set_accuracy: in household the judge is asked for caption_score, hallucination",
         ),
-        (["own", "--data", "TWINS"], "'box' names two classes"),
+        (["own", "--data", "TWINS"], "'a_box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
         (["own", "--data", "BROKEN"], "2 of 3 objects cannot be read"),
         (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
@@ -677,7 +752,9 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     (tmp_path / "PROMPT").write_text("Is it so? {answer}")
     lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn")]
     (tmp_path / "BROKEN.jsonl").write_text("\n".join(lines))
-    lines = [json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("Box", "box")]
+    lines = [
+        json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("a box", "a_box")
+    ]
     (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
     files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl"}
     arguments = [tmp_path / files[each] if each in files else each for each in arguments]

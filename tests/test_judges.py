@@ -473,12 +473,16 @@ def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
 @pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
 def test_a_broken_server_is_given_up(endpoint, make_judge, concurrency, in_vain):
     endpoint.answer = lambda request, nth: Answer(b"<html>no API here</html>")
-    with pytest.raises(
-        JudgeError, match=rf"did not reply to {in_vain} of 40 .*no chat completion came.*no API here.* 0 of 40 replies"
+    with (
+        pytest.warns(
+            UserWarning, match="no chat completion came.*no API here.* It is asked again, up to 7 times"
+        ) as told,
+        pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
     # Each thread may have begun with one more.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
+    assert len(told) == 1
 
 
 def test_no_server_at_all(endpoint, make_judge):

@@ -252,8 +252,8 @@ def test_a_table_is_packed_too(tmp_path):
     assert [turn["value"] for turn in one.conversations] == ["<point>\nWhat is this?", "A red, round box."]
     assert (two.object_id, two.path) == ("b", str(tmp_path / "b.npy")) and not any(others)
     for text, message in (
-        ("name,text\na,b\n", "must name the columns file and caption, got .'name', 'text'."),
-        ("", "must name the columns file and caption, got None"),
+        ("name,text\na,b\n", "must name the columns file and caption, with commas between them; got name,text"),
+        ("", "must name the columns file and caption, .*; got nothing"),
         ("file,caption\na.npy,\n", "line 2: expected either a 'caption' or 'conversations'"),
         ("file,caption\n,A box.\n", "line 2: expected 'file'"),
         ("file,caption\na.npy,A red, round box.\n", "line 2: more values than .* columns. Quote what holds a comma"),

@@ -105,13 +105,18 @@ def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin theirs with a mark
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). Save it as UTF-8.") from error
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
-        if not columns <= set(rows.fieldnames or ()):
+        names = rows.fieldnames or ["nothing"]
+        if not columns <= set(names):
             wanted = " and ".join(sorted(columns, reverse=True))
-            raise ValueError(f"{path}: its first line must name the columns {wanted}, got {rows.fieldnames}.")
+            raise ValueError(
+                f"{path}: its first line must name the column{'s' * (len(columns) > 1)} {wanted}, with commas between them; got {','.join(names)}."
+            )
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row:

@@ -124,7 +124,9 @@ def _namer(classes, aliases):
                 raise ValueError(f"{name!r} is no name that an answer could hold, for class {label!r}.")
             other = classes_by_name.setdefault(_plain(name), label)
             if other != label:
-                raise ValueError(f"{name!r} names two classes, {other!r} and {label!r}: an answer could not be read.")
+                raise ValueError(
+                    f"{name!r} names two classes, {other!r} and {label!r}: an answer could not be read. Write them alike."
+                )
     for name, label in list(classes_by_name.items()):
         for form in _other_forms(name):
             classes_by_name.setdefault(form, label)
