@@ -79,13 +79,15 @@ def draw_scores(results: dict) -> bytes | None:
             value, low, high = (scaled(score[key], score["unit"]) for key in ("value", "low", "high"))
             first = condition == SEEING
             panel.plot([low, high], [y, y], color=COLORS[condition], linewidth=2.2 if first else 1.2, alpha=0.8)
-            panel.plot(value, y, "o" if first else "D", color=COLORS[condition], markersize=6 if first else 4)
-            panel.text(high + 1, y, f"{value:.1f}", fontsize=7, va="center", color=COLORS[condition])
+            panel.plot(
+                value, y, "o" if first else "D", color=COLORS[condition], markersize=6 if first else 4, clip_on=False
+            )
+            panel.text(high + 1.5, y, f"{value:.1f}", fontsize=7, va="center", color=COLORS[condition])
     for height in range(1, len(rows)):
         panel.axhline(height - 0.5, color="#e5e5e5", linewidth=0.8)
     panel.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(min([0, *(scaled(s["low"], s["unit"]) for row in rows.values() for s in row.values())]), 106)
+    panel.set_xlim(min([0, *(scaled(s["low"], s["unit"]) for row in rows.values() for s in row.values())]), 109)
     panel.set_xticks(range(0, 101, 20))
     panel.set_xlabel("per cent, or points of 100; lines are 95 % intervals", fontsize=8)
     handles = [
