@@ -529,9 +529,9 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         if not accelerator.is_main_process:
             return {}
         if options.judge is not None:
-            asked = count_judged(suite, metrics, options.out)
+            asked = count_judged(suite, objects, metrics, options.out)
             say(
-                f"{options.judge.name} is asked about up to {asked:,} answers, but not again where it has replied before"
+                f"{options.judge.name} is asked up to {asked:,} questions, but none again that it has replied to before"
             )
         scored = score_all(suite, objects, metrics, options)
         if mute := {METRICS[score["metric"]].title for score in scored["scores"] if is_mute(score)}:
@@ -625,17 +625,18 @@ def sum_up_answers(out: Path) -> dict:
     }
 
 
-def count_judged(suite: Suite, metrics: list[str], out: Path) -> int:
-    """How many questions a judge has to answer, where none are equal."""
+def count_judged(suite: Suite, objects: list[EvalObject], metrics: list[str], out: Path) -> int:
+    """How many prompts a judge has to reply to, where none are equal."""
     prompts = {
         question.name: len(
             {METRICS[name].prompt for name in question.metrics if name in metrics and is_judged(suite, name)}
         )
         for question in suite.questions
     }
-    # Those of objects as they are twice, for each is compared with another object, too.
+    # Answers to objects as they are count twice, for each is compared with another object, too.
     return sum(
-        prompts[line["question"]] * (1 + (line["condition"] == SEEING)) for line in read_lines(out / ANSWERS_DIR)
+        prompts[question] * len(lines) * (1 + (condition == SEEING))
+        for (question, condition), lines in read_conditions(out / ANSWERS_DIR, suite, objects).items()
     )
 
 
