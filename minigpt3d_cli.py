@@ -345,10 +345,8 @@ def load_model(name: str):
     Raises:
         CommandError: there is no such model, it cannot be read, or weights are missing.
     """
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
     options = {} if Path(name).is_dir() else {"local_files_only": not hub_has(name)}
-    name, processor_name = find_adapter(name)
+    name, processor_name = find_adapter(name, **options)
     import logging as python_logging
 
     from transformers import logging
@@ -383,6 +381,8 @@ def hub_has(name: str) -> bool:
     Raises:
         CommandError: it has none, or it cannot be reached and there is no copy.
     """
+    if name.count("/") != 1:
+        raise CommandError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME (see --model)")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -400,23 +400,35 @@ def hub_has(name: str) -> bool:
     return True
 
 
-def find_adapter(name: str) -> tuple[str, str]:
-    """Where the model and where the processor are: an adapter's folder has the name of its base, which has the processor.
+def find_adapter(name: str, **options) -> tuple[str, str]:
+    """Where the model and where the processor are: an adapter has the name of its base, which has the processor.
+
+    Args:
+        name: folder or Hub id.
+        options: of the download.
 
     Raises:
         CommandError: the base is not where the adapter says.
     """
-    folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else Path(name) / "adapter"
-    if (Path(name) / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
-        return name, name
-    base = (
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    )
+    if Path(name).is_dir():
+        folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else Path(name) / "adapter"
+        if (Path(name) / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+            return name, name
+        adapter, config = str(folder), folder / "adapter_config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            adapter, config = name, Path(hf_hub_download(name, "adapter_config.json", **options))
+        except EntryNotFoundError:
+            return name, name
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
     if not Path(base).is_dir() and base.count("/") != 1:
         raise CommandError(
-            f"{folder}: its base {base} is not there; change base_model_name_or_path in adapter_config.json"
+            f"{adapter}: its base {base} is not there; change base_model_name_or_path in adapter_config.json"
         )
-    return str(folder), base
+    return adapter, base
 
 
 def load(args: argparse.Namespace):
@@ -786,7 +798,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         suite=args.suite,
         out=args.out,
         model=Path(name).name if Path(name).exists() else name,
-        fingerprint=fingerprint_model(name),
+        fingerprint=fingerprint_model(name, local_files_only=not Path(name).exists() and not hub_has(name)),
         data=args.data,
         annotations=args.annotations,
         answers=args.answers,

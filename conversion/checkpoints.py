@@ -6,8 +6,10 @@ import pickletools
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
 from .tables import TRAINER_STATE
 
@@ -199,11 +201,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_model(name: str) -> str:
-    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit."""
+def fingerprint_model(name: str, local_files_only: bool = False) -> str:
+    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit.
+
+    Raises:
+        ValueError: there is no such folder or file, and it is no Hub id.
+        OSError: the Hub has no such model, or is out of reach.
+    """
     path = Path(name)
+    if not path.exists() and name.count("/") != 1:
+        raise ValueError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME.")
     if not path.exists():
-        return extract_commit_hash(cached_file(name, "config.json"), None)[:16]
+        for file in ("config.json", "adapter_config.json"):
+            try:
+                found = hf_hub_download(name, file, local_files_only=local_files_only)
+            except EntryNotFoundError as error:
+                missing = error
+            else:
+                return extract_commit_hash(found, None)[:16]
+        raise missing
     files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -124,6 +124,20 @@ results[-1]["class"] = type(loaded).__module__
 print(json.dumps(results))
 """
 
+# Prints for a model and an adapter what an evaluation says that it evaluated.
+EVALUATE = f"""
+import json
+from minigpt3d_cli import main
+
+found = {{}}
+for model in ("{MODEL}", "{ADAPTER}"):
+    out = model.replace("/", "-")
+    options = ["--limit", "2", "--greedy", "--metrics", "closed_set_accuracy", "--device", "cpu"]
+    assert main(["evaluate", "household", "--model", model, "--out", out, *options]) == 0
+    found[model] = json.load(open(f"{{out}}/results.json"))["model"]
+print(json.dumps(found))
+"""
+
 
 @pytest.fixture(scope="module")
 def hub():
@@ -248,3 +262,9 @@ def test_model_pipeline_and_adapter_answer_from_the_hub_as_from_folders(read):
     assert from_hub["answer"] == "This is a brown chair."
     assert from_hub["with adapter"] != from_hub["without adapter"]
     assert code.startswith("transformers_modules.org."), "the code came from the Hub too"
+
+
+def test_an_evaluation_names_the_commit_on_the_hub(run, pushed):
+    found = run(EVALUATE)
+    assert found[MODEL]["name"] == MODEL and found[MODEL]["fingerprint"] == pushed["commits"][1][:16]
+    assert found[ADAPTER]["name"] == ADAPTER and len(found[ADAPTER]["fingerprint"]) == 16
