@@ -534,7 +534,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
                 f"{options.judge.name} is asked up to {asked:,} questions, but none again that it has replied to before"
             )
         scored = score_all(suite, objects, metrics, options)
-        if mute := {METRICS[score["metric"]].title for score in scored["scores"] if is_mute(score)}:
+        seeing = [score for score in scored["scores"] if score["condition"] == SEEING]
+        if mute := {METRICS[score["metric"]].title for score in seeing if is_mute(score)}:
             say(
                 f"{options.judge.name} gave no verdict that can be read on {', '.join(sorted(mute))}: that says nothing of "
                 "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens."

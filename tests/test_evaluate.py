@@ -614,9 +614,13 @@ def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
     assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
 
 
-def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path):
+def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
+    """And what is odd about a file is told once, on a line, however often it is read."""
     table = own_objects.with_name("one.csv")
-    table.write_text("file,label\nbox0.npy,box\nbox1.npy,box\n")
+    table.write_text("file,label\nbox0.npy,box\nhole.npy,box\n")
+    cloud = make_cloud(1)
+    cloud[:3] = np.nan
+    np.save(own_objects.with_name("hole.npy"), cloud)
     arguments = [
         "own",
         "--data",
@@ -631,6 +635,8 @@ def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path):
     ]
     assert run_command(*arguments) == 0
     assert "All objects have one label" in (tmp_path / "out" / "report.md").read_text()
+    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", capsys.readouterr().err)
+    assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
 
 
 def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
@@ -641,7 +647,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
         def _ask(self, prompts):
             for prompt in prompts:
                 asked.append(prompt)
-                reply = "nonsense" if len(asked) % 2 else "T#so" if "T#" in prompt else "7#1#so"
+                reply = "nonsense" if len(asked) % 2 else "T#so" if "F#" in prompt else "7#1#so"
                 facts = {
                     "finish_reason": "stop",
                     "sampled": False,
@@ -667,6 +673,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     count = len(asked)
     # Three prompts, of seven objects under four conditions, the blind among them; some are equal.
     assert "up to 84 questions" in told and 84 * 0.7 < count <= 84
+    assert [line for line in said if "gave no verdict" in line] == []  # it gave some
     judged = {entry["metric"]: entry for entry in first["scores"] if entry["judge"] and entry["condition"] == "seeing"}
     assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}
     assert sum(prompt.startswith("MINE") for prompt in asked) > 0
