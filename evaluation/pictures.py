@@ -149,8 +149,13 @@ def draw_robustness(scores: list[dict], title: str) -> bytes | None:
 
 
 def draw_confusion(names: list[str], confusion: list[list[int]]) -> bytes:
-    """Rows: what the objects are; columns: what they are taken for. Cells have counts, the color is the row's share."""
+    """Rows: what the objects are; columns: what they are taken for. Cells have counts, the color is the row's share.
+
+    Classes that no object is and none is taken for are left out.
+    """
     counts = np.array(confusion)
+    occurs = counts.any(0) | counts.any(1)
+    names, counts = [name for name, each in zip(names, occurs, strict=True) if each], counts[occurs][:, occurs]
     totals = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     size = np.clip(0.33 * len(names), 2.5, 10)

@@ -385,9 +385,17 @@ def test_few_corruptions(household, no_warnings, kept):
 def test_confusion_of_any_size(no_warnings, num_classes):
     generator = np.random.default_rng(0)
     counts = generator.multinomial(60, np.full(num_classes, 1 / num_classes), size=num_classes)
-    counts[0] = 0  # a class without objects
+    counts[0, 1:] = 0
     image = pixels(pictures.draw_confusion([f"class $_{i}" for i in range(num_classes)], counts.tolist()))
     assert max(image.shape) < 1500
+
+
+def test_confusion_of_the_classes_that_occur():
+    """Of an evaluation of a few objects: a class that none is but one is taken for stays."""
+    few = pixels(pictures.draw_confusion(["bed", "chair", "sofa"], [[1, 0, 2], [1, 1, 0], [0, 0, 0]]))
+    names = ["bed", "bowl", "chair", "sofa", "vase"]
+    counts = [[1, 0, 0, 2, 0], [0] * 5, [1, 0, 1, 0, 0], [0] * 5, [0] * 5]
+    assert np.array_equal(pixels(pictures.draw_confusion(names, counts)), few)
 
 
 def test_names_that_the_font_lacks(no_warnings):
