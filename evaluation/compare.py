@@ -181,6 +181,12 @@ def _notes(runs: dict[str, dict], judge: str | None, with_published: bool) -> li
     for what, key in (("decoding", "decoding"), ("chat template", "template")):
         if len({json.dumps(run["results"][key], sort_keys=True) for run in runs.values()}) > 1:
             notes.append(f"The runs differ in their {what}.")
+    served = [run["results"]["judge"]["served_models"] for run in runs.values()] if judge else []
+    if len({tuple(map(same_judge, names)) for names in served}) > 1:
+        names = [
+            f"{name} by {', '.join(found) or 'one without a name'}" for name, found in zip(runs, served, strict=True)
+        ]
+        notes.append(f"Behind the judge's name were different models: {'; '.join(names)}.")
     if with_published:
         notes.append("Published scores come without intervals, so no difference from them is tested.")
         if judge:

@@ -8,6 +8,7 @@ from .suites import METRICS
 
 
 RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
+_AGAIN = "Delete this file and run `minigpt3d evaluate` again: the answers are kept, only the scores are made anew."
 
 
 def read_results(folder: str | Path) -> dict:
@@ -26,9 +27,9 @@ def read_results(folder: str | Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
         schema = results["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. Run it again.") from error
+        raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_AGAIN}") from error
     if schema != 1:
-        raise ValueError(f"{path}: expected schema 1, got {schema!r}. It is from another version: evaluate again.")
+        raise ValueError(f"{path}: expected schema 1, got {schema!r}. It is from another version. {_AGAIN}")
     return results
 
 
@@ -49,8 +50,7 @@ def read_objects(folder: str | Path) -> list[dict]:
                 row["object_id"], row["question"], row["condition"], row["scores"].items()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: expected a scored answer, got {line[:60]!r} ({error!r}). Run `minigpt3d "
-                    "evaluate` again: the answers are kept, only the scores are made anew."
+                    f"{path}, line {number}: expected a scored answer, got {line[:60]!r} ({error!r}). {_AGAIN}"
                 ) from error
             rows.append(row)
     return rows

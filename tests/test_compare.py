@@ -96,6 +96,15 @@ def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
     assert any("judged with different prompts" in note for note in table["notes"])
 
 
+def test_another_model_behind_the_name_of_the_judge_is_told(runs, tmp_path):
+    folder = judged_run(tmp_path / "later", seed=3, name="me/later")
+    judge = read_results(folder)["judge"]
+    assert not any("Behind" in note for note in tables(runs["qwen"], folder)["objaverse", QWEN]["notes"])
+    change_results(folder, judge=judge | {"served_models": ["judge-1-1106"]})
+    (told,) = [note for note in tables(runs["qwen"], folder)["objaverse", QWEN]["notes"] if "Behind" in note]
+    assert "me/MiniGPT-3D by judge-1-0613; me/later by judge-1-1106" in told
+
+
 # ---- Published scores -----------------------------------------------------------------------------------------------
 
 
