@@ -108,7 +108,7 @@ def add_pack(commands):
         help="your own objects instead: a .csv with columns file and caption, or lines of JSON",
     )
     pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    pack.add_argument("--seed", type=int, default=0, help="of the order, shuffled once (default: 0)")
+    pack.add_argument("--seed", type=natural_int, default=0, help="of the order, shuffled once (default: 0)")
     pack.add_argument(
         "--max-broken",
         type=float,
@@ -172,7 +172,9 @@ def add_evaluate(commands):
         "several times (default: the suite's)",
     )
     decoding.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="(default: 16)")
-    decoding.add_argument("--seed", type=int, default=0, help="of sampling, corruptions and intervals (default: 0)")
+    decoding.add_argument(
+        "--seed", type=natural_int, default=0, help="of sampling, corruptions and intervals (default: 0)"
+    )
     decoding.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if there is one)")
     decoding.add_argument(
         "--dtype",
@@ -322,10 +324,14 @@ def add_convert(commands):
     convert.set_defaults(run=run_convert)
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def natural_int(text: str, at_least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
     return int(text)
+
+
+def positive_int(text: str) -> int:
+    return natural_int(text, at_least=1)
 
 
 def resolve_model(model: str | None) -> str:

@@ -82,6 +82,10 @@ def test_numbers_that_are_none(capsys):
         with pytest.raises(SystemExit):
             minigpt3d_cli.main(["describe", "x", f"--max-new-tokens={text}"])
         assert f"must be a whole number of at least 1, got '{text}'" in capsys.readouterr().err
+    for command in (["evaluate", "household"], ["pack", "x"]):
+        with pytest.raises(SystemExit):
+            minigpt3d_cli.main([*command, "--out", "y", "--seed", "-1"])
+        assert "--seed: must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
 
 
 def test_help_says_what_happens(capsys):
