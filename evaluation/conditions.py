@@ -214,7 +214,7 @@ def apply(condition: str, cloud: np.ndarray, object_id: str, seed: int = 0) -> n
 
     Args:
         condition: see the head of this file.
-        cloud: (N, 6), xyz centerd with largest norm 1, rgb in [0, 1], y up. It is left as it is.
+        cloud: (N, 6), xyz centered with largest norm 1, rgb in [0, 1], y up. It is left as it is.
         object_id: which object this is, for its chances.
         seed: of the chances.
 
