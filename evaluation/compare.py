@@ -13,11 +13,13 @@ import numpy as np
 from .conditions import SEEING
 from .report import markdown_table
 from .results import (
+    judge_of,
     prompt_hash,
     read_objects,
     read_results,
     same_judge,
     values_of,
+    variant_of,
     with_interval,
 )
 from .statistics import bootstrap, holm, in_words, paired_difference
@@ -38,7 +40,7 @@ def tabulate(folders: list[str | Path]) -> dict:
     Returns:
         "runs": for each, its name here and how it was made; "tables": for each suite and judge (None: no judge)
             "columns": names of runs, then of published models
-            "rows": {"prompts", "metric", "unit", "cells": {column: {"value", "low", "high", …}}}; a row of several
+            "rows": {"prompts", "metric", "variant" (None: as by default), "unit", "cells": {column: {"value", "low", "high", …}}}; a row of several
                 prompts is their mean; a published cell has no "low" and "high", but its "source"
             "tests": paired, between runs on the same objects, "p" corrected for their number (Holm), "words"
             "notes": what sets the runs apart that a reader must know
@@ -56,14 +58,14 @@ def tabulate(folders: list[str | Path]) -> dict:
         for name, folder, result in zip(names, folders, results, strict=True)
     }
     keys = dict.fromkeys(
-        (run["results"]["suite"], same_judge(score["judge"]))
+        (run["results"]["suite"], judge_of(run["results"], score))
         for run in runs.values()
         for score in run["results"]["scores"]
     )
     return {
         "runs": [{"name": name} | _facts(run["results"]) for name, run in runs.items()],
         "tables": [
-            _table(suite, judge, runs) for suite, judge in sorted(keys, key=lambda key: (key[0], key[1] or ""))
+            _table(suite, judge, runs) for suite, judge in sorted(keys, key=lambda key: (key[0], key[1] or ()))
         ],
     }
 
@@ -85,16 +87,16 @@ def _facts(results: dict) -> dict:
     }
 
 
-def _table(suite: str, judge: str | None, runs: dict[str, dict]) -> dict:
+def _table(suite: str, judge: tuple[tuple[str, ...], str] | None, runs: dict[str, dict]) -> dict:
     rows, columns, spelling = {}, [], None
     for name, run in runs.items():
         if run["results"]["suite"] != suite:
             continue
         for score in run["results"]["scores"]:
-            if score["condition"] == SEEING and same_judge(score["judge"]) == judge:
+            if score["condition"] == SEEING and judge_of(run["results"], score) == judge:
                 spelling = spelling or score["judge"]
-                prompts = (_prompt(run, score["question"]),)
-                row = rows.setdefault((prompts, score["metric"]), {"unit": score["unit"], "cells": {}})
+                key = ((_prompt(run, score["question"]),), score["metric"], variant_of(run["results"], score))
+                row = rows.setdefault(key, {"unit": score["unit"], "cells": {}})
                 row["cells"][name] = score
                 columns += [name] if name not in columns else []
     runs = {name: runs[name] for name in columns}
@@ -102,28 +104,40 @@ def _table(suite: str, judge: str | None, runs: dict[str, dict]) -> dict:
     tests, notes = _tests(rows, runs)
     return {
         "suite": suite,
-        "judge": spelling,
+        "judge": judge and _name_judge(spelling, *judge),
         "columns": columns + with_published,
-        "rows": [{"prompts": list(prompts), "metric": metric, **row} for (prompts, metric), row in rows.items()],
+        "rows": [
+            {"prompts": list(prompts), "metric": metric, "variant": variant, **row}
+            for (prompts, metric, variant), row in rows.items()
+        ],
         "tests": tests,
-        "notes": notes + _notes(runs, judge, bool(with_published)),
+        "notes": notes + _notes(runs, judge is not None, bool(with_published)),
     }
 
 
-def _add_published(rows: dict, suite: str, judge: str | None, runs: dict[str, dict]) -> list[str]:
+def _name_judge(spelling: str, served: tuple[str, ...], files: str) -> str:
+    """Its name, and what tells it from others of that name."""
+    if served != (same_judge(spelling),):
+        return f"{spelling} (served by {', '.join(served)})"
+    return f"{spelling} (files {files})" if files else spelling
+
+
+def _add_published(
+    rows: dict, suite: str, judge: tuple[tuple[str, ...], str] | None, runs: dict[str, dict]
+) -> list[str]:
     """Put the published scores into the rows that they are the like of, and return the names of their columns."""
     published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
     columns = {}
     for line in published["rows"]:
-        if (line["suite"], same_judge(line["judge"])) != (suite, judge):
+        if line["suite"] != suite or (line["judge"] and (same_judge(line["judge"]),)) != (judge and judge[0]):
             continue
         prompts, metric = tuple(published["prompts"][prompt] for prompt in line["prompts"]), line["metric"]
         if len(prompts) > 1:
             _add_mean(rows, prompts, metric, runs)
-        if (prompts, metric) in rows:
+        if (prompts, metric, None) in rows:
             for model, (value, source) in line["scores"].items():
                 cell = {"value": value, "source": published["sources"][source]}
-                rows[prompts, metric]["cells"][f"{model}, published"] = cell
+                rows[prompts, metric, None]["cells"][f"{model}, published"] = cell
                 columns[f"{model}, published"] = None
     return list(columns)
 
@@ -135,7 +149,7 @@ def _prompt(run: dict, question: str) -> str:
 def _add_mean(rows: dict, prompts: tuple[str, ...], metric: str, runs: dict[str, dict]):
     """A row for the mean over several prompts, of the runs that answered them all about the same objects."""
     for name, run in runs.items():
-        cells = [rows.get(((prompt,), metric), {"cells": {}})["cells"].get(name) for prompt in prompts]
+        cells = [rows.get(((prompt,), metric, None), {"cells": {}})["cells"].get(name) for prompt in prompts]
         if None in cells:
             continue
         values = [values_of(run["rows"], cell["question"], metric) for cell in cells]
@@ -143,14 +157,14 @@ def _add_mean(rows: dict, prompts: tuple[str, ...], metric: str, runs: dict[str,
             continue
         means = [np.mean([found[object_id] for found in values]) for object_id in sorted(values[0])]
         low, high = bootstrap(means)
-        row = rows.setdefault((prompts, metric), {"unit": cells[0]["unit"], "cells": {}})
+        row = rows.setdefault((prompts, metric, None), {"unit": cells[0]["unit"], "cells": {}})
         row["cells"][name] = {"value": float(np.mean(means)), "low": low, "high": high, "unit": cells[0]["unit"]}
 
 
 def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
     """Each pair of runs in each row, where the objects, and the judge's prompt, are the same; and why others are not."""
     tests, notes = [], []
-    for (prompts, metric), row in rows.items():
+    for (prompts, metric, variant), row in rows.items():
         if len(prompts) > 1 or METRICS[metric].is_ratio:
             continue
         for names in combinations([name for name in runs if name in row["cells"]], 2):
@@ -167,7 +181,14 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
                 continue
             a, b = (np.array([found[object_id] for object_id in sorted(found)]) for found in (a, b))
             tests.append(
-                {"prompt": prompts[0], "metric": metric, "a": names[0], "b": names[1], "unit": row["unit"]}
+                {
+                    "prompt": prompts[0],
+                    "metric": metric,
+                    "variant": variant,
+                    "a": names[0],
+                    "b": names[1],
+                    "unit": row["unit"],
+                }
                 | paired_difference(a, b)
             )
     for test, p in zip(tests, holm([test["p"] for test in tests]) if tests else [], strict=True):
@@ -176,20 +197,14 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
     return tests, list(dict.fromkeys(notes))
 
 
-def _notes(runs: dict[str, dict], judge: str | None, with_published: bool) -> list[str]:
+def _notes(runs: dict[str, dict], is_judged: bool, with_published: bool) -> list[str]:
     notes = []
     for what, key in (("decoding", "decoding"), ("chat template", "template")):
         if len({json.dumps(run["results"][key], sort_keys=True) for run in runs.values()}) > 1:
             notes.append(f"The runs differ in their {what}.")
-    served = [run["results"]["judge"]["served_models"] for run in runs.values()] if judge else []
-    if len({tuple(map(same_judge, names)) for names in served}) > 1:
-        names = [
-            f"{name} by {', '.join(found) or 'one without a name'}" for name, found in zip(runs, served, strict=True)
-        ]
-        notes.append(f"Behind the judge's name were different models: {'; '.join(names)}.")
     if with_published:
         notes.append("Published scores come without intervals, so no difference from them is tested.")
-        if judge:
+        if is_judged:
             notes.append(
                 "They were judged with PointLLM's prompts; they are a run's like only if it was judged with those too."
             )
@@ -215,17 +230,12 @@ def to_markdown(comparison: dict) -> str:
         for row in table["rows"]:
             cells = [_cell(row["cells"].get(column), row["unit"]) for column in table["columns"]]
             prompts = " and ".join(f"“{prompt}”" for prompt in row["prompts"])
-            lines.append(
-                [f"mean of {prompts}" if len(row["prompts"]) > 1 else prompts, METRICS[row["metric"]].title, *cells]
-            )
+            lines.append([f"mean of {prompts}" if len(row["prompts"]) > 1 else prompts, _title(row), *cells])
         parts.append(markdown_table(lines))
         if table["tests"]:
             parts.append(f"Differences, p corrected for {len(table['tests'])} comparisons (Holm):")
             parts.append(
-                "\n".join(
-                    f"- {METRICS[test['metric']].title}, “{test['prompt']}”: {test['words']}"
-                    for test in table["tests"]
-                )
+                "\n".join(f"- {_title(test)}, “{test['prompt']}”: {test['words']}" for test in table["tests"])
             )
         sources = {}
         for row in table["rows"]:
@@ -236,6 +246,11 @@ def to_markdown(comparison: dict) -> str:
         if notes:
             parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _title(row: dict) -> str:
+    """A metric's title, with what was chosen otherwise than by default."""
+    return METRICS[row["metric"]].title + (f" ({row['variant']})" if row["variant"] else "")
 
 
 def _cell(score: dict | None, unit: str) -> str:

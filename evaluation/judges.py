@@ -51,6 +51,7 @@ class Judge:
 
     Attributes:
         name: the model's.
+        files: a digest of the files of a local folder, whose name others may have, too; else None.
         usage: what was asked since the judge was made: `calls` that got a reply; different prompts whose reply was
             `cached`; those that `failed`; of the calls, the replies `cut` off at `max_tokens`, their `prompt_tokens` and
             `completion_tokens`, and the `cost` in US dollars (each null where endpoint or price does not tell); the
@@ -59,6 +60,7 @@ class Judge:
 
     def __init__(self, name: str, cache_dir: str | Path, key: dict, endpoint: str | None = None, price=None):
         self.name, self._key, self._price, self._has_price = name, key, price or (0, 0), price is not None
+        self.files = key.get("files")
         self._used: dict[str, dict] = {}
         self._cache_dir = Path(cache_dir)
         self._lock = threading.Lock()

@@ -14,6 +14,7 @@ from .suites import METRICS
 
 
 HUB_DATASETS = {suite: "RunsenXu/PointLLM" for suite in ("modelnet40", "objaverse", "caption")}
+HUB_OBJECTS = {"modelnet40": 2468, "objaverse": 200, "caption": 200}  # a part of them is another data set
 TASK = {"task_type": "image-text-to-text", "task_name": "Point cloud to text"}
 
 
@@ -33,7 +34,7 @@ def model_index(results: list[dict]) -> list[dict]:
             entries.append(
                 EvalResult(
                     **TASK,
-                    dataset_type=HUB_DATASETS.get(result["suite"], result["dataset"]["name"]),
+                    dataset_type=_hub_id(result, HUB_DATASETS) or result["dataset"]["name"],
                     dataset_name=result["suite"],
                     dataset_config=name,  # the Hub's library lumps together what only has another `dataset_name`
                     dataset_args={
@@ -59,7 +60,7 @@ def eval_results(results: list[dict], hub_datasets: dict[str, str] = HUB_DATASET
     Args:
         results: each the content of a `results.json`.
         hub_datasets: {suite: id of its data set on the Hub}. The Hub counts a score for a data set of its own, so a run
-            on others is left out; so is `household`, until somebody publishes its objects.
+            on others, or on a part of them, is left out; so is `household`, until somebody publishes its objects.
 
     Raises:
         ValueError: there are none, or they are of different models.
@@ -67,7 +68,7 @@ def eval_results(results: list[dict], hub_datasets: dict[str, str] = HUB_DATASET
     _only_model(results)
     files = {}
     for name, result in zip(_names(results), results, strict=True):
-        dataset_id = hub_datasets.get(result["suite"])
+        dataset_id = _hub_id(result, hub_datasets)
         if dataset_id is None:
             continue
         for score in _seeing(result):
@@ -86,6 +87,12 @@ def eval_results(results: list[dict], hub_datasets: dict[str, str] = HUB_DATASET
         name: yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
         for name, entries in files.items()
     }
+
+
+def _hub_id(result: dict, hub_datasets: dict[str, str]) -> str | None:
+    """Of the data set that the run is on, all of it; else None."""
+    objects, suite = result["dataset"]["objects"], result["suite"]
+    return hub_datasets.get(suite) if objects == HUB_OBJECTS.get(suite, objects) else None
 
 
 def _only_model(results: list[dict]) -> str:

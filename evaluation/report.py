@@ -17,6 +17,7 @@ from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     as_corruption,
     interval,
+    is_gain,
     is_mute,
     main_score,
     number,
@@ -154,9 +155,9 @@ def _differences(results: dict) -> Section:
             continue
         test = about_main[control]
         if test["p"] >= SIGNIFICANT:
-            others = [_named(results, each) for each in tests if each["b"] == control and _is_gain(each)]
+            others = [_named(results, each) for each in tests if each["b"] == control and is_gain(each)]
             section.words.append(not_used + (f" Others show it: {'; '.join(others)}." if others else ""))
-        elif _is_gain(test):
+        elif is_gain(test):
             section.words.append(used)
         else:
             section.words.append(f"Unexpected: {CONTROLS[control]}, the main score is better than as it is.")
@@ -169,12 +170,6 @@ def _differences(results: dict) -> Section:
         section.words.append(f"Each p is corrected for the {len(tests)} comparisons that are made here (Holm).")
     section.words += _unparsed_and_cut(results)
     return section
-
-
-def _is_gain(test: dict) -> bool:
-    """Whether the objects as they are do better than the control, by more than noise."""
-    gain = -test["difference"] if METRICS[test["metric"]].lower_is_better else test["difference"]
-    return test["p"] < SIGNIFICANT and gain > 0
 
 
 def _unparsed_and_cut(results: dict) -> list[str]:

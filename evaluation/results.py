@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from .conditions import SEEING
-from .suites import METRICS
+from .statistics import SIGNIFICANT
+from .suites import METRICS, SUITES
 
 
 RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
@@ -86,6 +87,12 @@ def is_mute(score: dict) -> bool:
     return bool(score["judge"]) and score["unparsed"] == score["objects"]
 
 
+def is_gain(test: dict) -> bool:
+    """Whether the objects as they are do better than the control, by more than noise."""
+    gain = -test["difference"] if METRICS[test["metric"]].lower_is_better else test["difference"]
+    return test["p"] < SIGNIFICANT and gain > 0
+
+
 def prompt_hash(results: dict, metric: str) -> str | None:
     """Of the prompt that the judge scored a metric with."""
     return results["judge"]["prompts"].get(METRICS[metric].prompt)
@@ -113,6 +120,29 @@ def with_interval(score: dict) -> str:
     return f"{number(score['value'], score['unit'])} {interval(score['low'], score['high'], score['unit'])}"
 
 
+def judge_of(results: dict, score: dict) -> tuple[tuple[str, ...], str] | None:
+    """Who judged a score, as far as is known: scores that differ in this are different measures. None: nobody judged.
+
+    An endpoint's model may have another name than it is asked for by, and other files may lie in a folder of one name.
+    """
+    if not score["judge"]:
+        return None
+    judge = results["judge"]
+    served = tuple(sorted({same_judge(name) for name in judge["served_models"]}))
+    return served or (same_judge(score["judge"]),), judge.get("files") or ""
+
+
+def variant_of(results: dict, score: dict) -> str | None:
+    """What of a metric was chosen otherwise than by default, which makes it another measure: encoder, or phrases."""
+    metric = score["metric"]
+    if encoder := results.get("encoders", {}).get(metric):
+        return None if same_judge(encoder) == same_judge(METRICS[metric].needs) else encoder
+    if METRICS[metric].module or not results["classes"]:
+        return None
+    phrases = tuple(results["classes"]["phrases"])
+    return None if phrases == SUITES[results["suite"]].phrases else ", ".join(f"“{phrase}”" for phrase in phrases)
+
+
 def same_judge(name: str | None) -> str | None:
-    """What a judge's name is compared by: without the folder or owner before it, letter case and kind of dash."""
+    """What a model's name is compared by: without the folder or owner before it, letter case and kind of dash."""
     return name and name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace(" ", "-")

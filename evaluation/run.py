@@ -1,6 +1,7 @@
 """One evaluation, from the command line's options to a folder with answers, scores and report.
 
     OUT/settings.json       what decides about answers: with other settings, a rerun is refused
+    OUT/history.json        each run: when, by which command and versions, and whether it asked the model anything
     OUT/answers/            what the model said; likelihood/ what it finds likely
     OUT/judge/              the judge's replies
     OUT/objects.jsonl       every scored answer
@@ -14,7 +15,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -33,6 +34,7 @@ from .answers import (
     Job,
     append_lines,
     generate_answers,
+    line_key,
     open_part,
     read_lines,
     run_batches,
@@ -49,7 +51,7 @@ from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 
 
 LIKELIHOOD_DIR = "likelihood"
-SETTINGS_FILE, LOCK_FILE = "settings.json", ".lock"
+SETTINGS_FILE, HISTORY_FILE, LOCK_FILE = "settings.json", "history.json", ".lock"
 PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions matter
 NUM_SAID = 5  # objects that cannot be read
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
@@ -149,12 +151,14 @@ def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
     return replace(suite, questions=tuple(questions), classes=classes)
 
 
-def scored_before(out: Path) -> set[str]:
-    """Metrics of the run's earlier results, if it has any."""
-    return {score["metric"] for score in read_results(out)["scores"]} if (out / RESULTS_FILE).is_file() else set()
+def scored_before(out: Path) -> dict[str, str | None]:
+    """Metrics of the run's earlier results, if it has any, and who judged each; None: nobody."""
+    if not (out / RESULTS_FILE).is_file():
+        return {}
+    return {score["metric"]: score["judge"] for score in read_results(out)["scores"]}
 
 
-def choose_metrics(suite: Suite, options: Options, before: set[str]) -> tuple[list[str], dict[str, str]]:
+def choose_metrics(suite: Suite, options: Options, before: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Metrics that are scored, and of the suite's others why they are not.
 
     Args:
@@ -173,7 +177,7 @@ def choose_metrics(suite: Suite, options: Options, before: set[str]) -> tuple[li
         if find_spec(module) is None:
             raise ImportError(f'evaluation needs {package}, which is not installed. pip install "minigpt3d[eval]"')
     chosen, left_out = [], {}
-    for name in [each for each in known if not options.metrics or each in before.union(options.metrics)]:
+    for name in [each for each in known if not options.metrics or each in {*before, *options.metrics}]:
         problem = _problem(name, options)
         if problem is None:
             chosen.append(name)
@@ -208,6 +212,23 @@ def _problem(name: str, options: Options) -> str | None:
         if name == "s_bert" and find_spec("sentence_transformers") is None:
             return 'needs sentence-transformers (pip install "minigpt3d[eval]")'
     return None
+
+
+def check_judge(suite: Suite, metrics: list[str], options: Options, before: dict[str, str | None]):
+    """
+    Raises:
+        ValueError: the judge has nothing to do, or scores by a judge would give way to others by none.
+    """
+    judges = sorted({judge for judge in before.values() if judge})
+    if options.judge is None and judges:
+        raise ValueError(
+            f"--out {options.out} holds scores by the judge {', '.join(judges)}. Give --judge again, which asks for no reply "
+            "that is kept, or another --out."
+        )
+    if options.judge is not None and not any(is_judged(suite, name) for name in metrics):
+        raise ValueError(
+            f"--judge {options.judge.name}: no judge is asked for {', '.join(metrics)}. Leave it out, or name other --metrics."
+        )
 
 
 @contextmanager
@@ -248,7 +269,39 @@ def claim_settings(out: Path, settings: dict):
                     f"--out {out} holds answers with {name} {theirs.get(name)!r}, but now it is {value!r}. Give another "
                     "--out, or the settings it had."
                 )
+    else:
+        (out / HISTORY_FILE).unlink(missing_ok=True)  # of answers that somebody deleted
     write_json(path, settings)
+
+
+def note_run(out: Path, command: str, device: str | None, asks: bool) -> dict:
+    """Add this run to the folder's history.
+
+    Args:
+        asks: whether it asks the model anything.
+
+    Returns:
+        Of all runs the "command"s, and of those that asked the last "date", "versions" and "device"s.
+    """
+    path = out / HISTORY_FILE
+    history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    history.append(
+        {"date": date.today().isoformat(), "command": command, "versions": versions, "device": device}
+        | {"asked": asks or not history}
+    )
+    write_json(path, history)
+    asked = [each for each in history if each["asked"]]
+
+    def joined(values: Iterable[str], by: str = ", ") -> str:
+        return by.join(dict.fromkeys(values))
+
+    return {
+        "date": asked[-1]["date"],
+        "command": joined((each["command"] for each in history), " && "),
+        "versions": {name: joined(each["versions"][name] for each in asked) for name in versions},
+        "device": joined(each["device"] for each in asked if each["device"]) or None,
+    }
 
 
 def write_json(path: Path, content):
@@ -286,12 +339,10 @@ def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], opt
     Raises:
         ValueError: classes, phrases or a judge's prompt that cannot be used.
     """
-    labels = [each.label for each in objects if each.label]
-    if "closed_set_accuracy" in metrics and labels:
+    labelled = [each.object_id for each in objects if each.label]
+    if "closed_set_accuracy" in metrics and labelled:
         scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
-        scorer.score(
-            replace(suite.questions[0], metrics=()), SEEING, {objects[0].object_id: ""}, ["closed_set_accuracy"]
-        )
+        scorer.score(replace(suite.questions[0], metrics=()), SEEING, {labelled[0]: ""}, ["closed_set_accuracy"])
     if suite.classes is not None and options.answers is None:
         check_answers([name for row in suite.classes.values() for name in row], suite.phrases)
     elif options.phrases:
@@ -366,6 +417,21 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
     return list(given.values())
 
 
+def likelihood_jobs(suite: Suite, objects: list[EvalObject]) -> list[Job]:
+    """The main question about what has a class, under all conditions but the corruptions."""
+    labelled = tuple(each for each in objects if each.label)
+    return [
+        Job(suite.questions[0], condition, labelled[:1] if condition == BLIND else labelled)
+        for condition in conditions_of(suite, robustness=False)
+    ]
+
+
+def is_done(jobs: list[Job], folder: Path) -> bool:
+    """Whether there is a line for each object of each job."""
+    wanted = {(job.question.name, job.condition, each.object_id) for job in jobs for each in job.objects}
+    return wanted <= {line_key(line) for line in read_lines(folder)}
+
+
 def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], options: Options):
     """How likely each class name is as the answer to the main question, for every object."""
     names = [name for row in suite.classes.values() for name in row]
@@ -383,19 +449,24 @@ def take_likelihoods(model, processor, suite: Suite, objects: list[EvalObject], 
         )
         return [{"log_likelihood": row.tolist(), "tokens": tokens.tolist()} for row in sums]
 
-    labelled = tuple(each for each in objects if each.label)
-    jobs = [
-        Job(suite.questions[0], condition, labelled[:1] if condition == BLIND else labelled)
-        for condition in conditions_of(suite, robustness=False)
-    ]
-    run_batches(jobs, options.out / LIKELIHOOD_DIR, options.batch_size, options.seed, work, "likelihoods")
+    run_batches(
+        likelihood_jobs(suite, objects),
+        options.out / LIKELIHOOD_DIR,
+        options.batch_size,
+        options.seed,
+        work,
+        "likelihoods",
+    )
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
 def read_conditions(folder: Path, suite: Suite, objects: list[EvalObject]) -> dict[tuple[str, str], dict[str, dict]]:
-    """Lines by (question, condition) and object, whichever process was first; one line for the blind stands for all."""
+    """Lines by (question, condition) and object, whichever process was first; one line for the blind stands for all.
+
+    Of a condition that a killed run began, and this one does not go on with, there may be some objects only.
+    """
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for line in read_lines(folder):
         found.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
@@ -408,6 +479,12 @@ def read_conditions(folder: Path, suite: Suite, objects: list[EvalObject]) -> di
     return {key: {i: found[key][i] for i in order if i in found[key]} for key in keys if key in found}
 
 
+def read_complete(folder: Path, suite: Suite, objects: list[EvalObject]) -> dict[tuple[str, str], dict[str, dict]]:
+    """As `read_conditions`, of those that all objects have lines of: a score is of all objects or of none."""
+    found = read_conditions(folder, suite, objects)
+    return {key: lines for key, lines in found.items() if len(lines) == len(objects)}
+
+
 def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options):
     """Entries of results.json, values by (question, condition), object and metric, and the confusion matrix."""
     classes = list(suite.classes)
@@ -415,13 +492,12 @@ def score_likelihoods(suite: Suite, objects: list[EvalObject], options: Options)
         name: k for name, k in LIKELIHOOD_METRICS.items() if k == 1 or k < len(classes)
     }  # of five, five are certain
     owner = [classes.index(name) for name, row in suite.classes.items() for _ in row]
-    truth = {each.object_id: classes.index(each.label) for each in objects if each.label}
+    labelled = [each for each in objects if each.label]
     scorer = Scorer(suite, {each.object_id: each for each in objects}, None, {}, {}, options.seed)
     entries, values, table = [], {}, None
-    found = read_conditions(options.out / LIKELIHOOD_DIR, suite, objects)
+    found = read_complete(options.out / LIKELIHOOD_DIR, suite, labelled)
     for question, condition in [*found, *((q, SHUFFLED) for q, c in list(found) if c == SEEING)]:
         lines = found[question, SEEING if condition == SHUFFLED else condition]
-        lines = {object_id: line for object_id, line in lines.items() if object_id in truth}
         compared = scorer.truths("label", dict.fromkeys(lines, ""), condition)
         if not compared:
             continue
@@ -454,7 +530,7 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
     scorer = Scorer(
         suite, {each.object_id: each for each in objects}, options.judge, options.encoders, options.judge_prompts, options.seed
     )  # fmt: skip
-    found = read_conditions(options.out / ANSWERS_DIR, suite, objects)
+    found = read_complete(options.out / ANSWERS_DIR, suite, objects)
     questions = {question.name: question for question in suite.questions}
     entries, values, rows = [], {}, []
     truth = {each.object_id: each for each in objects}
@@ -516,6 +592,7 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
     suite = suite_for(options, objects)
     before = scored_before(options.out)
     metrics, left_out = choose_metrics(suite, options, before)
+    check_judge(suite, metrics, options, before)
     check_texts(suite, objects, metrics, options)
     given = None if options.answers is None else take_answers(suite, objects, options)
     # Processes wait for the slowest, which may take its time.
@@ -528,7 +605,16 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return {}
+        for (_, condition), lines in read_conditions(options.out / ANSWERS_DIR, suite, objects).items():
+            if len(lines) < len(objects):
+                say(
+                    f"not scored: {condition}, for {len(lines)} of {len(objects)} objects were asked. --robustness asks the others"
+                )
         if options.judge is not None:
+            if others := {judge for judge in before.values() if judge} - {options.judge.name}:
+                say(
+                    f"scores by {', '.join(sorted(others))} give way to those by {options.judge.name}; the replies are kept"
+                )
             asked = count_judged(suite, objects, metrics, options.out)
             say(
                 f"{options.judge.name} is asked up to {asked:,} questions, but none again that it has replied to before"
@@ -545,8 +631,7 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "schema": 1,
             "suite": suite.name,
             "title": suite.title,
-            "date": date.today().isoformat(),
-            "command": options.command,
+            **{name: facts[name] for name in ("date", "command", "versions", "device")},
             "seed": options.seed,
             "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]}
             | {"labels": len({each.label for each in objects if each.label})},
@@ -554,8 +639,6 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             | {"dtype": settings["dtype"]},
             **{name: settings[name] for name in ("decoding", "template", "batch_size")},
             "questions": {question.name: question.prompt for question in suite.questions},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "device": facts["device"],
             "generation": sum_up_answers(options.out),
             "encoders": {
                 name: name_encoder(options.encoders.get(name, default)) for name, default in encoders.items()
@@ -573,7 +656,7 @@ def answer_all(suite: Suite, objects: list[EvalObject], options: Options, given:
     """Answers and likelihoods in their folders; returns what is in settings.json, and what is told of the model."""
     is_main = PartialState().is_main_process
     dataset = check_objects(objects) if is_main else None
-    facts = {"parameters": None, "device": None}
+    facts = {"parameters": None}
     settings = {"suite": suite.name, "objects": len(objects), "dataset": dataset, "model": options.fingerprint}
     names = ("decoding", "template", "prompts", "phrases", "batch_size", "dtype", "device")
     settings |= dict.fromkeys(names) | {"seed": options.seed}
@@ -583,11 +666,10 @@ def answer_all(suite: Suite, objects: list[EvalObject], options: Options, given:
             part = open_part(options.out / ANSWERS_DIR, 0)
             part.unlink(missing_ok=True)
             append_lines(part, given)
+            facts |= note_run(options.out, options.command, None, asks=False)
         return settings, facts
     model, processor = load()
-    is_gpu = model.device.type == "cuda"
     facts = {"parameters": model.num_parameters()}
-    facts |= {"device": torch.cuda.get_device_name() if is_gpu else str(model.device)}
     decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
     settings |= {
         "decoding": decoding,
@@ -598,9 +680,14 @@ def answer_all(suite: Suite, objects: list[EvalObject], options: Options, given:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
+    jobs = make_jobs(suite, objects, options)
     if is_main:
         claim_settings(options.out, settings)
-    jobs = make_jobs(suite, objects, options)
+        device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
+        done = is_done(jobs, options.out / ANSWERS_DIR) and (
+            suite.classes is None or is_done(likelihood_jobs(suite, objects), options.out / LIKELIHOOD_DIR)
+        )
+        facts |= note_run(options.out, options.command, device, asks=not done)
     generate_answers(model, processor, jobs, options.out, options.template, decoding, options.batch_size, options.seed)
     if suite.classes is not None:
         take_likelihoods(model, processor, suite, objects, options)
@@ -622,7 +709,7 @@ def sum_up_answers(out: Path) -> dict:
         "new_tokens": sum(line.get("tokens", 0) for line in answers) or None,
         "seconds": round(seconds, 2),
         "objects_per_second": round(len(answers) / seconds, 2) if seconds else None,
-        "cut": sum(line.get("cut", False) for line in answers),
+        "cut": sum(line["cut"] for line in answers) if all("cut" in line for line in answers) else None,
     }
 
 
@@ -637,7 +724,7 @@ def count_judged(suite: Suite, objects: list[EvalObject], metrics: list[str], ou
     # Answers to objects as they are count twice, for each is compared with another object, too.
     return sum(
         prompts[question] * len(lines) * (1 + (condition == SEEING))
-        for (question, condition), lines in read_conditions(out / ANSWERS_DIR, suite, objects).items()
+        for (question, condition), lines in read_complete(out / ANSWERS_DIR, suite, objects).items()
     )
 
 
@@ -655,4 +742,5 @@ def describe_judge(suite: Suite, metrics: list[str], options: Options) -> dict:
             text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
             prompts[metric.prompt] = hashlib.sha256(text.encode()).hexdigest()[:16]
     judge = options.judge
-    return {"model": judge.name, "endpoint": judge.usage["endpoint"], "prompts": prompts} | judge.sum_up()
+    facts = {"model": judge.name, "files": judge.files, "endpoint": judge.usage["endpoint"], "prompts": prompts}
+    return facts | judge.sum_up()

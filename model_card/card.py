@@ -26,6 +26,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
+from minigpt3d.evaluation.results import is_gain
 from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
@@ -155,8 +156,7 @@ def write_card(
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     text = json.dumps(sources, indent=1, ensure_ascii=False)
     (folder / SOURCES_FILE).write_text(text + "\n", encoding="utf-8")
-    if runs:
-        _write_eval_results(folder, [run.raw for run in runs])
+    _write_eval_results(folder, [run.raw for run in runs])
     return folder / CARD_FILE
 
 
@@ -255,11 +255,16 @@ def make_metadata(facts: Mapping) -> str:
 
 
 def _write_eval_results(folder: Path, runs: list[dict]):
-    from minigpt3d.evaluation.model_index import eval_results
+    """In the place of those that an earlier card came with."""
+    from minigpt3d.evaluation.model_index import HUB_DATASETS, eval_results
 
-    for name, text in eval_results(runs).items():
-        (folder / ".eval_results").mkdir(exist_ok=True)
-        (folder / ".eval_results" / name).write_text(text, encoding="utf-8")
+    where = folder / ".eval_results"
+    for path in where.glob("*.yaml"):
+        if path.stem.partition("-")[0] in HUB_DATASETS:
+            path.unlink()
+    for name, text in (eval_results(runs) if runs else {}).items():
+        where.mkdir(exist_ok=True)
+        (where / name).write_text(text, encoding="utf-8")
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -429,9 +434,7 @@ def find_limits(runs: list[Fact]) -> list[str]:
         if not blind:
             limits.append(f"{suite}: without a blind control, so it does not show that geometry is used.")
         for test in blind:
-            # of hallucinations, fewer are better
-            helps = test["high"].raw < 0 if test["metric"] == "hallucination" else test["low"].raw > 0
-            if not helps:
+            if not is_gain(test.raw):
                 limits.append(
                     f"{suite}, `{test['question']}`, `{test['metric']}`: no better than blind, so it does not show that "
                     "geometry is used."
@@ -455,14 +458,15 @@ def find_limits(runs: list[Fact]) -> list[str]:
 
 
 def _find_worst_corruption(run: Fact, main: Fact) -> Fact | None:
-    """The lowest score of the main metric on corrupted objects."""
+    """The worst score of the main metric on corrupted objects."""
     corrupted = [
         line
         for line in run["scores"]
         if line["condition"].raw not in _CONDITIONS
         and (line["question"], line["metric"]) == (main["question"], main["metric"])
     ]
-    return min(corrupted, key=lambda line: line["value"].raw, default=None)
+    worst = max if METRICS[main["metric"].raw].lower_is_better else min
+    return worst(corrupted, key=lambda line: line["value"].raw, default=None)
 
 
 def _take_ablation(path: Path, folder: Path) -> Fact:

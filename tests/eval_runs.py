@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
+from minigpt3d.evaluation.suites import SUITES
 
 
 # Class: objects of it among the household's 100 validation objects.
@@ -61,7 +62,7 @@ def household_run(folder: Path, seed: int = 0, skill: float = 0.71, controls=Tru
     results = results_of(rows, suite="household", questions={"what": "What is this?", "color": "What color is it?"})
     results["classes"] = {
         "question": "what", "method": "likelihood", "names": names, "confusion": confusion.tolist(),
-        "top_1": mean(rows, "likelihood_top_1"), "top_5": mean(rows, "likelihood_top_5"),
+        "phrases": list(SUITES["household"].phrases), "top_1": mean(rows, "likelihood_top_1"), "top_5": mean(rows, "likelihood_top_5"),
     }  # fmt: skip
     return write(folder, results, rows)
 
@@ -111,7 +112,9 @@ def foreign_run(folder: Path) -> Path:
         row["scores"] = {name: value for name, value in row["scores"].items() if "likelihood" not in name}
     foreign = results_of(rows, suite="household", questions=results["questions"])
     foreign |= {"model": {"name": "PointLLM-7B", "parameters": None, "dtype": None, "fingerprint": None}}
-    foreign |= {"decoding": None, "template": None, "generation": None, "device": None}
+    foreign |= {"decoding": None, "template": None, "device": None}
+    unknown = dict.fromkeys(("new_tokens", "objects_per_second", "cut"))
+    foreign["generation"] = {"answers": len(rows), "seconds": 0.0} | unknown  # as `sum_up_answers` has it
     return write(folder, foreign, rows)
 
 
@@ -153,7 +156,7 @@ def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None 
         "judge": judge and {
             "model": judge, "endpoint": "127.0.0.1", "date": "2026-11-23", "prompts": {"caption_score": "aa" * 8,
             "open_vocabulary_accuracy": "bb" * 8, "closed_set_accuracy": "cc" * 8, "hallucination": "dd" * 8}, "replies": 200, "cut": 4, "sampled": 196,
-            "served_models": ["judge-1-0613"],
+            "served_models": [judge], "files": None,
             "prompt_tokens": 61234, "completion_tokens": 2345, "cost": None},
         "scores": scores, "tests": tests, "classes": None,
     }  # fmt: skip

@@ -96,13 +96,51 @@ def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
     assert any("judged with different prompts" in note for note in table["notes"])
 
 
-def test_another_model_behind_the_name_of_the_judge_is_told(runs, tmp_path):
-    folder = judged_run(tmp_path / "later", seed=3, name="me/later")
-    judge = read_results(folder)["judge"]
-    assert not any("Behind" in note for note in tables(runs["qwen"], folder)["objaverse", QWEN]["notes"])
-    change_results(folder, judge=judge | {"served_models": ["judge-1-1106"]})
-    (told,) = [note for note in tables(runs["qwen"], folder)["objaverse", QWEN]["notes"] if "Behind" in note]
-    assert "me/MiniGPT-3D by judge-1-0613; me/later by judge-1-1106" in told
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"served_models": ["qwen2-72b-instruct-awq"]}, f"{QWEN} (served by qwen2-72b-instruct-awq)"),
+        ({"served_models": [QWEN, "qwen3"]}, f"{QWEN} (served by {QWEN.lower()}, qwen3)"),
+        ({"served_models": [], "files": "0a" * 8}, f"{QWEN} (files {'0a' * 8})"),
+    ],
+)
+def test_other_models_of_one_name_share_no_table(runs, tmp_path, change, name):
+    folder = judged_run(tmp_path / "other", seed=3, name="me/other")
+    assert set(tables(runs["qwen"], folder)) == {("objaverse", QWEN)}
+    change_results(folder, judge=read_results(folder)["judge"] | change)
+    found = tables(runs["qwen"], folder)
+    assert set(found) == {("objaverse", QWEN), ("objaverse", name)}
+    assert not found["objaverse", QWEN]["tests"] and found["objaverse", name]["columns"][0] == "me/other"
+    assert f"judge {name}" in compare([runs["qwen"], folder])
+
+
+def test_a_judge_is_known_by_the_name_that_it_served_under(runs, tmp_path):
+    folder = judged_run(tmp_path / "alias", judge="judge", seed=3, name="me/alias")
+    change_results(folder, judge=read_results(folder)["judge"] | {"served_models": [f"Qwen/{QWEN}"]})
+    (table,) = tables(runs["qwen"], folder).values()
+    assert len(table["tests"]) == 2
+
+
+def test_scores_of_other_encoders_or_phrases_are_other_measures(runs, tmp_path):
+    """They stand in rows of their own, without tests and published scores."""
+    folder = judged_run(tmp_path / "encoder", suite="caption", seed=3, name="me/encoder")
+    assert len([t for t in tables(runs["caption"], folder)["caption", None]["tests"] if t["metric"] == "s_bert"]) == 1
+    change_results(folder, encoders={"s_bert": "all-mpnet-base-v2"})  # a folder of the default's name
+    assert len([t for t in tables(runs["caption"], folder)["caption", None]["tests"] if t["metric"] == "s_bert"]) == 1
+    change_results(folder, encoders={"s_bert": "tiny-encoder"})
+    table = tables(runs["caption"], folder)["caption", None]
+    assert not [test for test in table["tests"] if test["metric"] == "s_bert"]
+    (other,) = [row for row in table["rows"] if row["variant"]]
+    assert set(other["cells"]) == {"me/encoder"} and other["variant"] == "tiny-encoder"
+    assert "S-BERT (tiny-encoder)" in compare([runs["caption"], folder])
+
+    folder = household_run(tmp_path / "phrases", seed=1, corruptions=False)
+    classes = read_results(folder)["classes"]
+    assert {row["variant"] for row in tables(runs["a"], folder)["household", None]["rows"]} == {None}
+    change_results(folder, classes=classes | {"phrases": ["a {}"]})
+    table = tables(runs["a"], folder)["household", None]
+    assert {row["variant"] for row in table["rows"]} == {None, "“a {}”"}
+    assert not [test for test in table["tests"] if test["metric"].startswith("likelihood")]
 
 
 # ---- Published scores -----------------------------------------------------------------------------------------------

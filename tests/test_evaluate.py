@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -584,14 +585,52 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     assert not (out / "answers").exists()
 
 
-def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path):
-    out = tmp_path / "out"
+def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, monkeypatch):
+    """And who reads them learns every command, and the versions that the answers were given with."""
+    out, installed = tmp_path / "out", version("torch")
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     found = []
     for name in ("rouge_l", "color_accuracy"):
         assert run_command(*arguments, "--metrics", name) == 0
-        found.append({entry["metric"] for entry in json.loads((out / "results.json").read_text())["scores"]})
+        results = json.loads((out / "results.json").read_text())
+        found.append({entry["metric"] for entry in results["scores"]})
+        monkeypatch.setattr("minigpt3d.evaluation.run.version", lambda name: "99")
     assert "color_accuracy" not in found[0] and found[1] == found[0] | {"color_accuracy"}
+    first, second = results["command"].split(" && ")
+    assert first.endswith("--metrics rouge_l") and second.endswith("--metrics color_accuracy")
+    assert results["versions"]["torch"] == installed and results["device"] == "cpu"
+    # An answer is missing, and given by the new versions.
+    (part,) = (out / "answers").glob("*.jsonl")
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[:-1]))
+    assert run_command(*arguments, "--metrics", "rouge_l") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["versions"]["torch"] == f"{installed}, 99" and results["command"].count(" && ") == 1
+    # All are given anew.
+    for folder in ("answers", "likelihood"):
+        shutil.rmtree(out / folder)
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["versions"]["torch"] == "99" and " && " not in results["command"]
+
+
+def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp_path, capsys):
+    """As a run with --robustness leaves it when it is killed, and goes on without."""
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    begun = [line | {"condition": "jitter-1"} for line in read_lines(out / "answers")
+             if line["question"] == "what" and line["condition"] == "seeing"]  # fmt: skip
+    (part,) = (out / "answers").glob("*.jsonl")
+    append_lines(part, begun[:3])
+    capsys.readouterr()
+    assert run_command(*arguments) == 0
+    assert "not scored: jitter-1, for 3 of 7 objects were asked" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    append_lines(part, begun[3:])
+    assert run_command(*arguments) == 0
+    scores = json.loads((out / "results.json").read_text())["scores"]
+    assert {score["objects"] for score in scores if score["condition"] == "jitter-1"} == {7}
 
 
 def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
@@ -690,6 +729,23 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     again = run()
     assert len(asked) == count and again["judge"] == first["judge"] and again["scores"] == first["scores"]
     assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
+    # Its scores do not give way unseen: not to none, and to another's in words.
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True)
+    with pytest.raises(ValueError, match="holds scores by the judge m. Give --judge again"):
+        evaluate(options)
+    options.judge, options.metrics = TestJudge("n", tmp_path / "n", {"model": "n"}), ["rouge_l"]
+    said.clear()
+    again = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
+    assert "scores by m give way to those by n; the replies are kept" in said
+    assert {score["judge"] for score in again["scores"]} == {None, "n"} and again["judge"]["files"] is None
+
+
+def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), metrics=["rouge_l"],
+                      judge=Judge("m", tmp_path / "judge", {}))  # fmt: skip
+    with pytest.raises(ValueError, match="--judge m: no judge is asked for rouge_l"):
+        evaluate(options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_answers_of_another_program(own_objects, tmp_path, capsys):
@@ -702,6 +758,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
     (entry,) = [e for e in results["scores"] if e["metric"] == "closed_set_accuracy" and e["condition"] == "seeing"]
     assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
     assert results["decoding"] is None and results["model"]["parameters"] is None
+    assert results["device"] is None and "the limit" not in (out / "report.md").read_text()
     # An object without an answer to a question that others have one to.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -764,6 +821,7 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     lines = [
         json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("a box", "a_box")
     ]
+    lines.insert(0, json.dumps({"object_id": "first", "file": "DIR/a_8192.npy", "caption": "A box."}))
     (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
     files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl"}
     arguments = [tmp_path / files[each] if each in files else each for each in arguments]

@@ -78,7 +78,8 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
     )
 
 
-WORKING_FILES = ("answers", "likelihood", "judge", "objects.jsonl", "settings.json")  # what a report is made from
+# What a report is made from.
+WORKING_FILES = ("answers", "likelihood", "judge", "objects.jsonl", "settings.json", "history.json")
 
 
 # Pieces whose own licence file says otherwise than the library that holds them.
