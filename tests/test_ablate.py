@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_config, make_tiny_model
+from filelock import FileLock
 from scipy import stats
 from test_training import release  # noqa: F401
 
@@ -186,7 +187,16 @@ def test_processes_do_not_share_temporary_files(tmp_path):
     assert str(os.getpid()) in names[0] and [path.name for path in tmp_path.iterdir()] == ["views.pt"]
 
 
+def test_two_processes_at_one_seed(tmp_path):
+    with (
+        FileLock(tmp_path / "seed-0.lock"),
+        pytest.raises(ValueError, match="at work on seed 0 in .*seeds of its own"),
+    ):
+        ablate.run(None, [FULL], [0], tmp_path)
+
+
 FACTS = {"date": "2026-01-02", "cpus": 2, "versions": "v", "scale": 0.25, "views": 4}
+FACTS |= {"given": {"base": "my/base", "data": "packed"}}
 
 
 def make_runs(worse: float) -> list[dict]:
@@ -217,7 +227,17 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     ablate.write_report(make_runs(worse=0.4), FACTS, tmp_path)
     text = (tmp_path / "ablation.md").read_text()
     content = json.loads((tmp_path / "ablation.json").read_text())
-    assert content["command"] in text and content["command"].endswith("--seeds 0 1 2 --scale 0.25 --views 4")
+    assert (
+        content["command"] in text
+        and "given" not in content
+        and content["command"]
+        == (
+            "python training/ablate.py --base my/base --data packed --out DIR --seeds 0 1 2 --scale 0.25 --views 4 "
+            "--variants 'full recipe' 'without stage II'"
+        )
+    )
+    every = [{"variant": variant.name} for variant in VARIANTS]
+    assert ablate.command_of(every, FACTS | {"seeds": [7]}).endswith("--seeds 7 --scale 0.25 --views 4")
     rows = content["rows"]
     row = next(r for r in rows if r["variant"] == "without stage II" and r["measure"] == "kind")
     cells = f"| {100 * row['value']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f}) | **{100 * row['difference']:+.1f} ("

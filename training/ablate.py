@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
@@ -502,16 +504,24 @@ def in_words(rows: list[dict]) -> list[str]:
     return sentences
 
 
+def command_of(runs: list[dict], facts: dict) -> str:
+    """One that does what all processes that shared the folder did."""
+    words = ["--base", facts["given"]["base"], "--data", facts["given"]["data"], "--out", "DIR", "--seeds"]
+    words += [*map(str, facts["seeds"]), "--scale", f"{facts['scale']:g}", "--views", str(facts["views"])]
+    names = {run["variant"] for run in runs}
+    if len(names) < len(VARIANTS):
+        words += ["--variants", *(variant.name for variant in VARIANTS if variant.name in names)]
+    return shlex.join(["python", "training/ablate.py", *words])
+
+
 def write_report(runs: list[dict], facts: dict, out: Path):
     """ablation.json, ablation.md and ablation.png from the runs; nothing is trained."""
     rows = summarize(runs)
     minutes = sum(run["minutes"] for run in runs)
     same = [list(pair) for pair in find_same(runs)]
     facts = facts | {"seeds": sorted({run["seed"] for run in runs}), "objects": len(runs[0]["kind"])}
-    facts["command"] = (  # of all processes that shared the folder, whatever each of them was given
-        "python training/ablate.py --base build/household/base --data build/household/packed --out DIR "
-        f"--seeds {' '.join(map(str, facts['seeds']))} --scale {facts['scale']:g} --views {facts['views']}"
-    )
+    facts["command"] = command_of(runs, facts)
+    del facts["given"]
     write_whole(
         out / "ablation.json",
         lambda p: p.write_text(
@@ -569,20 +579,35 @@ differences of the table together (Holm).
 
 
 def run(lab: Lab, variants: list[Variant], seeds: list[int], runs_dir: Path):
-    """Train and score what is not there yet; a seed's file is written after every variant."""
+    """Train and score what is not there yet; a seed's file is written after every variant.
+
+    Raises:
+        ValueError: another process is at work on a seed.
+    """
     for seed in seeds:
         path = runs_dir / f"seed-{seed}.json"
-        runs = json.loads(path.read_text()) if path.exists() else []
-        for variant in variants:
-            if variant.name in [each["variant"] for each in runs]:
-                continue
-            started = time.perf_counter()
-            scores = lab.score(lab.train(variant, seed))
-            minutes = (time.perf_counter() - started) / 60
-            runs.append({"variant": variant.name, "seed": seed, "minutes": round(minutes, 2)} | scores)
-            write_whole(path, lambda partial, runs=runs: partial.write_text(json.dumps(runs) + "\n"))
-            shown = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in scores.items())
-            print(f"{variant.name}, seed {seed}: {shown} ({minutes:.1f} minutes)", flush=True)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                run_seed(lab, variants, seed, path)
+        except Timeout:
+            raise ValueError(
+                f"another process is at work on seed {seed} in {runs_dir.parent}. Give each --seeds of its own."
+            ) from None
+
+
+def run_seed(lab: Lab, variants: list[Variant], seed: int, path: Path):
+    """All variants with one seed."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    for variant in variants:
+        if variant.name in [each["variant"] for each in runs]:
+            continue
+        started = time.perf_counter()
+        scores = lab.score(lab.train(variant, seed))
+        minutes = (time.perf_counter() - started) / 60
+        runs.append({"variant": variant.name, "seed": seed, "minutes": round(minutes, 2)} | scores)
+        write_whole(path, lambda partial, runs=runs: partial.write_text(json.dumps(runs) + "\n"))
+        shown = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in scores.items())
+        print(f"{variant.name}, seed {seed}: {shown} ({minutes:.1f} minutes)", flush=True)
 
 
 def read_runs(runs_dir: Path) -> list[dict]:
@@ -635,6 +660,11 @@ def ablate(args: argparse.Namespace):
     settings = {"scale": args.scale, "views": args.views}
     settings |= {"base": fingerprint_model(args.base), "data": fingerprint(args.data, [])}
     settings |= describe_machine()
+    # For readers: a path that begins at the root says something about somebody's disk.
+    settings["given"] = {
+        name: Path(path).name if Path(path).is_absolute() else path
+        for name, path in (("base", args.base), ("data", args.data))
+    }
     runs_dir.mkdir(parents=True, exist_ok=True)
     if settings_file.exists():
         theirs = json.loads(settings_file.read_text())
