@@ -557,9 +557,10 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
         for key, scores in by_key.items():
             for object_id, each in scores.items():
                 values.setdefault(key, {}).setdefault(object_id, {}).update(each)
-    write_text(options.out / OBJECTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     names = [*metrics, *(LIKELIHOOD_METRICS if classes else ())]
     tests = compare_conditions(values, names)
+    # At the very end, so that results.json, which belongs to it, is written right after.
+    write_text(options.out / OBJECTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {"scores": entries, "tests": tests, "classes": classes}
 
 
