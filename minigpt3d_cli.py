@@ -147,7 +147,7 @@ def add_evaluate(commands):
     evaluate.add_argument(
         "--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them"
     )
-    evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only")
+    evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only, to try it out")
     evaluate.add_argument(
         "--robustness",
         action="store_true",
@@ -259,7 +259,7 @@ def add_card(commands):
     )
     card.add_argument("--co2", action="append", default=[], metavar="NAME=VALUE:SOURCE", help="see below")
     card.add_argument(
-        "--ablation", type=Path, metavar="MD", help="table of training/ablate.py to take in, with its picture"
+        "--ablation", type=Path, metavar="DIR", help="what training/ablate.py wrote, to take in with its picture"
     )
     card.add_argument("--model-id", metavar="OWNER/NAME", help="what others will load it by (default: the folder)")
     card.set_defaults(run=run_card)
@@ -769,6 +769,12 @@ def run_pack(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     if args.model is not None and args.answers is not None:
         raise CommandError("give --model or --answers, not both")
+    for option in ("--robustness", "--greedy", "--phrase", "--device", "--dtype"):
+        if args.answers is not None and getattr(args, option[2:]):
+            raise CommandError(
+                f"{option} is for asking a model, and --answers are there already: leave it out. (Answers about corrupted "
+                'objects say so by their "condition", such as "jitter-3".)'
+            )
     for option in (
         "--judge-url",
         "--judge-prompt",
@@ -784,7 +790,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
     try:
         from minigpt3d.conversion.checkpoints import fingerprint_model
-        from minigpt3d.evaluation.run import Options, evaluate
+        from minigpt3d.evaluation.run import BrokenObjectsError, Options, evaluate
         from minigpt3d.evaluation.suites import JUDGE_PROMPTS
     except ImportError as error:
         raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
@@ -821,7 +827,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
         seed=args.seed,
         command=shown_command(args.argv),
     )
-    results = evaluate(options, lambda: load_for_evaluation(name, args), complain)
+    try:
+        results = evaluate(options, lambda: load_for_evaluation(name, args), complain)
+    except BrokenObjectsError as error:
+        raise CommandError(str(error)) from error  # line by line
+    except KeyboardInterrupt:
+        complain(f"stopped; what was answered is kept in {args.out}, and the same command goes on from there")
+        raise
     if results:  # the first process
         from minigpt3d.evaluation.report import score_table
 

@@ -4,9 +4,11 @@ A judge is a callable, prompts → replies. What prompts ask and how replies are
 only asks, as repeatably as the model lets it (temperature 0, a fixed seed), and never twice: each reply is kept as it
 comes, so a killed run loses no more than the requests on their way.
 
-    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "date", "sampled",
+    CACHE_DIR/DIGEST.json    {"key": {kind, model, settings, prompt}, "reply": text or null, "date", "endpoint", "sampled",
                               "finish_reason", "served_model", "prompt_tokens", "completion_tokens"}; DIGEST is that of
                               the key
+
+A reply without text says nothing, so the next run asks again, unless the model had to stop there (see `FOR_GOOD`).
 """
 
 import hashlib
@@ -40,6 +42,7 @@ except ImportError:  # a local judge does without
 
 
 MAX_TOKENS = 256  # of a reply: a verdict and its reason
+FOR_GOOD = ("length", "content_filter")  # reasons to end without text that would be the same again
 
 
 class JudgeError(OSError):
@@ -52,20 +55,21 @@ class Judge:
     Attributes:
         name: the model's.
         files: a digest of the files of a local folder, whose name others may have, too; else None.
+        cache_dir: where replies are kept.
         usage: what was asked since the judge was made: `calls` that got a reply; different prompts whose reply was
             `cached`; those that `failed`; of the calls, the replies `cut` off at `max_tokens`, their `prompt_tokens` and
-            `completion_tokens`, and the `cost` in US dollars (each null where endpoint or price does not tell); the
-            `endpoint`'s host, null for a local model.
+            `completion_tokens`, and the `cost` in US dollars (each null where endpoint or price does not tell).
     """
 
     def __init__(self, name: str, cache_dir: str | Path, key: dict, endpoint: str | None = None, price=None):
         self.name, self._key, self._price, self._has_price = name, key, price or (0, 0), price is not None
+        self._endpoint = endpoint
         self.files = key.get("files")
         self._used: dict[str, dict] = {}
-        self._cache_dir = Path(cache_dir)
+        self.cache_dir = Path(cache_dir)
         self._lock = threading.Lock()
         counts = dict.fromkeys(("calls", "cached", "failed", "cut", "prompt_tokens", "completion_tokens"), 0)
-        self.usage = counts | {"cost": None if price is None else 0.0, "endpoint": endpoint}
+        self.usage = counts | {"cost": None if price is None else 0.0}
 
     def __call__(self, prompts: list[str]) -> list[str | None]:
         """The replies, in order, as they came: maybe cut off, None where one held no text. Equal prompts are asked once.
@@ -75,7 +79,7 @@ class Judge:
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"A judge takes a list of prompts, each a text; got {prompts!r:.200}.")
-        entries = {prompt: self._recall(prompt) for prompt in prompts}
+        entries = {prompt: self._used.get(prompt) or self._recall(prompt) for prompt in prompts}
         missing = [prompt for prompt, entry in entries.items() if entry is None]
         cached = len(entries) - len(missing)
         self.usage["cached"] += cached
@@ -92,7 +96,7 @@ class Judge:
         except JudgeError as error:
             kept = sum(self._recall(prompt) is not None for prompt in entries)
             raise JudgeError(
-                f"{error} {kept} of {len(entries)} replies are kept in {self._cache_dir}; run again to go on from there."
+                f"{error} {kept} of {len(entries)} replies are kept in {self.cache_dir}; run again to go on from there."
             ) from None  # what is chained may show the key
         self._used |= entries
         return [entries[prompt]["reply"] for prompt in prompts]
@@ -102,7 +106,8 @@ class Judge:
 
         Returns:
             "replies": how many different ones; "cut": by the limit of tokens; "sampled": by a model that refuses
-            temperature 0; "date" of the first and the last; "served_models": as the endpoint called itself;
+            temperature 0; "date" of the first and the last; "endpoint": the host that gave them, or several; None for a
+            local model; "served_models": as the endpoint called itself;
             "prompt_tokens", "completion_tokens" and "cost" in US dollars, at today's price; None if unknown.
         """
         entries = list(self._used.values())
@@ -118,6 +123,7 @@ class Judge:
             "cut": sum(entry["finish_reason"] == "length" for entry in entries),
             "sampled": sum(entry["sampled"] for entry in entries),
             "date": " to ".join(dict.fromkeys((*dates[:1], *dates[-1:]))),
+            "endpoint": ", ".join(sorted({entry["endpoint"] for entry in entries} - {None})) or None,
             "served_models": sorted({entry["served_model"] for entry in entries} - {None}),
             **tokens,
             "cost": cost,
@@ -129,21 +135,28 @@ class Judge:
 
     def _path(self, prompt: str) -> Path:
         key = json.dumps(self._key | {"prompt": prompt}, sort_keys=True)
-        return self._cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        return self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def _recall(self, prompt: str) -> dict | None:
-        """A prompt's entry, or None if there is none or it is damaged."""
+        """A prompt's entry, or None if there is none that says anything, or it is damaged."""
         try:
             entry = json.loads(self._path(prompt).read_bytes())
             whole = entry["key"] == self._key | {"prompt": prompt} and isinstance(entry["reply"], str | None)
             whole = whole and isinstance(entry["date"], str) and isinstance(entry["sampled"], bool)
+            whole = whole and isinstance(entry["endpoint"], str | None)
+            whole = whole and bool((entry["reply"] or "").strip() or entry["finish_reason"] in FOR_GOOD)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
 
     def _keep(self, prompt: str, reply: dict) -> dict:
         """The entry of a reply, counted and written in one step: others see all of it or nothing."""
-        entry = {"key": self._key | {"prompt": prompt}, "date": date.today().isoformat(), **reply}
+        entry = {
+            "key": self._key | {"prompt": prompt},
+            "date": date.today().isoformat(),
+            "endpoint": self._endpoint,
+            **reply,
+        }
         path = self._path(prompt)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +257,7 @@ class EndpointJudge(Judge):
             raise ValueError(f"The environment variable {api_key_variable} holds no key: expected one line of ASCII.")
         self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}  # REPLACEMENTS may change them
         key = {"kind": "chat completions", "model": model, "settings": self._settings}
-        super().__init__(model, cache_dir, key, parts.hostname, price)
+        super().__init__(model, cache_dir, key, parts.netloc.rpartition("@")[2], price)
         self._key_variable, self._concurrency = api_key_variable, concurrency
         # The client's own retries wait 8 s at most, know nothing of each other, and stop at a reply that is no JSON.
         # It insists on a key, and without one would take that of another variable.

@@ -39,6 +39,7 @@ def model_index(results: list[dict]) -> list[dict]:
                     dataset_config=name,  # the Hub's library lumps together what only has another `dataset_name`
                     dataset_args={
                         "objects": result["dataset"]["objects"],
+                        "of": result["dataset"]["of"],
                         "fingerprint": result["dataset"]["fingerprint"],
                         "decoding": result["decoding"],
                         "template": result["template"],

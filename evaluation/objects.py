@@ -27,7 +27,7 @@ from minigpt3d.training.data import (
     read_point_cloud,
 )
 from minigpt3d.training.household.colors import COLORS
-from minigpt3d.training.pack import read_own_lines
+from minigpt3d.training.pack import LINES_SUFFIXES, OTHER_TABLES, read_own_lines
 
 
 NUM_POINTS = 8192
@@ -251,6 +251,8 @@ def read_own(data: str) -> list[EvalObject]:
             f"--data {data}: a folder without {MANIFEST_FILE}. Give a .csv or .jsonl that names your files and says what "
             "they show, or what `minigpt3d pack` wrote."
         )
+    if not path.exists() and path.suffix.lower() in (*LINES_SUFFIXES, *OTHER_TABLES):  # no data set on the Hub
+        raise ValueError(f"--data {data}: there is no such file.")
     objects = _read_lines(path) if path.is_file() else _read_packed(data)
     ids = [each.object_id for each in objects]
     twice = sorted({each for each in ids if ids.count(each) > 1}) if len(set(ids)) < len(ids) else []
@@ -329,7 +331,7 @@ def read_answers(path: Path) -> list[dict]:
     A line has `object_id` and `answer`, and may have `question` (the name of one of the suite's) and `condition`.
 
     Returns:
-        Dictionaries with `object_id`, `answer`, and `question` and `condition` or None.
+        Dictionaries with `object_id`, a text or a number, `answer`, and `question` and `condition` or None.
 
     Raises:
         ValueError: the file is neither, with the place.
@@ -352,14 +354,13 @@ def read_answers(path: Path) -> list[dict]:
     answers = []
     for where, line in lines:
         answer = line.get("answer", line.get("model_output")) if isinstance(line, dict) else None
-        if not isinstance(answer, str) or not isinstance(line.get("object_id"), (str, int)):
+        if not isinstance(answer, str) or type(line.get("object_id")) not in (str, int):
             raise ValueError(
                 f"{where}: expected 'object_id' and a text 'answer' (or 'model_output'), got {json.dumps(line)[:80]}."
             )
-        number = line["object_id"]
-        object_id = f"{number:04d}" if isinstance(number, int) else number  # ModelNet40's are numbers there
         answers.append(
-            {"object_id": object_id, "answer": answer} | {name: line.get(name) for name in ("question", "condition")}
+            {"object_id": line["object_id"], "answer": answer}
+            | {name: line.get(name) for name in ("question", "condition")}
         )
     if not answers:
         raise ValueError(f"--answers {path}: holds no answers.")

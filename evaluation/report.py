@@ -16,6 +16,7 @@ from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     as_corruption,
+    cautions,
     interval,
     is_gain,
     is_mute,
@@ -31,7 +32,6 @@ from .suites import METRICS
 
 
 NUM_SHOWN = 10  # best and worst objects
-FEW = 20  # a bootstrap of fewer objects does not see what others would be like
 # What a control tells: where the objects as they are do better, and where they do not.
 READINGS = {
     BLIND: (
@@ -118,7 +118,7 @@ def score_table(results: dict) -> str:
 
 def _scores(results: dict, pictures: dict[str, bytes]) -> Section:
     """Every score of the objects as they are, with its controls beside it."""
-    section = Section("Scores", words=["In brackets: 95 % intervals."])
+    section = Section("Scores", words=["In brackets: 95 % intervals.", *cautions(results)])
     by_row = _by_question_and_metric(results)
     controls = [control for control in CONTROLS if any(control in row for row in by_row.values())]
     judged = any(row[SEEING]["judge"] for row in by_row.values())
@@ -133,10 +133,6 @@ def _scores(results: dict, pictures: dict[str, bytes]) -> Section:
             [results["questions"][question], name, *([seeing["judge"] or "none"] if judged else [])]
             + [with_interval(row[condition]) if condition in row else "–" for condition in (SEEING, *controls)]
             + [f"{seeing['objects']:,}", f"{seeing['unparsed']:,}"]
-        )
-    if any(score["interval"] == "bootstrap" and score["objects"] < FEW for score in results["scores"]):
-        section.words.append(
-            f"With fewer than {FEW} objects the intervals of scores that are no accuracies are too narrow: trust none of them."
         )
     if picture := draw_scores(results):
         pictures["scores"] = picture
@@ -161,8 +157,6 @@ def _differences(results: dict) -> Section:
             section.words.append(used)
         else:
             section.words.append(f"Unexpected: {CONTROLS[control]}, the main score is better than as it is.")
-    if results["dataset"].get("labels") == 1:
-        section.words.append("All objects have one label: accuracy says no more than whether answers name it.")
     if BLIND not in about_main:
         section.words.append("There is no blind control, so nothing here says whether the geometry is used.")
     section.points = [f"{_named(results, test)}: {test['words']}" for test in tests]
@@ -297,12 +291,13 @@ def _share(hits: float, total: int) -> str:
 def _settings(results: dict) -> Section:
     """Everything that one needs to repeat the run."""
     model, dataset, decoding, judge = (results[key] for key in ("model", "dataset", "decoding", "judge"))
+    of = f", the first of {dataset['of']:,}" if dataset["objects"] < dataset["of"] else ""
     facts = {
         "command": results["command"],
         "model": model["name"],
         "parameters": model["parameters"] and f"{model['parameters']:,}",
         "weights": model["fingerprint"] and f"fingerprint {model['fingerprint']}, {model['dtype']}",
-        "objects": f"{dataset['objects']:,} of {dataset['name']}, fingerprint {dataset['fingerprint']}",
+        "objects": f"{dataset['objects']:,} of {dataset['name']}{of}, fingerprint {dataset['fingerprint']}",
         "decoding": _listed(decoding) if decoding else "not known",
         "chat template": results["template"] or "not known",
         "seed": str(results["seed"]),

@@ -8,6 +8,7 @@ from .statistics import SIGNIFICANT
 from .suites import METRICS, SUITES
 
 
+FEW = 20  # objects, of which no interval and no test can say much
 RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
 _AGAIN = "Delete this file and run `minigpt3d evaluate` again: the answers are kept, only the scores are made anew."
 
@@ -91,6 +92,30 @@ def is_gain(test: dict) -> bool:
     """Whether the objects as they are do better than the control, by more than noise."""
     gain = -test["difference"] if METRICS[test["metric"]].lower_is_better else test["difference"]
     return test["p"] < SIGNIFICANT and gain > 0
+
+
+def cautions(results: dict) -> list[str]:
+    """What holds for all numbers of a run, and who reads one must know."""
+    words, dataset = [], results["dataset"]
+    if dataset["objects"] < dataset["of"]:
+        words.append(
+            f"These are the first {dataset['objects']:,} of {dataset['of']:,} objects: no result of the whole."
+        )
+    if any(score["objects"] < FEW for score in results["scores"]):
+        words.append(
+            f"With fewer than {FEW} objects only the largest differences can be told from noise, and the intervals of scores "
+            "that are no accuracies are too narrow: trust none of them."
+        )
+    if dataset.get("labels") == 1:
+        words.append("All labels are the same: an accuracy says no more than whether answers name it.")
+    return words
+
+
+def write_text(path: Path, text: str):
+    """Under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def prompt_hash(results: dict, metric: str) -> str | None:

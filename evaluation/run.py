@@ -44,7 +44,7 @@ from .likelihood import check_answers, class_log_likelihoods, encode_answers, ra
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .progress import progress
 from .report import write_report
-from .results import OBJECTS_FILE, RESULTS_FILE, is_mute, read_results
+from .results import OBJECTS_FILE, RESULTS_FILE, cautions, is_mute, read_results, write_text
 from .score import Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
@@ -53,8 +53,11 @@ from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
 LIKELIHOOD_DIR = "likelihood"
 SETTINGS_FILE, HISTORY_FILE, LOCK_FILE = "settings.json", "history.json", ".lock"
 PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions matter
-NUM_SAID = 5  # objects that cannot be read
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
+
+
+class BrokenObjectsError(ValueError):
+    """Some clouds cannot be read. The message names each, on a line of its own."""
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Options:
 
 
 def read_objects(options: Options) -> list[EvalObject]:
-    """The suite's objects.
+    """All objects of the suite.
 
     Raises:
         ValueError: `--data` or `--annotations` is missing, or not what the suite reads.
@@ -130,7 +133,7 @@ def read_objects(options: Options) -> list[EvalObject]:
         objects = read_own(options.data)
     else:
         objects = read_household(*([] if options.data is None else [Path(options.data)]))
-    return objects[: options.limit]
+    return objects
 
 
 def suite_for(options: Options, objects: list[EvalObject]) -> Suite:
@@ -265,9 +268,10 @@ def claim_settings(out: Path, settings: dict):
         theirs = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if theirs.get(name) != value:
+                hint = ": a run with another --limit is another run" if name == "objects" else ""
                 raise ValueError(
                     f"--out {out} holds answers with {name} {theirs.get(name)!r}, but now it is {value!r}. Give another "
-                    "--out, or the settings it had."
+                    f"--out, or the settings it had{hint}."
                 )
     else:
         (out / HISTORY_FILE).unlink(missing_ok=True)  # of answers that somebody deleted
@@ -313,7 +317,7 @@ def check_objects(objects: list[EvalObject]) -> str:
     """Read every cloud once; returns a digest of ids, references and clouds.
 
     Raises:
-        ValueError: some cannot be read.
+        BrokenObjectsError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
     bar = progress(len(objects), "reading", "object")
@@ -323,14 +327,13 @@ def check_objects(objects: list[EvalObject]) -> str:
         try:
             digest.update(np.ascontiguousarray(each.read(), dtype=np.float32).tobytes())
         except (ValueError, OSError) as error:
-            broken.append(str(error))
+            broken.append(f"{each.object_id}: {' '.join(str(error).split())[:200]}")
     bar.close()
     if broken:
-        more = f" … and {len(broken) - NUM_SAID} more" if len(broken) > NUM_SAID else ""
-        raise ValueError(
-            f"{len(broken)} of {len(objects)} objects cannot be read. Mend them or leave them out.\n"
-            + "\n".join(broken[:NUM_SAID]) + more
-        )  # fmt: skip
+        listed = "\n  ".join(broken)
+        raise BrokenObjectsError(
+            f"{len(broken)} of {len(objects)} objects cannot be read:\n  {listed}\nMend them or leave them out."
+        )
     return digest.hexdigest()[:16]
 
 
@@ -394,15 +397,18 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
     names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
     for answer in read_answers(options.answers):
         question, condition = answer["question"] or names[0], answer["condition"] or SEEING
+        object_id = answer["object_id"]
+        if isinstance(object_id, int):  # as PointLLM numbers those of ModelNet40, or as people number their own
+            object_id = str(object_id) if str(object_id) in ids else f"{object_id:04d}"
         for value, known, what in (
             (question, names, "question"),
             (condition, conditions_of(suite, True), "condition"),
-            (answer["object_id"], ids, "object"),
+            (object_id, ids, "object"),
         ):
             if value not in known:
                 some = ", ".join(sorted(known)[:8])
                 raise ValueError(f"--answers {options.answers}: {value!r} is no {what} of {suite.name} ({some} …).")
-        key = (question, condition, answer["object_id"])
+        key = (question, condition, object_id)
         if key in given:
             raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
         given[key] = {"object_id": key[2], "question": question, "condition": condition, "answer": answer["answer"]}
@@ -564,13 +570,6 @@ def score_all(suite: Suite, objects: list[EvalObject], metrics: list[str], optio
     return {"scores": entries, "tests": tests, "classes": classes}
 
 
-def write_text(path: Path, text: str):
-    """Under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 # ---- The whole ------------------------------------------------------------------------------------------------------
 
 
@@ -589,7 +588,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         ValueError: with what is wrong and what to do, before anything heavy.
         ImportError: a package is missing.
     """
-    objects = read_objects(options)
+    everything = read_objects(options)
+    objects = everything[: options.limit]
     suite = suite_for(options, objects)
     before = scored_before(options.out)
     metrics, left_out = choose_metrics(suite, options, before)
@@ -625,7 +625,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         if mute := {METRICS[score["metric"]].title for score in seeing if is_mute(score)}:
             say(
                 f"{options.judge.name} gave no verdict that can be read on {', '.join(sorted(mute))}: that says nothing of "
-                "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens."
+                "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens. If the server "
+                f"was at fault, delete its replies, {options.judge.cache_dir}, and run again."
             )
         encoders = {name: METRICS[name].needs for name in metrics if "/" in METRICS[name].needs}
         results = {
@@ -634,7 +635,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             "title": suite.title,
             **{name: facts[name] for name in ("date", "command", "versions", "device")},
             "seed": options.seed,
-            "dataset": {"name": suite.name, "objects": len(objects), "fingerprint": settings["dataset"]}
+            "dataset": {"name": suite.name, "objects": len(objects), "of": len(everything)}
+            | {"fingerprint": settings["dataset"]}
             | {"labels": len({each.label for each in objects if each.label})},
             "model": {"name": options.model, "fingerprint": options.fingerprint, "parameters": facts["parameters"]}
             | {"dtype": settings["dtype"]},
@@ -650,6 +652,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         write_json(options.out / RESULTS_FILE, results)
         clouds = {each.object_id: each.read for each in objects}
         write_report(options.out, lambda object_id: clouds[object_id]())
+        for words in cautions(results):
+            say(words)
         return results
 
 
@@ -743,5 +747,4 @@ def describe_judge(suite: Suite, metrics: list[str], options: Options) -> dict:
             text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
             prompts[metric.prompt] = hashlib.sha256(text.encode()).hexdigest()[:16]
     judge = options.judge
-    facts = {"model": judge.name, "files": judge.files, "endpoint": judge.usage["endpoint"], "prompts": prompts}
-    return facts | judge.sum_up()
+    return {"model": judge.name, "files": judge.files, "prompts": prompts} | judge.sum_up()

@@ -3,6 +3,8 @@
 Shapes: N objects, R resamples.
 """
 
+import math
+
 import numpy as np
 from scipy.stats import binomtest, permutation_test
 
@@ -80,17 +82,49 @@ def mcnemar(a, b) -> float:
     Args:
         a, b: (N,) hits, 0 or 1.
     """
-    a, b = _paired(a, b)
-    if not set(np.unique([a, b])) <= {0.0, 1.0}:
-        raise ValueError("McNemar's test compares hits: every number must be 0 or 1.")
+    a, b = _hits(a, b)
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def newcombe(a, b) -> tuple[float, float]:
+    """Newcombe's interval of the difference of two shares over the same objects, made of Wilson's of each.
+
+    With few objects or none that differ it stays as wide as that, where a bootstrap shrinks to nothing. (Method 10 of
+    Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired data, 1998.)
+
+    Args:
+        a, b: (N,) hits, 0 or 1.
+    """
+    a, b = _hits(a, b)
+    n, share_a, share_b = len(a), a.mean(), b.mean()
+    (low_a, high_a), (low_b, high_b) = wilson(int(a.sum()), n), wilson(int(b.sum()), n)
+    both, neither = (a * b).sum(), ((1 - a) * (1 - b)).sum()
+    agreement = both * neither - (a * (1 - b)).sum() * ((1 - a) * b).sum()
+    agreement = max(agreement - n / 2, 0) if agreement > 0 else agreement  # corrected for continuity
+    spread = math.sqrt(a.sum() * (n - a.sum()) * b.sum() * (n - b.sum()))
+    phi = agreement / spread if spread else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+
+    difference = share_a - share_b
+    low, high = reach(share_a - low_a, high_b - share_b), reach(high_a - share_a, share_b - low_b)
+    return float(difference - low), float(difference + high)
+
+
+def _hits(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _paired(a, b)
+    if not set(np.unique([a, b])) <= {0.0, 1.0}:
+        raise ValueError("expected hits of both: every number must be 0 or 1.")
+    return a, b
 
 
 def sign_flip(a, b, seed: int = 0) -> float:
     """p of scores over the same objects being equal but for chance, which would give each difference either sign.
 
-    Exact for few objects, where a bootstrap sees differences that are none; else by `RESAMPLES` draws of signs.
+    Exact for few objects, where a bootstrap sees differences that are none; else by `RESAMPLES` draws of signs, and beyond
+    what those can tell by Hoeffding's bound, lest a correction for many tests drown what is certain.
 
     Args:
         a, b: (N,) scores.
@@ -107,7 +141,8 @@ def sign_flip(a, b, seed: int = 0) -> float:
         batch=_CHUNK,
         rng=seed,
     )
-    return float(found.pvalue)
+    bound = 2 * math.exp(-(difference.sum() ** 2) / (2 * (difference**2).sum())) if difference.any() else 1.0
+    return float(min(found.pvalue, bound))
 
 
 def paired_difference(a, b, seed: int = 0) -> dict:
@@ -118,12 +153,12 @@ def paired_difference(a, b, seed: int = 0) -> dict:
         seed: of resamples and draws.
 
     Returns:
-        "difference": mean of a - b; "low", "high": its interval, by bootstrap; "p" of there being none, by the "test": hits
-        by `mcnemar`, other scores by `sign_flip`.
+        "difference": mean of a - b; "low", "high": its interval, of hits by `newcombe`, of other scores by `bootstrap`; "p" of
+        there being none, by the "test": hits by `mcnemar`, other scores by `sign_flip`.
     """
     a, b = _paired(a, b)
     hits = np.isin([a, b], (0, 1)).all()
-    low, high = bootstrap(a - b, seed)
+    low, high = newcombe(a, b) if hits else bootstrap(a - b, seed)
     p, test = (mcnemar(a, b), "McNemar exact") if hits else (sign_flip(a, b, seed), "sign flips")
     return {"difference": float((a - b).mean()), "low": low, "high": high, "p": p, "test": test}
 

@@ -26,7 +26,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
-from minigpt3d.evaluation.results import is_gain
+from minigpt3d.evaluation.results import FEW, is_gain, write_text
 from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
@@ -121,7 +121,7 @@ def write_card(
         folder: a whole model or an adapter; see the head of this file.
         results: folders of evaluations, or their results.json.
         given: see `GIVEN`.
-        ablation: a table in Markdown; a picture of the same name beside it comes along.
+        ablation: what `training/ablate.py` wrote, or its ablation.json; the picture beside it comes along.
         model_id: what others load the model by: a Hub id or a folder (default: the folder's name).
         fingerprint: of the folder's weights, as evaluations write it; results of other weights are refused.
 
@@ -129,13 +129,17 @@ def write_card(
         The path of README.md.
 
     Raises:
-        ValueError: the folder holds no model, or a file is damaged.
+        ValueError: the folder holds no model, a file is damaged or something else, or results are given twice.
         CardError: results are of other weights, or a number has no source.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder}: holds neither a model's config.json nor an adapter's adapter_config.json.")
     paths = [path / "results.json" if path.is_dir() else path for path in map(Path, results)]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(
+            f"A run is given twice: {', '.join(str(path.parent) for path in paths)}. Give each folder once."
+        )
     runs = [_read_results(path, fingerprint) for path in paths]
     facts = read_folder(folder)
     facts["model_id"] = model_id or (folder.resolve().name if folder.is_absolute() else str(folder))
@@ -153,9 +157,8 @@ def write_card(
             f"Take them from a file (see {_TEMPLATE.name}); in {RECIPE_FILE}, put them into counts, minutes or figures."
         )
     card, sources = take_marks(marked)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    text = json.dumps(sources, indent=1, ensure_ascii=False)
-    (folder / SOURCES_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / CARD_FILE, card)
+    write_text(folder / SOURCES_FILE, json.dumps(sources, indent=1, ensure_ascii=False) + "\n")
     _write_eval_results(folder, [run.raw for run in runs])
     return folder / CARD_FILE
 
@@ -264,7 +267,7 @@ def _write_eval_results(folder: Path, runs: list[dict]):
             path.unlink()
     for name, text in (eval_results(runs) if runs else {}).items():
         where.mkdir(exist_ok=True)
-        (where / name).write_text(text, encoding="utf-8")
+        write_text(where / name, text)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -429,7 +432,13 @@ def find_limits(runs: list[Fact]) -> list[str]:
     """What the results say against the model, in words, with marks."""
     limits = []
     for run in runs:
-        suite = f"{run['title'] if 'title' in run else run['suite']}"
+        suite, dataset = f"{run['title'] if 'title' in run else run['suite']}", run["dataset"]
+        if dataset["objects"].raw < dataset["of"].raw:
+            limits.append(
+                f"{suite}: the first {dataset['objects']} of {dataset['of']} objects only, no result of the whole."
+            )
+        if any(line["objects"].raw < FEW for line in run["scores"]):
+            limits.append(f"{suite}: so few objects that only the largest differences can be told from noise.")
         blind = [test for test in run["tests"] if (test["a"], test["b"]) == ("seeing", "blind")]
         if not blind:
             limits.append(f"{suite}: without a blind control, so it does not show that geometry is used.")
@@ -470,11 +479,23 @@ def _find_worst_corruption(run: Fact, main: Fact) -> Fact | None:
 
 
 def _take_ablation(path: Path, folder: Path) -> Fact:
-    """The table, without a title of its own, its headings below the card's; its picture is copied into the folder."""
-    parts = path.read_text(encoding="utf-8").strip().split("```")  # every other one is code
-    parts[::2] = [re.sub(r"^#(?=#+ )", "###", part, flags=re.MULTILINE) for part in parts[::2]]
-    lines = "```".join(parts).splitlines()
+    """Its report without a title of its own, its headings below the card's; its picture is copied into the folder.
+
+    Raises:
+        ValueError: `training/ablate.py` wrote no such file.
+    """
+    from minigpt3d.training.ablate import to_markdown  # heavy
+
+    path = path / "ablation.json" if path.is_dir() else path
+    try:
+        text = to_markdown(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"--ablation {path}: expected the folder, or the ablation.json, that training/ablate.py wrote, got {error!r:.100}."
+        ) from error
     picture = path.with_suffix(".png")
     if picture.is_file() and picture.resolve() != (folder / picture.name).resolve():
         shutil.copyfile(picture, folder / picture.name)
-    return Fact("\n".join(lines[1:] if lines and lines[0].startswith("# ") else lines).strip(), path.name)
+    parts = text.partition("\n")[2].strip().split("```")  # every other one is code
+    parts[::2] = [re.sub(r"^#(?=#+ )", "###", part, flags=re.MULTILINE) for part in parts[::2]]
+    return Fact("```".join(parts), path.name)

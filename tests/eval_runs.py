@@ -146,7 +146,7 @@ def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None 
     return {
         "schema": 1, "suite": suite, "date": "2026-11-23", "seed": 0,
         "command": f"minigpt3d evaluate {suite} --model checkpoints/{suite} --out run",
-        "dataset": {"name": suite, "objects": objects, "fingerprint": "0123456789abcdef"},
+        "dataset": {"name": suite, "objects": objects, "of": objects, "fingerprint": "0123456789abcdef"},
         "model": {"name": f"checkpoints/{suite}", "parameters": 3607193, "dtype": "float32", "fingerprint": "ff" * 8},
         "decoding": {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10,
                      "max_new_tokens": 100},

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from minigpt3d.evaluation.compare import compare, tabulate
 from minigpt3d.evaluation.model_index import eval_results, model_index
 from minigpt3d.evaluation.results import read_objects, read_results, values_of
-from minigpt3d.evaluation.statistics import bootstrap, mcnemar
+from minigpt3d.evaluation.statistics import mcnemar, newcombe
 
 
 QWEN = "Qwen2-72B-Instruct"
@@ -228,7 +228,7 @@ def test_paired_tests(runs):
         question = {"color_accuracy": "color"}.get(test["metric"], "what")
         a, b = (np.array(list(values_of(found, question, test["metric"]).values())) for found in rows)
         raw.append(mcnemar(a, b))
-        assert (test["low"], test["high"]) == bootstrap(a - b)
+        assert (test["low"], test["high"]) == newcombe(a, b)
         assert test["difference"] == pytest.approx(a.mean() - b.mean()) and test["test"] == "McNemar exact"
     order = np.argsort(raw)
     corrected = np.maximum.accumulate(np.array(raw)[order] * [4, 3, 2, 1]).clip(max=1)

@@ -274,7 +274,7 @@ def test_answers_of_pointllm(tmp_path):
     results = [{"object_id": 3, "ground_truth": 1, "model_output": "A cup.", "label_name": "cup"}]
     (tmp_path / "theirs.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
     (answer,) = read_answers(tmp_path / "theirs.json")
-    assert answer == {"object_id": "0003", "answer": "A cup.", "question": None, "condition": None}
+    assert answer == {"object_id": 3, "answer": "A cup.", "question": None, "condition": None}
     (tmp_path / "bad.jsonl").write_text('{"object_id": "a", "text": "?"}')
     with pytest.raises(ValueError, match="line 1: expected 'object_id' and a text 'answer'"):
         read_answers(tmp_path / "bad.jsonl")
@@ -645,7 +645,8 @@ def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
     options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, metrics=["caption_score"],
                       judge=Mute("m", tmp_path / "judge", {"model": "m"}))  # fmt: skip
     results = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
-    assert any("m gave no verdict that can be read on caption score" in line for line in said)
+    (words,) = (line for line in said if "m gave no verdict that can be read on caption score" in line)
+    assert f"delete its replies, {tmp_path / 'judge'}, and run again" in words
     assert set(results["judge"]["prompts"]) == {"caption_score"}  # the only one that was asked
     assert "So this number says nothing of the model" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
@@ -656,7 +657,7 @@ def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
 def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
     """And what is odd about a file is told once, on a line, however often it is read."""
     table = own_objects.with_name("one.csv")
-    table.write_text("file,label\nbox0.npy,box\nhole.npy,box\n")
+    table.write_text("file,label,caption\nbox0.npy,box,\nhole.npy,box,\nbox3.npy,,A box.\n")
     cloud = make_cloud(1)
     cloud[:3] = np.nan
     np.save(own_objects.with_name("hole.npy"), cloud)
@@ -673,8 +674,10 @@ def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
         "cpu",
     ]
     assert run_command(*arguments) == 0
-    assert "All objects have one label" in (tmp_path / "out" / "report.md").read_text()
-    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    for words in (told, (tmp_path / "out" / "report.md").read_text()):
+        assert "All labels are the same: an accuracy says no more than whether" in words
+    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", told)
     assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
 
 
@@ -740,6 +743,50 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     assert {score["judge"] for score in again["scores"]} == {None, "n"} and again["judge"]["files"] is None
 
 
+def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments, "--limit", 3) == 0
+    told = capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    assert (results["dataset"]["objects"], results["dataset"]["of"]) == (3, 7)
+    for words in (told, (out / "report.md").read_text()):
+        assert "These are the first 3 of 7 objects: no result of the whole." in words
+        assert "With fewer than 20 objects only the largest differences can be told from noise" in words
+    assert "3 of own, the first of 7, fingerprint" in (out / "report.md").read_text()
+    assert run_command(*arguments, "--limit", 5) == 1
+    assert (
+        "with objects 3, but now it is 5. Give another --out, or the settings it had: a run with another --limit"
+        in (capsys.readouterr().err)
+    )
+    assert run_command(*arguments[:-4], tmp_path / "all", *arguments[-3:]) == 0
+    assert "no result of the whole" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
+
+
+def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = [
+        "own",
+        "--data",
+        own_objects,
+        "--model",
+        model_dir,
+        "--out",
+        tmp_path / "out",
+        "--greedy",
+        "--device",
+        "cpu",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt3d.evaluation.run.take_likelihoods", stop)
+        assert run_command(*arguments) == minigpt3d_cli.INTERRUPTED
+    told = capsys.readouterr().err
+    assert f"minigpt3d: stopped; what was answered is kept in {tmp_path / 'out'}, and the same command goes on" in told
+    assert run_command(*arguments) == 0
+
+
 def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
     options = Options("own", tmp_path / "out", "model", "f", str(own_objects), metrics=["rouge_l"],
                       judge=Judge("m", tmp_path / "judge", {}))  # fmt: skip
@@ -759,6 +806,20 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
     assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
     assert results["decoding"] is None and results["model"]["parameters"] is None
     assert results["device"] is None and "the limit" not in (out / "report.md").read_text()
+    # Objects that are called by numbers, which JSON has no zeros in front of.
+    for number, ids in enumerate((["7", "0007"], ["7", "12"], ["0007", "0012"])):
+        table, numbered = tmp_path / f"{number}.csv", tmp_path / f"{number}.jsonl"
+        table.write_text("file,label,object_id\n" + "".join(f"{own_objects.parent}/box{i}.npy,{label},{ids[i]}\n"
+                                                             for i, label in enumerate(("box", "crate"))))  # fmt: skip
+        given = [7, ids[1]] if number == 0 else [7, 12]
+        numbered.write_text("\n".join(json.dumps({"object_id": i, "answer": "A box."}) for i in given))
+        folder = tmp_path / f"numbers{number}"
+        assert run_command("own", "--data", table, "--answers", numbered, "--out", folder) == 0
+        rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
+        found = {
+            row["object_id"]: row["scores"]["closed_set_accuracy"] for row in rows if row["condition"] == "seeing"
+        }
+        assert found == {ids[0]: 1.0, ids[1]: 0.0}
     # An object without an answer to a question that others have one to.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -801,7 +862,19 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         ),
         (["own", "--data", "TWINS"], "'a_box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
-        (["own", "--data", "BROKEN"], "2 of 3 objects cannot be read"),
+        (["own", "--data", "BROKEN"], "7 of 8 objects cannot be read:\n  nan: "),
+        (["own", "--data", "BROKEN"], "\n  torn: "),
+        (["own", "--data", "BROKEN"], "\n  nan5: "),
+        (["own", "--data", "sub/mine.csv"], "sub/mine.csv: there is no such file"),
+        (["own", "--data", "sub/mine.jsonl"], "sub/mine.jsonl: there is no such file"),
+        (["own", "--data", "sub/mine.xlsx"], "sub/mine.xlsx: there is no such file"),
+        (["own", "--data", "TABS"], "a .tsv is not read. Save it as .csv"),
+        (["own", "--data", "SHEET"], "a .xlsx is not read. Save it as .csv"),
+        (["household", "--answers", "GT", "--robustness"], "--robustness is for asking a model"),
+        (["household", "--answers", "GT", "--greedy"], "--greedy is for asking a model"),
+        (["household", "--answers", "GT", "--phrase", "a {}"], "--phrase is for asking a model"),
+        (["household", "--answers", "GT", "--device", "cpu"], "--device is for asking a model"),
+        (["household", "--answers", "GT", "--dtype", "float32"], "--dtype is for asking a model"),
         (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
         (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
         (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
@@ -816,14 +889,18 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
     (tmp_path / "GT").write_text(json.dumps([{"object_id": "a", "conversations": conversations}]))
     (tmp_path / "PROMPT").write_text("Is it so? {answer}")
-    lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn")]
+    (tmp_path / "TABS.tsv").write_text("file\tlabel\nDIR/a_8192.npy\tthing\n")
+    (tmp_path / "SHEET.xlsx").write_bytes(b"PK\x03\x04\xff")
+    more = [shutil.copyfile(tmp_path / "DIR" / "nan.npy", tmp_path / "DIR" / f"nan{i}.npy").stem for i in range(1, 6)]
+    lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn", *more)]
     (tmp_path / "BROKEN.jsonl").write_text("\n".join(lines))
     lines = [
         json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("a box", "a_box")
     ]
     lines.insert(0, json.dumps({"object_id": "first", "file": "DIR/a_8192.npy", "caption": "A box."}))
     (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
-    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl"}
+    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl", "TABS": "TABS.tsv"}
+    files["SHEET"] = "SHEET.xlsx"
     arguments = [tmp_path / files[each] if each in files else each for each in arguments]
     arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1

@@ -45,7 +45,7 @@ def make_results(**changes) -> dict:
         "date": "2026-11-23",
         "command": "minigpt3d evaluate household --model tiny --out out",
         "seed": 7,
-        "dataset": {"name": "household", "objects": 100, "fingerprint": "0123456789abcdef"},
+        "dataset": {"name": "household", "objects": 100, "of": 100, "fingerprint": "0123456789abcdef"},
         "model": {"name": "tiny", "parameters": 3607193, "dtype": "float32", "fingerprint": "fedcba9876543210"},
         "decoding": {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "max_new_tokens": 100},
         "template": "default",
@@ -203,7 +203,7 @@ def test_household_card_is_what_its_folder_gives(tmp_path, monkeypatch):
     shutil.copytree(HOUSEHOLD, tmp_path / "checkpoints" / "household")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "model_card", tmp_path / "model_card")
-    household, ablation = Path("checkpoints/household"), Path("model_card/ablation.md")
+    household, ablation = Path("checkpoints/household"), Path("model_card/ablation.json")
     write_card(household, [household / "evaluation"], ablation=ablation, fingerprint=fingerprint_model(str(household)))
     for name in ("README.md", SOURCES_FILE):
         assert (household / name).read_text() == (HOUSEHOLD / name).read_text(), (
@@ -305,6 +305,19 @@ def test_results_are_told_with_their_controls(household, make_run):
     assert 'model="org/model"' in card
 
 
+def test_a_part_of_the_objects_is_called_so(household, make_run):
+    part = make_results()
+    part["dataset"] |= {"objects": 12, "of": 1234}
+    for each in part["scores"]:
+        each["objects"] = 12
+    card = write_card(household, [make_run("part", part)]).read_text()
+    assert "The first 12 of 1,234 objects (data" in card
+    assert ": the first 12 of 1234 objects only, no result of the whole." in card
+    assert ": so few objects that only the largest differences can be told from noise." in card
+    whole = write_card(household, [make_run("whole", make_results())]).read_text()
+    assert "no result of the whole" not in whole and "so few objects" not in whole and "The first" not in whole
+
+
 def test_a_judge_is_named_and_what_could_not_be_read_counts(household, make_run):
     card = write_card(household, [make_run("two", JUDGED)]).read_text()
     assert "Judge: Qwen2-72B-Instruct, 2026-11-22; prompts (SHA-256) `caption_score` `aaaabbbbccccdddd`." in card
@@ -337,7 +350,7 @@ def test_a_model_that_does_not_look_is_told(household, make_run, metric, low, hi
 def test_metadata_is_made_of_the_results(household, make_run):
     from minigpt3d.evaluation.model_index import eval_results, model_index
 
-    whole = {"name": "modelnet40", "objects": 2468, "fingerprint": "0123456789abcdef"}
+    whole = {"name": "modelnet40", "objects": 2468, "of": 2468, "fingerprint": "0123456789abcdef"}
     results = make_results(suite="modelnet40", dataset=whole)
     card = write_card(household, [make_run("one", results)]).read_text()
     metadata = yaml.safe_load(card.split("---\n")[1])
@@ -429,21 +442,20 @@ def test_what_is_given_names_who_says_so(option):
 def test_the_command_writes_the_same_card(household, make_run, monkeypatch, tmp_path):
     """What the card ends with, taken apart as a command line would, gives it again."""
     make_run("one", make_results())
-    (tmp_path / "ablation.md").write_text(
-        "# Ablations\n\n| variant | accuracy |\n|-|-|\n| no stage I | 0.5 |\n\n![all](ablation.png)\n\n"
-        "## What it shows\n\n```bash\n## a comment\n```\n"
-    )
-    (tmp_path / "ablation.png").write_bytes(b"picture")
+    content = json.loads((HOUSEHOLD.parent.parent / "model_card" / "ablation.json").read_text())
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "ablation.json").write_text(json.dumps(content | {"command": "## a comment"}))
+    (tmp_path / "ablation" / "ablation.png").write_bytes(b"picture")
     monkeypatch.chdir(tmp_path)
     given = read_given(["watts=85.5:a meter, 5 minutes"])
-    card = write_card("household", ["one"], given, ablation="ablation.md").read_text()
+    card = write_card("household", ["one"], given, ablation="ablation").read_text()
     check_sources(household, **{"one/results.json": tmp_path / "one" / "results.json"})
     words = shlex.split(card.rsplit("```bash\n", 1)[1].removesuffix("\n```\n"))
     assert words == ["minigpt3d", "card", "household", "--results", "one", "--co2", "watts=85.5:a meter, 5 minutes",
-                     "--ablation", "ablation.md"]  # fmt: skip
+                     "--ablation", "ablation"]  # fmt: skip
     assert write_card("household", ["one"], read_given([words[6]]), words[8]).read_text() == card
-    assert "### Ablations\n\n| variant" in card and (household / "ablation.png").read_bytes() == b"picture"
-    assert "\n#### What it shows\n\n```bash\n## a comment\n" in card
+    assert "### Ablations\n\nVariants of" in card and (household / "ablation.png").read_bytes() == b"picture"
+    assert "\n#### What it shows\n\n" in card and "\n```bash\n## a comment\n```\n" in card
 
 
 def test_paths_of_this_machine_stay_here(household, make_run, tmp_path):
@@ -461,6 +473,18 @@ def test_wrong_folders_and_results_are_refused(household, make_run, tmp_path):
     run = make_run("one", make_results())
     with pytest.raises(CardError, match="results of tiny with weights fedcba9876543210, the card is for weights 00"):
         write_card(household, [run], fingerprint="00")
+    with pytest.raises(ValueError, match="A run is given twice: .*one, .*one. Give each folder once"):
+        write_card(household, [run, run / "results.json"])
+    before = (household / "README.md").read_text()
+    for name, text in (("list.json", "[1]"), ("notes.md", "# Notes\n\n| 99.9 |"), ("results.json", '{"rows": []}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(
+            ValueError, match=f"--ablation .*{name}: expected the folder, or the ablation.json, that training"
+        ):
+            write_card(household, ablation=tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        write_card(household, ablation=tmp_path)
+    assert (household / "README.md").read_text() == before
     write_card(household, [run], fingerprint="fedcba9876543210")
     (run / "results.json").write_text("{")
     with pytest.raises(ValueError, match="no JSON"):

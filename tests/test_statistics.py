@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minigpt3d.evaluation.statistics import bootstrap, holm, in_words, mcnemar, paired_difference, sign_flip, wilson
+from minigpt3d.evaluation.statistics import (
+    bootstrap,
+    holm,
+    in_words,
+    mcnemar,
+    newcombe,
+    paired_difference,
+    sign_flip,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("hits, total", [(0, 10), (10, 10), (71, 100), (1, 3)])
@@ -51,6 +60,44 @@ def test_mcnemar_is_scipys_binomial():
     assert mcnemar(a, a) == 1.0
 
 
+def hits_of(both: int, only_a: int, only_b: int, neither: int):
+    """Pairs of hits, as a table of two by two has them."""
+    return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+
+
+def test_newcombe_by_hand():
+    """One pair: Wilson's interval of 1 of 1 reaches down by 0.7935, that of 0 of 1 as far up, and nothing goes together."""
+    reach = 1 - wilson(1, 1)[0]
+    assert newcombe([1], [0]) == pytest.approx((1 - np.sqrt(2) * reach, 1))
+    # As published for this table (Fagerland, Lydersen and Laake, 2014, the study of airways).
+    assert newcombe(*hits_of(1, 1, 7, 12)) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    low, high = newcombe(*hits_of(1, 7, 1, 12))
+    assert (-high, -low) == pytest.approx(newcombe(*hits_of(1, 1, 7, 12)))
+    with pytest.raises(ValueError, match="every number must be 0 or 1"):
+        newcombe([0.5], [1])
+
+
+def test_newcombe_covers_what_it_should():
+    """Where a bootstrap of as few objects does not."""
+    rng, covered = np.random.default_rng(5), {newcombe: [], bootstrap: []}
+    for _ in range(400):
+        table = rng.multinomial(8, (0.7, 0.2, 0.02, 0.08))
+        a, b = hits_of(*table)
+        for method, interval in ((newcombe, newcombe(a, b)), (bootstrap, bootstrap(np.subtract(a, b)))):
+            covered[method].append(interval[0] <= 0.18 <= interval[1])
+    assert np.mean(covered[newcombe]) > 0.93 and np.mean(covered[bootstrap]) < 0.87
+
+
+def test_a_certain_difference_stays_so_among_many_tests():
+    """p of 10,000 draws alone could not fall below 0.0002, and 250 times that is no longer more than noise."""
+    rng = np.random.default_rng(6)
+    certain = [sign_flip(0.4 + 0.1 * rng.normal(size=100), np.zeros(100)) for _ in range(250)]
+    assert max(holm(certain)) < 1e-15
+    few = rng.normal(0.5, 1, 12)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 12)).reshape(12, -1)
+    assert sign_flip(few, np.zeros(12)) == pytest.approx(np.mean(abs(few @ signs) >= abs(few.sum()) - 1e-9))
+
+
 def test_sign_flips_by_hand():
     """Of the eight signs of (1, 2, 3), two give a mean as far from zero; of the two of one difference, both."""
     assert sign_flip([1, 2, 3], [0, 0, 0]) == pytest.approx(2 / 8)
@@ -76,7 +123,9 @@ def test_paired_difference():
     assert found["p"] < 0.001 and found["test"] == "sign flips"
     assert paired_difference(b, b) == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "test": "sign flips"}
     hits = [1, 1, 1, 0], [0, 1, 0, 0]
-    assert paired_difference(*hits)["p"] == mcnemar(*hits) and paired_difference(*hits)["test"] == "McNemar exact"
+    found = paired_difference(*hits)
+    assert found["p"] == mcnemar(*hits) and found["test"] == "McNemar exact"
+    assert (found["low"], found["high"]) == newcombe(*hits)
 
 
 def test_holm_by_hand():

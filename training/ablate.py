@@ -515,40 +515,42 @@ def command_of(runs: list[dict], facts: dict) -> str:
 
 
 def write_report(runs: list[dict], facts: dict, out: Path):
-    """ablation.json, ablation.md and ablation.png from the runs; nothing is trained."""
+    """ablation.json from the runs, and ablation.md and ablation.png from that; nothing is trained."""
     rows = summarize(runs)
     minutes = sum(run["minutes"] for run in runs)
-    same = [list(pair) for pair in find_same(runs)]
     facts = facts | {"seeds": sorted({run["seed"] for run in runs}), "objects": len(runs[0]["kind"])}
     facts["command"] = command_of(runs, facts)
     del facts["given"]
-    write_whole(
-        out / "ablation.json",
-        lambda p: p.write_text(
-            json.dumps(facts | {"minutes": round(minutes, 1), "same": same, "rows": rows}, indent=1) + "\n"
-        ),
-    )
+    content = facts | {"minutes": round(minutes, 1), "same": [list(pair) for pair in find_same(runs)], "rows": rows}
+    write_whole(out / "ablation.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
     draw(rows, out / "ablation.png")
-    seeds = ", ".join(map(str, facts["seeds"]))
-    twins = "; ".join(f"*{a}* and *{b}*" for a, b in same)
-    twins = (
-        f"- Two names for one computation, alike to the last bit for every object and seed: {twins}.\n" if same else ""
-    )
-    text = f"""# What each part of the recipe contributes
+    write_whole(out / "ablation.md", lambda p: p.write_text(to_markdown(content), encoding="utf-8"))
 
-Variants of the household recipe, each with one thing changed, {len(facts["seeds"])} seeds ({seeds}), scored on the
-{facts["objects"]} held-out objects. Made by
+
+def to_markdown(content: dict) -> str:
+    """What ablation.json holds, as people read it; a model card takes it in."""
+    seeds = ", ".join(map(str, content["seeds"]))
+    twins = "; ".join(f"*{a}* and *{b}*" for a, b in content["same"])
+    twins = (
+        f"- Two names for one computation, alike to the last bit for every object and seed: {twins}.\n"
+        if twins
+        else ""
+    )
+    return f"""# What each part of the recipe contributes
+
+Variants of the household recipe, each with one thing changed, {len(content["seeds"])} seeds ({seeds}), scored on the
+{content["objects"]} held-out objects. Made by
 
 ```bash
-{facts["command"]}
+{content["command"]}
 ```
 
-on {facts["date"]} in {minutes:.0f} minutes, summed over the processes that shared the work, on {facts["cpus"]} CPU cores ({facts["versions"]}). The stages are {facts["scale"]:g} times as long as
-the recipe's, on {facts["views"]} encoded views of each cloud instead of fresh ones.
+on {content["date"]} in {content["minutes"]:.0f} minutes, summed over the processes that shared the work, on {content["cpus"]} CPU cores ({content["versions"]}). The stages are {content["scale"]:g} times as long as
+the recipe's, on {content["views"]} encoded views of each cloud instead of fresh ones.
 
 ![Differences to the full recipe](ablation.png)
 
-{to_table(rows)}
+{to_table(content["rows"])}
 
 *kind* and *color*: share of greedy answers to "What is this?" that name them. *loss*: of the reference caption, lower is better.
 In brackets 95 % intervals (Student's t) for other seeds and other objects than these; **bold**: more than noise, at 5 % for all
@@ -556,7 +558,7 @@ differences of the table together (Holm).
 
 ## What it shows
 
-{chr(10).join(f"- {sentence}" for sentence in in_words(rows))}
+{chr(10).join(f"- {sentence}" for sentence in in_words(content["rows"]))}
 {twins}
 ## What it cannot show
 
@@ -572,7 +574,6 @@ differences of the table together (Holm).
 - The number of experts by itself: of fewer experts the two that are used have a larger sum of weights, which are not
   renormalized. Nor the rank by itself: alpha stays, so that a smaller rank has a larger scale, and the Q-Former's rank stays.
 """
-    write_whole(out / "ablation.md", lambda p: p.write_text(text, encoding="utf-8"))
 
 
 # ---- All of it ------------------------------------------------------------------------------------------------------

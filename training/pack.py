@@ -97,19 +97,27 @@ def own_entries(path: Path) -> dict[str, list[Entry]]:
     return entries
 
 
+LINES_SUFFIXES, OTHER_TABLES = (".csv", ".jsonl", ".json"), (".tsv", ".txt", ".xls", ".xlsx", ".ods", ".parquet")
+
+
 def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
     """Records of a `.csv` with at least these columns, or of lines of JSON, each with where it stands.
 
     Raises:
-        ValueError: the file cannot be read, or is no such table and no lines of JSON.
+        ValueError: the file cannot be read, or is another table, or no lines of JSON.
     """
+    suffix = path.suffix.lower()
+    if suffix in OTHER_TABLES:
+        raise ValueError(
+            f"{path}: a {suffix} is not read. Save it as .csv, with commas and in UTF-8, or as lines of JSON."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin theirs with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Save it as UTF-8.") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
-    if path.suffix.lower() == ".csv":
+    if suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
         names = rows.fieldnames or ["nothing"]
         if not columns <= set(names):
