@@ -214,9 +214,7 @@ def add_evaluate(commands):
     judge.add_argument(
         "--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)"
     )
-    judge.add_argument(
-        "--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests at once (default: 8)"
-    )
+    judge.add_argument("--judge-concurrency", type=positive_int, metavar="N", help="requests at once (default: 8)")
     judge.add_argument(
         "--judge-max-tokens",
         type=positive_int,
@@ -780,13 +778,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "--judge-prompt",
         "--judge-cache",
         "--judge-max-tokens",
+        "--judge-concurrency",
         "--judge-rpm",
         "--judge-price",
     ):
         given = getattr(args, option[2:].replace("-", "_"))
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
-        if given and args.judge_url is None and option in ("--judge-rpm", "--judge-price"):
+        if given and args.judge_url is None and option in ("--judge-concurrency", "--judge-rpm", "--judge-price"):
             raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
     try:
         from minigpt3d.conversion.checkpoints import fingerprint_model
@@ -857,7 +856,8 @@ def make_judge(args: argparse.Namespace):
     from minigpt3d.evaluation.judges import EndpointJudge, LocalJudge
 
     cache = args.judge_cache or args.out / "judge"
-    limits = {} if args.judge_max_tokens is None else {"max_tokens": args.judge_max_tokens}
+    limits = {"max_tokens": args.judge_max_tokens, "concurrency": args.judge_concurrency}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
     if args.judge_url is None:
         return LocalJudge(args.judge, cache, args.device, **limits)
     price = None if args.judge_price is None else tuple(args.judge_price)
@@ -866,7 +866,6 @@ def make_judge(args: argparse.Namespace):
             args.judge,
             args.judge_url,
             cache,
-            concurrency=args.judge_concurrency,
             requests_per_minute=args.judge_rpm,
             price=price,
             **limits,

@@ -13,6 +13,7 @@ import numpy as np
 from .conditions import SEEING
 from .report import markdown_table
 from .results import (
+    escaped,
     judge_of,
     prompt_hash,
     read_objects,
@@ -224,7 +225,9 @@ def to_markdown(comparison: dict) -> str:
     ]
     parts = ["# Comparison", markdown_table(runs)]
     for table in comparison["tables"]:
-        parts.append(f"## {table['suite']}, {'judge ' + table['judge'] if table['judge'] else 'without a judge'}")
+        parts.append(
+            f"## {table['suite']}, {'judge ' + escaped(table['judge']) if table['judge'] else 'without a judge'}"
+        )
         parts.append("Objects as they are; in brackets 95 % intervals.")
         lines = [["prompt", "score", *table["columns"]]]
         for row in table["rows"]:
@@ -235,7 +238,10 @@ def to_markdown(comparison: dict) -> str:
         if table["tests"]:
             parts.append(f"Differences, p corrected for {len(table['tests'])} comparisons (Holm):")
             parts.append(
-                "\n".join(f"- {_title(test)}, “{test['prompt']}”: {test['words']}" for test in table["tests"])
+                "\n".join(
+                    f"- {escaped(_title(test))}, “{escaped(test['prompt'])}”: {escaped(test['words'])}"
+                    for test in table["tests"]
+                )
             )
         sources = {}
         for row in table["rows"]:
@@ -244,7 +250,7 @@ def to_markdown(comparison: dict) -> str:
                     sources.setdefault(cell["source"], {})[column] = None
         notes = table["notes"] + [f"{'; '.join(columns)}: {source}." for source, columns in sources.items()]
         if notes:
-            parts.append("\n".join(f"- {note}" for note in notes))
+            parts.append("\n".join(f"- {escaped(note)}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 

@@ -42,6 +42,7 @@ except ImportError:  # a local judge does without
 
 
 MAX_TOKENS = 256  # of a reply: a verdict and its reason
+END_OF_THOUGHT = "</think>"  # as Qwen3, DeepSeek-R1 and most others that think aloud have it
 FOR_GOOD = ("length", "content_filter")  # reasons to end without text that would be the same again
 
 
@@ -72,7 +73,9 @@ class Judge:
         self.usage = counts | {"cost": None if price is None else 0.0}
 
     def __call__(self, prompts: list[str]) -> list[str | None]:
-        """The replies, in order, as they came: maybe cut off, None where one held no text. Equal prompts are asked once.
+        """The replies, in order, without the thoughts before them: maybe cut off, None where one held no text.
+
+        Equal prompts are asked once.
 
         Raises:
             JudgeError: some prompts got no reply. The same call goes on from there.
@@ -99,7 +102,7 @@ class Judge:
                 f"{error} {kept} of {len(entries)} replies are kept in {self.cache_dir}; run again to go on from there."
             ) from None  # what is chained may show the key
         self._used |= entries
-        return [entries[prompt]["reply"] for prompt in prompts]
+        return [without_thought(entries[prompt]["reply"]) for prompt in prompts]
 
     def sum_up(self) -> dict:
         """All replies that were given since the judge was made, whenever they came.
@@ -170,6 +173,12 @@ class Judge:
                 self.usage[name] = _plus(self.usage[name], tokens)
                 self.usage["cost"] = _plus(self.usage["cost"], tokens and tokens * usd_per_million / 1e6)
         return entry
+
+
+def without_thought(reply: str | None) -> str | None:
+    """What stands behind a thought, where a server or a local model lets it stand in the reply."""
+    _, thought, rest = (reply or "").rpartition(END_OF_THOUGHT)
+    return rest.lstrip() if thought else reply
 
 
 def _plus(total: float | None, more: float | None) -> float | None:

@@ -106,8 +106,10 @@ class _Maker:
 
 
 def _from_buffer(data, dtype, shape, order):
+    if not isinstance(data, (bytes, bytearray)):  # of a number, `bytes` would make as many zeros
+        raise pickle.UnpicklingError(f"it holds an array of {type(data).__name__}, no bytes")
     array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
@@ -157,7 +159,7 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
         raise ValueError(f"--data {path}: refused or damaged: {' '.join(str(error).split())[:200]}.") from error
     try:
         clouds, labels = ([each.array if isinstance(each, _Array) else each for each in half] for half in content)
-        labels = [int(np.asarray(label).item()) for label in labels]
+        labels = [_as_index(label) for label in labels]
         fits = len(clouds) == len(labels) > 0 and all(_is_modelnet_cloud(cloud) for cloud in clouds)
     except (AttributeError, TypeError, ValueError):
         fits = False
@@ -170,6 +172,14 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
         EvalObject(f"{index:04d}", partial(_without_color, cloud), label=MODELNET40_CLASSES[label])
         for index, (cloud, label) in enumerate(zip(clouds, labels, strict=True))
     ]
+
+
+def _as_index(label) -> int:
+    """A label, alone or in an array of one; a ValueError unless it is a whole number."""
+    label = np.asarray(label)
+    if label.dtype.kind not in "iu":
+        raise ValueError(f"expected a whole number, got {label!r}")
+    return label.item()
 
 
 def _is_modelnet_cloud(cloud) -> bool:
@@ -283,6 +293,7 @@ def _read_lines(path: Path) -> list[EvalObject]:
                 raise ValueError(f"{where}: {name!r} must be a text, got {value!r:.80}.")
         facts = {name: value and value.strip() for name, value in facts.items()}
         if facts["label"]:  # "Chair" is what "chair" is: as it was first written
+            facts["label"] = " ".join(facts["label"].split())
             facts["label"] = spelling.setdefault(facts["label"].casefold(), facts["label"])
         if facts["color"] and (color := facts["color"].lower()) in COLORS:
             facts["color"] = color
@@ -328,10 +339,11 @@ def _packed_cloud(source: PackedSource, shard: int, row: int) -> np.ndarray:
 def read_answers(path: Path) -> list[dict]:
     """Answers that some program gave: lines of JSON, or the JSON file that PointLLM's evaluation writes.
 
-    A line has `object_id` and `answer`, and may have `question` (the name of one of the suite's) and `condition`.
+    A line has `object_id` and `answer`, and may have `question` (the name of one of the suite's) or `prompt` (its text),
+    and `condition`. PointLLM's file has the prompt of all its answers.
 
     Returns:
-        Dictionaries with `object_id`, a text or a number, `answer`, and `question` and `condition` or None.
+        Dictionaries with `object_id`, a text or a number, `answer`, and `question`, `prompt` and `condition` or None.
 
     Raises:
         ValueError: the file is neither, with the place.
@@ -361,6 +373,7 @@ def read_answers(path: Path) -> list[dict]:
         answers.append(
             {"object_id": line["object_id"], "answer": answer}
             | {name: line.get(name) for name in ("question", "condition")}
+            | {"prompt": line.get("prompt", content.get("prompt") if is_pointllm else None)}
         )
     if not answers:
         raise ValueError(f"--answers {path}: holds no answers.")

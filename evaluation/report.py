@@ -17,6 +17,7 @@ from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     as_corruption,
     cautions,
+    escaped,
     interval,
     is_gain,
     is_mute,
@@ -32,6 +33,7 @@ from .suites import METRICS
 
 
 NUM_SHOWN = 10  # best and worst objects
+POINTS_TITLE = "Each difference, and whether it is more than noise"
 # What a control tells: where the objects as they are do better, and where they do not.
 READINGS = {
     BLIND: (
@@ -81,13 +83,14 @@ def write_report(out: Path, read_cloud: Callable[[str], np.ndarray | None]):
         *_classes(results, rows, pictures),
         _settings(results),
     ]
-    title = f"{results['model']['name']} on {results['suite']}"
+    title = f"{results['model']['name']}: {results['title']}"
     best, worst, about = best_and_worst(results, rows)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html.jinja")
     page = template.render(
         title=title,
+        points_title=POINTS_TITLE,
         date=results["date"],
         sections=sections,
         pictures={name: _data_uri(picture) for name, picture in pictures.items()},
@@ -239,7 +242,7 @@ def _mean_by_object(rows: list[dict], question: str, metric: str, conditions: se
 def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> list[Section]:
     """The main score by class, and beside it the class by likelihood where that was measured."""
     main, classes = main_score(results), results["classes"]
-    answered = _main_score_by_label(main, rows)
+    answered = _main_score_by_label(main, rows, is_closed=classes is not None)
     if not answered and not classes:
         return []
     names = classes["names"] if classes else []
@@ -269,7 +272,7 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
     return [section]
 
 
-def _main_score_by_label(main: dict, rows: list[dict]) -> dict[str, list[float]]:
+def _main_score_by_label(main: dict, rows: list[dict], is_closed: bool) -> dict[str, list[float]]:
     """{label: hits}; nothing where the score is no hit or miss, or where labels are no classes but say each its own."""
     if not METRICS[main["metric"]].is_hit:
         return {}
@@ -278,7 +281,7 @@ def _main_score_by_label(main: dict, rows: list[dict]) -> dict[str, list[float]]
     for object_id, value in values_of(rows, main["question"], main["metric"]).items():
         if object_id in labels:
             by_label.setdefault(labels[object_id], []).append(value)
-    return by_label if len(by_label) <= len(labels) / 2 else {}
+    return by_label if is_closed or len(by_label) <= len(labels) / 2 else {}
 
 
 def _share(hits: float, total: int) -> str:
@@ -425,13 +428,14 @@ def _of_one(metric: str, value: float, unit: str) -> str:
 
 
 def to_markdown(title: str, sections: list[Section]) -> str:
-    parts = [f"# {_escaped(title)}"]
+    parts = [f"# {escaped(title)}"]
     for section in sections:
-        parts.append(f"## {_escaped(section.title)}")
-        parts += map(_escaped, section.words)
+        parts.append(f"## {escaped(section.title)}")
+        parts += map(escaped, section.words)
         if section.points:
-            parts.append("\n".join(f"- {_escaped(point)}" for point in section.points))
-        parts += [f"![{_escaped(section.title)}](pictures/{name}.png)" for name in section.pictures]
+            points = "\n".join(f"- {escaped(point)}" for point in section.points)
+            parts.append(f"<details><summary>{POINTS_TITLE}</summary>\n\n{points}\n\n</details>")
+        parts += [f"![{escaped(section.title)}](pictures/{name}.png)" for name in section.pictures]
         if section.table:
             parts.append(markdown_table(section.table))
     return "\n\n".join(parts) + "\n"
@@ -439,14 +443,8 @@ def to_markdown(title: str, sections: list[Section]) -> str:
 
 def markdown_table(rows: list[list[str]]) -> str:
     """Rows of cells, the first the head."""
-    head, *body = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
+    head, *body = ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
     return "\n".join([head, "|" + "-|" * len(rows[0]), *body])
-
-
-def _escaped(text: str) -> str:
-    """As Markdown shows it, on one line: no name may become markup."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*\[\]|$~])", r"\\\1", text)
 
 
 def _data_uri(picture: bytes) -> str:

@@ -1,6 +1,7 @@
 """What a run found, read from its folder: `results.json`, the scores, and `objects.jsonl`, every answer with its own."""
 
 import json
+import re
 from pathlib import Path
 
 from .conditions import SEEING
@@ -143,6 +144,16 @@ def interval(low: float, high: float, unit: str) -> str:
 def with_interval(score: dict) -> str:
     """A score with its 95 % interval: "71.0 % (61.5–79.0)"."""
     return f"{number(score['value'], score['unit'])} {interval(score['low'], score['high'], score['unit'])}"
+
+
+def escaped(text: str) -> str:
+    """As Markdown shows it, on one line: what a model, a judge or a folder is called becomes no markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKUP.sub(lambda found: "\\" + found[0], text)
+
+
+# An underscore within a word is none, nor are # and > but at the start.
+_MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|\A[#>]")
 
 
 def judge_of(results: dict, score: dict) -> tuple[tuple[str, ...], str] | None:

@@ -395,19 +395,27 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
             not at all.
     """
     names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
+    prompts = {question.prompt.strip(): question.name for question in suite.questions}
     for answer in read_answers(options.answers):
         question, condition = answer["question"] or names[0], answer["condition"] or SEEING
-        object_id = answer["object_id"]
-        if isinstance(object_id, int):  # as PointLLM numbers those of ModelNet40, or as people number their own
-            object_id = str(object_id) if str(object_id) in ids else f"{object_id:04d}"
+        object_id, prompt = answer["object_id"], answer["prompt"]
+        if prompt is not None and not answer["question"]:
+            question = prompts.get(str(prompt).strip())
+            if question is None:
+                raise ValueError(
+                    f"--answers {options.answers}: they are answers to {prompt!r}, which {suite.name} does not ask, but "
+                    f"{' and '.join(map(repr, prompts))}."
+                )
+        if isinstance(object_id, int):  # as people number their own, or as PointLLM numbers those of ModelNet40
+            object_id = next((name for name in (str(object_id), f"{object_id:04d}") if name in ids), str(object_id))
         for value, known, what in (
             (question, names, "question"),
             (condition, conditions_of(suite, True), "condition"),
             (object_id, ids, "object"),
         ):
             if value not in known:
-                some = ", ".join(sorted(known)[:8])
-                raise ValueError(f"--answers {options.answers}: {value!r} is no {what} of {suite.name} ({some} …).")
+                some = ", ".join(sorted(known)[:8]) + (" …" if len(known) > 8 else "")
+                raise ValueError(f"--answers {options.answers}: {value!r} is no {what} of {suite.name} ({some}).")
         key = (question, condition, object_id)
         if key in given:
             raise ValueError(f"--answers {options.answers}: {', '.join(key)} is answered twice.")
@@ -628,27 +636,9 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
                 "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens. If the server "
                 f"was at fault, delete its replies, {options.judge.cache_dir}, and run again."
             )
-        encoders = {name: METRICS[name].needs for name in metrics if "/" in METRICS[name].needs}
-        results = {
-            "schema": 1,
-            "suite": suite.name,
-            "title": suite.title,
-            **{name: facts[name] for name in ("date", "command", "versions", "device")},
-            "seed": options.seed,
-            "dataset": {"name": suite.name, "objects": len(objects), "of": len(everything)}
-            | {"fingerprint": settings["dataset"]}
-            | {"labels": len({each.label for each in objects if each.label})},
-            "model": {"name": options.model, "fingerprint": options.fingerprint, "parameters": facts["parameters"]}
-            | {"dtype": settings["dtype"]},
-            **{name: settings[name] for name in ("decoding", "template", "batch_size")},
-            "questions": {question.name: question.prompt for question in suite.questions},
-            "generation": sum_up_answers(options.out),
-            "encoders": {
-                name: name_encoder(options.encoders.get(name, default)) for name, default in encoders.items()
-            },
-            "judge": None if options.judge is None else describe_judge(suite, metrics, options),
-            "not_scored": left_out,
-        } | scored
+        about = describe_run(suite, metrics, options, settings, facts)
+        about["dataset"] = describe_objects(suite, objects, everything, settings)
+        results = about | {"not_scored": left_out} | scored
         write_json(options.out / RESULTS_FILE, results)
         clouds = {each.object_id: each.read for each in objects}
         write_report(options.out, lambda object_id: clouds[object_id]())
@@ -731,6 +721,36 @@ def count_judged(suite: Suite, objects: list[EvalObject], metrics: list[str], ou
         prompts[question] * len(lines) * (1 + (condition == SEEING))
         for (question, condition), lines in read_complete(out / ANSWERS_DIR, suite, objects).items()
     )
+
+
+def describe_run(suite: Suite, metrics: list[str], options: Options, settings: dict, facts: dict) -> dict:
+    """All of results.json but objects and scores: by what, when and how it was made."""
+    encoders = {name: METRICS[name].needs for name in metrics if "/" in METRICS[name].needs}
+    return {
+        "schema": 1,
+        "suite": suite.name,
+        "title": suite.title,
+        **{name: facts[name] for name in ("date", "command", "versions", "device")},
+        "seed": options.seed,
+        "model": {"name": options.model, "fingerprint": options.fingerprint, "parameters": facts["parameters"]}
+        | {"dtype": settings["dtype"]},
+        **{name: settings[name] for name in ("decoding", "template", "batch_size")},
+        "questions": {question.name: question.prompt for question in suite.questions},
+        "generation": sum_up_answers(options.out),
+        "encoders": {name: name_encoder(options.encoders.get(name, default)) for name, default in encoders.items()},
+        "judge": None if options.judge is None else describe_judge(suite, metrics, options),
+    }
+
+
+def describe_objects(suite: Suite, objects: list[EvalObject], everything: list[EvalObject], settings: dict) -> dict:
+    """How many objects of how many, and which."""
+    return {
+        "name": suite.name,
+        "objects": len(objects),
+        "of": len(everything),
+        "fingerprint": settings["dataset"],
+        "labels": len({each.label for each in objects if each.label}),
+    }
 
 
 def name_encoder(given: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 
-from minigpt3d.training.household.colors import COLORS
+from minigpt3d.training.household.colors import COLORS, OTHER_WORDS
 from minigpt3d.training.household.kinds import KINDS, answer_nouns
 
 from .conditions import CONTROLS, SEEING, SHUFFLED
@@ -17,8 +17,6 @@ from .suites import METRICS, Question, Suite
 
 
 METRICS_DIR = Path(__file__).with_name("metrics")
-# What an answer may call a color, beside its name.
-COLOR_WORDS = {"gray": ["grey", "silver"], "purple": ["violet"], "pink": ["magenta"]}
 
 
 @cache
@@ -159,7 +157,8 @@ class Scorer:
 
     def _classes(self, field: str) -> dict:
         if field == "color":
-            return {"classes": list(COLORS), "aliases": COLOR_WORDS}
+            aliases = {color: [word for word, name in OTHER_WORDS.items() if name == color] for color in COLORS}
+            return {"classes": list(COLORS), "aliases": {color: words for color, words in aliases.items() if words}}
         if self.suite.classes is not None:
             classes = list(self.suite.classes)
         else:

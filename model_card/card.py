@@ -26,7 +26,8 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
-from minigpt3d.evaluation.results import FEW, is_gain, write_text
+from minigpt3d.evaluation.results import FEW, escaped, is_gain, write_text
+from minigpt3d.evaluation.statistics import CONFIDENCE
 from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
@@ -174,6 +175,8 @@ def render(template: str, facts: Mapping) -> str:
         "rough": rough,
         "score": score,
         "row": in_row,
+        "plain": as_plain_text,
+        "block": as_block,
         "words": in_words,
         "titled": titled,
         "by_condition": by_condition,
@@ -204,6 +207,17 @@ def score(fact: Fact, unit: Fact) -> Fact:
 def in_row(fact: Fact) -> Fact:
     """A text that may stand in a table's row."""
     return fact.says(" ".join(str(fact.raw).split()).replace("|", "\\|"))
+
+
+def as_plain_text(fact: Fact) -> Fact:
+    """What a model or a judge is called, or a sentence about it, with nothing in it that becomes markup."""
+    return fact.says(escaped(fact.raw))
+
+
+def as_block(command: Fact) -> str:
+    """A command as a block of code, which none of its words ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command.raw)), default=0))
+    return f"{fence}bash\n{command}\n{fence}"
 
 
 def in_words(fact: Fact) -> Fact:
@@ -312,7 +326,7 @@ def read_folder(folder: Path) -> dict:
         "has_report": (folder / "report.png").is_file(),
         "suffixes": READABLE_SUFFIXES,
         "conditions": _CONDITIONS,
-        "level": Fact(95, "minigpt3d.evaluation.statistics: the level of all its intervals"),
+        "level": Fact(round(100 * CONFIDENCE), "minigpt3d.evaluation.statistics: CONFIDENCE"),
         "sources_file": SOURCES_FILE,
         "version": minigpt3d.__version__,
     }
@@ -478,17 +492,17 @@ def _find_worst_corruption(run: Fact, main: Fact) -> Fact | None:
     return worst(corrupted, key=lambda line: line["value"].raw, default=None)
 
 
-def _take_ablation(path: Path, folder: Path) -> Fact:
-    """Its report without a title of its own, its headings below the card's; its picture is copied into the folder.
+def _take_ablation(path: Path, folder: Path) -> str:
+    """Its report with marks, without a title of its own, its headings below the card's; its picture comes into the folder.
 
     Raises:
         ValueError: `training/ablate.py` wrote no such file.
     """
-    from minigpt3d.training.ablate import to_markdown  # heavy
+    from minigpt3d.training.ablate import REPORT_FILE, to_markdown  # heavy
 
-    path = path / "ablation.json" if path.is_dir() else path
+    path = path / REPORT_FILE if path.is_dir() else path
     try:
-        text = to_markdown(json.loads(path.read_bytes()))
+        text = to_markdown(json.loads(path.read_bytes()), cite=lambda text, place: str(Fact(text, place)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"--ablation {path}: expected the folder, or the ablation.json, that training/ablate.py wrote, got {error!r:.100}."
@@ -498,4 +512,4 @@ def _take_ablation(path: Path, folder: Path) -> Fact:
         shutil.copyfile(picture, folder / picture.name)
     parts = text.partition("\n")[2].strip().split("```")  # every other one is code
     parts[::2] = [re.sub(r"^#(?=#+ )", "###", part, flags=re.MULTILINE) for part in parts[::2]]
-    return Fact("```".join(parts), path.name)
+    return "```".join(parts)

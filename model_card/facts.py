@@ -98,13 +98,14 @@ def take_marks(marked: str) -> tuple[str, list[dict[str, str]]]:
 _NOT_PROSE = (
     r"\A---\n.*?\n---\n",  # metadata: names, and the model-index, which `minigpt3d.evaluation` makes of the results
     r"^```.*?^```$",  # code, commands, BibTeX, the tables of a conversion
-    r"`[^`\n]+`",  # names of files and options
     r"\]\([^)\n]*\)",  # a link's target
     r"https?://\S+",
     r"\barXiv[: ]\d{4}\.\d{4,5}\b",
     # names of models, licenses, a hash and gases
     r"\b(?:MiniGPT-3D|[23]D|SHA-256|Phi-2|BLIP-2|ULIP-2|Apache-2\.0|BSD-3-Clause|CC BY-NC-SA 4\.0|CO2e?)(?!\w)",
 )
+_CODE = re.compile(r"`([^`\n]+)`")  # names of files and options, which may hold digits within a word
+_NUMBER_ALONE = re.compile(r"(?<!\S)[+-]?\d[\d.,]*%?(?!\S)")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -113,5 +114,6 @@ def find_unsourced(marked: str) -> list[str]:
     text = _MARKED.sub(" ", marked)
     for pattern in _NOT_PROSE:
         text = re.sub(pattern, " ", text, flags=re.DOTALL | re.MULTILINE)
+    text = _CODE.sub(lambda code: code[1] if _NUMBER_ALONE.search(code[1]) else " ", text)
     around = [text[max(0, found.start() - 30) : found.end() + 30] for found in _NUMBER.finditer(text)]
     return [" ".join(words.split()) for words in around]

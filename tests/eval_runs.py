@@ -144,7 +144,7 @@ def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None 
             tests.append(test | {"words": in_words(*numbers, unit, "seeing", condition)})
     objects = len({row["object_id"] for row in rows})
     return {
-        "schema": 1, "suite": suite, "date": "2026-11-23", "seed": 0,
+        "schema": 1, "suite": suite, "title": SUITES[suite].title, "date": "2026-11-23", "seed": 0,
         "command": f"minigpt3d evaluate {suite} --model checkpoints/{suite} --out run",
         "dataset": {"name": suite, "objects": objects, "of": objects, "fingerprint": "0123456789abcdef"},
         "model": {"name": f"checkpoints/{suite}", "parameters": 3607193, "dtype": "float32", "fingerprint": "ff" * 8},

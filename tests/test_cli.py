@@ -1,5 +1,6 @@
 """`minigpt3d describe` and `chat`: output, errors on one line, exit codes, and a `--help` that waits for nothing."""
 
+import inspect
 import io
 import json
 import os
@@ -86,6 +87,21 @@ def test_numbers_that_are_none(capsys):
         with pytest.raises(SystemExit):
             minigpt3d_cli.main([*command, "--out", "y", "--seed", "-1"])
         assert "--seed: must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
+
+
+def test_help_tells_the_defaults_of_the_code():
+    """The command line imports nothing heavy, so it has them a second time."""
+    from minigpt3d.evaluation.judges import MAX_TOKENS, EndpointJudge
+    from minigpt3d.evaluation.run import Options
+
+    commands = next(action for action in minigpt3d_cli.build_parser()._actions if isinstance(action.choices, dict))
+    options = {action.dest: action for action in commands.choices["evaluate"]._actions}
+    assert options["batch_size"].default == Options(suite="own", out=Path()).batch_size
+    assert f"(default: {options['batch_size'].default})" in options["batch_size"].help
+    assert f"(default: {MAX_TOKENS})" in options["judge_max_tokens"].help
+    concurrency = inspect.signature(EndpointJudge).parameters["concurrency"].default
+    assert f"(default: {concurrency})" in options["judge_concurrency"].help
+    assert {options[name].default for name in ("judge_max_tokens", "judge_concurrency")} == {None}  # the code's
 
 
 def test_help_says_what_happens(capsys):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from eval_runs import foreign_run, household_run, judged_run
 from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from markdown_it import MarkdownIt
 
 from minigpt3d.evaluation.compare import compare, tabulate
 from minigpt3d.evaluation.model_index import eval_results, model_index
@@ -213,6 +214,16 @@ def test_mean_of_both_prompts(runs):
     assert cell["value"] == pytest.approx(np.mean(singles)) and cell["low"] < cell["value"] < cell["high"]
 
 
+def test_no_mean_of_prompts_about_other_objects(tmp_path):
+    folder = judged_run(tmp_path / "run", num=20)
+    rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [row for row in rows if (row["object_id"], row["question"]) != ("0003", "completion")]
+    (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    rows = tables(folder)["objaverse", QWEN]["rows"]
+    assert not any("me/MiniGPT-3D" in row["cells"] for row in rows if len(row["prompts"]) == 2)
+    assert len([row for row in rows if len(row["prompts"]) == 1]) == 2
+
+
 # ---- Tests between runs ---------------------------------------------------------------------------------------------
 
 
@@ -293,6 +304,22 @@ def test_markdown(runs):
         assert len({line.count("|") for line in block.splitlines()}) == 1
 
 
+def test_no_name_becomes_markup(tmp_path):
+    nasty = "<img src=x onerror=alert(1)> | `x` _em_ **b**\n# Head\n[link](javascript:alert(2))"
+    folders = [judged_run(tmp_path / name, num=20, judge=nasty, seed=seed) for seed, name in enumerate("ab")]
+    for seed, folder in enumerate(folders):
+        results = read_results(folder)
+        model = {"name": f"{nasty} {seed}", "fingerprint": "f", "parameters": 1, "dtype": "float32"}
+        questions = {name: f"{prompt}{nasty}" for name, prompt in results["questions"].items()}
+        change_results(folder, model=model, decoding={"top_p": seed}, questions=questions)
+    markdown = compare(folders)
+    page = MarkdownIt().enable("table").render(markdown)
+    assert set(re.findall(r"<(\w+)", page)) == set("h1 h2 p ul li table thead tbody tr th td".split())
+    assert page.count("<h1>") == 1 and page.count("<h2>") == 1 and page.count("alert(1)") > 6
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
 def test_names_of_runs(runs, tmp_path):
     same = household_run(tmp_path / "a", seed=9, corruptions=False)
     names = [run["name"] for run in tabulate([runs["a"], same, runs["b"], runs["foreign"]])["runs"]]
@@ -322,7 +349,8 @@ def test_model_index_of_a_card(runs, tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.model_name == "me/MiniGPT-3D"
     found = {(entry.dataset_name, entry.metric_type, entry.metric_name): entry for entry in data.eval_results}
-    scores = [(r["suite"], s) for r in results for s in r["scores"] if s["condition"] == "seeing"]
+    all_scores = [(r["suite"], s) for r in results for s in r["scores"]]
+    scores = [(suite, score) for suite, score in all_scores if score["condition"] == "seeing"]
     assert len(found) == len(data.eval_results) == len(scores) == 2 + 6
     for (suite, metric, name), entry in found.items():
         (score,) = [
@@ -335,7 +363,15 @@ def test_model_index_of_a_card(runs, tmp_path):
         low, high = re.match(r"(.+) to (.+) \(95 %, \w+\)", entry.metric_args["interval"]).groups()
         assert (float(low), float(high)) == pytest.approx((factor * score["low"], factor * score["high"]), abs=0.006)
         assert ("judge" in entry.metric_args) == (score["judge"] is not None)
-        assert "blind_control" in entry.metric_args
+        (blind,) = [
+            s for r, s in all_scores
+            if s["condition"] == "blind" and (r, s["question"], s["metric"]) == (suite, score["question"], metric)
+        ]  # fmt: skip
+        assert (
+            entry.metric_args["blind_control"]
+            == pytest.approx(factor * blind["value"], abs=0.006)
+            != entry.metric_value
+        )
     judge = found["caption", "precision", "precision of details, “Caption this 3D model in detail.”"].metric_args[
         "judge"
     ]

@@ -167,6 +167,13 @@ def test_occlusion(cloud):
     kept = [rows_of(result) for result in all_changed("occlusion", cloud)]
     assert kept[4] < kept[3] < kept[2] < kept[1] <= kept[0] < rows_of(cloud)
     assert 0.3 < len(kept[4]) / NUM_POINTS < 0.45
+    # Five sides are all around: of a sphere's belt, of which each sees two fifths, nothing is left out.
+    sphere = make_sphere()
+    five, one, whole = (
+        (abs(each[:, 1]) < 0.3).sum()
+        for each in (changed("occlusion", 1, sphere), changed("occlusion", 5, sphere), sphere)
+    )
+    assert five == whole and 0.3 * whole < one < 0.45 * whole
     # A view's front is all there, and its back is gone.
     result = changed("occlusion", 5, make_sphere(), seed=5)
     mean = result[:, :3].mean(0)

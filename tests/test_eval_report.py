@@ -16,6 +16,7 @@ from PIL import Image
 from minigpt3d.evaluation import pictures
 from minigpt3d.evaluation.report import best_and_worst, write_report
 from minigpt3d.evaluation.results import main_score, read_objects, read_results, same_judge
+from minigpt3d.evaluation.suites import SUITES
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_somebody_elses_answers(tmp_path):
     folder = foreign_run(tmp_path / "run")
     write_report(folder, lambda object_id: None)
     markdown, page = (folder / "report.md").read_text(encoding="utf-8"), page_of(folder)
-    assert "# PointLLM-7B on household" in markdown and "| decoding | not known |" in markdown
+    assert f"# PointLLM-7B: {SUITES['household'].title}\n" in markdown and "| decoding | not known |" in markdown
     assert "There is no blind control" in markdown and "The geometry is used" not in markdown
     assert len([address for address in page.addresses if address.startswith("data:")]) == 1  # the scores
     assert page.text.count("What is this?") >= 20
@@ -262,12 +263,12 @@ def test_nothing_said_becomes_markup(tmp_path):
     markdown = changed(folder, change)
     page = page_of(folder)
     assert set(page.tags) <= set(
-        "html head meta title style body h1 h2 h3 p ul li img div table tr th td span b".split()
+        "html head meta title style body h1 h2 h3 p details summary ul li img div table tr th td span b".split()
     )
     assert page.handlers == [] and all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "{{ 7 * 7 }}" in page.text and "<script>alert(1)</script>" in page.text
     shown = Page(MarkdownIt().enable("table").render(markdown))
-    assert set(shown.tags) <= set("h1 h2 p ul li img table thead tbody tr th td".split())
+    assert set(shown.tags) <= set("h1 h2 p details summary ul li img table thead tbody tr th td".split())
     assert all(re.fullmatch(r"pictures/[\w-]+\.png", address) for address in shown.addresses)
     assert "<script>alert(1)</script>" in shown.text and "| a | b |" in shown.text
     lines = [line for line in markdown.splitlines() if line.startswith("|")]

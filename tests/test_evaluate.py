@@ -33,7 +33,8 @@ from minigpt3d.evaluation.objects import (
     read_own,
 )
 from minigpt3d.evaluation.run import Options, alone_in, evaluate, read_conditions
-from minigpt3d.evaluation.score import Scorer, shuffle
+from minigpt3d.evaluation.score import Scorer, compare_conditions, shuffle
+from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
@@ -121,6 +122,7 @@ import numpy as np
 from minigpt3d.evaluation.objects import read_modelnet40
 
 _reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float32(1).__reduce__()[0]
+frombuffer = np.zeros(1).__reduce_ex__(5)[0]
 
 class Call:
     def __init__(self, *parts):
@@ -144,6 +146,7 @@ for forged in (
     Call(scalar, (dtype("V8", None, None, None, 1 << 40, 1, 0), b"AAAAAAAA")),
     Call(np.dtype, ("f4", False, True), (None, {"dtype": 3})),
     Call(_reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40,), dtype("f4"), False, b"AAAA")),
+    Call(frombuffer, (24 << 30, np.dtype("f4"), (1 << 30, 6), "C")),
 ):
     for content in ([[np.zeros((4, 6), np.float32)], [forged]], [[forged], [1]]):
         Path(sys.argv[1]).write_bytes(pickle.dumps(content, protocol=2))
@@ -157,7 +160,7 @@ for forged in (
 def test_modelnet40_forges_no_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", FORGED_ARRAYS, tmp_path / "x.dat"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: --data")]) == 20
+    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: --data")]) == 22
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,8 @@ def test_modelnet40_forges_no_memory(tmp_path):
         b"<html>",
         pickle.dumps([[], []]),
         pickle.dumps([[np.zeros((4, 6), np.float32)], [40]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [3.0]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], ["3"]]),
         pickle.dumps([[np.zeros((4, 2), np.float32)], [0]]),
         pickle.dumps([[np.zeros((4, 6), np.float32)], [0, 1]]),
         pickle.dumps({"a": 1}),
@@ -222,16 +227,26 @@ def test_own_objects_in_a_table(own_objects):
     """As a spreadsheet writes it and people type: with a mark, Windows' line ends, blanks and capitals."""
     table = own_objects.with_suffix(".csv")
     table.write_bytes(
-        "\ufefffile,label,color\r\nbox0.npy,Box ,Red\r\nbox1.npy,crate,\r\nbox2.npy, box,red\r\n".encode()
+        "\ufefffile, label ,color\r\nbox0.npy,Big  box ,Red\r\nbox1.npy,crate,\r\nbox2.npy, big box,red\r\n".encode()
     )
     objects = [(each.object_id, each.label, each.color) for each in read_own(str(table))]
-    assert objects == [("box0", "Box", "red"), ("box1", "crate", None), ("box2", "Box", "red")]
+    assert objects == [("box0", "Big box", "red"), ("box1", "crate", None), ("box2", "Big box", "red")]
+
+
+def test_a_line_ends_where_json_has_its_end(own_objects):
+    """A text may hold line breaks that are none of the file's, such as U+2028 as a browser writes it."""
+    lines = own_objects.with_name("breaks.jsonl")
+    lines.write_text('{"file": "box0.npy", "caption": "A box.\u2028Red."}\r\n\n', encoding="utf-8", newline="")
+    assert [each.caption for each in read_own(str(lines))] == ["A box.\u2028Red."]
 
 
 def test_columns_that_nobody_reads_are_told(own_objects):
     table = own_objects.with_name("colour.csv")
     table.write_text("file,label,colour\nbox0.npy,box,red\n")
     with pytest.warns(UserWarning, match="colour.csv: .* color, object_id are read; not read: colour"):
+        read_own(str(table))
+    table.write_text("file, label,label\nbox0.npy,box,chair\n")
+    with pytest.raises(ValueError, match="names the column 'label' more than once"):
         read_own(str(table))
     table.write_text("file;label\nbox0.npy;box\n")
     with pytest.raises(ValueError, match="must name the column file, with commas between them; got file;label"):
@@ -274,7 +289,9 @@ def test_answers_of_pointllm(tmp_path):
     results = [{"object_id": 3, "ground_truth": 1, "model_output": "A cup.", "label_name": "cup"}]
     (tmp_path / "theirs.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
     (answer,) = read_answers(tmp_path / "theirs.json")
-    assert answer == {"object_id": 3, "answer": "A cup.", "question": None, "condition": None}
+    assert answer == {
+        "object_id": 3, "answer": "A cup.", "question": None, "condition": None, "prompt": "What is this?"
+    }  # fmt: skip
     (tmp_path / "bad.jsonl").write_text('{"object_id": "a", "text": "?"}')
     with pytest.raises(ValueError, match="line 1: expected 'object_id' and a text 'answer'"):
         read_answers(tmp_path / "bad.jsonl")
@@ -335,6 +352,33 @@ def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
     assert len(log) <= 2  # the batch of the torn line
     lines = list(without_seconds(read_lines(tmp_path)))
     assert len(lines) == 20 and {json.dumps(line) for line in lines} == whole
+
+
+def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
+    """Its other object is asked in the company that it would have had, whose answer is not written again."""
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    whole = list(without_seconds(read_lines(tmp_path)))
+    (tmp_path / "part-0.jsonl").unlink()
+    append_lines(open_part(tmp_path, 0), [line | {"seconds": 0.0} for line in whole[:7]])  # a batch and a half, twice
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    lines = list(without_seconds(read_lines(tmp_path)))
+    assert len(lines) == 20 and sorted(map(json.dumps, lines)) == sorted(map(json.dumps, whole))
+
+
+def test_every_batch_draws_by_a_seed_of_its_own(jobs, tmp_path):
+    def run(folder, seed):
+        seeds = {}
+
+        def work(job, objects, clouds, batch_seed):
+            seeds[job.question.name, job.condition, objects[0].object_id] = batch_seed
+            return [{"answer": ""} for _ in objects]
+
+        run_batches(jobs, folder, 2, seed, work, "")
+        return seeds
+
+    first, again, other = run(tmp_path / "a", 0), run(tmp_path / "b", 0), run(tmp_path / "c", 1)
+    assert first == again and len(set(first.values())) == len(first) == 12
+    assert not set(first.values()) & set(other.values())
 
 
 def without_seconds(lines):
@@ -430,6 +474,43 @@ def test_details_that_nobody_counted_have_no_precision():
     assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"hallucination": 0}
     values, scores = scored("3#0#a red chair", "I cannot say.")
     assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"precision": 0, "hallucination": 1}
+
+
+def test_the_interval_of_precision_is_that_of_all_details():
+    """An object of many details weighs as much as it has: a mean over objects would be another number."""
+    right, wrong = np.array([9, 1, 2, 0, 1]), np.array([1, 3, 0, 1, 0])
+    objects = {str(i): EvalObject(str(i), None, caption="A red chair.") for i in range(5)}
+
+    def judge(prompts):
+        return [f"{a}#{b}#so" for a, b in zip(right, wrong, strict=True)]
+
+    judge.name = "judge"
+    answers = {i: f"Answer {i}." for i in objects}
+    scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 3)
+    (entry,), _, _ = scorer.score(Question("caption", "", ("precision",)), "seeing", answers, ["precision"])
+    assert entry["value"] == pytest.approx(13 / 18)
+    assert (entry["low"], entry["high"]) == bootstrap((right, right + wrong), seed=3)
+
+
+def test_differences_are_corrected_for_their_number():
+    """Four tests of one run: each p is Holm's, and the words are about it."""
+    rng = np.random.default_rng(4)
+    values = {
+        ("what", condition): {
+            str(i): {"closed_set_accuracy": float(a), "color_accuracy": float(b)}
+            for i, (a, b) in enumerate(zip(rng.random(60) < share, rng.random(60) < share + 0.1, strict=True))
+        }
+        for condition, share in (("seeing", 0.6), ("blind", 0.4), ("no_color", 0.35))
+    }
+    tests = compare_conditions(values, ["closed_set_accuracy", "color_accuracy"])
+
+    def hits(condition, metric):
+        return [row[metric] for row in values["what", condition].values()]
+
+    raw = [mcnemar(hits("seeing", test["metric"]), hits(test["b"], test["metric"])) for test in tests]
+    assert len(tests) == 4 and min(raw) < 0.05 < 4 * max(raw)
+    assert [test["p"] for test in tests] == pytest.approx(holm(raw)) != pytest.approx(raw)
+    assert all(f"p = {test['p']:.3f}" in test["words"] or test["p"] < 0.001 for test in tests)
 
 
 def test_the_judge_is_asked_by_the_users_prompt():
@@ -820,6 +901,21 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
             row["object_id"]: row["scores"]["closed_set_accuracy"] for row in rows if row["condition"] == "seeing"
         }
         assert found == {ids[0]: 1.0, ids[1]: 0.0}
+    # Answers to the prompt that their file names, and to none of the suite's.
+    numbered = [{"object_id": f"box{i}", "model_output": "A red box."} for i in range(7)]
+    for prompt, question in (
+        ("What color is it?", "color"),
+        (" What is this? ", "what"),
+        ("Hello, what is it?", None),
+    ):
+        (tmp_path / "theirs.json").write_text(json.dumps({"prompt": prompt, "results": numbered}))
+        folder = tmp_path / f"to-{question}"
+        code = run_command("own", "--data", own_objects, "--answers", tmp_path / "theirs.json", "--out", folder)
+        assert code == (question is None)
+        if question:
+            rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
+            assert {row["question"] for row in rows} == {question}
+    assert "they are answers to 'Hello, what is it?', which own does not ask, but" in capsys.readouterr().err
     # An object without an answer to a question that others have one to.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))

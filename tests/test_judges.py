@@ -235,6 +235,14 @@ def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge
     )
 
 
+def test_thoughts_are_kept_and_not_read(endpoint, make_judge, tmp_path):
+    """With or without the mark that begins one: some templates have it in the prompt."""
+    thoughts = {"a": "<think>\nF#? No.\n</think>\n\nT#the same", "b": "F# or\n</think>T#so", "c": "<think>F#"}
+    endpoint.answer = lambda request, nth: completion(thoughts[request.prompt])
+    assert make_judge()(["a", "b", "c"]) == make_judge()(["a", "b", "c"]) == ["T#the same", "T#so", "<think>F#"]
+    assert sorted(entry["reply"] for entry in read_entries(tmp_path / "cache")) == sorted(thoughts.values())
+
+
 def test_half_an_emoji_is_asked_about(endpoint, make_judge):
     assert make_judge()(["a \ud83d b"]) == ["reply to a ? b"]
 

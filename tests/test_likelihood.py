@@ -90,12 +90,13 @@ def test_a_name_in_an_answer(model, tiny_processor, clouds, answer):
 
 
 def test_several_answers_count_together(model, tiny_processor, clouds):
-    answers = ["A red {}.", "{}", "This is a small {}, I think."]
+    answers = ["A red {}.", "A big {}.", "A {} is it."]
     got, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, answers)
     texts = [answer.replace("{}", name) for name in CLASSES for answer in answers]
     expected, counts = from_scratch(model, tiny_processor, clouds, texts)
     probabilities = np.exp(expected.reshape(3, len(CLASSES), 3)).sum(-1)
     np.testing.assert_allclose(got, np.log(probabilities), rtol=0, atol=1e-4)
+    assert (got - expected.reshape(3, len(CLASSES), 3).max(-1)).min() > 0.01  # the best one alone would be less
     np.testing.assert_allclose(tokens, counts.reshape(-1, 3).mean(1))
 
 

@@ -16,6 +16,7 @@ from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.model_card import SOURCES_FILE, CardError, read_given, write_card
 from minigpt3d.model_card.card import _TEMPLATE, estimate_emissions
 from minigpt3d.model_card.facts import Fact, find_unsourced, take_marks
+from minigpt3d.training import ablate
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,12 +157,12 @@ def resolve(source: str, files: dict[str, Path]):
 def says(text: str, value) -> bool:
     """Whether a text is a way to print a value: as it is, rounded, or as a percentage."""
     if isinstance(value, str):
-        return text.replace("\\|", "|") in (
+        return re.sub(r"\\([|_*`])", r"\1", text) in (
             value,
             " ".join(value.split()),
             METRICS[value].title if value in METRICS else None,
         )
-    if isinstance(value, bool) or not re.fullmatch(r"-?[\d.,]+( %)?|[\d.]+e-\d+", text):
+    if isinstance(value, bool) or not re.fullmatch(r"[+-]?[\d.,]+( %)?|[\d.]+e-\d+", text):
         return text == json.dumps(value)
     number = float(text.removesuffix(" %").replace(",", ""))
     value *= 100 if text.endswith(" %") else 1
@@ -193,6 +194,10 @@ def check_sources(folder: Path, **files: Path):
     for entry in sources:
         if "#/" in entry["source"]:
             value = resolve(entry["source"], files)
+            if row := re.match(
+                r"ablation.json#(/rows/\d+/)(?!variant)", entry["source"]
+            ):  # per cent is in the table's head
+                value *= 1 if resolve(f"ablation.json#{row[1]}measure", files) == "loss" else 100
             is_key = entry["source"].endswith("/" + entry["text"])  # the label of a row is its place's last part
             assert is_key or says(entry["text"], value), entry
     return card
@@ -209,8 +214,11 @@ def test_household_card_is_what_its_folder_gives(tmp_path, monkeypatch):
         assert (household / name).read_text() == (HOUSEHOLD / name).read_text(), (
             "write it again, with the command at its end"
         )
-    card = check_sources(household, **{"evaluation/results.json": household / "evaluation" / "results.json"})
-    assert len(numbers_of(card)) > 300
+    results = household / "evaluation" / "results.json"
+    card = check_sources(household, **{"evaluation/results.json": results, "ablation.json": ablation})
+    assert len(numbers_of(card)) > 600
+    sources = [entry["source"] for entry in json.loads((household / SOURCES_FILE).read_text())]
+    assert len([source for source in sources if re.fullmatch(r"ablation.json#/rows/\d+/\w+", source)]) > 250
 
 
 def test_cards_of_all_kinds_hold_no_number_without_source(household, adapter, release, make_run):
@@ -235,6 +243,7 @@ def test_cards_of_all_kinds_hold_no_number_without_source(household, adapter, re
         ("| accuracy | 0.71 |", "0.71"),
         ("Trained for {{ emissions.inputs[0][1].raw }} hours.", "0.8"),  # what is read, but printed without its place
         ("It was {{ runs|length }}2 times better.", "02"),
+        ("It reaches `97 %` of people, see `file-7.json`.", "97"),
         ("**3** of MiniGPT-3D's experts, arXiv 2405.01413, see `file-7.json`", "3"),
     ],
 )
@@ -316,6 +325,30 @@ def test_a_part_of_the_objects_is_called_so(household, make_run):
     assert ": so few objects that only the largest differences can be told from noise." in card
     whole = write_card(household, [make_run("whole", make_results())]).read_text()
     assert "no result of the whole" not in whole and "so few objects" not in whole and "The first" not in whole
+
+
+def test_no_name_becomes_markup(household, make_run):
+    nasty = "<img src=x> | `x` **b**"
+    judged = json.loads(json.dumps(JUDGED).replace(JUDGE["model"], nasty))
+    judged["tests"] = [paired("caption_score", 0.5, 0.7) | {"words": f"{nasty} is better."}]
+    path = write_card(household, [make_run("two", judged | {"command": "minigpt3d ```\n# head"})])
+    card = path.read_text().partition("\n---\n")[2]
+    assert nasty not in card and card.count(r"&lt;img src=x> \| \`x\` \*\*b\*\*") == 3  # judge, row, test
+    assert "\n````bash\nminigpt3d ```\n# head\n````\n" in card
+
+
+def test_a_typed_number_in_the_ablation_is_found(household, monkeypatch):
+    report = ROOT / "model_card" / "ablation.json"
+    write_card(household, ablation=report)
+
+    to_markdown = ablate.to_markdown
+
+    def typed(content, cite):
+        return to_markdown(content, cite).replace("## What it shows", "## What it shows\n\n71 % are right.")
+
+    monkeypatch.setattr("minigpt3d.training.ablate.to_markdown", typed)
+    with pytest.raises(CardError, match="71 % are right"):
+        write_card(household, ablation=report)
 
 
 def test_a_judge_is_named_and_what_could_not_be_read_counts(household, make_run):
@@ -449,7 +482,8 @@ def test_the_command_writes_the_same_card(household, make_run, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     given = read_given(["watts=85.5:a meter, 5 minutes"])
     card = write_card("household", ["one"], given, ablation="ablation").read_text()
-    check_sources(household, **{"one/results.json": tmp_path / "one" / "results.json"})
+    files = {name: tmp_path / name for name in ("one/results.json", "ablation/ablation.json")}
+    check_sources(household, **files | {"ablation.json": files["ablation/ablation.json"]})
     words = shlex.split(card.rsplit("```bash\n", 1)[1].removesuffix("\n```\n"))
     assert words == ["minigpt3d", "card", "household", "--results", "one", "--co2", "watts=85.5:a meter, 5 minutes",
                      "--ablation", "ablation"]  # fmt: skip

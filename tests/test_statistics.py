@@ -71,6 +71,11 @@ def test_newcombe_by_hand():
     assert newcombe([1], [0]) == pytest.approx((1 - np.sqrt(2) * reach, 1))
     # As published for this table (Fagerland, Lydersen and Laake, 2014, the study of airways).
     assert newcombe(*hits_of(1, 1, 7, 12)) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    # An example of Newcombe's own (1998), where hits of one go with misses of the other.
+    assert newcombe(*hits_of(36, 12, 2, 0)) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    # The same two of four hit by both: phi, corrected, is 1 - 4 / 8, and Wilson's interval reaches as far up as down.
+    reach = 0.5 - wilson(2, 4)[0]
+    assert newcombe(*hits_of(2, 0, 0, 2)) == pytest.approx((-reach, reach))
     low, high = newcombe(*hits_of(1, 7, 1, 12))
     assert (-high, -low) == pytest.approx(newcombe(*hits_of(1, 1, 7, 12)))
     with pytest.raises(ValueError, match="every number must be 0 or 1"):

@@ -19,7 +19,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -39,7 +39,7 @@ from transformers.utils import logging
 from minigpt3d.conversion.checkpoints import fingerprint_model
 from minigpt3d.evaluation.answers import encode_question
 from minigpt3d.evaluation.objects import EvalObject, read_household
-from minigpt3d.evaluation.statistics import holm
+from minigpt3d.evaluation.statistics import CONFIDENCE, SIGNIFICANT, holm
 from minigpt3d.evaluation.suites import CAPTION_PROMPT
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
@@ -352,6 +352,7 @@ class Lab:
 # ---- What differs ---------------------------------------------------------------------------------------------------
 
 RUNS_DIR, SETTINGS_FILE = "runs", "settings.json"
+REPORT_FILE = "ablation.json"
 MEASURES = {"kind": "kind named", "color": "main color named", "loss": "loss of the caption, nats a token"}
 
 
@@ -367,7 +368,7 @@ def estimate_mean(values: np.ndarray) -> dict[str, float]:
     if variance == 0:
         return {"mean": mean, "low": mean, "high": mean, "p": float(mean == 0)}
     freedom = variance**2 / (parts**2 / (np.array(values.shape) - 1)).sum()
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance)
     p = 2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)
     return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
 
@@ -442,7 +443,7 @@ def draw(rows: list[dict], path: Path):
         for variant, height in zip(shown, places, strict=True):
             row = found[variant.name, measure]
             middle, low, high = (scale * row[key] for key in ("difference", "difference_low", "difference_high"))
-            color = "#c0392b" if row["p"] < 0.05 else "#7f8c8d"
+            color = "#c0392b" if row["p"] < SIGNIFICANT else "#7f8c8d"
             axes.plot([low, high], [height, height], color=color, linewidth=2)
             axes.plot(middle, height, "o", color=color, markersize=5)
         axes.set_title(title, fontsize=10)
@@ -454,16 +455,25 @@ def draw(rows: list[dict], path: Path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def to_text(row: dict, prefix: str = "") -> str:
+Told = Callable[[str, dict, str], str]  # (text, row, key of the row that it tells) → as it is written
+
+
+def _plain(text: str, row: dict, key: str) -> str:
+    return text
+
+
+def to_text(row: dict, prefix: str = "", told: Told = _plain) -> str:
     """ "71.0 (62.1 to 79.3)": of a row's value, or with the prefix "difference_" of its difference."""
     name = "difference" if prefix else "value"
     scale, digits = (1, 3) if row["measure"] == "loss" else (100, 1)
     sign = "+" if prefix else ""
-    numbers = [f"{scale * row[key]:{sign}.{digits}f}" for key in (name, f"{prefix}low", f"{prefix}high")]
+    numbers = [
+        told(f"{scale * row[key]:{sign}.{digits}f}", row, key) for key in (name, f"{prefix}low", f"{prefix}high")
+    ]
     return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
 
-def to_table(rows: list[dict]) -> str:
+def to_table(rows: list[dict], told: Told = _plain) -> str:
     """All variants with their differences, as a Markdown table."""
     found = {(row["variant"], row["measure"]): row for row in rows}
     header = ["variant", *(f"{title}{'' if m == 'loss' else ', %'} | difference" for m, title in MEASURES.items())]
@@ -471,35 +481,38 @@ def to_table(rows: list[dict]) -> str:
     for variant in VARIANTS:
         if (variant.name, "kind") not in found:
             continue
-        cells = [variant.name]
+        cells = [told(variant.name, found[variant.name, "kind"], "variant")]
         for measure in MEASURES:
             row = found[variant.name, measure]
-            cells.append(to_text(row))
-            difference = to_text(row, "difference_") if "p" in row else ""
-            cells.append(f"**{difference}**" if row.get("p", 1) < 0.05 else difference)
+            cells.append(to_text(row, told=told))
+            difference = to_text(row, "difference_", told) if "p" in row else ""
+            cells.append(f"**{difference}**" if row.get("p", 1) < SIGNIFICANT else difference)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def in_words(rows: list[dict]) -> list[str]:
-    """A sentence for each question: which differences are more than noise."""
+def in_words(rows: list[dict], told: Told, cite: Callable[[str, str], str]) -> list[str]:
+    """A sentence for each question: which differences are more than noise. `cite` is that of `to_markdown`."""
     sentences = []
     for group, reference in REFERENCE.items():
         names = [variant.name for variant in VARIANTS if variant.group == group]
         found = [row for row in rows if row["variant"] in names]
         if not found:
             continue
-        clear = [row for row in found if row["p"] < 0.05]
-        told = "; ".join(
-            f"{row['variant']}: {MEASURES[row['measure']]} {to_text(row, 'difference_')}" for row in clear
+        clear = [row for row in found if row["p"] < SIGNIFICANT]
+        clearly = "; ".join(
+            f"{told(row['variant'], row, 'variant')}: {MEASURES[row['measure']]} {to_text(row, 'difference_', told)}"
+            for row in clear
         )
         halves = [(row["difference_high"] - row["difference_low"]) / 2 for row in found if row["measure"] == "kind"]
+        safe = cite(f"{100 * max(halves):.1f}", f"half of the widest interval of a difference in kinds, {group}")
         rest = (
-            f"{'No other' if told else 'No'} difference is told apart from noise: for kinds one would have to be above "
-            f"{100 * max(halves):.1f} points to be safe, and more after Holm's correction."
+            f"{'No other' if clearly else 'No'} difference is told apart from noise: for kinds one would have to be above "
+            f"{safe} points to be safe, and more after Holm's correction."
         )
+        reference = cite(reference, "training/ablate.py: REFERENCE")
         sentences.append(
-            f"**{group}** (the recipe: {reference}). {f'More than noise: {told}. ' if told else ''}{rest}"
+            f"**{group}** (the recipe: {reference}). {f'More than noise: {clearly}. ' if clearly else ''}{rest}"
         )
     return sentences
 
@@ -522,15 +535,33 @@ def write_report(runs: list[dict], facts: dict, out: Path):
     facts["command"] = command_of(runs, facts)
     del facts["given"]
     content = facts | {"minutes": round(minutes, 1), "same": [list(pair) for pair in find_same(runs)], "rows": rows}
-    write_whole(out / "ablation.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_whole(out / REPORT_FILE, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
     draw(rows, out / "ablation.png")
     write_whole(out / "ablation.md", lambda p: p.write_text(to_markdown(content), encoding="utf-8"))
 
 
-def to_markdown(content: dict) -> str:
-    """What ablation.json holds, as people read it; a model card takes it in."""
-    seeds = ", ".join(map(str, content["seeds"]))
-    twins = "; ".join(f"*{a}* and *{b}*" for a, b in content["same"])
+def to_markdown(content: dict, cite: Callable[[str, str], str] = lambda text, place: text) -> str:
+    """What ablation.json holds, as people read it; a model card takes it in.
+
+    Args:
+        content: of ablation.json.
+        cite: (a text that holds a number, its place: `FILE#/POINTER`, or in words) → what is written.
+    """
+
+    def fact(key: str, text: str | None = None) -> str:
+        return cite(str(content[key]) if text is None else text, f"{REPORT_FILE}#/{key}")
+
+    def told(text: str, row: dict, key: str) -> str:
+        return cite(text, f"{REPORT_FILE}#/rows/{content['rows'].index(row)}/{key}")
+
+    seeds = ", ".join(cite(str(seed), f"{REPORT_FILE}#/seeds/{i}") for i, seed in enumerate(content["seeds"]))
+    num_seeds = cite(str(len(content["seeds"])), f"{REPORT_FILE}: number of seeds")
+    level = cite(f"{100 * CONFIDENCE:.0f} %", "minigpt3d.evaluation.statistics: CONFIDENCE")
+    alarms = cite(f"{100 * SIGNIFICANT:.0f} %", "minigpt3d.evaluation.statistics: SIGNIFICANT")
+    twins = "; ".join(
+        " and ".join(f"*{cite(name, f'{REPORT_FILE}#/same/{i}/{j}')}*" for j, name in enumerate(pair))
+        for i, pair in enumerate(content["same"])
+    )
     twins = (
         f"- Two names for one computation, alike to the last bit for every object and seed: {twins}.\n"
         if twins
@@ -538,27 +569,27 @@ def to_markdown(content: dict) -> str:
     )
     return f"""# What each part of the recipe contributes
 
-Variants of the household recipe, each with one thing changed, {len(content["seeds"])} seeds ({seeds}), scored on the
-{content["objects"]} held-out objects. Made by
+Variants of the household recipe, each with one thing changed, {num_seeds} seeds ({seeds}), scored on the
+{fact("objects")} held-out objects. Made by
 
 ```bash
 {content["command"]}
 ```
 
-on {content["date"]} in {content["minutes"]:.0f} minutes, summed over the processes that shared the work, on {content["cpus"]} CPU cores ({content["versions"]}). The stages are {content["scale"]:g} times as long as
-the recipe's, on {content["views"]} encoded views of each cloud instead of fresh ones.
+on {fact("date")} in {fact("minutes", f"{content['minutes']:.0f}")} minutes, summed over the processes that shared the work, on {fact("cpus")} CPU cores ({fact("versions")}). The stages are {fact("scale", f"{content['scale']:g}")} times as long as
+the recipe's, on {fact("views")} encoded views of each cloud instead of fresh ones.
 
 ![Differences to the full recipe](ablation.png)
 
-{to_table(content["rows"])}
+{to_table(content["rows"], told)}
 
 *kind* and *color*: share of greedy answers to "What is this?" that name them. *loss*: of the reference caption, lower is better.
-In brackets 95 % intervals (Student's t) for other seeds and other objects than these; **bold**: more than noise, at 5 % for all
+In brackets {level} intervals (Student's t) for other seeds and other objects than these; **bold**: more than noise, at {alarms} for all
 differences of the table together (Holm).
 
 ## What it shows
 
-{chr(10).join(f"- {sentence}" for sentence in in_words(content["rows"]))}
+{chr(10).join(f"- {sentence}" for sentence in in_words(content["rows"], told, cite))}
 {twins}
 ## What it cannot show
 

@@ -119,11 +119,15 @@ def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
     if suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
-        names = rows.fieldnames or ["nothing"]
+        names = rows.fieldnames = [name.strip() for name in rows.fieldnames or ["nothing"]]
         if not columns <= set(names):
             wanted = " and ".join(sorted(columns, reverse=True))
             raise ValueError(
                 f"{path}: its first line must name the column{'s' * (len(columns) > 1)} {wanted}, with commas between them; got {','.join(names)}."
+            )
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{path}: its first line names the column {doubled[0]!r} more than once. Keep one of them."
             )
         for row in rows:
             where = f"{path}, line {rows.line_num}"
@@ -134,7 +138,7 @@ def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
                 )
             yield where, {name: value for name, value in row.items() if value}
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # of line breaks a text may hold others as they are
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)

@@ -16,7 +16,7 @@ import numpy as np
 
 COLORS = ("black", "white", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 _INDEX = {name: index for index, name in enumerate(COLORS)}
-_SPELLINGS = {"grey": "gray", "violet": "purple", "magenta": "pink", "silver": "gray"}
+OTHER_WORDS = {"grey": "gray", "violet": "purple", "magenta": "pink", "silver": "gray"}
 
 
 def color_indices(rgb: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def main_color(rgb: np.ndarray) -> str:
 def first_color(answer: str) -> str | None:
     """The first colour that an answer names; None if it names none."""
     for word in re.findall(r"[a-z]+", answer.lower()):
-        word = _SPELLINGS.get(word, word)
+        word = OTHER_WORDS.get(word, word)
         if word in _INDEX:
             return word
     return None

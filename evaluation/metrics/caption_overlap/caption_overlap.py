@@ -4,6 +4,8 @@ As the field computes them for 3D captions: BLEU and METEOR over words between b
 smoothed by method 1; then the mean over objects.
 """
 
+import re
+
 import datasets
 import evaluate
 
@@ -78,8 +80,15 @@ def _rouge_l():
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError(_missing("ROUGE-L", "rouge-score")) from error
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return lambda references, answer: scorer.score_multi(references, answer)["rougeL"].fmeasure
+
+
+class _Words:
+    """As rouge-score's own, which knows the letters of English alone: of a text in another script it leaves nothing."""
+
+    def tokenize(self, text):
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 def _meteor():

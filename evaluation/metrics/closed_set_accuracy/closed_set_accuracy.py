@@ -108,8 +108,8 @@ def _check_classes(classes, references):
 def _namer(classes, aliases):
     """A function from an answer to the class that it names first, or None.
 
-    Names are whole words, in singular or plural, letter case ignored, with or without a blank, hyphen or underscore
-    between the words of one. Where one name begins with another, the longest counts ("TV stand", not "TV"); where
+    Names are whole words, in singular or plural, letter case ignored, with or without a blank, hyphen, slash or
+    underscore between the words of one. Where one name begins with another, the longest counts ("TV stand", not "TV"); where
     names follow one another, the last does: a "table lamp" is a lamp.
     """
     strangers = [name for name in aliases if name not in classes]
@@ -120,9 +120,10 @@ def _namer(classes, aliases):
     classes_by_name = {}
     for label in classes:
         for name in (label, *aliases.get(label, ())):
-            if not _plain(name):
+            spoken = _plain(name.replace("/", " "))
+            if not spoken:
                 raise ValueError(f"{name!r} is no name that an answer could hold, for class {label!r}.")
-            other = classes_by_name.setdefault(_plain(name), label)
+            other = classes_by_name.setdefault(spoken, label)
             if other != label:
                 raise ValueError(
                     f"{name!r} names two classes, {other!r} and {label!r}: an answer could not be read. Write them alike."
@@ -132,7 +133,7 @@ def _namer(classes, aliases):
             classes_by_name.setdefault(form, label)
     names = sorted(classes_by_name, key=len, reverse=True)
     labels = [classes_by_name[name] for name in names]
-    patterns = "|".join(f"({' ?'.join(map(re.escape, name.split(' ')))})" for name in names)
+    patterns = "|".join(f"({'[ /]?'.join(map(re.escape, name.split(' ')))})" for name in names)
     pattern = re.compile(rf"(?<!\w)(?:{patterns})(?!\w)")
 
     def name(answer):
@@ -147,7 +148,7 @@ def _namer(classes, aliases):
 
 
 def _plain(text):
-    return re.sub(r"[ _-]+", " ", text.casefold()).strip()
+    return re.sub(r"[\s_-]+", " ", text.casefold()).strip()
 
 
 def _other_forms(name):
