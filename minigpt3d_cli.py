@@ -8,11 +8,13 @@ import argparse
 import copy
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 BUNDLED_MODEL = Path(__file__).resolve().parent / "checkpoints" / "household"
@@ -38,14 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest answer, in tokens (default: 150)",
     )
-    shared.add_argument(
-        "--up-axis",
-        choices=["x", "y", "z"],
-        help="axis that points up in the file; it is turned to y (default: the model's own setting, else not turned)",
-    )
-    shared.add_argument(
-        "--missing-color", choices=["black", "gray", "white"], help="colour of points that have none (default: black)"
-    )
+    add_reading(shared, "in the file", "the model's own setting, else not turned")
 
     describe = commands.add_parser(
         "describe",
@@ -89,6 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_reading(parser: argparse.ArgumentParser, where: str, default: str):
+    parser.add_argument(
+        "--up-axis",
+        choices=["x", "y", "z"],
+        help=f"axis that points up {where}; it is turned to y (default: {default})",
+    )
+    parser.add_argument(
+        "--missing-color", choices=["black", "gray", "white"], help="color of points that have none (default: black)"
+    )
+
+
 def add_pack(commands):
     pack = commands.add_parser(
         "pack",
@@ -107,6 +113,7 @@ def add_pack(commands):
         metavar="FILE",
         help="your own objects instead: a .csv with columns file and caption, or lines of JSON",
     )
+    add_reading(pack, "in your own files", "not turned")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     pack.add_argument("--seed", type=natural_int, default=0, help="of the order, shuffled once (default: 0)")
     pack.add_argument(
@@ -147,6 +154,7 @@ def add_evaluate(commands):
     evaluate.add_argument(
         "--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them"
     )
+    add_reading(evaluate, "in your own files", "the model's own setting, else not turned")
     evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only, to try it out")
     evaluate.add_argument(
         "--robustness",
@@ -221,10 +229,16 @@ def add_evaluate(commands):
         metavar="N",
         help="of a reply (default: 256); one that thinks before it replies needs more",
     )
+    judge.add_argument(
+        "--judge-timeout",
+        type=positive_int,
+        metavar="SECONDS",
+        help="after which a request without a reply is asked again (default: 120); a slow server's long replies need more",
+    )
     judge.add_argument("--judge-rpm", type=positive_int, metavar="N", help="requests a minute, at most")
     judge.add_argument(
         "--judge-price",
-        type=float,
+        type=price,
         nargs=2,
         metavar=("IN", "OUT"),
         help="US dollars per million tokens, to tell the cost",
@@ -330,6 +344,16 @@ def natural_int(text: str, at_least: int = 0) -> int:
 
 def positive_int(text: str) -> int:
     return natural_int(text, at_least=1)
+
+
+def price(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no price: expected a number of at least 0, such as 0.15")
+    return number
 
 
 def resolve_model(model: str | None) -> str:
@@ -731,6 +755,11 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def reading_of(args: argparse.Namespace) -> dict[str, str]:
+    """What is said of how one's own files are read."""
+    return {name: getattr(args, name) for name in ("up_axis", "missing_color") if getattr(args, name) is not None}
+
+
 def run_pack(args: argparse.Namespace) -> int:
     if (args.objects is None) == (args.data is None) or (args.data is None) != (args.annotations is None):
         raise CommandError("give --data and --annotations, or --from")
@@ -740,10 +769,21 @@ def run_pack(args: argparse.Namespace) -> int:
 
     if args.objects is not None:
         entries = pack.own_entries(args.objects)
+    elif reading_of(args):
+        raise CommandError(
+            "--up-axis and --missing-color are for your own objects, --from: PointLLM's are as they must be"
+        )
     else:
         entries = pack.release_entries(args.data, args.annotations)
     try:
-        manifest = pack.pack(entries, args.out, args.seed, max_broken=args.max_broken, num_workers=args.num_workers)
+        manifest = pack.pack(
+            entries,
+            args.out,
+            args.seed,
+            max_broken=args.max_broken,
+            num_workers=args.num_workers,
+            reading=reading_of(args),
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error  # line by line
     for line in manifest["broken"]:
@@ -764,9 +804,14 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+ENDPOINT_OPTIONS = ("--judge-concurrency", "--judge-timeout", "--judge-rpm", "--judge-price")
+
+
 def run_evaluate(args: argparse.Namespace) -> int:
     if args.model is not None and args.answers is not None:
         raise CommandError("give --model or --answers, not both")
+    if args.judge is not None and not args.judge.strip():
+        raise CommandError("--judge is empty: expected a model's name")
     for option in ("--robustness", "--greedy", "--phrase", "--device", "--dtype"):
         if args.answers is not None and getattr(args, option[2:]):
             raise CommandError(
@@ -779,13 +824,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "--judge-cache",
         "--judge-max-tokens",
         "--judge-concurrency",
+        "--judge-timeout",
         "--judge-rpm",
         "--judge-price",
     ):
         given = getattr(args, option[2:].replace("-", "_"))
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
-        if given and args.judge_url is None and option in ("--judge-concurrency", "--judge-rpm", "--judge-price"):
+        if given and args.judge_url is None and option in ENDPOINT_OPTIONS:
             raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
     try:
         from minigpt3d.conversion.checkpoints import fingerprint_model
@@ -799,7 +845,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         name, _, path = item.partition("=")
         if name not in JUDGE_PROMPTS or not path:
             raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(JUDGE_PROMPTS)}")
-        prompts[name] = Path(path).read_text(encoding="utf-8")
+        try:
+            prompts[name] = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"--judge-prompt {item}: cannot be read as UTF-8 text ({one_line(error)})") from error
     if args.answers is not None and not args.answers.is_file():
         raise CommandError(
             f"--answers {args.answers}: no such file (expected answers of another program, JSON or JSONL)"
@@ -812,6 +861,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         fingerprint=fingerprint_model(name, local_files_only=not Path(name).exists() and not hub_has(name)),
         data=args.data,
         annotations=args.annotations,
+        reading=reading_of(args),
         answers=args.answers,
         limit=args.limit,
         greedy=args.greedy,
@@ -844,9 +894,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def shown_command(argv: list[str]) -> str:
-    """A command line for others: of what lies on this disk, its last part."""
-    words = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv]
-    return "minigpt3d " + shlex.join(words)
+    """A command line for others: of what lies on this disk, its last part; of a URL, neither a password nor a query."""
+    return "minigpt3d " + shlex.join(map(_shown, argv))
+
+
+def _shown(word: str) -> str:
+    if found := re.fullmatch(r"(.*?=)?(https?://.*)", word):
+        url = urlsplit(found[2])
+        address = url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        return (found[1] or "") + address
+    name, mark, value = ("", "", word) if _is_elsewhere(word) else word.rpartition("=")  # --out=DIR, METRIC=FILE
+    return name + mark + (Path(value).name if _is_elsewhere(value) else value)
+
+
+def _is_elsewhere(path: str) -> bool:
+    return path.startswith(("~", "..")) or Path(path).is_absolute()
 
 
 def make_judge(args: argparse.Namespace):
@@ -856,7 +918,11 @@ def make_judge(args: argparse.Namespace):
     from minigpt3d.evaluation.judges import EndpointJudge, LocalJudge
 
     cache = args.judge_cache or args.out / "judge"
-    limits = {"max_tokens": args.judge_max_tokens, "concurrency": args.judge_concurrency}
+    limits = {
+        "max_tokens": args.judge_max_tokens,
+        "concurrency": args.judge_concurrency,
+        "timeout": args.judge_timeout,
+    }
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     if args.judge_url is None:
         return LocalJudge(args.judge, cache, args.device, **limits)
@@ -880,6 +946,8 @@ def load_for_evaluation(name: str, args: argparse.Namespace):
     from accelerate import PartialState
 
     model, processor = load_model(name)
+    if args.up_axis is not None:
+        processor.feature_extractor.up_axis = None  # what it gets has been turned
     try:
         device = torch.device(args.device) if args.device else PartialState().device
         dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else model.dtype

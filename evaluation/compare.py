@@ -16,8 +16,7 @@ from .results import (
     escaped,
     judge_of,
     prompt_hash,
-    read_objects,
-    read_results,
+    read_run,
     same_judge,
     values_of,
     variant_of,
@@ -52,12 +51,9 @@ def tabulate(folders: list[str | Path]) -> dict:
     if not folders:
         raise ValueError("There is nothing to compare: expected folders of finished runs, got none.")
     folders = [Path(folder) for folder in folders]
-    results = [read_results(folder) for folder in folders]
-    names = _names(folders, results)
-    runs = {
-        name: {"results": result, "rows": read_objects(folder)}
-        for name, folder, result in zip(names, folders, results, strict=True)
-    }
+    read = [read_run(folder) for folder in folders]
+    names = _names(folders, [results for results, _ in read])
+    runs = {name: {"results": results, "rows": rows} for name, (results, rows) in zip(names, read, strict=True)}
     keys = dict.fromkeys(
         (run["results"]["suite"], judge_of(run["results"], score))
         for run in runs.values()
@@ -201,7 +197,8 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
 def _notes(runs: dict[str, dict], is_judged: bool, with_published: bool) -> list[str]:
     notes = []
     for what, key in (("decoding", "decoding"), ("chat template", "template")):
-        if len({json.dumps(run["results"][key], sort_keys=True) for run in runs.values()}) > 1:
+        known = [run["results"][key] for run in runs.values() if run["results"][key] is not None]
+        if len({json.dumps(value, sort_keys=True) for value in known}) > 1:
             notes.append(f"The runs differ in their {what}.")
     if with_published:
         notes.append("Published scores come without intervals, so no difference from them is tested.")

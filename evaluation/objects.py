@@ -249,8 +249,12 @@ def read_household(path: Path = HOUSEHOLD_FILE) -> list[EvalObject]:
 # ---- One's own ------------------------------------------------------------------------------------------------------
 
 
-def read_own(data: str) -> list[EvalObject]:
+def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObject]:
     """Objects from a table or lines of JSON (`file`, and `label`, `caption` or `color`), or from a packed data set.
+
+    Args:
+        data: path, or a packed data set's Hub id.
+        reading: `up_axis` and `missing_color` of the table's files, see `load_point_cloud`.
 
     Raises:
         ValueError: a line out of schema, with its number; no objects; an id that is there twice.
@@ -263,7 +267,11 @@ def read_own(data: str) -> list[EvalObject]:
         )
     if not path.exists() and path.suffix.lower() in (*LINES_SUFFIXES, *OTHER_TABLES):  # no data set on the Hub
         raise ValueError(f"--data {data}: there is no such file.")
-    objects = _read_lines(path) if path.is_file() else _read_packed(data)
+    if not path.is_file() and reading:
+        raise ValueError(
+            f"--data {data}: packed data are turned and colored already. Give --up-axis and --missing-color to `minigpt3d pack`."
+        )
+    objects = _read_lines(path, reading or {}) if path.is_file() else _read_packed(data)
     ids = [each.object_id for each in objects]
     twice = sorted({each for each in ids if ids.count(each) > 1}) if len(set(ids)) < len(ids) else []
     if twice or not objects:
@@ -279,7 +287,7 @@ def read_own(data: str) -> list[EvalObject]:
 OWN_COLUMNS = ("file", "label", "caption", "color", "object_id")
 
 
-def _read_lines(path: Path) -> list[EvalObject]:
+def _read_lines(path: Path, reading: dict) -> list[EvalObject]:
     objects, spelling, unknown = [], {}, {}
     for where, line in read_own_lines(path, {"file"}):
         facts = {name: line.get(name) for name in ("label", "caption", "color")} if isinstance(line, dict) else {}
@@ -303,7 +311,7 @@ def _read_lines(path: Path) -> list[EvalObject]:
         if not file.is_file():
             raise ValueError(f"{where}: there is no file {file}.")
         object_id = str(line.get("object_id") or Path(line["file"]).stem)
-        objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS), **facts))
+        objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS, **reading), **facts))
     if unknown:
         warnings.warn(
             f"{path}: of each object, {', '.join(OWN_COLUMNS)} are read; not read: {', '.join(unknown)}.", stacklevel=4

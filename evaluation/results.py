@@ -28,9 +28,13 @@ def read_results(folder: str | Path) -> dict:
         )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        schema = results["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_AGAIN}") from error
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema is None:
+        raise ValueError(
+            f"{path} is somebody else's: expected what `minigpt3d evaluate` writes. Give the folder of a run."
+        )
     if schema != 1:
         raise ValueError(f"{path}: expected schema 1, got {schema!r}. It is from another version. {_AGAIN}")
     return results
@@ -57,6 +61,25 @@ def read_objects(folder: str | Path) -> list[dict]:
                 ) from error
             rows.append(row)
     return rows
+
+
+def read_run(folder: str | Path) -> tuple[dict, list[dict]]:
+    """A run's results and its scored answers, which belong together.
+
+    Raises:
+        ValueError: the folder is no finished run, or answers are missing.
+    """
+    results, rows = read_results(folder), read_objects(folder)
+    for score in results["scores"]:
+        found = len(values_of(rows, score["question"], score["metric"], score["condition"]))
+        if (
+            found != score["objects"] and not METRICS[score["metric"]].is_ratio
+        ):  # an object without details has no ratio
+            raise ValueError(
+                f"{Path(folder) / OBJECTS_FILE} is damaged: it holds {found:,} of {score['objects']:,} scores for "
+                f"{score['metric']}. {_AGAIN}"
+            )
+    return results, rows
 
 
 def values_of(rows: list[dict], question: str, metric: str, condition: str = SEEING) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Options:
         model: public name of the model, and what identifies its weights.
         data: what the suite reads; None for the household's own file.
         annotations: of Objaverse.
+        reading: `up_axis` and `missing_color` of one's own files, see `load_point_cloud`.
         answers: file of another program's answers, instead of a model.
         limit: the first so many objects.
         greedy: the most likely answers instead of the paper's sampling.
@@ -91,6 +92,7 @@ class Options:
     fingerprint: str = ""
     data: str | None = None
     annotations: list[Path] = field(default_factory=list)
+    reading: dict[str, str] = field(default_factory=dict)
     answers: Path | None = None
     limit: int | None = None
     greedy: bool = False
@@ -115,6 +117,10 @@ def read_objects(options: Options) -> list[EvalObject]:
     Raises:
         ValueError: `--data` or `--annotations` is missing, or not what the suite reads.
     """
+    if options.reading and options.suite != "own":
+        raise ValueError(
+            "--up-axis and --missing-color are for the files of own objects; those of the suites are as they must be."
+        )
     wanted = {
         "modelnet40": "modelnet40_test_8192pts_fps.dat of PointLLM's data",
         "objaverse": "the folder of PointLLM's clouds",
@@ -130,7 +136,7 @@ def read_objects(options: Options) -> list[EvalObject]:
     elif options.suite == "modelnet40":
         objects = read_modelnet40(Path(options.data))
     elif options.suite == "own":
-        objects = read_own(options.data)
+        objects = read_own(options.data, options.reading)
     else:
         objects = read_household(*([] if options.data is None else [Path(options.data)]))
     return objects
@@ -234,18 +240,25 @@ def check_judge(suite: Suite, metrics: list[str], options: Options, before: dict
         )
 
 
-@contextmanager
-def alone_in(out: Path):
-    """A new folder, or that of an evaluation, for this process and those that it leads alone.
-
+def check_out(out: Path):
+    """
     Raises:
-        ValueError: it holds other things, or somebody is at work in it.
+        ValueError: a folder holds other things than an evaluation.
     """
     others = (
         [path for path in out.iterdir() if path.suffix != ".tmp" and path.name != LOCK_FILE] if out.is_dir() else []
     )
     if (out.exists() and not out.is_dir()) or (others and not (out / SETTINGS_FILE).exists()):
         raise ValueError(f"--out {out} is a file, or holds other things than an evaluation. Give a new folder.")
+
+
+@contextmanager
+def alone_in(out: Path):
+    """A new folder, or that of an evaluation, for this process and those that it leads alone.
+
+    Raises:
+        ValueError: somebody is at work in it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / LOCK_FILE, timeout=0):
@@ -350,13 +363,11 @@ def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], opt
         check_answers([name for row in suite.classes.values() for name in row], suite.phrases)
     elif options.phrases:
         raise ValueError("--phrase: there is no closed set of classes here, or no model, to take likelihoods of.")
-    asked = {
-        METRICS[name].prompt for question in suite.questions for name in question.metrics if is_judged(suite, name)
-    }
+    asked = {METRICS[name].prompt for name in metrics if is_judged(suite, name)}
     for name, text in options.judge_prompts.items():
         if name not in asked:
             raise ValueError(
-                f"--judge-prompt {name}: in {suite.name} the judge is asked for {', '.join(sorted(asked))}."
+                f"--judge-prompt {name}: in this run of {suite.name} the judge is asked for {', '.join(sorted(asked))}."
             )
         (module,) = {metric.module for metric in METRICS.values() if metric.prompt == name}
         wanted = dict.fromkeys(re.findall(r"\{[a-z]+\}", default_prompt(module)))
@@ -596,11 +607,15 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
         ValueError: with what is wrong and what to do, before anything heavy.
         ImportError: a package is missing.
     """
+    check_out(options.out)
     everything = read_objects(options)
     objects = everything[: options.limit]
     suite = suite_for(options, objects)
     before = scored_before(options.out)
     metrics, left_out = choose_metrics(suite, options, before)
+    if not metrics and (suite.classes is None or options.answers is not None):
+        reasons = "; ".join(f"{name} {why}" for name, why in left_out.items())
+        raise ValueError(f"there is nothing that {suite.name} could be scored by: {reasons}. Give one of these.")
     check_judge(suite, metrics, options, before)
     check_texts(suite, objects, metrics, options)
     given = None if options.answers is None else take_answers(suite, objects, options)

@@ -13,6 +13,7 @@ from scipy import stats
 from test_training import release  # noqa: F401
 
 from minigpt3d.conversion import save_pretrained
+from minigpt3d.evaluation.statistics import holm
 from minigpt3d.training import ablate, pack as packing
 from minigpt3d.training.ablate import FULL, VARIANTS, EncodedClouds, Lab, as_cloud, estimate_mean, rows_of, summarize
 from minigpt3d.training.stages import RECIPES, select_trainable
@@ -130,6 +131,8 @@ def test_shared_stages_are_trained_once_and_runs_go_on(lab, tmp_path, monkeypatc
 def test_experts_and_queries(lab):
     model = ablate.build_model(lab.base, VARIANT["2 experts"], 0)
     assert len(model.model.query_experts) == 2 == model.model.router.linear_2.out_features
+    router, whole = model.model.router.linear_2, ablate.build_model(lab.base, FULL, 0).model.router.linear_2
+    assert torch.equal(router.weight, whole.weight[:2]) and torch.equal(router.bias, whole.bias[:2])
     pretrained, random, again = (
         ablate.build_model(lab.base, VARIANT[name], 0).model.query_experts[0].weight
         for name in ("full recipe", "random queries", "random queries")
@@ -221,6 +224,20 @@ def test_what_differs_is_told_and_what_does_not_is_not():
     assert noise["without stage II", "kind"]["p"] > 0.05
     with pytest.raises(ValueError, match="two runs of the 'full recipe'.*got 0"):
         summarize(make_runs(0.1)[1::2])
+
+
+def test_differences_are_corrected_for_their_number():
+    runs = make_runs(worse=0.02)
+    values = {
+        measure: [
+            np.array([r[measure] for r in runs if r["variant"] == name]) for name in (FULL.name, "without stage II")
+        ]
+        for measure in ablate.MEASURES
+    }
+    raw = [estimate_mean(other - full)["p"] for full, other in values.values()]
+    rows = [row for row in summarize(runs) if "p" in row]
+    assert [row["measure"] for row in rows] == list(ablate.MEASURES) and 0 < min(raw) < 0.3
+    assert [row["p"] for row in rows] == np.round(holm(raw), 4).tolist() != np.round(raw, 4).tolist()
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):

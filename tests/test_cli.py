@@ -101,7 +101,11 @@ def test_help_tells_the_defaults_of_the_code():
     assert f"(default: {MAX_TOKENS})" in options["judge_max_tokens"].help
     concurrency = inspect.signature(EndpointJudge).parameters["concurrency"].default
     assert f"(default: {concurrency})" in options["judge_concurrency"].help
-    assert {options[name].default for name in ("judge_max_tokens", "judge_concurrency")} == {None}  # the code's
+    timeout = inspect.signature(EndpointJudge).parameters["timeout"].default
+    assert f"(default: {timeout:.0f})" in options["judge_timeout"].help
+    assert {options[f"judge_{name}"].default for name in ("max_tokens", "concurrency", "timeout")} == {
+        None
+    }  # the code's
 
 
 def test_help_says_what_happens(capsys):

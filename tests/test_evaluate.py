@@ -434,6 +434,12 @@ def test_the_papers_ten_new_tokens_do_not_forbid_the_end(monkeypatch):
     lines = generate(model.eval(), processor, clouds, "What is this?", "default", DECODING | {"max_new_tokens": 40}, 0)
     assert min(line["tokens"] for line in lines) < 10 and not any(line["cut"] for line in lines)
     assert all(re.fullmatch("This is an? [a-z ]+\\.", line["answer"]) for line in lines), lines
+    # An answer whose end is just what the limit leaves room for is whole; with a token less it is cut.
+    longest = max(line["tokens"] for line in lines)
+    for limit in (longest, longest - 1):
+        again = generate(model, processor, clouds, "What is this?", "default", GREEDY | {"max_new_tokens": limit}, 0)
+        assert max(line["tokens"] for line in again) == limit
+        assert any(line["cut"] for line in again) == (limit < longest)
 
 
 @pytest.mark.parametrize("template", ["default", "benchmark"])
@@ -951,10 +957,12 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
                 "m",
                 "--judge-url",
                 "http://x/v1",
+                "--metrics",
+                "caption_score",
                 "--judge-prompt",
                 "closed_set_accuracy=PROMPT",
             ],
-            "--judge-prompt closed_set_accuracy: in household the judge is asked for caption_score, hallucination",
+            "--judge-prompt closed_set_accuracy: in this run of household the judge is asked for caption_score",
         ),
         (["own", "--data", "TWINS"], "'a_box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
@@ -975,6 +983,15 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
         (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
         (["household", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["household", "--judge", " "], "--judge is empty: expected a model's name"),
+        (
+            ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=SHEET"],
+            "SHEET.xlsx: cannot be read as UTF-8 text",
+        ),
+        (
+            ["household", "--judge", "m", "--judge-timeout", "9"],
+            "--judge-timeout belongs to a judge behind an endpoint",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, capsys):
@@ -999,12 +1016,72 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     files["SHEET"] = "SHEET.xlsx"
     arguments = [tmp_path / files[each] if each in files else each for each in arguments]
     arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
+    arguments = [each.replace("=SHEET", f"={tmp_path / files['SHEET']}") for each in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def test_nothing_is_asked_that_cannot_be_scored(tmp_path, capsys):
+    """Objaverse without a judge and without an encoder: no answer would have a score."""
+    (tmp_path / "clouds").mkdir()
+    np.save(tmp_path / "clouds" / "a_8192.npy", make_cloud(1))
+    conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    (tmp_path / "GT.json").write_text(json.dumps([{"object_id": "a", "conversations": conversations}]))
+    arguments = ["objaverse", "--data", tmp_path / "clouds", "--annotations", tmp_path / "GT.json"]
+    assert run_command(*arguments, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "nothing that objaverse could be scored by: open_vocabulary_accuracy needs a judge (--judge)" in error
+    assert "(--s-bert sentence-transformers/all-mpnet-base-v2, or a folder)" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatch):
+    """A model that turns what it reads does not turn it twice."""
+    coord = np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.2, 0.4, 1.0]
+    np.save(tmp_path / "tower.npy", coord.astype(np.float32))
+    (tmp_path / "own.csv").write_text("file,label\ntower.npy,tower\n")
+    reading = {"up_axis": "z", "missing_color": "white"}
+    ((plain,), (turned,)) = (read_own(str(tmp_path / "own.csv"), given) for given in (None, reading))
+    assert np.ptp(plain.read(), axis=0).argmax() == 2 and not plain.read()[:, 3:].any()
+    assert np.ptp(turned.read()[:, :3], axis=0).argmax() == 1 and (turned.read()[:, 3:] == 1).all()
+    seen = []
+    monkeypatch.setattr("minigpt3d.evaluation.run.evaluate", lambda options, load, say: seen.append((options, load())))
+    arguments = ["own", "--data", tmp_path / "own.csv", "--model", SHIPPED, "--out", tmp_path / "out"]
+    assert run_command(*arguments, "--up-axis", "z", "--missing-color", "white") == 0
+    ((options, (_, processor)),) = seen
+    assert options.reading == reading and processor.feature_extractor.up_axis is None
+    monkeypatch.undo()
+    assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
+    assert "--up-axis and --missing-color are for the files of own objects" in capsys.readouterr().err
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "packed.json").write_text("{}")
+    with pytest.raises(ValueError, match="packed data are turned and colored already"):
+        read_own(str(tmp_path / "packed"), reading)
+
+
+@pytest.mark.parametrize(
+    "word, shown",
+    [
+        ("/home/alice/out", "out"),
+        ("--out=/home/alice/out", "--out=out"),
+        ("--data=~/objects/mine.csv", "--data=mine.csv"),
+        ("../../alice/a=b/mine.csv", "mine.csv"),
+        ("caption_score=/home/alice/p.txt", "caption_score=p.txt"),
+        ("http://user:secret@host:8000/v1?api_key=secret", "http://host:8000/v1"),
+        ("--judge-url=https://user:secret@host/v1#secret", "--judge-url=https://host/v1"),
+        ("build/report", "build/report"),
+        ("This is a {}. = so", "'This is a {}. = so'"),
+        ("--limit=10", "--limit=10"),
+    ],
+)
+def test_what_a_report_shows_of_a_command(word, shown):
+    """It is published: nothing of somebody's disk, no password, no key."""
+    assert minigpt3d_cli.shown_command(["evaluate", word]) == f"minigpt3d evaluate {shown}"
+
+
 def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
     (tmp_path / "letter.txt").write_text("dear")
+    (tmp_path / "results.json").write_text("{}")
     assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", tmp_path) == 1
     assert "holds other things than an evaluation" in capsys.readouterr().err

@@ -52,6 +52,8 @@ def test_bootstrap_of_a_ratio_of_sums():
     low, high = bootstrap((right, total))
     assert low < right.sum() / total.sum() < high and 0.03 < high - low < 0.09
     assert bootstrap(([2.0] * 9, [4.0] * 9)) == (0.5, 0.5)
+    # One of three objects has all: three resamples of ten miss it, and have no ratio.
+    assert bootstrap(([2.0, 0, 0], [4.0, 0, 0])) == (0.5, 0.5)
 
 
 def test_mcnemar_is_scipys_binomial():

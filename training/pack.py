@@ -10,6 +10,7 @@ before they are packed, as the model's processor does anyway.
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -188,6 +189,7 @@ def pack(
     rows_per_shard: int = ROWS_PER_SHARD,
     max_broken: float = 0.01,
     num_workers: int | None = None,
+    reading: dict | None = None,
 ) -> dict:
     """Write the data set; returns its manifest.
 
@@ -200,6 +202,7 @@ def pack(
         rows_per_shard: largest length of a shard.
         max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
         num_workers: processes; by default one for each core.
+        reading: `up_axis` and `missing_color` of the files, see `load_point_cloud`.
 
     Raises:
         ValueError: there is nothing to pack, too much is broken, or `OUT.partial` is of another run.
@@ -214,7 +217,8 @@ def pack(
         raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
     partial = output_dir.with_name(output_dir.name + ".partial")
     shards = list(plan_shards(partial, entries, seed, rows_per_shard))
-    _check_plan(partial, shards, seed)
+    write = functools.partial(write_shard, reading=reading or {})
+    _check_plan(partial, shards, [seed, NUM_POINTS, reading or {}])
     reports = {}
     waiting = []
     for shard in shards:
@@ -228,7 +232,7 @@ def pack(
         ProcessPoolExecutor(num_workers or os.cpu_count()) as pool,
     ):
         progress.update(sum(len(s.entries) for s in shards) - sum(len(s.entries) for s in waiting))
-        for shard, report in zip(waiting, pool.map(write_shard, waiting), strict=True):
+        for shard, report in zip(waiting, pool.map(write, waiting), strict=True):
             reports[shard.path] = report
             progress.update(len(shard.entries))
             broken = [line for each in reports.values() for line in each["broken"]]
@@ -247,12 +251,12 @@ def pack(
     return manifest
 
 
-def _check_plan(partial: Path, shards: list[Shard], seed: int):
+def _check_plan(partial: Path, shards: list[Shard], settings: list):
     """
     Raises:
         ValueError: shards of another plan lie in the temporary folder.
     """
-    digest = hashlib.sha256(json.dumps([seed, NUM_POINTS]).encode())
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for shard in shards:
         digest.update(shard.path.name.encode())
         for entry in shard.entries:
@@ -265,7 +269,7 @@ def _check_plan(partial: Path, shards: list[Shard], seed: int):
     path.write_text(json.dumps(plan))
 
 
-def write_shard(shard: Shard) -> dict:
+def write_shard(shard: Shard, reading: dict) -> dict:
     """Read, pack and write the rows of one shard; returns its report, which the file holds too."""
     pa, pq = _pyarrow()
     columns: dict[str, list] = {"object_id": [], "coord": [], "color": [], "conversations": []}
@@ -274,7 +278,7 @@ def write_shard(shard: Shard) -> dict:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                cloud = load_point_cloud(entry.path, num_points=NUM_POINTS)
+                cloud = load_point_cloud(entry.path, NUM_POINTS, **reading)
         except Exception as problem:  # whatever a reader stumbles over in one file must not end the run
             broken.append(f"object_id {entry.object_id!r}: {' '.join(str(problem).split())[:200]}")
             continue
