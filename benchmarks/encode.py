@@ -29,6 +29,7 @@ from torch import nn
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
+from minigpt3d_cli import positive_int
 
 
 # Largest difference over largest value.
@@ -299,11 +300,13 @@ def format_table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=4, help="clouds per batch (4)")
-    parser.add_argument("--points", type=int, default=8192, help="points per cloud (8192)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts (5)")
+    parser.add_argument("--batch", type=positive_int, default=4, help="clouds per batch (4)")
+    parser.add_argument("--points", type=positive_int, default=8192, help="points per cloud (8192)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=5, help="timed runs of each side; the median counts (5)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (torch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and clouds (0)")
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     args = parser.parse_args(arguments)

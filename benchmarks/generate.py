@@ -17,6 +17,7 @@ import argparse
 import copy
 import platform
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from encode import measure
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
+from minigpt3d_cli import CommandError, load_model, positive_int
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,16 +149,22 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--question", default=DEFAULT_PROMPT, help=f"about each object ({DEFAULT_PROMPT})")
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=DEFAULT_MAX_NEW_TOKENS,
         help=f"the limit ({DEFAULT_MAX_NEW_TOKENS}, as on Objaverse)",
     )
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="objects at once (1 2 4 … 64)"
+        "--batches",
+        type=positive_int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32, 64],
+        help="objects at once (1 2 4 … 64)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each way; the median counts (3)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="timed calls of each way; the median counts (3)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (torch's choice)")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -173,8 +181,11 @@ def main(arguments: list[str] | None = None):
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = MiniGPT3DForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-    processor = MiniGPT3DProcessor.from_pretrained(args.model)
+    try:
+        model, processor = load_model(args.model)
+    except CommandError as error:
+        sys.exit(f"error: {error}")
+    model = model.to(device, torch.float32).eval()
     rows = []
     for batch_size in args.batches:
         inputs = make_inputs(processor, batch_size, args.question, device)

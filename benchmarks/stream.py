@@ -17,6 +17,7 @@ import torch
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from minigpt3d.training import data, pack, stream
 from minigpt3d.training.stages import RECIPES
+from minigpt3d_cli import positive_int
 
 
 PROCESSOR = Path(__file__).parent.parent / "checkpoints" / "household"  # for its tokenizer
@@ -24,8 +25,8 @@ PROCESSOR = Path(__file__).parent.parent / "checkpoints" / "household"  # for it
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=512, help="in the data set (default: 512)")
-    parser.add_argument("--steps", type=int, default=60, help="of 9 samples each (default: 60)")
+    parser.add_argument("--objects", type=positive_int, default=512, help="in the data set (default: 512)")
+    parser.add_argument("--steps", type=positive_int, default=60, help="of 9 samples each (default: 60)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     processor = MiniGPT3DProcessor.from_pretrained(PROCESSOR)

@@ -26,6 +26,7 @@ from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import pack_batch, pad_batch, takes_one_row
 from minigpt3d.training.train import make_optimizer
 from minigpt3d.training.weights import prepare_model
+from minigpt3d_cli import positive_int
 
 
 # A quarter of the paper's widths, with its vocabulary: what a CPU trains in seconds.
@@ -46,8 +47,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", "paper"], default="small", help="of the model (default: small)")
     parser.add_argument("--stage", choices=list(RECIPES["paper"]), default="II")
-    parser.add_argument("--batch", type=int, default=9, help="samples a step (default: 9, the paper's in stage II)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument(
+        "--batch", type=positive_int, default=9, help="samples a step (default: 9, the paper's in stage II)"
+    )
+    parser.add_argument("--steps", type=positive_int, default=5, help="timed steps of each (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="of the autocast (default: none)"

@@ -14,6 +14,7 @@ from .conditions import SEEING
 from .report import markdown_table
 from .results import (
     escaped,
+    hash_prompt,
     judge_of,
     prompt_hash,
     read_run,
@@ -22,6 +23,7 @@ from .results import (
     variant_of,
     with_interval,
 )
+from .score import default_prompt
 from .statistics import bootstrap, holm, in_words, paired_difference
 from .suites import METRICS
 
@@ -203,10 +205,25 @@ def _notes(runs: dict[str, dict], is_judged: bool, with_published: bool) -> list
     if with_published:
         notes.append("Published scores come without intervals, so no difference from them is tested.")
         if is_judged:
+            ours = [name for name, run in runs.items() if _has_our_rubric(run["results"])]
+            who = (
+                f"{' and '.join(ours)} by this project's own rubric"
+                if ours
+                else "these runs by a prompt of the user's"
+            )
             notes.append(
-                "They were judged with PointLLM's prompts; they are a run's like only if it was judged with those too."
+                f"Published scores were judged with PointLLM's prompts, {who}: only where the prompt is the same is the "
+                "score the same measure."
             )
     return notes
+
+
+def _has_our_rubric(results: dict) -> bool:
+    """Whether the judge was asked for some score by the prompt that comes along."""
+    modules = {metric.prompt: metric.module for metric in METRICS.values() if metric.prompt}
+    return any(
+        hash_prompt(default_prompt(modules[name])) == found for name, found in results["judge"]["prompts"].items()
+    )
 
 
 # ---- As Markdown ----------------------------------------------------------------------------------------------------

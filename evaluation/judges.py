@@ -323,7 +323,7 @@ class EndpointJudge(Judge):
             _pause(self.first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1) if attempt else 0, stop)
             while wait := self._take_turn():
                 _pause(wait, stop)
-            settings = self._settings
+            settings, is_silent = self._settings, False
             try:
                 return self._keep(prompt, self._request(prompt, settings))
             except openai.APIStatusError as error:
@@ -343,10 +343,11 @@ class EndpointJudge(Judge):
                 with self._lock:  # for all threads: each would be told the same
                     self._next_start = max(self._next_start, time.monotonic() + wait)
             except openai.APIConnectionError as error:  # timed out, refused or cut
+                is_silent = isinstance(error, openai.APITimeoutError)
                 trouble = self._tell(f"{error} {error.__cause__ or ''}")
             except ValueError as error:
                 trouble = self._tell(f"no chat completion came, but {error}")
-            if attempt == 2:
+            if attempt == (0 if is_silent else 2):  # who is silent has been waited for long enough
                 self._warn_of(trouble)
         raise _NoReplyError(f"{trouble} ({ATTEMPTS} attempts)")
 

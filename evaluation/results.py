@@ -1,5 +1,6 @@
 """What a run found, read from its folder: `results.json`, the scores, and `objects.jsonl`, every answer with its own."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -140,6 +141,11 @@ def write_text(path: Path, text: str):
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def hash_prompt(text: str) -> str:
+    """What a judge's prompt is known by in results."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prompt_hash(results: dict, metric: str) -> str | None:

@@ -44,7 +44,7 @@ from .likelihood import check_answers, class_log_likelihoods, encode_answers, ra
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .progress import progress
 from .report import write_report
-from .results import OBJECTS_FILE, RESULTS_FILE, cautions, is_mute, read_results, write_text
+from .results import OBJECTS_FILE, RESULTS_FILE, cautions, hash_prompt, is_mute, read_results, write_text
 from .score import Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite
@@ -780,6 +780,6 @@ def describe_judge(suite: Suite, metrics: list[str], options: Options) -> dict:
         if is_judged(suite, name):
             metric = METRICS[name]
             text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
-            prompts[metric.prompt] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            prompts[metric.prompt] = hash_prompt(text)
     judge = options.judge
     return {"model": judge.name, "files": judge.files, "prompts": prompts} | judge.sum_up()

@@ -22,10 +22,12 @@ from pathlib import Path
 from statistics import fmean
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 import minigpt3d
+from minigpt3d import HUB_ID
 from minigpt3d.evaluation.results import FEW, escaped, is_gain, write_text
 from minigpt3d.evaluation.statistics import CONFIDENCE
 from minigpt3d.evaluation.suites import METRICS
@@ -143,12 +145,19 @@ def write_card(
         )
     runs = [_read_results(path, fingerprint) for path in paths]
     facts = read_folder(folder)
-    facts["model_id"] = model_id or (folder.resolve().name if folder.is_absolute() else str(folder))
+    if model_id is not None and not Path(model_id).is_dir():
+        try:
+            validate_repo_id(model_id)
+        except HFValidationError as error:
+            raise ValueError(
+                f"model_id {model_id!r}: expected a Hub id, such as {HUB_ID}, or a folder. {error}"
+            ) from error
+    facts["model_id"] = model_id or _public(folder)
     facts["runs"] = runs
     facts["ablation"] = None if ablation is None else _take_ablation(Path(ablation), folder)
     facts["limits"] = find_limits(runs)
     facts["emissions"] = estimate_emissions(facts["hours"], given or {})
-    facts["command"] = _command(facts["model_id"], paths, given or {}, ablation)
+    facts["command"] = _command(_public(folder), model_id, paths, given or {}, ablation)
     facts["metadata"] = make_metadata(facts)
     marked = render(_TEMPLATE.read_text(encoding="utf-8"), facts)
     unsourced = find_unsourced(marked)
@@ -239,9 +248,13 @@ def by_condition(run: Fact) -> list[dict[str, Fact | None]]:
     return [row for row in rows.values() if row["seeing"] is not None]
 
 
-def _command(model_id: str, paths: list[Path], given: Mapping[str, Given], ablation: str | Path | None) -> str:
+def _command(
+    folder: str, model_id: str | None, paths: list[Path], given: Mapping[str, Given], ablation: str | Path | None
+) -> str:
     """What writes this card again. A path says something about somebody's disk: relative ones stay, of others the end."""
-    words = ["minigpt3d", "card", model_id]
+    words = ["minigpt3d", "card", folder]
+    if model_id is not None:
+        words += ["--model-id", model_id]
     if paths:
         words += ["--results", *(_public(path.parent) for path in paths)]
     for name, each in given.items():
@@ -252,7 +265,7 @@ def _command(model_id: str, paths: list[Path], given: Mapping[str, Given], ablat
 
 
 def _public(path: Path) -> str:
-    return path.name if path.is_absolute() else str(path)
+    return path.resolve().name if path.is_absolute() or ".." in path.parts else str(path)
 
 
 def make_metadata(facts: Mapping) -> str:

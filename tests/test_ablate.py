@@ -269,6 +269,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     [
         (["--variants", "9 experts"], "'9 experts'"),
         (["--scale", "0"], "above 0"),
+        (["--scale", "nan"], "above 0, got nan"),
         (["--report_only"], "holds no runs"),
         ([], "give --base and --data"),
     ],

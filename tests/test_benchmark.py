@@ -79,6 +79,20 @@ def test_clouds_are_normalised(encode):
     assert point_clouds[..., 3:].min() >= 0 and point_clouds[..., 3:].max() <= 1
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batches", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--repeats", "x"], "must be a whole number of at least 1, got 'x'"),
+        (["--model", "nope"], "there is no folder nope"),
+    ],
+)
+def test_mistakes_are_told(generate, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(arguments)
+    assert message in f"{end.value.code} {capsys.readouterr().err}"
+
+
 # ---- Generation -------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 
 from minigpt3d.evaluation.compare import compare, tabulate
 from minigpt3d.evaluation.model_index import eval_results, model_index
-from minigpt3d.evaluation.results import read_objects, read_results, values_of
+from minigpt3d.evaluation.results import hash_prompt, read_objects, read_results, values_of
+from minigpt3d.evaluation.score import default_prompt
 from minigpt3d.evaluation.statistics import mcnemar, newcombe
 
 
@@ -188,6 +189,18 @@ def test_published_scores(runs):
         models = ("MiniGPT-3D", "PointAlign", "HCC-3D", "PointLLM-7B", "PointLLM-13B")
         expected = {f"{model}, published": value for model, value in zip(models, values, strict=True)}
         assert cells(by_key["caption", judge], [CAPTION], metric) == expected
+
+
+def test_it_is_told_whose_prompt_judged(tmp_path):
+    """Published scores are of PointLLM's, which do not come along."""
+    folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
+    notes = " ".join(tables(folders[0])["objaverse", QWEN]["notes"])
+    assert "these runs by a prompt of the user's: only where the prompt is the same" in notes
+    judge = read_results(folders[1])["judge"]
+    judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(default_prompt("open_vocabulary_accuracy"))
+    change_results(folders[1], judge=judge)
+    notes = " ".join(tables(*folders)["objaverse", QWEN]["notes"])
+    assert "with PointLLM's prompts, rubric by this project's own rubric: only" in notes
 
 
 def test_published_captions_of_gpt4(tmp_path):

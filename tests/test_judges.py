@@ -471,7 +471,8 @@ def test_a_passing_trouble_is_asked_again(endpoint, make_judge, trouble):
 def test_a_silent_server_is_asked_again(endpoint, make_judge):
     endpoint.answer = lambda request, nth: endpoint.over.wait() if nth == 1 else completion("at last")
     begin = time.monotonic()
-    assert make_judge(timeout=0.3)(["a"]) == ["at last"]
+    with pytest.warns(UserWarning, match="Request timed out.* It is asked again, up to 7 times"):
+        assert make_judge(timeout=0.3)(["a"]) == ["at last"]
     assert 0.3 <= endpoint.requests[1].time - begin < 5
 
 

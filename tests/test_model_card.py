@@ -492,6 +492,14 @@ def test_the_command_writes_the_same_card(household, make_run, monkeypatch, tmp_
     assert "\n#### What it shows\n\n" in card and "\n```bash\n## a comment\n```\n" in card
 
 
+def test_the_command_has_the_name_that_others_load(household, monkeypatch):
+    monkeypatch.chdir(household.parent)
+    card = write_card("household", model_id="me/model").read_text()
+    assert card.endswith("```bash\nminigpt3d card household --model-id me/model\n```\n") and 'model="me/model"' in card
+    with pytest.raises(ValueError, match="model_id 'not an id/x/y': expected a Hub id"):
+        write_card("household", model_id="not an id/x/y")
+
+
 def test_paths_of_this_machine_stay_here(household, make_run, tmp_path):
     card = write_card(household, [make_run("one", make_results())]).read_text()
     assert str(tmp_path) not in card + (household / SOURCES_FILE).read_text()

@@ -681,7 +681,7 @@ def ablate(args: argparse.Namespace):
     names = {variant.name: variant for variant in VARIANTS}
     if unknown := [name for name in args.variants if name not in names]:
         raise ValueError(f"--variants {unknown[0]!r}: expected some of {', '.join(map(repr, names))}.")
-    if args.scale <= 0 or args.views < 1:
+    if not 0 < args.scale < math.inf or args.views < 1:
         raise ValueError(f"--scale and --views must be above 0, got {args.scale:g} and {args.views}.")
     runs_dir, settings_file = args.out / RUNS_DIR, args.out / SETTINGS_FILE
     if args.report_only:
