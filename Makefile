@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 # A test's matrices are small: a second thread costs more than it gives, above all on busy cores.
 QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
+# Files of tests are shared out to processes: what a file prepares is prepared once.
+SHARED := -n logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint household benchmark clean
 
@@ -27,7 +30,7 @@ demo: $(INSTALLED)  ## describe three real objects with the bundled checkpoint
 	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) demo/demo.py
 
 test: $(INSTALLED)  ## run the tests: offline, on the CPU
-	@$(QUIET) $(PY) -m pytest $(ARGS)
+	@$(QUIET) $(PY) -m pytest $(SHARED) $(ARGS)
 
 lint: $(INSTALLED)  ## check style and format
 	@$(PY) -m ruff check .

@@ -259,7 +259,8 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
         )
         section.words.append(
             f"By the likelihood of each of {len(classes['names'])} class names as the answer, "
-            f"{number(classes['top_1'], 'share')} are right{first_five}. This needs no judge and no parsing."
+            f"{number(classes['top_1'], 'share')} are right{first_five}. This needs no judge and no parsing. "
+            f"{_forms(classes['phrases'])}"
         )
         section.table[0] += ["likelihood, top 1", "most often mistaken for"]
         for own, taken in enumerate(np.array(classes["confusion"])):
@@ -270,6 +271,14 @@ def _classes(results: dict, rows: list[dict], pictures: dict[str, bytes]) -> lis
             line += ["–", "–"]
     section.words.append("With few objects in a class its interval is wide: read the classes as hints.")
     return [section]
+
+
+def _forms(phrases: list[str]) -> str:
+    """In which forms of an answer a class was looked for: in others a model may know more, or less."""
+    said = [f"“{phrase.replace('{}', '…')}”" for phrase in phrases]
+    if len(said) == 1:
+        return f"The answer was to be {said[0]}; in another form the model may know more, or less."
+    return f"Of each class {len(said)} forms of the answer count together: {', '.join(said)}."
 
 
 def _main_score_by_label(main: dict, rows: list[dict], is_closed: bool) -> dict[str, list[float]]:

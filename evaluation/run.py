@@ -649,7 +649,8 @@ def evaluate(options: Options, load: Callable | None = None, say: Callable[[str]
             say(
                 f"{options.judge.name} gave no verdict that can be read on {', '.join(sorted(mute))}: that says nothing of "
                 "the model. Take another judge; one that thinks before it replies needs more --judge-max-tokens. If the server "
-                f"was at fault, delete its replies, {options.judge.cache_dir}, and run again."
+                "was at fault, run again: replies without text are asked for anew. Others are kept: delete "
+                f"{options.judge.cache_dir} before."
             )
         about = describe_run(suite, metrics, options, settings, facts)
         about["dataset"] = describe_objects(suite, objects, everything, settings)

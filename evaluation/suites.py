@@ -116,9 +116,14 @@ class Suite:
     max_new_tokens: int
     classes: dict[str, tuple[str, ...]] | None = None
     judges_classes: bool = False
-    phrases: tuple[str, ...] = ("{}",)
+    phrases: tuple[str, ...] = ()
     has_color: bool = True
 
+
+# Forms that an answer may have: of each class they count together, so that what a model was never taught to say costs it
+# nothing beside what it says. A name takes one of the two articles, and finds its own.
+PLAIN_PHRASES = ("{}", "This is a {}.", "This is an {}.", "A 3D model of a {}.", "A 3D model of an {}.")
+COLOR_PHRASES = tuple(f"This is {with_article(color)} {{}}." for color in COLORS)
 
 COMPLETION_PROMPT = "This is an object of "
 CAPTION_PROMPT = "Caption this 3D model in detail."
@@ -137,6 +142,7 @@ MODELNET40 = Suite(
     max_new_tokens=100,
     classes={name: (name,) for name in MODELNET40_CLASSES},
     judges_classes=True,
+    phrases=PLAIN_PHRASES,
     has_color=False,
 )
 OBJAVERSE = Suite(
@@ -166,8 +172,15 @@ HOUSEHOLD = Suite(
     # A kind goes by several names, and the most likely one counts.
     classes={kind: tuple(answers) for kind, answers in KINDS.items()},
     # As the checkpoint has learned to say it: with a color, whichever.
-    phrases=tuple(f"This is {with_article(color)} {{}}." for color in COLORS),
+    phrases=COLOR_PHRASES,
 )
-OWN = replace(HOUSEHOLD, name="own", title="Own objects", classes=None, phrases=("{}",), max_new_tokens=150)
+OWN = replace(
+    HOUSEHOLD,
+    name="own",
+    title="Own objects",
+    classes=None,
+    phrases=(*PLAIN_PHRASES, *COLOR_PHRASES),
+    max_new_tokens=150,
+)
 
 SUITES = {suite.name: suite for suite in (MODELNET40, OBJAVERSE, CAPTION, HOUSEHOLD, OWN)}

@@ -155,6 +155,17 @@ def _set_tests(p: float, difference: float):
     return change
 
 
+def test_the_forms_of_an_answer_are_named(tmp_path, household):
+    text = (household / "report.md").read_text(encoding="utf-8")
+    assert "Of each class 11 forms of the answer count together: “This is a black ….”, “This is a white ….”," in text
+
+    def change(results, rows):
+        results["classes"]["phrases"] = ["a {}"]
+
+    one = changed(household_run(tmp_path / "run", corruptions=False), change)
+    assert "The answer was to be “a …”; in another form the model may know more, or less." in one
+
+
 @pytest.mark.parametrize(
     ("p", "difference", "said"),
     [

@@ -733,7 +733,7 @@ def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
                       judge=Mute("m", tmp_path / "judge", {"model": "m"}))  # fmt: skip
     results = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
     (words,) = (line for line in said if "m gave no verdict that can be read on caption score" in line)
-    assert f"delete its replies, {tmp_path / 'judge'}, and run again" in words
+    assert f"Others are kept: delete {tmp_path / 'judge'} before" in words
     assert set(results["judge"]["prompts"]) == {"caption_score"}  # the only one that was asked
     assert "So this number says nothing of the model" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
