@@ -1063,11 +1063,11 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     "word, shown",
     [
-        ("/home/alice/out", "out"),
-        ("--out=/home/alice/out", "--out=out"),
+        ("/srv/alice/out", "out"),
+        ("--out=/srv/alice/out", "--out=out"),
         ("--data=~/objects/mine.csv", "--data=mine.csv"),
         ("../../alice/a=b/mine.csv", "mine.csv"),
-        ("caption_score=/home/alice/p.txt", "caption_score=p.txt"),
+        ("caption_score=/srv/alice/p.txt", "caption_score=p.txt"),
         ("http://user:secret@host:8000/v1?api_key=secret", "http://host:8000/v1"),
         ("--judge-url=https://user:secret@host/v1#secret", "--judge-url=https://host/v1"),
         ("build/report", "build/report"),
