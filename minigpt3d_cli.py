@@ -899,16 +899,16 @@ def shown_command(argv: list[str]) -> str:
 
 
 def _shown(word: str) -> str:
-    if found := re.fullmatch(r"(.*?=)?(https?://.*)", word):
-        url = urlsplit(found[2])
-        address = url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
-        return (found[1] or "") + address
-    name, mark, value = ("", "", word) if _is_elsewhere(word) else word.rpartition("=")  # --out=DIR, METRIC=FILE
-    return name + mark + (Path(value).name if _is_elsewhere(value) else value)
-
-
-def _is_elsewhere(path: str) -> bool:
-    return path.startswith(("~", "..")) or Path(path).is_absolute()
+    option, value = re.fullmatch(r"((?:--[\w-]+=)?(?:[a-z0-9_]+=)?)(.*)", word, re.DOTALL).groups()  # --out=, METRIC=
+    if re.match(r"\s*https?://", value, re.IGNORECASE):
+        try:
+            url = urlsplit(value.strip())
+            value = url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        except ValueError:  # no URL that could be asked
+            value = "URL"
+    elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
+        value = Path(value).name or value
+    return option + value
 
 
 def make_judge(args: argparse.Namespace):

@@ -80,6 +80,7 @@ def append_lines(path: Path, lines: list[dict]):
 
 
 def line_key(line: dict) -> tuple[str, str, str]:
+    """What a line is the answer to: question, condition and object."""
     return line["question"], line["condition"], line["object_id"]
 
 

@@ -110,7 +110,7 @@ def _table(suite: str, judge: tuple[tuple[str, ...], str] | None, runs: dict[str
             for (prompts, metric, variant), row in rows.items()
         ],
         "tests": tests,
-        "notes": notes + _notes(runs, judge is not None, bool(with_published)),
+        "notes": notes + _notes(runs, judge is not None, [row[1] for row in rows if _is_published(rows[row])]),
     }
 
 
@@ -196,40 +196,42 @@ def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
     return tests, list(dict.fromkeys(notes))
 
 
-def _notes(runs: dict[str, dict], is_judged: bool, with_published: bool) -> list[str]:
+def _is_published(row: dict) -> bool:
+    return any("source" in cell for cell in row["cells"].values())
+
+
+def _notes(runs: dict[str, dict], is_judged: bool, published: list[str]) -> list[str]:
+    """What sets runs apart, and them from the published scores of these metrics."""
     notes = []
     for what, key in (("decoding", "decoding"), ("chat template", "template")):
         known = [run["results"][key] for run in runs.values() if run["results"][key] is not None]
         if len({json.dumps(value, sort_keys=True) for value in known}) > 1:
             notes.append(f"The runs differ in their {what}.")
-    if with_published:
+    if published:
         notes.append("Published scores come without intervals, so no difference from them is tested.")
         if is_judged:
-            ours = [name for name, run in runs.items() if _has_our_rubric(run["results"])]
-            who = (
-                f"{' and '.join(ours)} by this project's own rubric"
-                if ours
-                else "these runs by a prompt of the user's"
-            )
+            whose = {}
+            for name, run in runs.items():
+                is_ours = any(_has_our_rubric(run["results"], metric) for metric in published)
+                whose.setdefault("this project's own rubric" if is_ours else "a prompt of the user's", []).append(name)
+            told = ", ".join(f"{' and '.join(names)} with {prompt}" for prompt, names in whose.items())
             notes.append(
-                f"Published scores were judged with PointLLM's prompts, {who}: only where the prompt is the same is the "
+                f"Published scores were judged with PointLLM's prompts, {told}: only where the prompt is the same is the "
                 "score the same measure."
             )
     return notes
 
 
-def _has_our_rubric(results: dict) -> bool:
-    """Whether the judge was asked for some score by the prompt that comes along."""
-    modules = {metric.prompt: metric.module for metric in METRICS.values() if metric.prompt}
-    return any(
-        hash_prompt(default_prompt(modules[name])) == found for name, found in results["judge"]["prompts"].items()
-    )
+def _has_our_rubric(results: dict, metric: str) -> bool:
+    """Whether the judge was asked for a score by the prompt that comes along."""
+    return prompt_hash(results, metric) == hash_prompt(default_prompt(METRICS[metric].module))
 
 
 # ---- As Markdown ----------------------------------------------------------------------------------------------------
 
 
 def to_markdown(comparison: dict) -> str:
+    """What `tabulate` returns, as people read it."""
     head = ["run", "suite", "objects", "date", "template", "decoding", "judge"]
     runs = [head] + [
         [run["name"], run["suite"], f"{run['dataset']['objects']:,}", run["date"], run["template"] or "not known"]

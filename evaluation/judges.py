@@ -42,6 +42,7 @@ except ImportError:  # a local judge does without
 
 
 MAX_TOKENS = 256  # of a reply: a verdict and its reason
+_VERDICT = re.compile(r"\s*(?:[TF]|-?[0-9.]+)\s*#", re.IGNORECASE)  # how the replies to all prompts begin
 END_OF_THOUGHT = "</think>"  # as Qwen3, DeepSeek-R1 and most others that think aloud have it
 FOR_GOOD = ("length", "content_filter")  # reasons to end without text that would be the same again
 
@@ -147,7 +148,8 @@ class Judge:
             whole = entry["key"] == self._key | {"prompt": prompt} and isinstance(entry["reply"], str | None)
             whole = whole and isinstance(entry["date"], str) and isinstance(entry["sampled"], bool)
             whole = whole and isinstance(entry["endpoint"], str | None)
-            whole = whole and bool((entry["reply"] or "").strip() or entry["finish_reason"] in FOR_GOOD)
+            said = whole and (without_thought(entry["reply"]) or "").strip()
+            whole = whole and bool(said or entry["finish_reason"] in FOR_GOOD)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
@@ -176,9 +178,12 @@ class Judge:
 
 
 def without_thought(reply: str | None) -> str | None:
-    """What stands behind a thought, where a server or a local model lets it stand in the reply."""
-    _, thought, rest = (reply or "").rpartition(END_OF_THOUGHT)
-    return rest.lstrip() if thought else reply
+    """What stands behind a thought, where a server or a local model lets it stand in the reply.
+
+    A reply that begins with its verdict has none, whatever it quotes of an answer; and of several ends none is trusted.
+    """
+    thought, *rest = (reply or "").split(END_OF_THOUGHT)
+    return rest[0].lstrip() if len(rest) == 1 and not _VERDICT.match(thought) else reply
 
 
 def _plus(total: float | None, more: float | None) -> float | None:
@@ -347,7 +352,7 @@ class EndpointJudge(Judge):
                 trouble = self._tell(f"{error} {error.__cause__ or ''}")
             except ValueError as error:
                 trouble = self._tell(f"no chat completion came, but {error}")
-            if attempt == (0 if is_silent else 2):  # who is silent has been waited for long enough
+            if is_silent or attempt == 2:  # who is silent has been waited for long enough
                 self._warn_of(trouble)
         raise _NoReplyError(f"{trouble} ({ATTEMPTS} attempts)")
 

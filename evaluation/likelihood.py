@@ -6,7 +6,8 @@ and because this is the answer that the training loss is about.
 
 An answer is likely for its form, too, and a form that training never showed drowns what the model saw. Taught to say
 "This is a white chair.", a small model finds "chair" alone so odd that it hardly tells kinds apart, and "This is a chair."
-not much better. So a class may be named in several ways, one for each color here, and counts with all of them together.
+not much better. So a class may be named in several ways (`suites` has them) and counts with all of them together: the ways
+that a model does not know cost the ones that it knows nothing.
 
 Cloud and prompt are computed once for each object, and their keys and values are shared by all answers.
 

@@ -381,7 +381,7 @@ def read_answers(path: Path) -> list[dict]:
         answers.append(
             {"object_id": line["object_id"], "answer": answer}
             | {name: line.get(name) for name in ("question", "condition")}
-            | {"prompt": line.get("prompt", content.get("prompt") if is_pointllm else None)}
+            | {"prompt": line.get("prompt") or (content.get("prompt") if is_pointllm else None)}
         )
     if not answers:
         raise ValueError(f"--answers {path}: holds no answers.")

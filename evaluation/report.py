@@ -437,6 +437,7 @@ def _of_one(metric: str, value: float, unit: str) -> str:
 
 
 def to_markdown(title: str, sections: list[Section]) -> str:
+    """The text of report.md, with pictures by their place beside it."""
     parts = [f"# {escaped(title)}"]
     for section in sections:
         parts.append(f"## {escaped(section.title)}")

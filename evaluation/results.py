@@ -162,10 +162,12 @@ def scaled(value: float, unit: str) -> float:
 
 
 def number(value: float, unit: str) -> str:
+    """A score in its unit: "71.0 %" of a share."""
     return f"{scaled(value, unit):.{2 if unit == 'count' else 1}f}" + (" %" if unit == "share" else "")
 
 
 def interval(low: float, high: float, unit: str) -> str:
+    """Its ends in the same unit: "(61.5–79.0)"."""
     digits = 2 if unit == "count" else 1
     return f"({scaled(low, unit):.{digits}f}–{scaled(high, unit):.{digits}f})"
 
@@ -176,13 +178,17 @@ def with_interval(score: dict) -> str:
 
 
 def escaped(text: str) -> str:
-    """As Markdown shows it, on one line: what a model, a judge or a folder is called becomes no markup."""
+    """As Markdown shows it, on one line: what a model, a judge or a folder is called becomes no markup.
+
+    An address may become a link to itself, as it is written.
+    """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKUP.sub(lambda found: "\\" + found[0], text)
+    text = _MARKUP.sub(lambda found: "\\" + found[0], text)
+    return re.sub(r"\A(\d+)([.)])(?= )", r"\1\\\2", text)  # no list
 
 
-# An underscore within a word is none, nor are # and > but at the start.
-_MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|\A[#>]")
+# An underscore within a word is none, nor are #, >, + and - but at the start.
+_MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|\A[#>]|\A[+-](?= )|\A-(?=--)")
 
 
 def judge_of(results: dict, score: dict) -> tuple[tuple[str, ...], str] | None:

@@ -406,17 +406,18 @@ def take_answers(suite: Suite, objects: list[EvalObject], options: Options) -> l
             not at all.
     """
     names, ids, given = [question.name for question in suite.questions], {each.object_id for each in objects}, {}
-    prompts = {question.prompt.strip(): question.name for question in suite.questions}
+    prompts = {" ".join(question.prompt.split()): question.name for question in suite.questions}
     for answer in read_answers(options.answers):
         question, condition = answer["question"] or names[0], answer["condition"] or SEEING
         object_id, prompt = answer["object_id"], answer["prompt"]
-        if prompt is not None and not answer["question"]:
-            question = prompts.get(str(prompt).strip())
-            if question is None:
+        if prompt is not None:
+            asked = prompts.get(" ".join(str(prompt).split()))
+            if asked is None or answer["question"] not in (None, "", asked):
                 raise ValueError(
-                    f"--answers {options.answers}: they are answers to {prompt!r}, which {suite.name} does not ask, but "
-                    f"{' and '.join(map(repr, prompts))}."
+                    f"--answers {options.answers}: {object_id!r} has an answer to {prompt!r}; {suite.name} asks "
+                    f"{', '.join(f'{name}: {text!r}' for text, name in prompts.items())}."
                 )
+            question = asked
         if isinstance(object_id, int):  # as people number their own, or as PointLLM numbers those of ModelNet40
             object_id = next((name for name in (str(object_id), f"{object_id:04d}") if name in ids), str(object_id))
         for value, known, what in (

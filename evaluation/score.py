@@ -21,6 +21,7 @@ METRICS_DIR = Path(__file__).with_name("metrics")
 
 @cache
 def load_metric(module: str):
+    """A metric of `metrics/`, from its folder."""
     return evaluate.load(str(METRICS_DIR / module), keep_in_memory=True)
 
 

@@ -97,7 +97,7 @@ def take_marks(marked: str) -> tuple[str, list[dict[str, str]]]:
 # What holds digits and states no quantity.
 _NOT_PROSE = (
     r"\A---\n.*?\n---\n",  # metadata: names, and the model-index, which `minigpt3d.evaluation` makes of the results
-    r"^```.*?^```$",  # code, commands, BibTeX, the tables of a conversion
+    r"^(`{3,})[^`\n]*\n.*?^\1$",  # code, commands, BibTeX, the tables of a conversion
     r"\]\([^)\n]*\)",  # a link's target
     r"https?://\S+",
     r"\barXiv[: ]\d{4}\.\d{4,5}\b",
@@ -105,7 +105,7 @@ _NOT_PROSE = (
     r"\b(?:MiniGPT-3D|[23]D|SHA-256|Phi-2|BLIP-2|ULIP-2|Apache-2\.0|BSD-3-Clause|CC BY-NC-SA 4\.0|CO2e?)(?!\w)",
 )
 _CODE = re.compile(r"`([^`\n]+)`")  # names of files and options, which may hold digits within a word
-_NUMBER_ALONE = re.compile(r"(?<!\S)[+-]?\d[\d.,]*%?(?!\S)")
+_NUMBER_ALONE = re.compile(r"(?<![\w.-])\d[\d.,]*(?:e-?\d+)?(?![\w.-])")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 

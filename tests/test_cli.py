@@ -89,6 +89,13 @@ def test_numbers_that_are_none(capsys):
         assert "--seed: must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["-1", "nan", "inf", "1e999", "cheap"])
+def test_prices_that_are_none(number, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        minigpt3d_cli.main(["evaluate", "own", "--out", "out", "--judge", "m", "--judge-price", "0", number])
+    assert f"{number!r} is no price: expected a number of at least 0" in capsys.readouterr().err
+
+
 def test_help_tells_the_defaults_of_the_code():
     """The command line imports nothing heavy, so it has them a second time."""
     from minigpt3d.evaluation.judges import MAX_TOKENS, EndpointJudge

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from minigpt3d.evaluation.compare import compare, tabulate
 from minigpt3d.evaluation.model_index import eval_results, model_index
-from minigpt3d.evaluation.results import hash_prompt, read_objects, read_results, values_of
+from minigpt3d.evaluation.results import escaped, hash_prompt, read_objects, read_results, values_of
 from minigpt3d.evaluation.score import default_prompt
 from minigpt3d.evaluation.statistics import mcnemar, newcombe
 
@@ -195,12 +195,19 @@ def test_it_is_told_whose_prompt_judged(tmp_path):
     """Published scores are of PointLLM's, which do not come along."""
     folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
     notes = " ".join(tables(folders[0])["objaverse", QWEN]["notes"])
-    assert "these runs by a prompt of the user's: only where the prompt is the same" in notes
+    assert "with PointLLM's prompts, user with a prompt of the user's: only where the prompt is the same" in notes
     judge = read_results(folders[1])["judge"]
     judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(default_prompt("open_vocabulary_accuracy"))
     change_results(folders[1], judge=judge)
     notes = " ".join(tables(*folders)["objaverse", QWEN]["notes"])
-    assert "with PointLLM's prompts, rubric by this project's own rubric: only" in notes
+    assert "prompts, user with a prompt of the user's, rubric with this project's own rubric: only" in notes
+    # Of captions, details were judged with ours, and what is published with the user's.
+    caption = judged_run(tmp_path / "caption", suite="caption", num=4, name="caption")
+    judge = read_results(caption)["judge"]
+    judge["prompts"] |= {"hallucination": hash_prompt(default_prompt("hallucination")), "of_another_version": "0"}
+    change_results(caption, judge=judge)
+    notes = " ".join(tables(caption)["caption", QWEN]["notes"])
+    assert "prompts, caption with a prompt of the user's: only" in notes
 
 
 def test_published_captions_of_gpt4(tmp_path):
@@ -326,19 +333,23 @@ def test_markdown(runs):
 
 def test_no_name_becomes_markup(tmp_path):
     nasty = "<img src=x onerror=alert(1)> | `x` _em_ **b**\n# Head\n[link](javascript:alert(2))"
-    folders = [judged_run(tmp_path / name, num=20, judge=nasty, seed=seed) for seed, name in enumerate("ab")]
+    sizes = {"a": 20, "b": 20, "c": 10}
+    folders = [judged_run(tmp_path / name, num=num, judge=nasty) for name, num in sizes.items()]
     for seed, folder in enumerate(folders):
         results = read_results(folder)
         model = {"name": f"{nasty} {seed}", "fingerprint": "f", "parameters": 1, "dtype": "float32"}
         questions = {name: f"{prompt}{nasty}" for name, prompt in results["questions"].items()}
         change_results(folder, model=model, decoding={"top_p": seed}, questions=questions)
     markdown = compare(folders)
-    assert "- The runs differ in their decoding.\n" in markdown
+    assert "are not of the same objects" in markdown and "- The runs differ in their decoding.\n" in markdown
     page = MarkdownIt().enable("table").render(markdown)
     assert set(re.findall(r"<(\w+)", page)) == set("h1 h2 p ul li table thead tbody tr th td".split())
     assert page.count("<h1>") == 1 and page.count("<h2>") == 1 and page.count("alert(1)") > 6
     for block in re.findall(r"(?:^\|.*\n)+", markdown, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+    names = ("1. one", "2) two", "- three", "+ four", "---", "# five", "> six", "_seven_", "__init__", "a_b", "8.5 %")
+    for name in names:
+        assert MarkdownIt().render(escaped(name)).strip() == f"<p>{name.replace('>', '&gt;')}</p>"
 
 
 def test_names_of_runs(runs, tmp_path):

@@ -155,6 +155,23 @@ def _set_tests(p: float, difference: float):
     return change
 
 
+def test_classes_of_one_object_each_have_their_answers(tmp_path):
+    """Where the classes are given, a label is one, though no other object has it."""
+
+    def change(results, rows):
+        first = {row["label"]: row["object_id"] for row in reversed(rows)}
+        rows[:] = [row for row in rows if first[row["label"]] == row["object_id"]]
+
+    text = changed(household_run(tmp_path / "run", corruptions=False), change)
+    assert "| class | closed-set accuracy | likelihood, top 1 | most often mistaken for |" in text
+
+    def change_without_classes(results, rows):
+        change(results, rows)
+        results["classes"] = None
+
+    assert "| class |" not in changed(household_run(tmp_path / "other", corruptions=False), change_without_classes)
+
+
 def test_the_forms_of_an_answer_are_named(tmp_path, household):
     text = (household / "report.md").read_text(encoding="utf-8")
     assert "Of each class 11 forms of the answer count together: “This is a black ….”, “This is a white ….”," in text

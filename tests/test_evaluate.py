@@ -245,6 +245,8 @@ def test_columns_that_nobody_reads_are_told(own_objects):
     table.write_text("file,label,colour\nbox0.npy,box,red\n")
     with pytest.warns(UserWarning, match="colour.csv: .* color, object_id are read; not read: colour"):
         read_own(str(table))
+    table.write_text("file,label,,\nbox0.npy,box,,\n")  # of columns that were cleared, a spreadsheet keeps the commas
+    assert [each.label for each in read_own(str(table))] == ["box"]
     table.write_text("file, label,label\nbox0.npy,box,chair\n")
     with pytest.raises(ValueError, match="names the column 'label' more than once"):
         read_own(str(table))
@@ -359,7 +361,9 @@ def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
     run_batches(jobs, tmp_path, 2, 0, note([]), "")
     whole = list(without_seconds(read_lines(tmp_path)))
     (tmp_path / "part-0.jsonl").unlink()
-    append_lines(open_part(tmp_path, 0), [line | {"seconds": 0.0} for line in whole[:7]])  # a batch and a half, twice
+    append_lines(
+        open_part(tmp_path, 0), [line | {"seconds": 0.0} for line in whole[:6]]
+    )  # two batches of two and one, and half a batch
     run_batches(jobs, tmp_path, 2, 0, note([]), "")
     lines = list(without_seconds(read_lines(tmp_path)))
     assert len(lines) == 20 and sorted(map(json.dumps, lines)) == sorted(map(json.dumps, whole))
@@ -921,7 +925,16 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         if question:
             rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
             assert {row["question"] for row in rows} == {question}
-    assert "they are answers to 'Hello, what is it?', which own does not ask, but" in capsys.readouterr().err
+    assert (
+        "'box0' has an answer to 'Hello, what is it?'; own asks what: 'What is this?', color: "
+        in capsys.readouterr().err
+    )
+    (tmp_path / "both.jsonl").write_text(
+        "\n".join(json.dumps({"object_id": f"box{i}", "answer": "?", "question": "what", "prompt": "What color is it?"})
+                  for i in range(7))
+    )  # fmt: skip
+    code = run_command("own", "--data", own_objects, "--answers", tmp_path / "both.jsonl", "--out", tmp_path / "both")
+    assert code == 1 and "has an answer to 'What color is it?'" in capsys.readouterr().err
     # An object without an answer to a question that others have one to.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -1047,10 +1060,15 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
     assert np.ptp(turned.read()[:, :3], axis=0).argmax() == 1 and (turned.read()[:, 3:] == 1).all()
     seen = []
     monkeypatch.setattr("minigpt3d.evaluation.run.evaluate", lambda options, load, say: seen.append((options, load())))
-    arguments = ["own", "--data", tmp_path / "own.csv", "--model", SHIPPED, "--out", tmp_path / "out"]
-    assert run_command(*arguments, "--up-axis", "z", "--missing-color", "white") == 0
-    ((options, (_, processor)),) = seen
+    model = shutil.copytree(SHIPPED, tmp_path / "model")
+    settings = json.loads((model / "processor_config.json").read_text())
+    settings["feature_extractor"]["up_axis"] = "x"
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--out", tmp_path / "out"]
+    assert run_command(*arguments, "--up-axis", "z", "--missing-color", "white") == run_command(*arguments) == 0
+    (options, (_, processor)), (_, (_, untold)) = seen
     assert options.reading == reading and processor.feature_extractor.up_axis is None
+    assert untold.feature_extractor.up_axis == "x"
     monkeypatch.undo()
     assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
     assert "--up-axis and --missing-color are for the files of own objects" in capsys.readouterr().err
@@ -1073,6 +1091,15 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
         ("build/report", "build/report"),
         ("This is a {}. = so", "'This is a {}. = so'"),
         ("--limit=10", "--limit=10"),
+        ("--data=/srv/alice/date=2026/mine.csv", "--data=mine.csv"),
+        ("--judge-prompt=caption_score=/srv/al=ice/p.txt", "--judge-prompt=caption_score=p.txt"),
+        ("/srv/run=3/out", "out"),
+        ("./../../alice/out", "out"),
+        ("data/run=3/out", "data/run=3/out"),
+        ("--judge-url=HTTP://user:secret@host/v1?key=secret", "--judge-url=http://host/v1"),
+        ("http://user:secret@host/v1\n", "http://host/v1"),
+        ("http://[bad", "URL"),
+        ("--data=file:///srv/alice/mine.csv", "--data=mine.csv"),
     ],
 )
 def test_what_a_report_shows_of_a_command(word, shown):

@@ -237,10 +237,22 @@ def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge
 
 def test_thoughts_are_kept_and_not_read(endpoint, make_judge, tmp_path):
     """With or without the mark that begins one: some templates have it in the prompt."""
-    thoughts = {"a": "<think>\nF#? No.\n</think>\n\nT#the same", "b": "F# or\n</think>T#so", "c": "<think>F#"}
-    endpoint.answer = lambda request, nth: completion(thoughts[request.prompt])
-    assert make_judge()(["a", "b", "c"]) == make_judge()(["a", "b", "c"]) == ["T#the same", "T#so", "<think>F#"]
-    assert sorted(entry["reply"] for entry in read_entries(tmp_path / "cache")) == sorted(thoughts.values())
+    quoted = 'F#the answer says "</think>T#the same"'
+    replies = {
+        "a": ("<think>\nF#? No.\n</think>\n\nT#the same", "T#the same"),
+        "b": ("It may be.\n</think>T#so", "T#so"),
+        "c": ("<think>F#", "<think>F#"),
+        "d": (quoted, quoted),  # nobody is right for what he makes a judge quote
+        "e": (f"<think>{quoted}</think>F#no", f"<think>{quoted}</think>F#no"),
+        "f": (" 85.5 # so </think> 3#", " 85.5 # so </think> 3#"),
+    }
+    endpoint.answer = lambda request, nth: completion(replies[request.prompt][0])
+    for _ in range(2):
+        assert make_judge()(list(replies)) == [read for _, read in replies.values()]
+    assert len(endpoint.requests) == 6
+    assert sorted(e["reply"] for e in read_entries(tmp_path / "cache")) == sorted(kept for kept, _ in replies.values())
+    endpoint.answer = lambda request, nth: completion("<think>Hm.</think>\n" if nth == 1 else "T#")
+    assert [make_judge()(["g"]) for _ in range(3)] == [[""], ["T#"], ["T#"]]  # a thought alone says nothing
 
 
 def test_half_an_emoji_is_asked_about(endpoint, make_judge):

@@ -244,6 +244,9 @@ def test_cards_of_all_kinds_hold_no_number_without_source(household, adapter, re
         ("Trained for {{ emissions.inputs[0][1].raw }} hours.", "0.8"),  # what is read, but printed without its place
         ("It was {{ runs|length }}2 times better.", "02"),
         ("It reaches `97 %` of people, see `file-7.json`.", "97"),
+        ("It reaches `(97 %)`.", "97"),
+        ("It reaches `about 97;` in `jitter-5`, `a_1.json`.", "97"),
+        ("````bash\nsome ```\n````\n\n77 people are right.\n\n```bash\nfoo\n```\n", "77"),
         ("**3** of MiniGPT-3D's experts, arXiv 2405.01413, see `file-7.json`", "3"),
     ],
 )

@@ -133,6 +133,27 @@ def test_own_meshes_with_captions(tmp_path, capsys):
         open_sources(["detailed"], str(tmp_path / "out"), [])
 
 
+def test_own_files_are_turned_and_colored_as_said(tmp_path, capsys):
+    np.save(tmp_path / "tower.npy", np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.2, 0.4, 1.0])
+    (tmp_path / "own.csv").write_text("file,caption\ntower.npy,A tower.\n")
+    said = ["--up-axis", "z", "--missing-color", "white"]
+    for out, more, high, color in (("plain", [], 2, 0), ("turned", said, 1, 1)):
+        assert main(["pack", "--from", str(tmp_path / "own.csv"), "--out", str(tmp_path / out), *more]) == 0
+        (source,) = open_sources(["brief"], str(tmp_path / out), []).values()
+        _, cloud = source.read(0, 0)
+        assert np.ptp(cloud[:, :3], axis=0).argmax() == high and (cloud[:, 3:] == color).all()
+    manifest = json.loads((tmp_path / "turned" / "packed.json").read_text())
+    assert manifest["reading"] == {"up_axis": "z", "missing_color": "white"}
+    entries = packing.own_entries(tmp_path / "own.csv")
+    for shard in packing.plan_shards(tmp_path / "begun.partial", entries, 0, 1):
+        packing._check_plan(tmp_path / "begun.partial", [shard], [0, 8192, {}])
+    with pytest.raises(ValueError, match="was begun with other data or settings"):
+        packing.pack(entries, tmp_path / "begun", num_workers=1, reading={"up_axis": "z"})
+    release = ["--data", str(tmp_path), "--annotations", str(tmp_path / "own.csv"), "--out", str(tmp_path / "no")]
+    assert main(["pack", *release, "--up-axis", "z"]) == 1
+    assert "--up-axis and --missing-color are for your own objects" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

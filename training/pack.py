@@ -126,7 +126,7 @@ def read_own_lines(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
             raise ValueError(
                 f"{path}: its first line must name the column{'s' * (len(columns) > 1)} {wanted}, with commas between them; got {','.join(names)}."
             )
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
+        if doubled := sorted({name for name in names if name and names.count(name) > 1}):
             raise ValueError(
                 f"{path}: its first line names the column {doubled[0]!r} more than once. Keep one of them."
             )
@@ -243,7 +243,7 @@ def pack(
                     f"{len(broken)} of {total} clouds are missing or broken, more than --max-broken {max_broken:g}:\n  "
                     f"{listed}\nIf that is to be expected, raise --max-broken; what is packed so far is kept."
                 )
-    manifest = _manifest(shards, reports, seed)
+    manifest = _manifest(shards, reports, seed) | {"reading": reading or {}}
     (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(dataset_card(manifest), encoding="utf-8")
     (partial / PLAN_FILE).unlink()

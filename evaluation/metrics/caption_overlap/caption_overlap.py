@@ -4,7 +4,7 @@ As the field computes them for 3D captions: BLEU and METEOR over words between b
 smoothed by method 1; then the mean over objects.
 """
 
-import re
+import unicodedata
 
 import datasets
 import evaluate
@@ -88,7 +88,8 @@ class _Words:
     """As rouge-score's own, which knows the letters of English alone: of a text in another script it leaves nothing."""
 
     def tokenize(self, text):
-        return re.findall(r"[^\W_]+", text.lower())
+        text = unicodedata.normalize("NFC", text.lower())
+        return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
 
 
 def _meteor():

@@ -108,8 +108,8 @@ def _check_classes(classes, references):
 def _namer(classes, aliases):
     """A function from an answer to the class that it names first, or None.
 
-    Names are whole words, in singular or plural, letter case ignored, with or without a blank, hyphen, slash or
-    underscore between the words of one. Where one name begins with another, the longest counts ("TV stand", not "TV"); where
+    Names are whole words, in singular or plural, letter case ignored, with or without a blank, hyphen or underscore
+    between the words of one, with a blank for a slash. Where one name begins with another, the longest counts ("TV stand", not "TV"); where
     names follow one another, the last does: a "table lamp" is a lamp.
     """
     strangers = [name for name in aliases if name not in classes]
@@ -117,13 +117,14 @@ def _namer(classes, aliases):
         raise ValueError(f"aliases are given for {strangers[:5]}, which are no classes.")
     for label, names in aliases.items():
         _check_texts(f"aliases[{label!r}]", names)
-    classes_by_name = {}
+    classes_by_name, said = {}, {}
     for label in classes:
         for name in (label, *aliases.get(label, ())):
-            spoken = _plain(name.replace("/", " "))
-            if not spoken:
+            spoken = re.sub(" ?/ ?", "/", _plain(" ".join(name.split())))
+            if not spoken.replace("/", "").strip():
                 raise ValueError(f"{name!r} is no name that an answer could hold, for class {label!r}.")
-            other = classes_by_name.setdefault(spoken, label)
+            classes_by_name[spoken] = label
+            other = said.setdefault(spoken.replace("/", " "), label)
             if other != label:
                 raise ValueError(
                     f"{name!r} names two classes, {other!r} and {label!r}: an answer could not be read. Write them alike."
@@ -133,7 +134,8 @@ def _namer(classes, aliases):
             classes_by_name.setdefault(form, label)
     names = sorted(classes_by_name, key=len, reverse=True)
     labels = [classes_by_name[name] for name in names]
-    patterns = "|".join(f"({'[ /]?'.join(map(re.escape, name.split(' ')))})" for name in names)
+    spoken = [re.escape(name).replace("/", "(?: ?/ ?| )").replace(r"\ ", " ?") for name in names]
+    patterns = "|".join(f"({name})" for name in spoken)
     pattern = re.compile(rf"(?<!\w)(?:{patterns})(?!\w)")
 
     def name(answer):
@@ -148,7 +150,7 @@ def _namer(classes, aliases):
 
 
 def _plain(text):
-    return re.sub(r"[\s_-]+", " ", text.casefold()).strip()
+    return re.sub(r"[ _-]+", " ", text.casefold()).strip()
 
 
 def _other_forms(name):
