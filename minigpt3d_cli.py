@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=run_verify)
     add_pack(commands)
     add_evaluate(commands)
+    add_compare(commands)
     add_card(commands)
     return parser
 
@@ -199,7 +200,11 @@ def add_evaluate(commands):
     )
     scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="score s_bert, too, with this encoder")
     scores.add_argument("--simcse", metavar="DIR_OR_ID", help="score simcse, too, with this encoder")
-    judge = evaluate.add_argument_group("judge")
+    add_judge(evaluate.add_argument_group("judge"))
+    evaluate.set_defaults(run=run_evaluate)
+
+
+def add_judge(judge):
     judge.add_argument(
         "--judge",
         metavar="MODEL",
@@ -243,8 +248,9 @@ def add_evaluate(commands):
         metavar=("IN", "OUT"),
         help="US dollars per million tokens, to tell the cost",
     )
-    evaluate.set_defaults(run=run_evaluate)
 
+
+def add_compare(commands):
     compare = commands.add_parser(
         "compare",
         help="put evaluations side by side, with tests and published figures",
@@ -807,7 +813,11 @@ def run_pack(args: argparse.Namespace) -> int:
 ENDPOINT_OPTIONS = ("--judge-concurrency", "--judge-timeout", "--judge-rpm", "--judge-price")
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def check_evaluate(args: argparse.Namespace):
+    """
+    Raises:
+        CommandError: options that do not go together.
+    """
     if args.model is not None and args.answers is not None:
         raise CommandError("give --model or --answers, not both")
     if args.judge is not None and not args.judge.strip():
@@ -818,41 +828,27 @@ def run_evaluate(args: argparse.Namespace) -> int:
                 f"{option} is for asking a model, and --answers are there already: leave it out. (Answers about corrupted "
                 'objects say so by their "condition", such as "jitter-3".)'
             )
-    for option in (
-        "--judge-url",
-        "--judge-prompt",
-        "--judge-cache",
-        "--judge-max-tokens",
-        "--judge-concurrency",
-        "--judge-timeout",
-        "--judge-rpm",
-        "--judge-price",
-    ):
+    for option in ("--judge-url", "--judge-prompt", "--judge-cache", "--judge-max-tokens", *ENDPOINT_OPTIONS):
         given = getattr(args, option[2:].replace("-", "_"))
         if given and args.judge is None:
             raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
         if given and args.judge_url is None and option in ENDPOINT_OPTIONS:
             raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
-    try:
-        from minigpt3d.conversion.checkpoints import fingerprint_model
-        from minigpt3d.evaluation.run import BrokenObjectsError, Options, evaluate
-        from minigpt3d.evaluation.suites import JUDGE_PROMPTS
-    except ImportError as error:
-        raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
-
-    prompts = {}
-    for item in args.judge_prompt:
-        name, _, path = item.partition("=")
-        if name not in JUDGE_PROMPTS or not path:
-            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(JUDGE_PROMPTS)}")
-        try:
-            prompts[name] = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"--judge-prompt {item}: cannot be read as UTF-8 text ({one_line(error)})") from error
     if args.answers is not None and not args.answers.is_file():
         raise CommandError(
             f"--answers {args.answers}: no such file (expected answers of another program, JSON or JSONL)"
         )
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    check_evaluate(args)
+    try:
+        from minigpt3d.conversion.checkpoints import fingerprint_model
+        from minigpt3d.evaluation.run import BrokenObjectsError, Options, evaluate
+    except ImportError as error:
+        raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
+
+    judge_prompts = read_judge_prompts(args.judge_prompt)
     name = str(args.answers) if args.answers else resolve_model(args.model)
     options = Options(
         suite=args.suite,
@@ -872,7 +868,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         encoders={metric: given for metric, given in (("s_bert", args.s_bert), ("simcse", args.simcse)) if given},
         judge=make_judge(args),
-        judge_prompts=prompts,
+        judge_prompts=judge_prompts,
         seed=args.seed,
         command=shown_command(args.argv),
     )
@@ -909,6 +905,26 @@ def _shown(word: str) -> str:
     elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
         value = Path(value).name or value
     return option + value
+
+
+def read_judge_prompts(options: list[str]) -> dict[str, str]:
+    """`METRIC=FILE` → the file's text by metric.
+
+    Raises:
+        CommandError: an option is not of this form, or its file cannot be read.
+    """
+    from minigpt3d.evaluation.suites import JUDGE_PROMPTS
+
+    prompts = {}
+    for item in options:
+        name, _, path = item.partition("=")
+        if name not in JUDGE_PROMPTS or not path:
+            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(JUDGE_PROMPTS)}")
+        try:
+            prompts[name] = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"--judge-prompt {item}: cannot be read as UTF-8 text ({one_line(error)})") from error
+    return prompts
 
 
 def make_judge(args: argparse.Namespace):

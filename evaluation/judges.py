@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import date
@@ -51,7 +52,7 @@ class JudgeError(OSError):
     """A judge did not reply to all prompts. The replies that came are kept."""
 
 
-class Judge:
+class Judge(ABC):
     """What both kinds share: cache, count and progress bar. They differ in how they ask: `_ask`.
 
     Attributes:
@@ -133,9 +134,9 @@ class Judge:
             "cost": cost,
         }
 
+    @abstractmethod
     def _ask(self, prompts: list[str]) -> Iterator[dict]:
         """The entries of the cache, already kept, in the order in which the replies come."""
-        raise NotImplementedError
 
     def _path(self, prompt: str) -> Path:
         key = json.dumps(self._key | {"prompt": prompt}, sort_keys=True)

@@ -407,7 +407,16 @@ def test_robustness_curves(household, no_warnings):
 @pytest.mark.parametrize("kept", [{"jitter-3"}, {"jitter-1", "jitter-2", "scale-5"}])
 def test_few_corruptions(household, no_warnings, kept):
     scores = [s for s in read_results(household)["scores"] if s["metric"] == "closed_set_accuracy"]
-    pixels(pictures.draw_robustness([s for s in scores if s["condition"] in {"seeing", *kept}], "$odd_ title"))
+    shown = [s for s in scores if s["condition"] in {"seeing", *kept}]
+    before = pixels(pictures.draw_robustness(shown, "$odd_ title"))
+    assert (before != 255).any(-1).mean() > 0.02 and max(before.shape) < 2000
+    for name in kept:  # each is in the picture
+        lower = {
+            key: 0.5 * score[key] for score in shown if score["condition"] == name for key in ("value", "low", "high")
+        }
+        changed = [score | lower if score["condition"] == name else score for score in shown]
+        after = pixels(pictures.draw_robustness(changed, "$odd_ title"))
+        assert after.shape != before.shape or (after != before).any()
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 24, 200])

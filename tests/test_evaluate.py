@@ -879,8 +879,12 @@ def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monk
 
 
 def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
+    class Unasked(Judge):
+        def _ask(self, prompts):
+            raise AssertionError("nothing is to be asked")
+
     options = Options("own", tmp_path / "out", "model", "f", str(own_objects), metrics=["rouge_l"],
-                      judge=Judge("m", tmp_path / "judge", {}))  # fmt: skip
+                      judge=Unasked("m", tmp_path / "judge", {}))  # fmt: skip
     with pytest.raises(ValueError, match="--judge m: no judge is asked for rouge_l"):
         evaluate(options)
     assert not (tmp_path / "out").exists()

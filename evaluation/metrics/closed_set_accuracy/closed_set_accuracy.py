@@ -109,8 +109,8 @@ def _namer(classes, aliases):
     """A function from an answer to the class that it names first, or None.
 
     Names are whole words, in singular or plural, letter case ignored, with or without a blank, hyphen or underscore
-    between the words of one, with a blank for a slash. Where one name begins with another, the longest counts ("TV stand", not "TV"); where
-    names follow one another, the last does: a "table lamp" is a lamp.
+    between the words of one, with a blank for a slash. Where one name begins with another, the longest counts ("TV
+    stand", not "TV"); where names follow one another, the last does: a "table lamp" is a lamp.
     """
     strangers = [name for name in aliases if name not in classes]
     if strangers:
@@ -134,9 +134,8 @@ def _namer(classes, aliases):
             classes_by_name.setdefault(form, label)
     names = sorted(classes_by_name, key=len, reverse=True)
     labels = [classes_by_name[name] for name in names]
-    spoken = [re.escape(name).replace("/", "(?: ?/ ?| )").replace(r"\ ", " ?") for name in names]
-    patterns = "|".join(f"({name})" for name in spoken)
-    pattern = re.compile(rf"(?<!\w)(?:{patterns})(?!\w)")
+    patterns = [re.escape(name).replace("/", "(?: ?/ ?| )").replace(r"\ ", " ?") for name in names]
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(f'({each})' for each in patterns)})(?!\w)")
 
     def name(answer):
         answer, last = _plain(answer), None
