@@ -24,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.conversion.state_dict import authors_name, expected_shapes, lora_modules
-from minigpt3d.conversion.tables import FILES, FUSED_ATTENTION, SPLIT_ATTENTION
-from minigpt3d.training.stages import QFORMER_LORA_TARGETS, STAGE_3
+from minigpt3d.conversion.lora import QFORMER_LORA_TARGETS, lora_modules
+from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION
+from minigpt3d.conversion.state_dict import authors_name, expected_shapes
+from minigpt3d.training.stages import STAGE_3
 
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "household"

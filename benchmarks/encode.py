@@ -26,10 +26,10 @@ import torch
 import transformers
 from torch import nn
 
+from minigpt3d.cli.main import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
-from minigpt3d_cli import positive_int
 
 
 # Largest difference over largest value.

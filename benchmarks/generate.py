@@ -25,10 +25,11 @@ import torch
 import transformers
 from encode import measure
 
+from minigpt3d.cli.main import positive_int
+from minigpt3d.hub import load_model
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
-from minigpt3d_cli import CommandError, load_model, positive_int
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None):
     transformers.logging.disable_progress_bar()
     try:
         model, processor = load_model(args.model)
-    except CommandError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     model = model.to(device, torch.float32).eval()
     rows = []

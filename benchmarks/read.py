@@ -13,8 +13,8 @@ import laspy
 import numpy as np
 from plyfile import PlyData, PlyElement
 
+from minigpt3d.cli.main import positive_int
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
-from minigpt3d_cli import positive_int
 
 
 def write_npy(path: Path, points: np.ndarray):

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minigpt3d.cli.main import positive_int
+from minigpt3d.data import shards as pack, sources as data
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
-from minigpt3d.training import data, pack, stream
+from minigpt3d.training import stream
 from minigpt3d.training.stages import RECIPES
-from minigpt3d_cli import positive_int
 
 
 PROCESSOR = Path(__file__).parent.parent / "checkpoints" / "household"  # for its tokenizer

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from encode import PlainMiniPointNet, plain_group, plain_transformer
 
+from minigpt3d.cli.main import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.training.loop import make_optimizer
 from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import pack_batch, pad_batch, takes_one_row
-from minigpt3d.training.train import make_optimizer
 from minigpt3d.training.weights import prepare_model
-from minigpt3d_cli import positive_int
 
 
 # A quarter of the paper's widths, with its vocabulary: what a CPU trains in seconds.

@@ -1,17 +1,13 @@
 """Tensors in files: `.pth`, `.bin` and `.safetensors`, one file or a folder of shards, mapped and never unpickled freely."""
 
-import hashlib
 import json
 import pickletools
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import extract_commit_hash
 
-from .tables import TRAINER_STATE
+from .names import TRAINER_STATE
 
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -191,37 +187,3 @@ def _unsafe_names(file: Path) -> list[str]:
 def _damaged(file: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:150]
     return f"{file} ({file.stat().st_size:,} bytes) is cut off, damaged or not of its format. Download it again. ({reason})"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint_model(name: str, local_files_only: bool = False) -> str:
-    """A digest of the weights in a model's folder, its adapter's among them, or of a file of answers; of a Hub id its commit.
-
-    Raises:
-        ValueError: there is no such folder or file, and it is no Hub id.
-        OSError: the Hub has no such model, or is out of reach.
-    """
-    path = Path(name)
-    if not path.exists() and name.count("/") != 1:
-        raise ValueError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME.")
-    if not path.exists():
-        for file in ("config.json", "adapter_config.json"):
-            try:
-                found = hf_hub_download(name, file, local_files_only=local_files_only)
-            except EntryNotFoundError as error:
-                missing = error
-            else:
-                return extract_commit_hash(found, None)[:16]
-        raise missing
-    files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.name} {sha256(file)}".encode())
-    return digest.hexdigest()[:16]

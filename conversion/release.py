@@ -19,29 +19,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.files import sha256
+from minigpt3d.hub import ADAPTER_FILE, find_model
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 
-from .checkpoints import Checkpoint, sha256
-from .state_dict import (
-    Account,
-    Reader,
-    account,
-    authors_name,
-    expected_shapes,
-    is_ignored,
-    lora_modules,
-    lora_scale,
-    our_name,
-    peft_scale,
-    read_lora_config,
-)
-from .tables import FILES, ZEROS, File
+from .checkpoints import Checkpoint
+from .lora import lora_modules, lora_scale, peft_scale, read_lora_config
+from .names import FILES, ZEROS, File
+from .state_dict import Account, Reader, account, authors_name, expected_shapes, is_ignored, our_name
 
 
-# Of a training stage's result (see training/weights.py).
-ADAPTER_DIR, ADAPTER_CONFIG, ADAPTER_FILE = "adapter", "adapter_config.json", "adapter_model.safetensors"
-STAGE_FILE = "stage.json"
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
@@ -99,20 +87,16 @@ def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str
         ValueError, FileNotFoundError: no result of a stage, or as `Checkpoint`.
         ImportError: peft is not installed.
     """
-    adapter = folder if (folder / ADAPTER_CONFIG).exists() else folder / ADAPTER_DIR
-    if (folder / "config.json").exists() or not (adapter / ADAPTER_CONFIG).exists():
-        base, adapter = folder, None
-    else:
-        peft_config = read_lora_config(adapter)
-        base = Path(peft_config.base_model_name_or_path)
-        if not base.is_dir():
-            base = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    files = find_model(folder)
+    base, adapter = Path(files.base), files.adapter
+    if not base.is_dir():
+        base = Path(snapshot_download(files.base, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     renamed = {"to_key": lambda name: our_name(name) or name, "to_name": lambda key: authors_name(key) or key}
     sources = [Source(File("model", "a whole model", gives=(r"(?!.*lora_).*",)), Checkpoint(base), **renamed)]
     config = MiniGPT3DConfig.from_pretrained(base)
     if adapter is None:
         return sources, config, []
-    checkpoint = Checkpoint(adapter / ADAPTER_FILE)
+    peft_config, checkpoint = read_lora_config(adapter), Checkpoint(adapter / ADAPTER_FILE)
     names = {key: key.removeprefix(PEFT_PREFIX) for key in checkpoint.shapes}
     modules = [name.removesuffix(".lora_A.weight") for name in names.values() if name.endswith(".lora_A.weight")]
     # What the stages have trained supersedes the base's; every LoRA module has both of its factors.
@@ -123,9 +107,7 @@ def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str
     }
     scales = {module: peft_scale(peft_config, module) for module in modules}
     sources.append(Source(file, checkpoint, **renamed, scales=scales))
-    if (adapter / STAGE_FILE).exists():
-        run = json.loads((adapter / STAGE_FILE).read_text(encoding="utf-8"))
-        config.router_type = run.get("router_type", config.router_type)
+    config.router_type = (files.stage or {}).get("router_type", config.router_type)
     if not isinstance(peft_config.target_modules, str):  # names, of which none may be missing
         modules = sorted(f"model.{name}" for name in peft_config.target_modules)
     return sources, config, modules

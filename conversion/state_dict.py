@@ -4,30 +4,25 @@ What comes in is used, superseded by a later file, or a named leftover; what the
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.training.stages import STAGE_3, lora_targets
 
-from .tables import ALIASES, FILES, FUSED_ATTENTION, LEFTOVERS, LORA_ALPHA, NAMES, SPLIT_ATTENTION, ZEROS, File
+from .lora import LORA_KEY, lora_scale
+from .names import ALIASES, FILES, FUSED_ATTENTION, LEFTOVERS, NAMES, SPLIT_ATTENTION, ZEROS, File
 
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-# PEFT has one for all modules; the Q-Former's, 0.1, is set by the training.
-LANGUAGE_LORA_DROPOUT = STAGE_3.language_lora.dropout
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _SPLIT_KEY = re.compile(
     rf"(?P<attention>.+\.self_attn)\.(?P<which>{'|'.join(SPLIT_ATTENTION)})\.(?P<kind>weight|bias)"
 )
@@ -112,7 +107,7 @@ class Account:
 
     @property
     def lora(self) -> list[str]:
-        return [name for name in self.origins if _LORA_KEY.fullmatch(name)]
+        return [name for name in self.origins if LORA_KEY.fullmatch(name)]
 
 
 def account(
@@ -259,7 +254,7 @@ def _our_shape(shapes: list[tuple[int, ...]], name: str) -> tuple[int, ...]:
 
 def _lora_problems(result: Account, shapes: dict, expected: dict) -> Iterable[str]:
     for name in result.lora:
-        match, origin = _LORA_KEY.fullmatch(name), result.origins[name]
+        match, origin = LORA_KEY.fullmatch(name), result.origins[name]
         partner = f"{match['module']}.lora_{'B' if match['matrix'] == 'A' else 'A'}.weight"
         weight = expected.get(f"{match['module']}.weight")
         if partner not in result.origins:
@@ -308,11 +303,6 @@ def to_our_shape(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConfig
     if len(tensors) > 1:
         return fuse_attention(tensors, config.text_config.num_attention_heads)
     return tensors[0].reshape(_our_shape([tuple(tensors[0].shape)], name))
-
-
-def lora_scale(name: str, rank: int) -> float:
-    """alpha / r of a module, by our name."""
-    return next(alpha(rank) for part, alpha in LORA_ALPHA.items() if name.startswith(part)) / rank
 
 
 def merge_lora_factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -390,80 +380,3 @@ def convert_state_dict(
 
 def _like(tensor: torch.Tensor, state_dict: dict[str, torch.Tensor], origin: Origin | None) -> torch.Tensor:
     return tensor if origin is None else tensor.to(state_dict[origin.keys[0]].dtype)
-
-
-def lora_config(
-    converted: dict[str, torch.Tensor] | dict[str, torch.Size],
-    scale: Callable[[str, int], float] = lora_scale,
-    **options,
-):
-    """The PEFT configuration of the LoRA matrices in an unmerged state dict: ranks read off, alphas the authors'.
-
-    Args:
-        converted: our names → tensors or shapes.
-        scale: (module, rank) → factor of its LoRA product.
-        **options: further fields of `peft.LoraConfig`.
-
-    Raises:
-        ValueError: there are no LoRA matrices.
-        ImportError: peft is not installed.
-    """
-    LoraConfig = _peft().LoraConfig
-    ranks = {}
-    for name, value in converted.items():
-        if (match := _LORA_KEY.fullmatch(name)) and match["matrix"] == "A":
-            ranks[match["module"]] = getattr(value, "shape", value)[0]
-    if not ranks:
-        raise ValueError("no lora_A matrices among the tensors. Convert with merge_lora=False to keep them.")
-    alphas = {module: round(scale(module, rank) * rank) for module, rank in ranks.items()}
-    (rank, alpha), _ = Counter((ranks[module], alphas[module]) for module in ranks).most_common(1)[0]
-    # Without "model." the ends of the names fit the model with its head and the one without alike.
-    short = {module: module.removeprefix("model.") for module in ranks}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=LANGUAGE_LORA_DROPOUT,
-        target_modules=sorted(short.values()),
-        rank_pattern={re.escape(short[module]): r for module, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(short[module]): a for module, a in alphas.items() if a != alpha},
-        **options,
-    )
-
-
-def read_lora_config(adapter: Path):
-    """The `peft.LoraConfig` of an adapter's folder.
-
-    Raises:
-        ValueError: the folder has none, or the adapter is no LoRA.
-        ImportError: peft is not installed.
-    """
-    peft = _peft()
-    try:
-        config = peft.PeftConfig.from_pretrained(adapter)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{adapter}: adapter_config.json cannot be read ({error}).") from error
-    if not isinstance(config, peft.LoraConfig):
-        raise ValueError(f"{adapter}: expected a LoRA adapter, got {config.peft_type}.")
-    return config
-
-
-def peft_scale(config, module: str) -> float:
-    """Factor of the LoRA product of a module of ours in an adapter with this `peft.LoraConfig`."""
-    get_pattern_key, short = _peft().utils.other.get_pattern_key, module.removeprefix("model.")
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, short), config.r)
-    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, short), config.lora_alpha) / rank
-
-
-def _peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("Keeping LoRA apart needs peft: pip install 'minigpt3d[train]'") from error
-    return peft
-
-
-def lora_modules(config: MiniGPT3DConfig, expected: Iterable[str]) -> list[str]:
-    """Modules that the stages give LoRA factors, by our names."""
-    pattern = re.compile(lora_targets(config.text_config.model_type))
-    modules = (name.removesuffix(".weight") for name in expected if name.endswith(".weight"))
-    return [module for module in modules if pattern.fullmatch(module)]

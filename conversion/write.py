@@ -14,13 +14,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minigpt3d.model_card import write_card
+from minigpt3d.files import write_json, written_whole
+from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, check_model_dir, write_all_but_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.training.stages import STAGE_3, STAGE_4
 
-from .hub_folder import check_folder, write_all_but_weights, written_whole
-from .release import ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE, Plan, provenance
-from .state_dict import lora_config
+from .lora import lora_config
+from .names import STAGE_3_TENSORS, STAGE_4_TENSORS
+from .release import PEFT_PREFIX, Plan, provenance
 
 
 SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of what a conversion needs
@@ -51,7 +51,7 @@ def write_release(
         ValueError: there is no LoRA to keep, or a value does not fit the dtype.
         OSError: the disk is full, or will be.
     """
-    output_dir = check_folder(output_dir, [source.checkpoint.path for source in plan.sources])
+    output_dir = check_model_dir(output_dir, [source.checkpoint.path for source in plan.sources])
     if lora == "keep" and not plan.accounted.lora:
         raise ValueError("--lora keep: there are no LoRA factors in these files. Use --lora merge.")
     adapter_config = make_adapter_config(plan, output_dir / BASE_DIR) if lora == "keep" else None
@@ -68,11 +68,11 @@ def write_release(
         plan.config.architectures = [type(model).__name__]
         plan.config.save_pretrained(folder)
         write_weights(folder, plan, dtype, merge_lora=lora == "merge")
-        write_record(folder, record, output_dir.name)
+        write_json(folder / PROVENANCE_FILE, record)
         if adapter_config is not None:
             write_adapter(partial / ADAPTER_DIR, plan, adapter_config)
             write_stage(partial / ADAPTER_DIR, plan)
-            write_record(partial / ADAPTER_DIR, record, output_dir.name)
+            write_json(partial / ADAPTER_DIR / PROVENANCE_FILE, record)
             for name in ("LICENSE", "NOTICE"):
                 shutil.copyfile(folder / name, partial / ADAPTER_DIR / name)
         before_rename(partial)
@@ -145,9 +145,9 @@ def make_adapter_config(plan: Plan, base: Path):
     Raises:
         ImportError: peft is not installed.
     """
-    read, patterns = plan.reader(), STAGE_3.trainable
+    read, patterns = plan.reader(), STAGE_3_TENSORS
     if plan.config.router_type != "none":
-        patterns += STAGE_4.trainable
+        patterns += STAGE_4_TENSORS
     trained = [name for name in plan.expected if any(re.fullmatch(pattern, name) for pattern in patterns)]
     modules = sorted({name.rpartition(".")[0] for name in trained})
     shapes = {name: read(name).shape for name in plan.accounted.lora}
@@ -175,10 +175,3 @@ def write_stage(folder: Path, plan: Plan):
     if stage is not None:
         run = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
         (folder / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
-
-
-def write_record(folder: Path, record: dict, model_id: str):
-    """Provenance and model card."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
-    write_card(folder, model_id=model_id)

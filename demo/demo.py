@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d import PointCloudToTextPipeline, load_point_cloud
-from minigpt3d_cli import CommandError, load_model
+from minigpt3d.hub import load_model
 
 
 try:
@@ -61,7 +61,7 @@ def main():
         sys.exit(f"demo: there are no objects in {args.objects}; expected files ending in {', '.join(SUFFIXES)}.")
     try:
         model, processor = load_model(str(args.model))
-    except CommandError as error:
+    except ValueError as error:
         sys.exit(f"demo: {error}")
     describe = PointCloudToTextPipeline(model=model, processor=processor)
     args.pictures.mkdir(parents=True, exist_ok=True)

@@ -16,18 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_cloud
+from minigpt3d.data.records import read_annotations
+from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
+from minigpt3d.data.tables import LINES_SUFFIXES, OTHER_TABLES, read_own_lines
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
-from minigpt3d.training.data import (
-    MANIFEST_FILE,
-    PackedSource,
-    decode_cloud,
-    point_cloud_path,
-    read_annotations,
-    read_manifest,
-    read_point_cloud,
-)
-from minigpt3d.training.household.colors import COLORS
-from minigpt3d.training.pack import LINES_SUFFIXES, OTHER_TABLES, read_own_lines
+
+from .vocabulary.colors import COLORS
 
 
 NUM_POINTS = 8192

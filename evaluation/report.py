@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from .charts import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
-from .pictures import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .results import (
     as_corruption,
     cautions,

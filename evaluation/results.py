@@ -136,13 +136,6 @@ def cautions(results: dict) -> list[str]:
     return words
 
 
-def write_text(path: Path, text: str):
-    """Under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def hash_prompt(text: str) -> str:
     """What a judge's prompt is known by in results."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

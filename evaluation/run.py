@@ -29,22 +29,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 
-from .answers import (
-    ANSWERS_DIR,
-    Job,
-    append_lines,
-    generate_answers,
-    line_key,
-    open_part,
-    read_lines,
-    run_batches,
-)
+from minigpt3d.files import write_text
+
+from .ask import ANSWERS_DIR, Job, append_lines, generate_answers, line_key, open_part, read_lines, run_batches
 from .conditions import BLIND, CORRUPTION_CONDITIONS, NO_COLOR, SEEING, SHUFFLED
 from .likelihood import check_answers, class_log_likelihoods, encode_answers, rank_classes
 from .objects import EvalObject, read_answers, read_household, read_modelnet40, read_objaverse, read_own
 from .progress import progress
 from .report import write_report
-from .results import OBJECTS_FILE, RESULTS_FILE, cautions, hash_prompt, is_mute, read_results, write_text
+from .results import OBJECTS_FILE, RESULTS_FILE, cautions, hash_prompt, is_mute, read_results
 from .score import Scorer, compare_conditions, default_prompt, is_judged
 from .statistics import wilson
 from .suites import DECODING, GREEDY, METRICS, SUITES, Suite

@@ -7,13 +7,12 @@ from pathlib import Path
 import evaluate
 import numpy as np
 
-from minigpt3d.training.household.colors import COLORS, OTHER_WORDS
-from minigpt3d.training.household.kinds import KINDS, answer_nouns
-
 from .conditions import CONTROLS, SEEING, SHUFFLED
 from .objects import EvalObject
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
 from .suites import METRICS, Question, Suite
+from .vocabulary.colors import COLORS, OTHER_WORDS
+from .vocabulary.kinds import KINDS, answer_nouns
 
 
 METRICS_DIR = Path(__file__).with_name("metrics")

@@ -6,11 +6,10 @@ A suite is one row. Prompts and decoding are those of the paper's benchmarks; `D
 from dataclasses import dataclass, replace
 
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
-from minigpt3d.training.household.captions import with_article
-from minigpt3d.training.household.colors import COLORS
-from minigpt3d.training.household.kinds import KINDS
 
 from .objects import MODELNET40_CLASSES
+from .vocabulary.colors import COLORS
+from .vocabulary.kinds import KINDS, with_article
 
 
 # min_length is 10 in the authors' code, where it counts new tokens only: they pass embeddings.

@@ -28,9 +28,10 @@ from safetensors import safe_open
 
 import minigpt3d
 from minigpt3d import HUB_ID
-from minigpt3d.evaluation.results import FEW, escaped, is_gain, write_text
+from minigpt3d.evaluation.results import FEW, escaped, is_gain
 from minigpt3d.evaluation.statistics import CONFIDENCE
 from minigpt3d.evaluation.suites import METRICS
+from minigpt3d.files import write_text
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .facts import Fact, find_unsourced, read_fact, take_marks
@@ -278,7 +279,7 @@ def make_metadata(facts: Mapping) -> str:
         tags=["point-cloud", "3d", "minigpt3d", "arxiv:2405.01413"],
     )
     if facts["runs"]:
-        from minigpt3d.evaluation.model_index import model_index
+        from .model_index import model_index
 
         data["model-index"] = model_index([run.raw for run in facts["runs"]])
     return data.to_yaml()
@@ -286,7 +287,7 @@ def make_metadata(facts: Mapping) -> str:
 
 def _write_eval_results(folder: Path, runs: list[dict]):
     """In the place of those that an earlier card came with."""
-    from minigpt3d.evaluation.model_index import HUB_DATASETS, eval_results
+    from .model_index import HUB_DATASETS, eval_results
 
     where = folder / ".eval_results"
     for path in where.glob("*.yaml"):
@@ -511,7 +512,7 @@ def _take_ablation(path: Path, folder: Path) -> str:
     Raises:
         ValueError: `training/ablate.py` wrote no such file.
     """
-    from minigpt3d.training.ablate import REPORT_FILE, to_markdown  # heavy
+    from minigpt3d.recipes.household.ablate import REPORT_FILE, to_markdown
 
     path = path / REPORT_FILE if path.is_dir() else path
     try:

@@ -3,7 +3,7 @@
 accelerate launch training/finetune.py --init org/minigpt3d --data packed --output_dir mine
 """
 
-from minigpt3d.training.train import main
+from .loop import main
 
 
 if __name__ == "__main__":

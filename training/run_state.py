@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from minigpt3d.hub import STAGE_FILE
+
 from .stages import Stage
-from .weights import STAGE_FILE, find_damage, gather_parameters, named_parameters, save_checkpoint
+from .weights import find_damage, gather_parameters, named_parameters, save_checkpoint
 
 
 HISTORY_FILE = "history.jsonl"

@@ -3,7 +3,7 @@
 accelerate launch training/stage1.py --init BASE --data packed --output_dir stage1
 """
 
-from minigpt3d.training.train import main
+from .loop import main
 
 
 if __name__ == "__main__":

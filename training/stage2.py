@@ -3,7 +3,7 @@
 accelerate launch training/stage2.py --init stage1 --data packed --output_dir stage2
 """
 
-from minigpt3d.training.train import main
+from .loop import main
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 accelerate launch training/stage3.py --init stage2 --data packed --output_dir stage3
 """
 
-from minigpt3d.training.train import main
+from .loop import main
 
 
 if __name__ == "__main__":

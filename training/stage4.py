@@ -3,7 +3,7 @@
 accelerate launch training/stage4.py --init stage3 --data packed --output_dir stage4
 """
 
-from minigpt3d.training.train import main
+from .loop import main
 
 
 if __name__ == "__main__":

@@ -105,37 +105,6 @@ LANGUAGE_PROJECTION = (r"model\.language_projection\..*",)
 LANGUAGE_MODEL = (r"model\.language_model\..*\.lora_[AB]\.weight", r"model\.language_model\..*norm\.weight")
 MIXTURE_OF_QUERY_EXPERTS = (r"model\.query_experts\.\d+\.weight", r"model\.router\..*")
 
-# Where LoRA goes: the Q-Former's self- and cross-attention, and the language model's attention by its family.
-QFORMER_LORA_TARGETS = r"model\.qformer\..*\.(query|key|value)"
-_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LANGUAGE_LORA_TARGETS = {
-    "minigpt3d_phi": ("query_key_value", "dense"),
-    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
-    "phi3": ("qkv_proj", "o_proj"),
-    "gpt_neox": ("query_key_value", "dense"),
-    "llama": _SPLIT_ATTENTION,
-    "mistral": _SPLIT_ATTENTION,
-    "qwen2": _SPLIT_ATTENTION,
-    "qwen3": _SPLIT_ATTENTION,
-    "smollm3": _SPLIT_ATTENTION,
-}
-
-
-def lora_targets(language_model_type: str) -> str:
-    """Pattern of the modules that get LoRA factors, for a language model of this `model_type`.
-
-    Raises:
-        ValueError: the family has no row in `LANGUAGE_LORA_TARGETS`.
-    """
-    if language_model_type not in LANGUAGE_LORA_TARGETS:
-        raise ValueError(
-            f"No LoRA targets are known for a language model of type {language_model_type!r}; known: "
-            f"{', '.join(LANGUAGE_LORA_TARGETS)}. Add the names of its attention's linear layers to "
-            "LANGUAGE_LORA_TARGETS in training/stages.py."
-        )
-    attention = "|".join(LANGUAGE_LORA_TARGETS[language_model_type])
-    return rf"{QFORMER_LORA_TARGETS}|model\.language_model\..*\.({attention})"
-
 
 def select_trainable(stage: Stage, names: Iterable[str]) -> set[str]:
     """The names that the stage trains.

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .data import ROWS_PER_GROUP, Sample, augment, to_messages
+from minigpt3d.data.clouds import augment
+from minigpt3d.data.records import Sample, to_messages
+from minigpt3d.data.sources import ROWS_PER_GROUP
+
 from .stages import Stage
 
 

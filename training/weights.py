@@ -15,12 +15,9 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -29,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minigpt3d.conversion import lora_config
-from minigpt3d.conversion.checkpoints import sha256
-from minigpt3d.conversion.hub_folder import written_whole
-from minigpt3d.conversion.release import ADAPTER_CONFIG, ADAPTER_DIR, ADAPTER_FILE, PEFT_PREFIX, STAGE_FILE
-from minigpt3d.conversion.state_dict import peft_scale, read_lora_config
+from minigpt3d.conversion.lora import lora_targets, peft_scale, read_lora_config
+from minigpt3d.conversion.release import PEFT_PREFIX
+from minigpt3d.files import sha256, written_whole
+from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE, ModelFiles
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
-from .stages import Stage, lora_targets, select_trainable
+from .stages import Stage, select_trainable
 
 
 TRAINED_FILE = "trained.safetensors"
@@ -54,78 +51,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 # ---- Before training ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a stage starts from.
-
-    Args:
-        base: folder or Hub id of a whole model.
-        adapter: folder of an adapter on it; None where there is none.
-        run: what the stage that made the start says of itself; None if no stage has.
-    """
-
-    base: str
-    adapter: Path | None = None
-    run: dict | None = None
-
-
-def find_start(init: str | Path) -> Start:
-    """Base and adapter of `--init`: a whole model, an adapter, or a folder with `base/` and `adapter/`.
-
-    Raises:
-        ValueError: there is no such folder or Hub id, or the adapter's base is not there.
-    """
-    folder = Path(init)
-    if not folder.is_dir():
-        if str(init).count("/") != 1 or folder.is_absolute():
-            raise ValueError(f"--init {init}: no such folder, and a model on the Hub is named OWNER/NAME.")
-        wanted = ["config.json", ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE]
-        try:
-            folder = Path(snapshot_download(str(init), allow_patterns=wanted))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"--init {init}: no such folder, and the Hub does not give it ({error}).") from error
-    run = json.loads((folder / STAGE_FILE).read_text()) if (folder / STAGE_FILE).exists() else None
-    if (folder / "config.json").exists():
-        return Start(str(init), None, run)
-    adapter = folder if (folder / ADAPTER_CONFIG).exists() else folder / ADAPTER_DIR
-    if not (adapter / ADAPTER_CONFIG).exists():
-        raise ValueError(f"--init {init}: holds neither a model's config.json nor a PEFT adapter's {ADAPTER_CONFIG}.")
-    base = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
-        raise ValueError(
-            f"--init {init}: its base model {base} is not there. Correct base_model_name_or_path in "
-            f"{adapter / ADAPTER_CONFIG}."
-        )
-    if run is None and (adapter / STAGE_FILE).exists():
-        run = json.loads((adapter / STAGE_FILE).read_text())
-    return Start(base, adapter, run)
-
-
-def load_model(base: str | Path, **options) -> MiniGPT3DForConditionalGeneration:
-    """The model of a folder or Hub id, in float32.
-
-    Raises:
-        ValueError: the folder holds another model than its configuration says.
-    """
-    model, report = MiniGPT3DForConditionalGeneration.from_pretrained(
-        base, dtype=torch.float32, output_loading_info=True, **options
-    )
-    for problem, keys in report.items():
-        if keys:
-            raise ValueError(f"--init {base}: {len(keys)} {problem.replace('_', ' ')}, such as {sorted(keys)[0]}.")
-    return model
-
-
 def prepare_model(
     model: MiniGPT3DForConditionalGeneration, stage: Stage, adapter: Path | None = None, run: dict | None = None
 ) -> nn.Module:
     """Make a model ready for a stage: routing, LoRA, what was trained before, gradients for the table's parameters alone.
 
     Args:
-        model: as `load_model` returns it; it is changed in place.
+        model: in float32; it is changed in place.
         stage: the row.
         adapter: folder of what the stages before have trained.
-        run: what is known of the stage that made the start (`Start.run`).
+        run: what is known of the stage that made the start (`ModelFiles.stage`).
 
     Returns:
         The model, as a `PeftModel` if it has LoRA factors.
@@ -246,7 +181,7 @@ def lora_scales(model: nn.Module) -> dict[str, float]:
     return {own_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def adapter_names(model: nn.Module, start: Start) -> list[str]:
+def adapter_names(model: nn.Module, start: ModelFiles) -> list[str]:
     """What a stage's adapter holds: LoRA factors, and all parameters of the modules that it or a stage before has trained."""
     parameters = named_parameters(model)
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}

@@ -1,0 +1,131 @@
+"""What kind of thing an object is, from its name: a table of head nouns, and the test whether an answer names a kind.
+
+The head noun of a catalogue name is the last of its words, before any "with" or comma, that the table knows:
+"Double window 3 panes" is a window, "Glass table" a table, "Sink cabinet" a cabinet. Nouns that stand last and
+make something else of the rest ("Flower box", "Table fan") are listed in `OTHER_NOUNS`.
+"""
+
+import re
+
+
+# kind → noun that an answer uses → head nouns, in the singular, of catalogue names that are called so.
+KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "chair": {"chair": ("chair", "seat"), "armchair": ("armchair",), "stool": ("stool", "barstool")},
+    "table": {"table": ("table",), "desk": ("desk",)},
+    "sofa": {"sofa": ("sofa", "couch", "settee", "loveseat")},
+    "bed": {"bed": ("bed", "crib", "futon", "cot", "mattress")},
+    "lamp": {"lamp": ("lamp", "light", "lantern", "lamppost", "chandelier", "spotlight", "flashlight")},
+    "cabinet": {
+        "cabinet": ("cabinet", "cupboard", "sideboard", "dresser", "locker", "commode", "nightstand"),
+        "wardrobe": ("wardrobe", "closet", "armoire"),
+        "bookcase": ("bookcase", "bookshelf", "shelf", "shelves", "shelving"),
+    },
+    "door": {"door": ("door",)},
+    "window": {"window": ("window",)},
+    "plant": {
+        "plant": ("plant", "flower", "cactus", "orchid", "tulip", "lily", "yucca", "spathiphyllum", "fern", "rose",
+                  "bonsai", "succulent", "ivy", "bush", "hedge", "shrub"),
+        "tree": ("tree", "ficus", "bamboo", "cypress", "pine", "palm", "poplar", "maple", "acacia", "beech", "birch",
+                 "willow", "cedar", "fir", "spruce", "oak", "blossom"),
+    },
+    "car": {
+        "car": ("car", "sedan", "suv", "beetle", "ford", "leon", "peugeot", "renault", "chevrolet", "citroen", "fiat",
+                "audi", "bmw", "mercedes", "volkswagen", "toyota", "porsche", "ferrari", "jeep", "limousine"),
+        "truck": ("truck", "lorry"),
+        "bus": ("bus",),
+        "van": ("van", "minivan"),
+    },
+    "bike": {"bicycle": ("bicycle", "bike", "tricycle"), "motorbike": ("motorbike", "motorcycle", "scooter", "yamaha")},
+    "person": {"person": ("person", "human", "man", "woman", "male", "female", "boy", "girl", "child", "mannequin")},
+    "animal": {"animal": ("animal", "horse", "cat", "dog", "bulldog", "chicken", "rabbit", "deer", "cow", "bird")},
+    "sink": {
+        "sink": ("sink", "washbasin", "basin", "lavatory", "vanity", "handbasin"),
+        "bath": ("bath", "bathtub", "tub", "jacuzzi"),
+    },
+    "toilet": {"toilet": ("toilet", "urinal", "bidet", "wc")},
+    "appliance": {
+        "stove": ("stove", "oven", "cooker", "cooktop", "hob", "microwave"),
+        "fridge": ("fridge", "refrigerator", "freezer"),
+        "washing machine": ("washing", "dryer", "dishwasher"),
+    },
+}  # fmt: skip
+
+# Standing behind a noun of the table, these make something else of it.
+OTHER_NOUNS = frozenset(
+    "artwork bat bell bench blind board box brush bulb cover cushion curtain dispenser fan frame handle head holder "
+    "house hut kettle knob mat mirror ottoman paper phone pot rack remote ring sheet shoe shutter slot stand switch "
+    "toy trolley vase".split()
+)
+# Head nouns of names that in a sentence are more often a color, a wood, a part, an owner or something else.
+ONLY_IN_NAMES = frozenset(
+    "acacia audi bamboo basin beech beetle birch blossom cedar child citroen cypress female fiat fir ford human leon light "
+    "male maple oak palm peugeot pine poplar renault rose seat spruce vanity washing willow yamaha".split()
+)
+# Names that the rule would read wrongly.
+EXCEPTIONS: dict[str, tuple[str, str] | None] = {
+    "rocking horse": None,
+    "clothes horse": None,
+    "hot dog": None,
+    "roasted chicken": None,
+    "toy train": None,
+    "dog house": None,
+    "child swing": None,
+    "child hut": None,
+    "wall lamp artwork": ("lamp", "lamp"),
+    "wood bank": None,
+    "little bank": None,
+}
+
+
+def _singular(word: str) -> str:
+    if word in ("glasses", "shelves") or not word.endswith("s") or word.endswith(("ss", "us")):
+        return word
+    return word[:-2] if word.endswith(("ches", "shes", "xes", "uses")) else word[:-1]
+
+
+def _head_words(name: str) -> list[str]:
+    """The words of a name that its head noun may be among, last first, in the singular."""
+    head = re.split(r"\bwith\b|,|\bon\b|\s\d", name.lower())[0]
+    return [_singular(word) for word in reversed(re.findall(r"[^\W\d_]+", head))]
+
+
+_BY_NOUN = {noun: (kind, answer) for kind, row in KINDS.items() for answer, nouns in row.items() for noun in nouns}
+
+
+def kind_of(name: str) -> tuple[str, str] | None:
+    """Kind of an object with this name and the noun that an answer uses for it; None for something else."""
+    name = name.lower().strip()
+    if name in EXCEPTIONS:
+        return EXCEPTIONS[name]
+    for word in _head_words(name):
+        if word in OTHER_NOUNS:
+            return None
+        if word in _BY_NOUN:
+            return _BY_NOUN[word]
+    return None
+
+
+def head_noun(name: str) -> str:
+    """The word that the kind hangs on, or the last word of the name."""
+    words = _head_words(name)
+    return next((word for word in words if word in _BY_NOUN or word in OTHER_NOUNS), (words or ["object"])[0])
+
+
+def answer_nouns(kind: str) -> list[str]:
+    """The nouns by which an answer in free words may name a kind."""
+    row = KINDS[kind]
+    return [*row, *(noun for nouns in row.values() for noun in nouns if noun not in row and noun not in ONLY_IN_NAMES)]
+
+
+def names_kind(answer: str, kind: str) -> bool:
+    """Whether the answer names the kind: one of its words, in the singular or plural, is one of the kind's nouns."""
+    words = re.findall(r"[^\W\d_]+", answer.lower())
+    nouns = {kind, *(noun for noun, (owner, _) in _BY_NOUN.items() if owner == kind)}
+    return any(word in nouns or _singular(word) in nouns for word in words)
+
+
+def with_article(words: str) -> str:
+    """ "a chair", "an orange lamp", and no article before what looks like a plural."""
+    if words.endswith("s") and not words.endswith(("ss", "us", "glass")):
+        return words
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"

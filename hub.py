@@ -1,0 +1,308 @@
+"""Models in folders and on the Hub: resolve a name, load a model or an adapter, fingerprint weights, save a folder."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.hub import extract_commit_hash
+
+from .files import sha256, written_whole
+from .messages import one_line
+from .modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from .processing_minigpt3d import MiniGPT3DProcessor
+
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+BUNDLED_MODEL = PACKAGE_DIR / "checkpoints" / "household"
+
+# Files of a PEFT adapter, and what a training stage writes beside them.
+ADAPTER_DIR, ADAPTER_CONFIG, ADAPTER_FILE = "adapter", "adapter_config.json", "adapter_model.safetensors"
+STAGE_FILE = "stage.json"
+
+
+# ---- Names ----------------------------------------------------------------------------------------------------------
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name has the form of a Hub id, OWNER/NAME."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+
+
+def public_name(name: str | Path) -> str:
+    """A name for publication: of a local path only its last part, since the rest describes somebody's disk."""
+    path = Path(name)
+    return path.resolve().name if path.exists() or path.is_absolute() or ".." in path.parts else str(name)
+
+
+def default_model() -> str:
+    """The folder of the bundled model.
+
+    Raises:
+        ValueError: this installation lacks it.
+    """
+    if not (BUNDLED_MODEL / "config.json").is_file():
+        raise ValueError(f"the bundled model is missing from {BUNDLED_MODEL}: give a folder or a Hub id as `model`.")
+    return str(BUNDLED_MODEL)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of a model are.
+
+    Args:
+        base: folder or Hub id of a whole model.
+        adapter: local folder of a PEFT adapter on it; None for a whole model.
+        stage: what the training stage that made the model wrote in stage.json; None if no stage did.
+        offline: whether the Hub cannot be reached, so that only its local cache is used.
+    """
+
+    base: str
+    adapter: Path | None = None
+    stage: dict | None = None
+    offline: bool = False
+
+
+def find_model(name: str | Path) -> ModelFiles:
+    """Locate a whole model, a PEFT adapter, or a folder with `base/` and `adapter/`.
+
+    Args:
+        name: folder or Hub id.
+
+    Raises:
+        ValueError: there is no such model, or the base of an adapter is not where the adapter says.
+    """
+    folder, offline = Path(name), False
+    if not folder.is_dir():
+        offline = not hub_has(str(name))
+        small_files = ["config.json", ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE]
+        folder = Path(snapshot_download(str(name), allow_patterns=small_files, local_files_only=offline))
+    stage = _read_stage(folder)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / ADAPTER_DIR
+    if (folder / "config.json").is_file():
+        return ModelFiles(str(name), None, stage, offline)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{name} holds neither a config.json of a model nor an {ADAPTER_CONFIG} of a PEFT adapter.")
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    if not Path(base).is_dir() and not is_hub_id(base):
+        raise ValueError(
+            f"{name}: its base model {base} is not there. Correct base_model_name_or_path in {adapter / ADAPTER_CONFIG}."
+        )
+    return ModelFiles(base, adapter, stage or _read_stage(adapter), offline)
+
+
+def _read_stage(folder: Path) -> dict | None:
+    path = folder / STAGE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def hub_has(name: str) -> bool:
+    """Whether the Hub has a model; False if the Hub cannot be reached and the local cache has a copy.
+
+    Left to themselves, the clients try for a minute before they give up.
+
+    Raises:
+        ValueError: the Hub has no such model, or it cannot be reached and there is no copy.
+    """
+    if not is_hub_id(name):
+        raise ValueError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME.")
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError as error:
+        raise ValueError(f"the Hub has no model {name}: {one_line(error)}") from error
+    except Exception as error:  # offline, in as many ways as there are to be so
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", ADAPTER_CONFIG)):
+            raise ValueError(
+                f"there is no folder {name}, and the Hub cannot be reached for a model of that name: {one_line(error)}"
+            ) from error
+        return False
+    return True
+
+
+# ---- Load -----------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str | Path, **options) -> tuple[MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor]:
+    """The model, with its adapter if it has one, and the processor of a folder or Hub id.
+
+    Args:
+        name: folder or Hub id.
+        options: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: there is no such model, it cannot be read, or weights are missing.
+    """
+    files = find_model(name)
+    model = load_weights(files.adapter or files.base, local_files_only=files.offline, **options)
+    return model, load_processor(files)
+
+
+def load_processor(files: ModelFiles) -> MiniGPT3DProcessor:
+    """The processor of a model; an adapter uses the one of its base.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return MiniGPT3DProcessor.from_pretrained(files.base, local_files_only=files.offline)
+    except Exception as error:
+        raise ValueError(f"cannot load the processor of {files.base}: {one_line(error)}") from error
+
+
+def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGeneration:
+    """A model whose every weight comes from its files.
+
+    Args:
+        name: folder or Hub id of a whole model, or the folder of an adapter.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it cannot be read, or files and configuration do not agree.
+    """
+    try:
+        model, report = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:
+        raise ValueError(f"cannot load the model {name}: {one_line(error)}") from error
+    for problem, keys in report.items():
+        if keys:
+            example = sorted(map(str, keys))[0]
+            raise ValueError(
+                f"cannot load the model {name}: {len(keys)} {problem.replace('_', ' ')}, such as {example}. "
+                "Download or save it again."
+            )
+    return model
+
+
+def fingerprint_model(name: str | Path) -> str:
+    """Digest of the weights in a model's folder with its adapter, or of a file of answers; of a Hub id its commit.
+
+    Raises:
+        ValueError: there is no such folder, file or Hub id.
+    """
+    path = Path(name)
+    if not path.exists():
+        offline, missing = not hub_has(str(name)), None
+        for file in ("config.json", ADAPTER_CONFIG):
+            try:
+                return extract_commit_hash(hf_hub_download(str(name), file, local_files_only=offline), None)[:16]
+            except EntryNotFoundError as error:
+                missing = error
+        raise ValueError(f"{name} holds neither a config.json nor an {ADAPTER_CONFIG}.") from missing
+    files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.name} {sha256(file)}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- Save -----------------------------------------------------------------------------------------------------------
+
+
+END_SIGN = "###"
+
+
+def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    """Stop at the end sign without being asked: every token that completes it by itself ends a sequence, as eos does.
+
+    A tokenizer that spells the sign in several tokens needs `generate(stop_strings=["###"], tokenizer=tokenizer)`,
+    which is what the pipeline passes.
+    """
+    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_SIGN)]
+    config = model.generation_config
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = sorted({index for index in (tokenizer.eos_token_id, *ends) if index is not None})
+    config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
+
+
+# What a folder of a model may hold that is lost when the folder is replaced.
+_KEPT_APART = (".git", "history.jsonl")
+
+
+def check_model_dir(output_dir: str | Path, sources: Iterable[str | Path] = ()) -> Path:
+    """Check a folder that a model is to be written to; returns its absolute path.
+
+    Args:
+        sources: files and folders that are read to fill it.
+
+    Raises:
+        ValueError: it exists and is something other than a model's folder, holds what would be lost, or what it is to be
+            made of.
+    """
+    output_dir = Path(output_dir).resolve()
+    for source in (Path(source).resolve() for source in sources):
+        if output_dir == source or output_dir in source.parents or source in output_dir.parents:
+            raise ValueError(
+                f"{output_dir} and {source}, which it is made of, lie in each other; pass another folder."
+            )
+    above = next(parent for parent in output_dir.parents if parent.exists())
+    if not above.is_dir() or output_dir.is_file():
+        raise ValueError(f"{above if not above.is_dir() else output_dir} is a file; pass the name of a folder.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not (_is_ours(output_dir) or _is_ours(output_dir / "base")):
+            raise ValueError(
+                f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model."
+            )
+        lost = [name for name in _KEPT_APART if (output_dir / name).exists()]
+        if lost or output_dir in (cwd := Path.cwd(), *cwd.parents):
+            what = f"holds {lost[0]}" if lost else "is where this runs"
+            raise ValueError(f"{output_dir} {what}, so it is not replaced; pass a new folder.")
+    return output_dir
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "minigpt3d"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin):
+    """Generation config, processor, chat template, code and licences.
+
+    Raises:
+        ValueError: the processor is for another model.
+    """
+    for name, ours, theirs in (
+        ("num_query_tokens", model.config.num_query_tokens, processor.num_query_tokens),
+        ("point_token_id", model.config.point_token_id, processor.point_token_id),
+    ):
+        if ours != theirs:
+            raise ValueError(f"model and processor do not belong together: {name} is {ours} there and {theirs} here.")
+    set_generation_defaults(model, processor.tokenizer)
+    model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_code(folder)
+    for name in ("LICENSE", "NOTICE"):
+        if (PACKAGE_DIR / name).exists():
+            shutil.copyfile(PACKAGE_DIR / name, folder / name)
+
+
+def write_code(folder: Path):
+    """The files of this package that `trust_remote_code=True` runs, as they are here."""
+    for source in sorted(PACKAGE_DIR.glob("*_minigpt3d.py")):
+        shutil.copyfile(source, folder / source.name)
+
+
+def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
+    """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
+
+    The folder is complete or not there: it is written under a temporary name and renamed. One that exists is replaced.
+
+    Args:
+        model: its dtype is the dtype on disk.
+        processor: tokenizer, chat template and point cloud settings.
+        output_dir: a model's folder, or a new name.
+
+    Raises:
+        ValueError: `output_dir` exists and is something other than a model's folder, or the processor is for another
+            model.
+    """
+    with written_whole(check_model_dir(output_dir)) as partial:
+        write_all_but_weights(partial, model, processor)
+        model.save_pretrained(partial)

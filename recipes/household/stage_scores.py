@@ -1,0 +1,121 @@
+"""Score models of the household recipe on its held-out objects, as `minigpt3d evaluate household --greedy` does.
+
+Beside the models stands the majority answer: the most common kind and color of the training objects, said of every object.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from minigpt3d.evaluation.objects import read_household
+from minigpt3d.evaluation.run import Options, evaluate
+from minigpt3d.hub import find_model, fingerprint_model
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+from .build_data import read_metadata
+
+
+# Columns of the table: the question in evaluation/suites.py, and the metric.
+COLUMNS = {
+    "kind": ("what", "closed_set_accuracy"),
+    "color": ("what", "color_accuracy"),
+    "color_asked": ("color", "color_accuracy"),
+}
+MAJORITY = "majority"
+
+
+def evaluate_models(data_dir: Path, heldout: Path, models: dict[str, Path], out: Path) -> dict:
+    """Scores of the models and of the majority answer; the whole reports stay in `out`, in a folder for each.
+
+    Args:
+        data_dir: the release that the models were trained on.
+        heldout: what `write_heldout` wrote of it.
+        models: folders by name.
+
+    Returns:
+        `{"objects", "majority": {"answer", COLUMN: {"value", "low", "high"}},
+        "models": {name: {"seeing": {COLUMN: …}, "blind": {COLUMN: …}, "by_kind": {kind: "3/4"}}}}`
+    """
+    shared = {"suite": "household", "data": str(heldout), "greedy": True}
+
+    def load(folder: Path):
+        model = MiniGPT3DForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        return model, MiniGPT3DProcessor.from_pretrained(find_model(folder).base)
+
+    summary = {"objects": len(read_household(heldout)), "majority": {}, "models": {}}
+    for name, folder in models.items():
+        command = f"minigpt3d evaluate household --model {folder.name} --greedy --data {heldout.name} --out {name}"
+        options = Options(
+            out=out / name, model=name, fingerprint=fingerprint_model(str(folder)), command=command, **shared
+        )
+        results = evaluate(options, lambda folder=folder: load(folder))
+        summary["models"][name] = {
+            "seeing": select_scores(results, "seeing"),
+            "blind": select_scores(results, "blind"),
+            "by_kind": hits_by_kind(out / name / "objects.jsonl"),
+        }
+    text = majority_answer(data_dir)
+    answers = write_majority(text, heldout, out / "majority.jsonl")
+    options = Options(
+        out=out / MAJORITY, model=MAJORITY, fingerprint=fingerprint_model(str(answers)), answers=answers, **shared
+    )
+    summary["majority"] = {"answer": text} | select_scores(evaluate(options), "seeing")
+    return summary
+
+
+def majority_answer(data_dir: Path) -> str:
+    """The most common kind and color of the training objects of a kind (of all objects of a kind, if none train)."""
+    rows = [row for row in read_metadata(data_dir) if row["kind"]]
+    rows = [row for row in rows if row["split"] == "train"] or rows
+    kind, color = (Counter(row[key] for row in rows).most_common(1)[0][0] for key in ("kind", "main_color"))
+    return f"This is a {color} {kind}."
+
+
+def write_majority(text: str, heldout: Path, path: Path) -> Path:
+    """One answer to all questions about all objects, as another program's answers."""
+    lines = [
+        {"object_id": each.object_id, "question": question, "answer": text}
+        for each in read_household(heldout)
+        for question in ("what", "color")
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def select_scores(results: dict, condition: str) -> dict:
+    """Value and interval by column, from results.json."""
+    entries = {
+        (entry["question"], entry["metric"]): {name: round(entry[name], 4) for name in ("value", "low", "high")}
+        for entry in results["scores"]
+        if entry["condition"] == condition
+    }
+    return {column: entries[key] for column, key in COLUMNS.items()}
+
+
+def hits_by_kind(objects_file: Path) -> dict[str, str]:
+    """ "13/16" by kind: how often the answer names it."""
+    question, metric = COLUMNS["kind"]
+    hits: dict[str, list[float]] = {}
+    for line in map(json.loads, objects_file.read_text(encoding="utf-8").splitlines()):
+        if line["question"] == question and line["condition"] == "seeing":
+            hits.setdefault(line["label"], []).append(line["scores"][metric])
+    return {kind: f"{sum(found):.0f}/{len(found)}" for kind, found in sorted(hits.items())}
+
+
+def to_table(summary: dict) -> str:
+    """The scores as a Markdown table with 95 % intervals."""
+    rows = [(f"stage {name}" if name in ("I", "II", "III", "IV") else name, model["seeing"])
+            for name, model in summary["models"].items()]  # fmt: skip
+    name, last = list(summary["models"].items())[-1]
+    rows += [(f"{name}, blind", last["blind"]), ("majority answer", summary["majority"])]
+    lines = ["| | kind | main color | main color, asked for it |", "|-|-|-|-|"]
+    for label, scores in rows:
+        cells = ["{value:.2f} ({low:.2f} to {high:.2f})".format(**scores[column]) for column in COLUMNS]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(
+        [*lines, "", f"{summary['objects']} held-out objects, greedy; in brackets 95 % Wilson intervals."]
+    )

@@ -1,0 +1,1118 @@
+"""`minigpt3d evaluate`: objects of every suite, answers that survive a kill, scores, and the command line."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from ways_in import make_cloud, make_processor, make_seeing_model
+
+from minigpt3d.cli import main as minigpt3d_cli
+from minigpt3d.conversion import save_pretrained
+from minigpt3d.evaluation.ask import Job, append_lines, generate, open_part, read_lines, run_batches
+from minigpt3d.evaluation.judges import Judge
+from minigpt3d.evaluation.objects import (
+    MODELNET40_CLASSES,
+    EvalObject,
+    read_answers,
+    read_household,
+    read_modelnet40,
+    read_objaverse,
+    read_own,
+)
+from minigpt3d.evaluation.run import Options, alone_in, evaluate, read_conditions
+from minigpt3d.evaluation.score import Scorer, compare_conditions, shuffle
+from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
+from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
+from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
+from minigpt3d.evaluation.vocabulary.kinds import KINDS
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "household"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A folder with a tiny random model."""
+    output_dir = tmp_path_factory.mktemp("evaluate") / "model"
+    save_pretrained(make_seeing_model(), make_processor(), output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def own_objects(tmp_path_factory) -> Path:
+    """Seven boxes with labels, captions and colors, as a user's lines of JSON."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for seed in range(7):
+        cloud = make_cloud(seed)
+        np.save(folder / f"box{seed}.npy", cloud)
+        line = {"file": f"box{seed}.npy", "label": ("box", "crate")[seed % 2], "caption": f"A box, number {seed}."}
+        lines.append(json.dumps(line | {"color": main_color(cloud[:, 3:])}))
+    (folder / "objects.jsonl").write_text("\n".join(lines))
+    return folder / "objects.jsonl"
+
+
+def run_command(*arguments: object) -> int:
+    return minigpt3d_cli.main(["evaluate", *map(str, arguments)])
+
+
+# ---- Objects --------------------------------------------------------------------------------------------------------
+
+
+def write_modelnet40(path: Path, protocol: int = 2) -> tuple[list, list]:
+    """A file like PointLLM's: clouds with normals, labels as arrays of one."""
+    rng = np.random.default_rng(0)
+    clouds = [rng.normal(size=(64, 6)).astype(np.float32) for _ in range(3)]
+    labels = [np.array([label], dtype=np.int32) for label in (7, 0, 39)]
+    path.write_bytes(pickle.dumps([clouds, labels], protocol=protocol))
+    return clouds, labels
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_modelnet40_file(tmp_path, protocol):
+    clouds, _ = write_modelnet40(tmp_path / "test.dat", protocol)
+    objects = read_modelnet40(tmp_path / "test.dat")
+    assert [each.label for each in objects] == ["car", "airplane", "xbox"]
+    assert [each.object_id for each in objects] == ["0000", "0001", "0002"]
+    cloud = objects[1].read()
+    assert cloud.shape == (64, 6) and not cloud[:, 3:].any()  # black
+    xyz = clouds[1][:, :3] - clouds[1][:, :3].mean(0)
+    np.testing.assert_allclose(cloud[:, :3], xyz / np.linalg.norm(xyz, axis=1).max(), atol=1e-6)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda evil: evil, lambda evil: [[evil], [1]], lambda evil: np.array([evil], dtype=object)]
+)
+def test_modelnet40_runs_nothing(tmp_path, wrap):
+    trap = tmp_path / "trap"
+    (tmp_path / "evil.dat").write_bytes(pickle.dumps(wrap(Hostile(str(trap)))))
+    with pytest.raises(ValueError, match="refused or damaged: it (would call .*mkdir|holds an array of dtype 'O8')"):
+        read_modelnet40(tmp_path / "evil.dat")
+    assert not trap.exists()
+
+
+# What made numpy's own functions, called by a pickle, read or write memory that is none of theirs.
+FORGED_ARRAYS = """
+import pickle, sys
+from pathlib import Path
+import numpy as np
+from minigpt3d.evaluation.objects import read_modelnet40
+
+_reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float32(1).__reduce__()[0]
+frombuffer = np.zeros(1).__reduce_ex__(5)[0]
+
+class Call:
+    def __init__(self, *parts):
+        self.parts = parts
+    def __reduce__(self):
+        return self.parts
+
+def dtype(code, *state):
+    return Call(np.dtype, (code, False, True), (3, "|", *state)) if state else Call(np.dtype, (code, False, True))
+
+def array(dtype):
+    return Call(_reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, b"AAAAAAAA"))
+
+no_objects = dtype("O8", None, None, None, -1, -1, 0)
+for forged in (
+    array(no_objects), array(dtype("O8")), Call(scalar, (no_objects, b"AAAAAAAA")),
+    Call(np.ndarray, ((1,), dtype("O8"), b"AAAAAAAA")),
+    array(dtype("V8", None, ("f",), {"f": (dtype("O8"), 0)}, 8, 1, 0)),
+    array(dtype("V8", None, ("f",), {"f": (dtype("i8"), 1 << 40)}, 8, 1, 0)),
+    array(dtype("i8", None, ("f",), {"f": (dtype("O8"), 0)}, 8, 1, 0)),
+    Call(scalar, (dtype("V8", None, None, None, 1 << 40, 1, 0), b"AAAAAAAA")),
+    Call(np.dtype, ("f4", False, True), (None, {"dtype": 3})),
+    Call(_reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40,), dtype("f4"), False, b"AAAA")),
+    Call(frombuffer, (24 << 30, np.dtype("f4"), (1 << 30, 6), "C")),
+):
+    for content in ([[np.zeros((4, 6), np.float32)], [forged]], [[forged], [1]]):
+        Path(sys.argv[1]).write_bytes(pickle.dumps(content, protocol=2))
+        try:
+            read_modelnet40(Path(sys.argv[1]))
+        except ValueError as error:
+            print("refused:", error)
+"""
+
+
+def test_modelnet40_forges_no_memory(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORGED_ARRAYS, tmp_path / "x.dat"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: --data")]) == 22
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>",
+        pickle.dumps([[], []]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [40]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [3.0]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], ["3"]]),
+        pickle.dumps([[np.zeros((4, 2), np.float32)], [0]]),
+        pickle.dumps([[np.zeros((4, 6), np.float32)], [0, 1]]),
+        pickle.dumps({"a": 1}),
+        pickle.dumps(3),
+    ],
+)
+def test_modelnet40_says_what_it_wants(tmp_path, content):
+    (tmp_path / "bad.dat").write_bytes(content)
+    with pytest.raises(ValueError, match="--data .*bad.dat"):
+        read_modelnet40(tmp_path / "bad.dat")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_modelnet40(tmp_path / "absent.dat")
+
+
+def test_modelnet40_has_40_classes():
+    assert len(set(MODELNET40_CLASSES)) == 40 and sorted(MODELNET40_CLASSES) == list(MODELNET40_CLASSES)
+
+
+def test_objaverse_files(tmp_path):
+    for object_id in "ba":
+        np.save(tmp_path / f"{object_id}_8192.npy", make_cloud(0))
+    turns = [{"from": "human", "value": "<point>\nWhat is this?"}]
+    records = [{"object_id": i, "conversations": [*turns, {"from": "gpt", "value": f"Object {i}."}]} for i in "ba"]
+    (tmp_path / "gt.json").write_text(json.dumps(records))
+    objects = read_objaverse(tmp_path, [tmp_path / "gt.json"])
+    assert [(each.object_id, each.caption) for each in objects] == [("b", "Object b."), ("a", "Object a.")]
+    np.testing.assert_array_equal(objects[0].read(), make_cloud(0))
+    (tmp_path / "a_8192.npy").unlink()
+    with pytest.raises(ValueError, match="has no a_8192.npy .1 of 2 missing"):
+        read_objaverse(tmp_path, [tmp_path / "gt.json"])
+
+
+def test_household_objects_are_the_held_out_ones():
+    objects = read_household()
+    assert len(objects) == 100 == len({each.object_id for each in objects})
+    assert {each.label for each in objects} <= set(KINDS)
+    for each in objects[::10]:
+        cloud = each.read()
+        assert cloud.shape == (8192, 6) and cloud.dtype == np.float32
+        assert np.linalg.norm(cloud[:, :3], axis=1).max() == pytest.approx(1, abs=1e-4)
+        assert each.color == main_color(cloud[:, 3:])
+        assert each.color in each.caption
+
+
+def test_own_objects(own_objects):
+    objects = read_own(str(own_objects))
+    assert [each.object_id for each in objects] == [f"box{i}" for i in range(7)]
+    assert objects[1].label == "crate" and objects[1].caption == "A box, number 1." and objects[1].color in COLORS
+    assert objects[0].read().shape == (8192, 6)
+
+
+def test_own_objects_in_a_table(own_objects):
+    """As a spreadsheet writes it and people type: with a mark, Windows' line ends, blanks and capitals."""
+    table = own_objects.with_suffix(".csv")
+    table.write_bytes(
+        "\ufefffile, label ,color\r\nbox0.npy,Big  box ,Red\r\nbox1.npy,crate,\r\nbox2.npy, big box,red\r\n".encode()
+    )
+    objects = [(each.object_id, each.label, each.color) for each in read_own(str(table))]
+    assert objects == [("box0", "Big box", "red"), ("box1", "crate", None), ("box2", "Big box", "red")]
+
+
+def test_a_line_ends_where_json_has_its_end(own_objects):
+    """A text may hold line breaks that are none of the file's, such as U+2028 as a browser writes it."""
+    lines = own_objects.with_name("breaks.jsonl")
+    lines.write_text('{"file": "box0.npy", "caption": "A box.\u2028Red."}\r\n\n', encoding="utf-8", newline="")
+    assert [each.caption for each in read_own(str(lines))] == ["A box.\u2028Red."]
+
+
+def test_columns_that_nobody_reads_are_told(own_objects):
+    table = own_objects.with_name("colour.csv")
+    table.write_text("file,label,colour\nbox0.npy,box,red\n")
+    with pytest.warns(UserWarning, match="colour.csv: .* color, object_id are read; not read: colour"):
+        read_own(str(table))
+    table.write_text("file,label,,\nbox0.npy,box,,\n")  # of columns that were cleared, a spreadsheet keeps the commas
+    assert [each.label for each in read_own(str(table))] == ["box"]
+    table.write_text("file, label,label\nbox0.npy,box,chair\n")
+    with pytest.raises(ValueError, match="names the column 'label' more than once"):
+        read_own(str(table))
+    table.write_text("file;label\nbox0.npy;box\n")
+    with pytest.raises(ValueError, match="must name the column file, with commas between them; got file;label"):
+        read_own(str(table))
+    table.write_bytes("file,label\nbox0.npy,Möbel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8 .* Save it as UTF-8"):
+        read_own(str(table))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"file": "box0.npy"}', "line 1: expected 'file' and at least one of"),
+        ('{"label": "x"}', "line 1: expected 'file'"),
+        ('{"file": "no.npy", "label": "x"}', "line 1: there is no file"),
+        ('{"file": "box0.npy", "label": 3}', "line 1: 'label' must be a text"),
+        ('{"file": "box0.npy", "color": "mauve"}', "'color' must be one of black"),
+        ("[1]", "line 1: expected 'file'"),
+        ("{", "line 1: not JSON"),
+        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is there twice"),
+        ("", "holds no objects: expected a line for each"),
+    ],
+)
+def test_own_objects_out_of_schema(own_objects, line, message):
+    bad = own_objects.with_name("bad.jsonl")
+    bad.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_own(str(bad))
+
+
+def test_own_objects_that_are_packed(own_objects, tmp_path):
+    out = tmp_path / "packed"
+    assert minigpt3d_cli.main(["pack", "--from", str(own_objects), "--out", str(out), "--num-workers", "1"]) == 0
+    objects = {each.object_id: each for each in read_own(str(out))}
+    assert sorted(objects) == [f"box{i}" for i in range(7)]
+    assert objects["box3"].caption == "A box, number 3." and objects["box3"].read().shape == (8192, 6)
+
+
+def test_answers_of_pointllm(tmp_path):
+    results = [{"object_id": 3, "ground_truth": 1, "model_output": "A cup.", "label_name": "cup"}]
+    (tmp_path / "theirs.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
+    (answer,) = read_answers(tmp_path / "theirs.json")
+    assert answer == {
+        "object_id": 3, "answer": "A cup.", "question": None, "condition": None, "prompt": "What is this?"
+    }  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text('{"object_id": "a", "text": "?"}')
+    with pytest.raises(ValueError, match="line 1: expected 'object_id' and a text 'answer'"):
+        read_answers(tmp_path / "bad.jsonl")
+
+
+# ---- Suites ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_decoding_are_the_papers():
+    modelnet, objaverse, caption = SUITES["modelnet40"], SUITES["objaverse"], SUITES["caption"]
+    assert [q.prompt for q in modelnet.questions] == ["What is this?", "This is an object of "]
+    assert [q.prompt for q in objaverse.questions] == ["What is this?", "This is an object of "]
+    assert [q.prompt for q in caption.questions] == ["Caption this 3D model in detail."]
+    assert (modelnet.max_new_tokens, objaverse.max_new_tokens, caption.max_new_tokens) == (100, 150, 150)
+    assert DECODING == {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
+    for suite in SUITES.values():
+        for question in suite.questions:
+            assert set(question.metrics) <= set(METRICS)
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs() -> list[Job]:
+    objects = tuple(EvalObject(f"o{seed}", lambda seed=seed: make_cloud(seed)) for seed in range(5))
+    return [
+        Job(Question(name, name, ()), condition, objects) for name in ("q", "r") for condition in ("seeing", "blind")
+    ]
+
+
+def note(log: list):
+    """Work that notes what it was asked and answers with it."""
+
+    def work(job, objects, clouds, seed):
+        log.extend((job.question.name, job.condition, each.object_id) for each in objects)
+        return [{"answer": f"{seed}"} for _ in objects]
+
+    return work
+
+
+def test_every_object_is_asked_once(jobs, tmp_path):
+    log = []
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) == len(set(log)) == 20
+    assert {(line["question"], line["condition"], line["object_id"]) for line in read_lines(tmp_path)} == set(log)
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) == 20  # nothing is left to ask
+
+
+def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    whole = {json.dumps(line) for line in without_seconds(read_lines(tmp_path))}
+    part = tmp_path / "part-0.jsonl"
+    part.write_bytes(part.read_bytes()[:-7])
+    log = []
+    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert len(log) <= 2  # the batch of the torn line
+    lines = list(without_seconds(read_lines(tmp_path)))
+    assert len(lines) == 20 and {json.dumps(line) for line in lines} == whole
+
+
+def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
+    """Its other object is asked in the company that it would have had, whose answer is not written again."""
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    whole = list(without_seconds(read_lines(tmp_path)))
+    (tmp_path / "part-0.jsonl").unlink()
+    append_lines(
+        open_part(tmp_path, 0), [line | {"seconds": 0.0} for line in whole[:6]]
+    )  # two batches of two and one, and half a batch
+    run_batches(jobs, tmp_path, 2, 0, note([]), "")
+    lines = list(without_seconds(read_lines(tmp_path)))
+    assert len(lines) == 20 and sorted(map(json.dumps, lines)) == sorted(map(json.dumps, whole))
+
+
+def test_every_batch_draws_by_a_seed_of_its_own(jobs, tmp_path):
+    def run(folder, seed):
+        seeds = {}
+
+        def work(job, objects, clouds, batch_seed):
+            seeds[job.question.name, job.condition, objects[0].object_id] = batch_seed
+            return [{"answer": ""} for _ in objects]
+
+        run_batches(jobs, folder, 2, seed, work, "")
+        return seeds
+
+    first, again, other = run(tmp_path / "a", 0), run(tmp_path / "b", 0), run(tmp_path / "c", 1)
+    assert first == again and len(set(first.values())) == len(first) == 12
+    assert not set(first.values()) & set(other.values())
+
+
+def without_seconds(lines):
+    for line in lines:
+        line.pop("seconds")
+        yield line
+
+
+def test_a_damaged_line_is_told_by_its_place(tmp_path):
+    append_lines(open_part(tmp_path, 0), [{"n": 1}])
+    with open(tmp_path / "part-0.jsonl", "ab") as file:
+        file.write(b'{"n":\n')
+    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged .* Delete the line"):
+        list(read_lines(tmp_path))
+
+
+def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
+    for rank in range(3):
+        append_lines(open_part(tmp_path, rank), [{"n": rank}])
+    assert [line["n"] for line in read_lines(tmp_path)] == [0, 1, 2]
+
+
+def test_results_are_in_one_order_whichever_process_was_first(tmp_path):
+    objects = [EvalObject("a", None), EvalObject("b", None)]
+    lines = [
+        {"question": question, "condition": condition, "object_id": object_id}
+        for question, condition, object_id in
+        [("color", "seeing", "b"), ("what", "jitter-1", "a"), ("what", "blind", "b"), ("what", "seeing", "b"), ("what", "seeing", "a")]
+    ]  # fmt: skip
+    append_lines(open_part(tmp_path, 0), lines)
+    found = read_conditions(tmp_path, SUITES["household"], objects)
+    assert list(found) == [("what", "seeing"), ("what", "blind"), ("what", "jitter-1"), ("color", "seeing")]
+    assert list(found["what", "seeing"]) == list(found["what", "blind"]) == ["a", "b"]
+
+
+def test_sampling_is_a_function_of_the_seed(tiny_processor):
+    model, clouds = make_seeing_model(), [make_cloud(1), make_cloud(2)]
+    decoding = DECODING | {"max_new_tokens": 12, "temperature": 5.0, "top_p": 1.0}
+    first, again, other = (
+        generate(model, tiny_processor, clouds, "What is this?", "default", decoding, seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_the_papers_ten_new_tokens_do_not_forbid_the_end(monkeypatch):
+    """`###` is an end token in the model's own settings, and one token of its tokenizer."""
+    model, processor = (
+        cls.from_pretrained(SHIPPED) for cls in (MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor)
+    )
+    end = processor.tokenizer.convert_tokens_to_ids("###")
+    assert end in model.generation_config.eos_token_id and DECODING["min_new_tokens"] == 10
+    clouds = [each.read() for each in read_household()[:6]]
+    lines = generate(model.eval(), processor, clouds, "What is this?", "default", DECODING | {"max_new_tokens": 40}, 0)
+    assert min(line["tokens"] for line in lines) < 10 and not any(line["cut"] for line in lines)
+    assert all(re.fullmatch("This is an? [a-z ]+\\.", line["answer"]) for line in lines), lines
+    # An answer whose end is just what the limit leaves room for is whole; with a token less it is cut.
+    longest = max(line["tokens"] for line in lines)
+    for limit in (longest, longest - 1):
+        again = generate(model, processor, clouds, "What is this?", "default", GREEDY | {"max_new_tokens": limit}, 0)
+        assert max(line["tokens"] for line in again) == limit
+        assert any(line["cut"] for line in again) == (limit < longest)
+
+
+@pytest.mark.parametrize("template", ["default", "benchmark"])
+def test_blind_clouds_reach_the_model_as_zeros(tiny_processor, template, monkeypatch):
+    model, seen = make_seeing_model(), []
+    forward = model.model.point_encoder.forward
+    monkeypatch.setattr(model.model.point_encoder, "forward", lambda c, *a: seen.append(c.clone()) or forward(c, *a))
+    clouds = [make_cloud(1), np.zeros((128, 6), np.float32)]
+    lines = generate(model, tiny_processor, clouds, "What?", template, GREEDY | {"max_new_tokens": 3}, 0)
+    assert len(lines) == 2 and seen[0][0].any() and not seen[0][1].any()
+    assert all(line["tokens"] <= 3 for line in lines)
+
+
+def test_one_object_has_no_other_to_shuffle_with_and_proves_nothing(own_objects, model_dir, tmp_path):
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--limit", 1]
+    assert run_command(*arguments, "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {entry["condition"] for entry in results["scores"]} == {"seeing", "blind", "no_color"}
+    assert results["tests"] and all(test["p"] == 1 for test in results["tests"])
+
+
+def test_details_that_nobody_counted_have_no_precision():
+    """A judge that finds nothing: there is no ratio; one that says nothing readable: every such answer is wrong."""
+    objects = {name: EvalObject(name, None, caption="A red chair.") for name in "ab"}
+    question = Question("caption", "", ("precision", "hallucination"))
+
+    def scored(*replies):
+        def judge(prompts):
+            return replies
+
+        judge.name = "judge"
+        scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 0)
+        entries, scores, _ = scorer.score(question, "seeing", dict.fromkeys(objects, "A chair."), question.metrics)
+        return {entry["metric"]: entry["value"] for entry in entries}, scores
+
+    assert scored("0#0#none", "0#0#none") == ({"hallucination": 0}, {name: {"hallucination": 0} for name in "ab"})
+    values, scores = scored("3#1#a red chair", "0#0#none")
+    assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"hallucination": 0}
+    values, scores = scored("3#0#a red chair", "I cannot say.")
+    assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"precision": 0, "hallucination": 1}
+
+
+def test_the_interval_of_precision_is_that_of_all_details():
+    """An object of many details weighs as much as it has: a mean over objects would be another number."""
+    right, wrong = np.array([9, 1, 2, 0, 1]), np.array([1, 3, 0, 1, 0])
+    objects = {str(i): EvalObject(str(i), None, caption="A red chair.") for i in range(5)}
+
+    def judge(prompts):
+        return [f"{a}#{b}#so" for a, b in zip(right, wrong, strict=True)]
+
+    judge.name = "judge"
+    answers = {i: f"Answer {i}." for i in objects}
+    scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 3)
+    (entry,), _, _ = scorer.score(Question("caption", "", ("precision",)), "seeing", answers, ["precision"])
+    assert entry["value"] == pytest.approx(13 / 18)
+    assert (entry["low"], entry["high"]) == bootstrap((right, right + wrong), seed=3)
+
+
+def test_differences_are_corrected_for_their_number():
+    """Four tests of one run: each p is Holm's, and the words are about it."""
+    rng = np.random.default_rng(4)
+    values = {
+        ("what", condition): {
+            str(i): {"closed_set_accuracy": float(a), "color_accuracy": float(b)}
+            for i, (a, b) in enumerate(zip(rng.random(60) < share, rng.random(60) < share + 0.1, strict=True))
+        }
+        for condition, share in (("seeing", 0.6), ("blind", 0.4), ("no_color", 0.35))
+    }
+    tests = compare_conditions(values, ["closed_set_accuracy", "color_accuracy"])
+
+    def hits(condition, metric):
+        return [row[metric] for row in values["what", condition].values()]
+
+    raw = [mcnemar(hits("seeing", test["metric"]), hits(test["b"], test["metric"])) for test in tests]
+    assert len(tests) == 4 and min(raw) < 0.05 < 4 * max(raw)
+    assert [test["p"] for test in tests] == pytest.approx(holm(raw)) != pytest.approx(raw)
+    assert all(f"p = {test['p']:.3f}" in test["words"] or test["p"] < 0.001 for test in tests)
+
+
+def test_the_judge_is_asked_by_the_users_prompt():
+    """Details are asked for once, for three scores, by the prompt that the result names."""
+    asked = []
+
+    def judge(prompts):
+        asked.extend(prompts)
+        return ["1#0#so"] * len(prompts)
+
+    judge.name = "judge"
+    suite, objects = SUITES["caption"], {"a": EvalObject("a", None, caption="A red chair.")}
+    (question,) = suite.questions
+    scorer = Scorer(suite, objects, judge, {}, {"hallucination": "Mine: {answer} | {reference}"}, 0)
+    entries, _, _ = scorer.score(question, "seeing", {"a": "A chair."}, ["correctness", "hallucination", "precision"])
+    assert asked == ["Mine: A chair. | A red chair."]
+    assert [entry["metric"] for entry in entries] == ["correctness", "hallucination", "precision"]
+
+
+def test_shuffling_gives_every_object_another_one():
+    objects = [EvalObject(str(i), None, label="x") for i in range(9)]
+    other = shuffle(objects, "label", 0)
+    assert all(key != value.object_id for key, value in other.items())
+    assert len({value.object_id for value in other.values()}) == 9
+
+
+@pytest.mark.parametrize(
+    "answer, kind",
+    [("This is a light brown table.", "table"), ("It is a light blue sofa.", "sofa"), ("A pine wood table.", "table"),
+     ("A rose-colored chair with four legs.", "chair"), ("An oak wardrobe", "cabinet"), ("A child's bed", "bed"),
+     ("A chandelier.", "lamp"), ("Three couches", "sofa"), ("A washing machine", "appliance"), ("A mattress", "bed")]
+)  # fmt: skip
+def test_kinds_in_free_words(answer, kind):
+    """A color, a wood, an owner is no kind, though "Light" and "Pine" are names of the catalog."""
+    objects = {"a": EvalObject("a", None, label=kind)}
+    scorer = Scorer(SUITES["household"], objects, None, {}, {}, 0)
+    question = SUITES["household"].questions[0]
+    (entry,), _, _ = scorer.score(question, "seeing", {"a": answer}, ["closed_set_accuracy"])
+    assert entry["value"] == 1
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments, "--batch-size", 4) == 0
+    printed = capsys.readouterr()
+    assert "not scored: open_vocabulary_accuracy needs a judge" in printed.err
+    results = json.loads((out / "results.json").read_text())
+    assert results["dataset"]["objects"] == 7 and results["model"]["name"] == "model"
+    assert str(tmp_path) not in (out / "results.json").read_text()
+    found = {(e["question"], e["condition"], e["metric"]) for e in results["scores"]}
+    for condition in ("seeing", "blind", "no_color", "shuffled"):
+        assert {("what", condition, m) for m in ("closed_set_accuracy", "color_accuracy", "likelihood_top_1")} <= found
+        assert ("what", condition, "likelihood_top_5") not in found  # of two classes both are among the first five
+        assert ("caption", condition, "rouge_l") in found
+    for entry in results["scores"]:
+        assert entry["low"] <= entry["value"] <= entry["high"] or entry["metric"] == "precision"
+    rows = [json.loads(line) for line in (out / "objects.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 3 * 4
+    for name in ("report.md", "report.html"):
+        assert "With fewer than 20 objects" in (out / name).read_text()
+    # Again, with nothing to do but to score.
+    before = sorted(read_lines(out / "answers"), key=json.dumps)
+    assert run_command(*arguments, "--batch-size", 4) == 0
+    assert sorted(read_lines(out / "answers"), key=json.dumps) == before
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    # One score more, or only one: what there was stays.
+    assert run_command(*arguments, "--batch-size", 4, "--metrics", "rouge_l") == 0
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    # And with other settings, which is refused.
+    assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
+    assert "holds answers with seed 0, but now it is 1" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
+    """kill -9 in the midst of it, twice; the answers are those of a run that was left alone."""
+    command = [sys.executable, "-m", "minigpt3d_cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
+    command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
+    assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
+    out = tmp_path / "killed"
+    for wanted in (3, 9):
+        process = subprocess.Popen(
+            [*map(str, command), "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.time() + 60
+        while len(list(read_lines(out / "answers"))) < wanted and process.poll() is None and time.time() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert run_command(*command[4:], "--out", out) == 0
+    whole, killed = (
+        sorted(map(json.dumps, without_seconds(read_lines(folder / "answers"))))
+        for folder in (tmp_path / "whole", out)
+    )
+    assert killed == whole and len(whole) == len(set(whole))
+
+
+def evaluate_in_processes(own_objects, model_dir, out):
+    AcceleratorState._reset_state(True)  # the parent's, who is alone
+    assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", out, "--batch-size", 2,
+                       "--metrics", "closed_set_accuracy", "--device", "cpu") == 0  # fmt: skip
+
+
+def test_two_processes_answer_as_one(own_objects, model_dir, tmp_path):
+    evaluate_in_processes(own_objects, model_dir, tmp_path / "one")
+    debug_launcher(evaluate_in_processes, (own_objects, model_dir, tmp_path / "two"), num_processes=2)
+    one, two = (
+        sorted(map(json.dumps, without_seconds(read_lines(tmp_path / name / "answers")))) for name in ("one", "two")
+    )
+    assert one == two
+    assert len(list((tmp_path / "two" / "answers").glob("part-*"))) == 2
+    assert all((tmp_path / "two" / "answers" / f"part-{rank}.jsonl").stat().st_size for rank in (0, 1))
+    results = [json.loads((tmp_path / name / "results.json").read_text())["scores"] for name in ("one", "two")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [(["--dtype", "bfloat16"], "dtype"), (["--batch-size", "3"], "batch_size"), (["--seed", "1"], "seed"), ([], "dataset"),
+     ([], "prompts")]
+)  # fmt: skip
+def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_dir, tmp_path, capsys):
+    data, model, out = tmp_path / "data", tmp_path / "model", tmp_path / "out"
+    shutil.copytree(own_objects.parent, data)
+    shutil.copytree(model_dir, model)
+    arguments = ["own", "--data", data / "objects.jsonl", "--model", model, "--greedy", "--device", "cpu", "--out", out,
+                 "--metrics", "closed_set_accuracy", "--limit", 2]  # fmt: skip
+    assert run_command(*arguments) == 0
+    if name == "dataset":  # not the first cloud
+        np.save(data / "box1.npy", make_cloud(99))
+    elif name == "prompts":
+        (template,) = model.glob("chat_template.jinja")
+        template.write_text(template.read_text().replace("[INST]", "[ASK]"))
+    before = sorted((out / "answers").glob("*"))[0].read_bytes()
+    assert run_command(*arguments, *change) == 1
+    assert f"holds answers with {name} " in capsys.readouterr().err
+    assert sorted((out / "answers").glob("*"))[0].read_bytes() == before
+    for folder in ("answers", "likelihood"):
+        shutil.rmtree(out / folder)
+    (out / "settings.json.tmp").write_text("{")
+    assert run_command(*arguments, *change) == 0  # no answers, so nothing to mix
+
+
+def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
+    with alone_in(out):
+        assert run_command(*arguments) == 1
+    assert f"--out {out}: another process is at work there" in capsys.readouterr().err
+    assert not (out / "answers").exists()
+
+
+def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, monkeypatch):
+    """And who reads them learns every command, and the versions that the answers were given with."""
+    out, installed = tmp_path / "out", version("torch")
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    found = []
+    for name in ("rouge_l", "color_accuracy"):
+        assert run_command(*arguments, "--metrics", name) == 0
+        results = json.loads((out / "results.json").read_text())
+        found.append({entry["metric"] for entry in results["scores"]})
+        monkeypatch.setattr("minigpt3d.evaluation.run.version", lambda name: "99")
+    assert "color_accuracy" not in found[0] and found[1] == found[0] | {"color_accuracy"}
+    first, second = results["command"].split(" && ")
+    assert first.endswith("--metrics rouge_l") and second.endswith("--metrics color_accuracy")
+    assert results["versions"]["torch"] == installed and results["device"] == "cpu"
+    # An answer is missing, and given by the new versions.
+    (part,) = (out / "answers").glob("*.jsonl")
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[:-1]))
+    assert run_command(*arguments, "--metrics", "rouge_l") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["versions"]["torch"] == f"{installed}, 99" and results["command"].count(" && ") == 1
+    # All are given anew.
+    for folder in ("answers", "likelihood"):
+        shutil.rmtree(out / folder)
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["versions"]["torch"] == "99" and " && " not in results["command"]
+
+
+def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp_path, capsys):
+    """As a run with --robustness leaves it when it is killed, and goes on without."""
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    begun = [line | {"condition": "jitter-1"} for line in read_lines(out / "answers")
+             if line["question"] == "what" and line["condition"] == "seeing"]  # fmt: skip
+    (part,) = (out / "answers").glob("*.jsonl")
+    append_lines(part, begun[:3])
+    capsys.readouterr()
+    assert run_command(*arguments) == 0
+    assert "not scored: jitter-1, for 3 of 7 objects were asked" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
+    append_lines(part, begun[3:])
+    assert run_command(*arguments) == 0
+    scores = json.loads((out / "results.json").read_text())["scores"]
+    assert {score["objects"] for score in scores if score["condition"] == "jitter-1"} == {7}
+
+
+def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
+    """Its scores are zero by its own fault."""
+
+    class Mute(Judge):
+        def _ask(self, prompts):
+            facts = dict.fromkeys(("finish_reason", "served_model", "prompt_tokens", "completion_tokens"))
+            yield from [self._keep(prompt, {"reply": "hm", "sampled": False} | facts) for prompt in prompts]
+
+    said = []
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, metrics=["caption_score"],
+                      judge=Mute("m", tmp_path / "judge", {"model": "m"}))  # fmt: skip
+    results = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
+    (words,) = (line for line in said if "m gave no verdict that can be read on caption score" in line)
+    assert f"Others are kept: delete {tmp_path / 'judge'} before" in words
+    assert set(results["judge"]["prompts"]) == {"caption_score"}  # the only one that was asked
+    assert "So this number says nothing of the model" in (tmp_path / "out" / "report.md").read_text()
+    folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
+    assert minigpt3d_cli.main(["compare", *folders]) == 0
+    assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
+
+
+def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
+    """And what is odd about a file is told once, on a line, however often it is read."""
+    table = own_objects.with_name("one.csv")
+    table.write_text("file,label,caption\nbox0.npy,box,\nhole.npy,box,\nbox3.npy,,A box.\n")
+    cloud = make_cloud(1)
+    cloud[:3] = np.nan
+    np.save(own_objects.with_name("hole.npy"), cloud)
+    arguments = [
+        "own",
+        "--data",
+        table,
+        "--model",
+        model_dir,
+        "--out",
+        tmp_path / "out",
+        "--greedy",
+        "--device",
+        "cpu",
+    ]
+    assert run_command(*arguments) == 0
+    told = capsys.readouterr().err
+    for words in (told, (tmp_path / "out" / "report.md").read_text()):
+        assert "All labels are the same: an accuracy says no more than whether" in words
+    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", told)
+    assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
+
+
+def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
+    """By hand, from the scores to the report: one whose every second reply is nonsense, and nothing is asked twice."""
+    asked = []
+
+    class TestJudge(Judge):
+        def _ask(self, prompts):
+            for prompt in prompts:
+                asked.append(prompt)
+                reply = "nonsense" if len(asked) % 2 else "T#so" if "F#" in prompt else "7#1#so"
+                facts = {
+                    "finish_reason": "stop",
+                    "sampled": False,
+                    "served_model": "m-1",
+                    "prompt_tokens": 10,
+                    "completion_tokens": 2,
+                }
+                yield self._keep(prompt, {"reply": reply} | facts)
+
+    def run():
+        judge = TestJudge("m", tmp_path / "out" / "judge", {"model": "m"}, price=(1e5, 1e5))
+        options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, judge=judge,
+                          judge_prompts={"hallucination": "MINE {answer} {reference} 7#1#so"})  # fmt: skip
+
+        def load():
+            return make_seeing_model().eval(), make_processor()
+
+        return evaluate(options, load, said.append)
+
+    said = []
+    first = run()
+    (told,) = [line for line in said if line.startswith("m is asked up to ")]
+    count = len(asked)
+    # Three prompts, of seven objects under four conditions, the blind among them; some are equal.
+    assert "up to 84 questions" in told and 84 * 0.7 < count <= 84
+    assert [line for line in said if "gave no verdict" in line] == []  # it gave some
+    judged = {entry["metric"]: entry for entry in first["scores"] if entry["judge"] and entry["condition"] == "seeing"}
+    assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}
+    assert sum(prompt.startswith("MINE") for prompt in asked) > 0
+    assert (
+        first["judge"]["prompts"]["hallucination"]
+        == hashlib.sha256(b"MINE {answer} {reference} 7#1#so").hexdigest()[:16]
+    )
+    assert judged["precision"]["value"] == pytest.approx(
+        judged["correctness"]["value"] / (judged["correctness"]["value"] + judged["hallucination"]["value"])
+    )
+    assert judged["hallucination"]["value"] == 1 and judged["hallucination"]["unparsed"] > 0
+    assert first["judge"]["replies"] == count and first["judge"]["served_models"] == ["m-1"]
+    assert first["judge"]["cost"] == pytest.approx(1.2 * count)
+    again = run()
+    assert len(asked) == count and again["judge"] == first["judge"] and again["scores"] == first["scores"]
+    assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
+    # Its scores do not give way unseen: not to none, and to another's in words.
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True)
+    with pytest.raises(ValueError, match="holds scores by the judge m. Give --judge again"):
+        evaluate(options)
+    options.judge, options.metrics = TestJudge("n", tmp_path / "n", {"model": "n"}), ["rouge_l"]
+    said.clear()
+    again = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
+    assert "scores by m give way to those by n; the replies are kept" in said
+    assert {score["judge"] for score in again["scores"]} == {None, "n"} and again["judge"]["files"] is None
+
+
+def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments, "--limit", 3) == 0
+    told = capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    assert (results["dataset"]["objects"], results["dataset"]["of"]) == (3, 7)
+    for words in (told, (out / "report.md").read_text()):
+        assert "These are the first 3 of 7 objects: no result of the whole." in words
+        assert "With fewer than 20 objects only the largest differences can be told from noise" in words
+    assert "3 of own, the first of 7, fingerprint" in (out / "report.md").read_text()
+    assert run_command(*arguments, "--limit", 5) == 1
+    assert (
+        "with objects 3, but now it is 5. Give another --out, or the settings it had: a run with another --limit"
+        in (capsys.readouterr().err)
+    )
+    assert run_command(*arguments[:-4], tmp_path / "all", *arguments[-3:]) == 0
+    assert "no result of the whole" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
+
+
+def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = [
+        "own",
+        "--data",
+        own_objects,
+        "--model",
+        model_dir,
+        "--out",
+        tmp_path / "out",
+        "--greedy",
+        "--device",
+        "cpu",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt3d.evaluation.run.take_likelihoods", stop)
+        assert run_command(*arguments) == minigpt3d_cli.INTERRUPTED
+    told = capsys.readouterr().err
+    assert f"minigpt3d: stopped; what was answered is kept in {tmp_path / 'out'}, and the same command goes on" in told
+    assert run_command(*arguments) == 0
+
+
+def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
+    class Unasked(Judge):
+        def _ask(self, prompts):
+            raise AssertionError("nothing is to be asked")
+
+    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), metrics=["rouge_l"],
+                      judge=Unasked("m", tmp_path / "judge", {}))  # fmt: skip
+    with pytest.raises(ValueError, match="--judge m: no judge is asked for rouge_l"):
+        evaluate(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_another_program(own_objects, tmp_path, capsys):
+    lines = [{"object_id": f"box{i}", "answer": "It is a crate."} for i in range(7)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    arguments = ["own", "--data", own_objects, "--answers", tmp_path / "answers.jsonl", "--out", out]
+    assert run_command(*arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    (entry,) = [e for e in results["scores"] if e["metric"] == "closed_set_accuracy" and e["condition"] == "seeing"]
+    assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
+    assert results["decoding"] is None and results["model"]["parameters"] is None
+    assert results["device"] is None and "the limit" not in (out / "report.md").read_text()
+    # Objects that are called by numbers, which JSON has no zeros in front of.
+    for number, ids in enumerate((["7", "0007"], ["7", "12"], ["0007", "0012"])):
+        table, numbered = tmp_path / f"{number}.csv", tmp_path / f"{number}.jsonl"
+        table.write_text("file,label,object_id\n" + "".join(f"{own_objects.parent}/box{i}.npy,{label},{ids[i]}\n"
+                                                             for i, label in enumerate(("box", "crate"))))  # fmt: skip
+        given = [7, ids[1]] if number == 0 else [7, 12]
+        numbered.write_text("\n".join(json.dumps({"object_id": i, "answer": "A box."}) for i in given))
+        folder = tmp_path / f"numbers{number}"
+        assert run_command("own", "--data", table, "--answers", numbered, "--out", folder) == 0
+        rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
+        found = {
+            row["object_id"]: row["scores"]["closed_set_accuracy"] for row in rows if row["condition"] == "seeing"
+        }
+        assert found == {ids[0]: 1.0, ids[1]: 0.0}
+    # Answers to the prompt that their file names, and to none of the suite's.
+    numbered = [{"object_id": f"box{i}", "model_output": "A red box."} for i in range(7)]
+    for prompt, question in (
+        ("What color is it?", "color"),
+        (" What is this? ", "what"),
+        ("Hello, what is it?", None),
+    ):
+        (tmp_path / "theirs.json").write_text(json.dumps({"prompt": prompt, "results": numbered}))
+        folder = tmp_path / f"to-{question}"
+        code = run_command("own", "--data", own_objects, "--answers", tmp_path / "theirs.json", "--out", folder)
+        assert code == (question is None)
+        if question:
+            rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
+            assert {row["question"] for row in rows} == {question}
+    assert (
+        "'box0' has an answer to 'Hello, what is it?'; own asks what: 'What is this?', color: "
+        in capsys.readouterr().err
+    )
+    (tmp_path / "both.jsonl").write_text(
+        "\n".join(json.dumps({"object_id": f"box{i}", "answer": "?", "question": "what", "prompt": "What color is it?"})
+                  for i in range(7))
+    )  # fmt: skip
+    code = run_command("own", "--data", own_objects, "--answers", tmp_path / "both.jsonl", "--out", tmp_path / "both")
+    assert code == 1 and "has an answer to 'What color is it?'" in capsys.readouterr().err
+    # An object without an answer to a question that others have one to.
+    lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments[-1] = tmp_path / "more"
+    assert run_command(*arguments) == 1
+    assert "of 7 objects 6 have no answer to 'caption', seeing, such as 'box1'" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["modelnet40"], "modelnet40 needs --data"),
+        (["objaverse", "--data", "x"], "objaverse needs --annotations"),
+        (["own", "--data", "nowhere"], "nowhere"),
+        (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
+        (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
+        (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
+        (["household", "--phrase", "a thing"], "answers must hold {} once"),
+        (["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"], "--phrase: there is no closed set"),
+        (
+            ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=PROMPT"],
+            "--judge-prompt hallucination: the text lacks {reference}",
+        ),
+        (
+            ["household", "--judge", "m", "--judge-price", "1", "2"],
+            "--judge-price belongs to a judge behind an endpoint",
+        ),
+        (
+            [
+                "household",
+                "--judge",
+                "m",
+                "--judge-url",
+                "http://x/v1",
+                "--metrics",
+                "caption_score",
+                "--judge-prompt",
+                "closed_set_accuracy=PROMPT",
+            ],
+            "--judge-prompt closed_set_accuracy: in this run of household the judge is asked for caption_score",
+        ),
+        (["own", "--data", "TWINS"], "'a_box' names two classes"),
+        (["own", "--data", "DIR"], "a folder without packed.json"),
+        (["own", "--data", "BROKEN"], "7 of 8 objects cannot be read:\n  nan: "),
+        (["own", "--data", "BROKEN"], "\n  torn: "),
+        (["own", "--data", "BROKEN"], "\n  nan5: "),
+        (["own", "--data", "sub/mine.csv"], "sub/mine.csv: there is no such file"),
+        (["own", "--data", "sub/mine.jsonl"], "sub/mine.jsonl: there is no such file"),
+        (["own", "--data", "sub/mine.xlsx"], "sub/mine.xlsx: there is no such file"),
+        (["own", "--data", "TABS"], "a .tsv is not read. Save it as .csv"),
+        (["own", "--data", "SHEET"], "a .xlsx is not read. Save it as .csv"),
+        (["household", "--answers", "GT", "--robustness"], "--robustness is for asking a model"),
+        (["household", "--answers", "GT", "--greedy"], "--greedy is for asking a model"),
+        (["household", "--answers", "GT", "--phrase", "a {}"], "--phrase is for asking a model"),
+        (["household", "--answers", "GT", "--device", "cpu"], "--device is for asking a model"),
+        (["household", "--answers", "GT", "--dtype", "float32"], "--dtype is for asking a model"),
+        (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
+        (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
+        (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
+        (["household", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["household", "--judge", " "], "--judge is empty: expected a model's name"),
+        (
+            ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=SHEET"],
+            "SHEET.xlsx: cannot be read as UTF-8 text",
+        ),
+        (
+            ["household", "--judge", "m", "--judge-timeout", "9"],
+            "--judge-timeout belongs to a judge behind an endpoint",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, capsys):
+    (tmp_path / "DIR").mkdir()
+    np.save(tmp_path / "DIR" / "a_8192.npy", make_cloud(1))
+    np.save(tmp_path / "DIR" / "nan.npy", np.full((9, 6), np.nan, np.float32))
+    (tmp_path / "DIR" / "torn.npy").write_bytes(b"\x93NUMPY")
+    conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    (tmp_path / "GT").write_text(json.dumps([{"object_id": "a", "conversations": conversations}]))
+    (tmp_path / "PROMPT").write_text("Is it so? {answer}")
+    (tmp_path / "TABS.tsv").write_text("file\tlabel\nDIR/a_8192.npy\tthing\n")
+    (tmp_path / "SHEET.xlsx").write_bytes(b"PK\x03\x04\xff")
+    more = [shutil.copyfile(tmp_path / "DIR" / "nan.npy", tmp_path / "DIR" / f"nan{i}.npy").stem for i in range(1, 6)]
+    lines = [json.dumps({"file": f"DIR/{name}.npy", "label": "thing"}) for name in ("a_8192", "nan", "torn", *more)]
+    (tmp_path / "BROKEN.jsonl").write_text("\n".join(lines))
+    lines = [
+        json.dumps({"object_id": label, "file": "DIR/a_8192.npy", "label": label}) for label in ("a box", "a_box")
+    ]
+    lines.insert(0, json.dumps({"object_id": "first", "file": "DIR/a_8192.npy", "caption": "A box."}))
+    (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
+    files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl", "TABS": "TABS.tsv"}
+    files["SHEET"] = "SHEET.xlsx"
+    arguments = [tmp_path / files[each] if each in files else each for each in arguments]
+    arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
+    arguments = [each.replace("=SHEET", f"={tmp_path / files['SHEET']}") for each in arguments]
+    assert run_command(*arguments, "--out", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_nothing_is_asked_that_cannot_be_scored(tmp_path, capsys):
+    """Objaverse without a judge and without an encoder: no answer would have a score."""
+    (tmp_path / "clouds").mkdir()
+    np.save(tmp_path / "clouds" / "a_8192.npy", make_cloud(1))
+    conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
+    (tmp_path / "GT.json").write_text(json.dumps([{"object_id": "a", "conversations": conversations}]))
+    arguments = ["objaverse", "--data", tmp_path / "clouds", "--annotations", tmp_path / "GT.json"]
+    assert run_command(*arguments, "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "nothing that objaverse could be scored by: open_vocabulary_accuracy needs a judge (--judge)" in error
+    assert "(--s-bert sentence-transformers/all-mpnet-base-v2, or a folder)" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatch):
+    """A model that turns what it reads does not turn it twice."""
+    coord = np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.2, 0.4, 1.0]
+    np.save(tmp_path / "tower.npy", coord.astype(np.float32))
+    (tmp_path / "own.csv").write_text("file,label\ntower.npy,tower\n")
+    reading = {"up_axis": "z", "missing_color": "white"}
+    ((plain,), (turned,)) = (read_own(str(tmp_path / "own.csv"), given) for given in (None, reading))
+    assert np.ptp(plain.read(), axis=0).argmax() == 2 and not plain.read()[:, 3:].any()
+    assert np.ptp(turned.read()[:, :3], axis=0).argmax() == 1 and (turned.read()[:, 3:] == 1).all()
+    seen = []
+    monkeypatch.setattr("minigpt3d.evaluation.run.evaluate", lambda options, load, say: seen.append((options, load())))
+    model = shutil.copytree(SHIPPED, tmp_path / "model")
+    settings = json.loads((model / "processor_config.json").read_text())
+    settings["feature_extractor"]["up_axis"] = "x"
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--out", tmp_path / "out"]
+    assert run_command(*arguments, "--up-axis", "z", "--missing-color", "white") == run_command(*arguments) == 0
+    (options, (_, processor)), (_, (_, untold)) = seen
+    assert options.reading == reading and processor.feature_extractor.up_axis is None
+    assert untold.feature_extractor.up_axis == "x"
+    monkeypatch.undo()
+    assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
+    assert "--up-axis and --missing-color are for the files of own objects" in capsys.readouterr().err
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "packed.json").write_text("{}")
+    with pytest.raises(ValueError, match="packed data are turned and colored already"):
+        read_own(str(tmp_path / "packed"), reading)
+
+
+@pytest.mark.parametrize(
+    "word, shown",
+    [
+        ("/srv/alice/out", "out"),
+        ("--out=/srv/alice/out", "--out=out"),
+        ("--data=~/objects/mine.csv", "--data=mine.csv"),
+        ("../../alice/a=b/mine.csv", "mine.csv"),
+        ("caption_score=/srv/alice/p.txt", "caption_score=p.txt"),
+        ("http://user:secret@host:8000/v1?api_key=secret", "http://host:8000/v1"),
+        ("--judge-url=https://user:secret@host/v1#secret", "--judge-url=https://host/v1"),
+        ("build/report", "build/report"),
+        ("This is a {}. = so", "'This is a {}. = so'"),
+        ("--limit=10", "--limit=10"),
+        ("--data=/srv/alice/date=2026/mine.csv", "--data=mine.csv"),
+        ("--judge-prompt=caption_score=/srv/al=ice/p.txt", "--judge-prompt=caption_score=p.txt"),
+        ("/srv/run=3/out", "out"),
+        ("./../../alice/out", "out"),
+        ("data/run=3/out", "data/run=3/out"),
+        ("--judge-url=HTTP://user:secret@host/v1?key=secret", "--judge-url=http://host/v1"),
+        ("http://user:secret@host/v1\n", "http://host/v1"),
+        ("http://[bad", "URL"),
+        ("--data=file:///srv/alice/mine.csv", "--data=mine.csv"),
+    ],
+)
+def test_what_a_report_shows_of_a_command(word, shown):
+    """It is published: nothing of somebody's disk, no password, no key."""
+    assert minigpt3d_cli.shown_command(["evaluate", word]) == f"minigpt3d evaluate {shown}"
+
+
+def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    (tmp_path / "results.json").write_text("{}")
+    assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", tmp_path) == 1
+    assert "holds other things than an evaluation" in capsys.readouterr().err

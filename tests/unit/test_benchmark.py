@@ -1,0 +1,131 @@
+"""The benchmarks run, and what they compare agrees; times are not looked at."""
+
+import importlib.util
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import make_tiny_config
+
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@contextmanager
+def loaded(name: str):
+    """A benchmark as a module; those beside it can be imported while it is there."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(FOLDER))
+        del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def encode():
+    with loaded("encode") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def generate():
+    with loaded("generate") as module:
+        yield module
+
+
+def test_plain_and_ours_agree(encode):
+    model = encode.make_model(make_tiny_config())
+    rows = encode.run(model, encode.make_point_clouds(batch_size=3, num_points=256), repeats=1)
+    assert [row.part for row in rows] == [
+        "grouping",
+        "mini-PointNet",
+        "transformer",
+        "point encoder as a whole",
+        "Q-Former, none",
+        "Q-Former, sparse",
+        "Q-Former, soft",
+        "cloud to vectors, sparse",
+        "the same, ours in bf16",
+    ]
+    assert all(row.difference <= encode.FP32_TOLERANCE for row in rows[:-1])
+    assert all(row.plain_seconds > 0 and row.ours_seconds > 0 for row in rows)
+    table = encode.format_table(rows).splitlines()
+    assert len(table) == 2 + len(rows)
+
+
+def test_a_difference_ends_the_run(encode, monkeypatch):
+    model = encode.make_model(make_tiny_config())
+    right = model.get_query_output
+    monkeypatch.setattr(model, "get_query_output", lambda features: right(features) * 1.001)
+    with pytest.raises(RuntimeError, match="Q-Former, none: ours differs"):
+        encode.run(model, encode.make_point_clouds(batch_size=2, num_points=128), repeats=1)
+
+
+def test_clouds_are_normalised(encode):
+    point_clouds = encode.make_point_clouds(batch_size=2, num_points=500)
+    assert point_clouds.shape == (2, 500, 6)
+    assert torch.allclose(point_clouds[..., :3].mean(1), torch.zeros(2, 3), atol=1e-6)
+    assert torch.allclose(point_clouds[..., :3].norm(dim=-1).amax(1), torch.ones(2))
+    assert point_clouds[..., 3:].min() >= 0 and point_clouds[..., 3:].max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batches", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--repeats", "x"], "must be a whole number of at least 1, got 'x'"),
+        (["--model", "nope"], "there is no folder nope"),
+    ],
+)
+def test_mistakes_are_told(generate, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(arguments)
+    assert message in f"{end.value.code} {capsys.readouterr().err}"
+
+
+# ---- Generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    folder = FOLDER.parent / "checkpoints" / "household"
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, MiniGPT3DProcessor.from_pretrained(folder)
+
+
+def test_stopping_gives_the_same_texts(generate, bundled):
+    model, processor = bundled
+    inputs = generate.make_inputs(processor, 4, "What is this?", model.device)
+    assert inputs["point_clouds"].shape == (4, 1024, 6)
+    rows = generate.run(model, processor, inputs, max_new_tokens=20, repeats=1)
+    assert [row.way for row in rows] == ["limit", "stop", "stop, static cache", "stop, bf16"]
+    assert all(row.batch == 4 and row.objects_per_second > 0 for row in rows)
+    assert [row.same_texts for row in rows[:3]] == [1, 1, 1] and rows[0].ratio == 1
+    per_object = [row.tokens_per_second / row.objects_per_second for row in rows]
+    assert per_object[:3] == pytest.approx([20, per_object[1], per_object[1]]) and 3 < per_object[1] < 15
+    assert model.dtype == torch.float32
+    assert len(generate.format_table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_other_texts_end_the_run(generate, bundled, monkeypatch):
+    model, processor = bundled
+    right = model.generate
+
+    def wrong(stop_strings=None, **kwargs):
+        answers = right(stop_strings=stop_strings, **kwargs)
+        return answers[:, :-3] if stop_strings else answers
+
+    monkeypatch.setattr(model, "generate", wrong)
+    inputs = generate.make_inputs(processor, 2, "What is this?", model.device)
+    with pytest.raises(RuntimeError, match="stop: says .* where decoding to the limit says"):
+        generate.run(model, processor, inputs, max_new_tokens=20, repeats=1)

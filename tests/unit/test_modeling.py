@@ -1,0 +1,367 @@
+"""What must hold of the network beyond the goldens."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel, Qwen3Config
+
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
+from minigpt3d.grouping_minigpt3d import farthest_point_sampling, nearest_neighbors
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
+
+
+SPECIAL = {"vocab_size": 300, "bos_token_id": 292, "eos_token_id": 292, "pad_token_id": 292}
+SMALL_TEXT = SPECIAL | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+BACKBONES = {
+    "phi": {},
+    "llama": {"text_config": LlamaConfig(**SMALL_TEXT)},
+    "llama-tied": {"text_config": LlamaConfig(**SMALL_TEXT, tie_word_embeddings=True)},
+    "qwen3": {"text_config": Qwen3Config(**SMALL_TEXT, head_dim=16)},
+    "gpt2-tied": {"text_config": GPT2Config(**SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=512)},
+    "opt-tied": {
+        "text_config": OPTConfig(
+            **SPECIAL, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4
+        )
+    },
+}
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone_model(request):
+    return make_tiny_model(make_tiny_config(**BACKBONES[request.param]))
+
+
+def make_inputs(point_clouds, lengths=(5, 9, 3), padding_side="left"):
+    """One cloud a row, its placeholders, then random text; padded to one length."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.cat([torch.full((6,), POINT_TOKEN_ID), torch.randint(0, 280, (length,), generator=generator)])
+        for length in lengths
+    ]
+    width = max(map(len, rows))
+    input_ids, attention_mask = torch.full((len(rows), width), 292), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
+        input_ids[index, span], attention_mask[index, span] = row, 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "point_clouds": point_clouds[: len(rows)]}
+
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 292}
+
+
+def test_cache_equals_no_cache(backbone_model, point_clouds):
+    inputs = make_inputs(point_clouds)
+    with_cache = backbone_model.generate(**inputs, **GREEDY, use_cache=True)
+    assert with_cache.shape[1] == inputs["input_ids"].shape[1] + 8
+    assert torch.equal(with_cache, backbone_model.generate(**inputs, **GREEDY, use_cache=False))
+    assert torch.equal(with_cache, backbone_model.generate(**inputs, **GREEDY, cache_implementation="static"))
+
+
+def test_left_padded_batch_equals_its_rows(backbone_model, point_clouds):
+    inputs = make_inputs(point_clouds)
+    batch = backbone_model.generate(**inputs, **GREEDY)[:, -8:]
+    for row in range(3):
+        seen = inputs["attention_mask"][row].bool()
+        alone = backbone_model.generate(
+            input_ids=inputs["input_ids"][row][seen][None], point_clouds=point_clouds[row : row + 1], **GREEDY
+        )
+        assert torch.equal(alone[0, -8:], batch[row])
+
+
+@pytest.mark.parametrize("with_embeds", [False, True])
+def test_beams_keep_the_clouds_of_their_row(tiny_model, point_clouds, with_embeds):
+    """Rows with two, no and one cloud, each copied for several answers."""
+    placeholders = torch.full((6,), POINT_TOKEN_ID)
+    words = torch.arange(10, 16)
+    rows = [torch.cat([placeholders, placeholders, words]), torch.cat([words, words, words])]
+    rows.append(torch.cat([words, words, placeholders]))
+    input_ids = torch.stack(rows)
+    inputs = {"input_ids": input_ids, "point_clouds": point_clouds}
+    if with_embeds:
+        inputs["inputs_embeds"] = tiny_model.get_input_embeddings()(inputs.pop("input_ids"))
+    expected = tiny_model.generate(input_ids=input_ids, point_clouds=point_clouds, **GREEDY)[:, -8:]
+    repeated = tiny_model.generate(**inputs, **GREEDY | {"do_sample": True, "top_k": 1, "num_return_sequences": 2})[
+        :, -8:
+    ]
+    assert torch.equal(repeated, expected.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("router_type", ["none", "sparse", "soft", "constant"])
+def test_batch_of_clouds_equals_one_by_one(point_clouds, router_type):
+    model = make_tiny_model(make_tiny_config(router_type=router_type))
+    together = model.get_point_features(point_clouds)
+    for row in range(3):
+        alone = model.get_point_features(point_clouds[row : row + 1])[0]
+        torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("router_type", ["sparse", "soft", "constant"])
+def test_experts_together_equal_experts_apart(point_clouds, router_type):
+    """One masked Q-Former call over all chosen experts, against one call per cloud and expert."""
+    model = make_tiny_model(make_tiny_config(router_type=router_type)).model
+    features = model.point_encoder(point_clouds)
+    experts, weights = model.router(features)
+    context = model.point_projection(features)
+    for row in range(3):
+        mixed = sum(
+            weight
+            * model.qformer(
+                query_embeds=model.query_experts[expert].weight[None], encoder_hidden_states=context[row : row + 1]
+            ).last_hidden_state[0]
+            for expert, weight in zip(experts[row].tolist(), weights[row], strict=True)
+        )
+        torch.testing.assert_close(model.get_query_output(features)[row], mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_save_and_load_is_identity(backbone_model, point_clouds, tmp_path):
+    backbone_model.save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert all(name.startswith(("model.", "lm_head.")) for name in on_disk)
+    again, report = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in backbone_model.state_dict().items())
+    again.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == on_disk.keys()
+    inputs = make_inputs(point_clouds)
+    expected = backbone_model(**inputs)
+    assert torch.equal(expected.logits, again(**inputs).logits)
+    base, report = MiniGPT3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and report["unexpected_keys"] <= {"lm_head.weight", "lm_head.bias"}
+    assert torch.equal(base.get_point_features(point_clouds), expected.point_features)
+    base.save_pretrained(tmp_path / "base")
+    base = MiniGPT3DModel.from_pretrained(tmp_path / "base")
+    hidden = base(**inputs).last_hidden_state
+    assert torch.equal(backbone_model.get_output_embeddings()(hidden), expected.logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_trainable_parameter_gets_a_gradient(backbone_model, point_clouds, checkpointing):
+    """With the soft router, under which every expert takes part. Frozen norms and statistics aside, that is all."""
+    backbone_model.config.router_type = "soft"
+    if checkpointing:
+        backbone_model.gradient_checkpointing_enable()
+    backbone_model.train()
+    inputs = make_inputs(point_clouds, padding_side="right")
+    backbone_model(
+        **inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    ).loss.backward()
+    without = [name for name, p in backbone_model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not without
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model, point_clouds):
+    inputs = make_inputs(point_clouds, padding_side="right")
+    gradients = []
+    for enable in (False, True):
+        tiny_model.zero_grad()
+        if enable:
+            tiny_model.gradient_checkpointing_enable()
+            assert tiny_model.model.point_encoder.blocks[0].gradient_checkpointing
+        tiny_model.train()
+        for module in tiny_model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        tiny_model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in tiny_model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_two_passes_are_bit_equal(tiny_model, point_clouds):
+    inputs = make_inputs(point_clouds)
+    assert torch.equal(tiny_model(**inputs).logits, tiny_model(**inputs).logits)
+    assert torch.equal(tiny_model.generate(**inputs, **GREEDY), tiny_model.generate(**inputs, **GREEDY))
+
+
+def test_batch_norm_uses_running_statistics_even_in_training(tiny_model, point_clouds):
+    expected = tiny_model.model.point_encoder(point_clouds)
+    before = {name: buffer.clone() for name, buffer in tiny_model.named_buffers()}
+    tiny_model.train()
+    assert torch.equal(tiny_model.model.point_encoder(point_clouds), expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tiny_model.named_buffers())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_agree(point_clouds, attention):
+    inputs = make_inputs(point_clouds)
+    expected = make_tiny_model()(**inputs).logits
+    model = make_tiny_model()
+    model.set_attn_implementation(attention)
+    assert model.model.point_encoder.blocks[0].attention.config._attn_implementation == attention
+    assert model.model.qformer.config._attn_implementation == attention
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[seen], expected[seen], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path, point_clouds, dtype):
+    make_tiny_model().save_pretrained(tmp_path)
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    features = model.get_point_features(point_clouds)
+    assert features.dtype == dtype
+    expected = make_tiny_model().get_point_features(point_clouds)
+    assert (features - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert model.generate(**make_inputs(point_clouds), **GREEDY).shape == (3, 23)
+
+
+def test_the_qformer_keeps_to_attention_that_takes_its_mask(tiny_model, monkeypatch):
+    """flash attention and the like are for encoder and language model alone."""
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda self, name: _set_everywhere(self, name))
+    tiny_model.set_attn_implementation("flash_attention_2")
+    assert tiny_model.config.qformer_config._attn_implementation == "sdpa"
+    assert tiny_model.config.point_config._attn_implementation == "flash_attention_2"
+    with pytest.raises(ValueError, match="flex"):
+        MiniGPT3DForConditionalGeneration._from_config(make_tiny_config(), attn_implementation="flex_attention")
+
+
+def _set_everywhere(model, name):
+    for config in (model.config.point_config, model.config.qformer_config, model.config.text_config):
+        config._attn_implementation = name
+
+
+def test_offloaded_query_experts(tmp_path, point_clouds):
+    make_tiny_model().save_pretrained(tmp_path)
+    device_map = {"model.point_encoder": "cpu", "model.point_projection": "cpu", "model.router": "cpu"}
+    device_map |= {"model.query_experts": "disk", "model.qformer": "disk", "model.language_projection": "cpu"}
+    device_map |= {"model.language_model": "cpu", "lm_head": "cpu"}
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    expected = make_tiny_model().get_point_features(point_clouds)
+    torch.testing.assert_close(model.get_point_features(point_clouds), expected)
+
+
+def test_backbones_that_change_their_logits_are_refused():
+    with pytest.raises(ValueError, match="final_logit_softcapping is 30.0: gemma2"):
+        make_tiny_model(make_tiny_config(text_config=Gemma2Config(**SMALL_TEXT, head_dim=16)))
+
+
+def test_device_map(tmp_path, point_clouds):
+    """`device_map` needs blocks that are not split; on a CPU it can at least place everything."""
+    make_tiny_model().save_pretrained(tmp_path)
+    model = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(model.get_point_features(point_clouds), make_tiny_model().get_point_features(point_clouds))
+    names = {type(module).__name__ for module in model.modules()}
+    assert set(MiniGPT3DForConditionalGeneration._no_split_modules) <= names
+
+
+def test_a_new_model_from_a_config_computes(point_clouds):
+    """Nothing is left uninitialised."""
+    torch.manual_seed(0)
+    model = MiniGPT3DForConditionalGeneration(make_tiny_config()).eval()
+    assert model(**make_inputs(point_clouds)).logits.isfinite().all()
+    assert model.model.query_experts[0].weight.std() > 0
+
+
+def test_generation_stops_at_the_end_sign(tiny_processor, point_clouds):
+    """`###` ends the answer, in each row for itself; the rest of the row is padding."""
+    model = make_tiny_model()
+    end = tiny_processor.tokenizer("###", add_special_tokens=False)["input_ids"]
+    head = model.get_output_embeddings()
+    head.weight.data.zero_()
+    head.bias.data.zero_()
+    head.bias.data[end[0]] = 1.0  # the model writes `#`, or whatever begins `###`, for ever
+    inputs = make_inputs(point_clouds)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 292, "eos_token_id": 292}
+    unstopped = model.generate(**inputs, **arguments)
+    model.generation_config.stop_strings = ["###"]
+    stopped = model.generate(**inputs, **arguments, tokenizer=tiny_processor.tokenizer)
+    new = stopped[:, inputs["input_ids"].shape[1] :]
+    assert unstopped.shape[1] - inputs["input_ids"].shape[1] == 20
+    texts = tiny_processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert all(text.endswith("###") and text.count("###") == 1 for text in texts)
+    assert new.shape[1] <= 3
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.update(point_clouds=i["point_clouds"][:2]), "18 point placeholders, but 2 point clouds"),
+        (lambda i: i.pop("point_clouds"), "18 point placeholders, but 0 point clouds"),
+        (lambda i: i.update(point_clouds=i["point_clouds"][..., :3]), r"\(clouds, points, 6\)"),
+        (lambda i: i.update(point_clouds=i["point_clouds"][0]), r"got \(128, 6\)"),
+        (lambda i: i.update(point_clouds=i["point_clouds"][:, :10]), "10 points cannot give 16"),
+        (lambda i: i.update(inputs_embeds=torch.zeros(1)), "exactly one of input_ids and inputs_embeds"),
+    ],
+)
+def test_mistakes_are_named(tiny_model, point_clouds, change, message):
+    inputs = make_inputs(point_clouds)
+    change(inputs)
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_cloud": 5}, "between 1 and num_query_experts .4., got 5"),
+        ({"router_type": "hard"}, "hard"),
+        ({"point_token_id": 300}, "0 to 299, got 300"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        make_tiny_config(**fields)
+    with pytest.raises(ValueError, match="multiple of num_attention_heads"):
+        MiniGPT3DPointConfig(hidden_size=50, num_attention_heads=4)
+
+
+def test_config_round_trip(tmp_path):
+    config = make_tiny_config(router_type="soft", text_config=LlamaConfig(**SMALL_TEXT))
+    config.save_pretrained(tmp_path)
+    again = MiniGPT3DConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert isinstance(again.text_config, LlamaConfig) and again.router_type == "soft"
+
+
+def test_default_config_is_the_paper(golden):
+    """All parameters but LoRA's, at full size, as the authors count them."""
+    with torch.device("meta"):
+        model = MiniGPT3DForConditionalGeneration(MiniGPT3DConfig())
+    facts = golden("trainable_full.json")
+    lora = sum(facts["stage_2"]["trainable_by_group"][name] for name in ("llm_lora", "Qformer_lora"))
+    assert model.num_parameters() == facts["stage_4"]["all_params_total_dedup"] - lora
+
+
+# Grouping
+
+
+def test_sampled_points_are_distinct_and_exact():
+    generator = torch.Generator().manual_seed(0)
+    coord = torch.rand(2, 500, 3, generator=generator)
+    indices = farthest_point_sampling(coord, 500, torch.tensor([3, 490]))
+    assert all(len(set(row.tolist())) == 500 for row in indices)
+    assert indices[:, 0].tolist() == [3, 490]
+    indices = farthest_point_sampling(coord, 64)
+    for row in range(2):  # by the definition, without the running minimum
+        chosen = [0]
+        for _ in range(63):
+            chosen.append(torch.cdist(coord[row], coord[row, chosen]).amin(1).argmax().item())
+        assert indices[row].tolist() == chosen
+
+
+def test_repeated_points_do_not_break_grouping():
+    coord = torch.rand(1, 4, 3).repeat(1, 8, 1)
+    assert farthest_point_sampling(coord, 16).shape == (1, 16)
+    assert nearest_neighbors(coord, coord[:, :4], 32).sort(-1).values.equal(torch.arange(32).expand(1, 4, 32))
+
+
+def test_grouping_mistakes_are_named():
+    coord = torch.rand(1, 8, 3)
+    with pytest.raises(ValueError, match="fps_start must be between 0 and 7"):
+        farthest_point_sampling(coord, 4, 8)
+    with pytest.raises(ValueError, match="has no 9 neighbours"):
+        nearest_neighbors(coord, coord, 9)

@@ -1,0 +1,285 @@
+"""`minigpt3d pack` and what streams from it: small, exact enough, resumable, and every row once in an epoch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from datasets import load_dataset
+from hub_double import serve
+
+from minigpt3d.cli.main import main
+from minigpt3d.data import shards as packing
+from minigpt3d.data.clouds import decode_cloud, encode_cloud
+from minigpt3d.data.sources import open_sources, read_manifest
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.training.stages import RECIPES
+from minigpt3d.training.stream import Order, StageStream, read_ahead
+
+
+KINDS = ("simple_description", "detailed_description", "single_round", "multi_round")
+NUM_OBJECTS = 40
+
+
+def make_record(object_id: str, kind: str, index: int) -> dict:
+    rounds = [("What is it?", f"Chair {index}.")] * (2 if kind == "multi_round" else 1)
+    turns = []
+    for question, answer in rounds:
+        turns.append({"from": "human", "value": question if turns else f"<point>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"object_id": object_id, "conversation_type": kind, "conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A release in PointLLM's layout; one object is broken and one missing, one is known to be corrupt."""
+    folder = tmp_path_factory.mktemp("release")
+    rng = np.random.default_rng(0)
+    names = [f"o{i:02}" for i in range(NUM_OBJECTS)] + ["broken", "6760e543e1d645d5aaacd3803bcae524"]
+    for name in names:
+        cloud = np.concatenate([rng.normal(size=(8192, 3)) * 5 + 3, rng.integers(0, 256, (8192, 3)) / 255], 1)
+        cloud[0] = np.nan if name == "broken" else cloud[0]
+        cloud[:, :3] *= np.nan if name == "broken" else 1
+        np.save(folder / f"{name}_8192.npy", cloud.astype(np.float32))
+    records = [make_record(name, kind, i) for i, name in enumerate([*names, "missing"]) for kind in KINDS]
+    (folder / "annotations.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(release, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "data"
+    options = ["--data", str(release), "--annotations", str(release / "annotations.json"), "--out", str(out)]
+    assert main(["pack", *options, "--max-broken", "0.1", "--num-workers", "2"]) == 0
+    return out
+
+
+def test_a_cloud_is_small_and_exact_enough():
+    cloud = load_point_cloud(np.random.default_rng(0).normal(size=(8192, 6)) % 1, num_points=8192)
+    cloud[:, 3:] = np.round(cloud[:, 3:] * 255) / 255
+    coord, color = encode_cloud(cloud)
+    assert len(coord) + len(color) == 9 * 8192
+    again = decode_cloud(coord, color)
+    assert np.abs(again[:, :3] - cloud[:, :3]).max() <= 1.6e-5
+    np.testing.assert_allclose(again[:, 3:], cloud[:, 3:], atol=1e-7)
+
+
+def test_the_release_is_packed_whole(packed, release, capsys):
+    manifest = read_manifest(str(packed))
+    assert {name: sum(rows) for name, rows in manifest["shards"].items()} == dict.fromkeys(
+        ("brief", "detailed", "single_round", "multi_round"), NUM_OBJECTS
+    )
+    assert sorted(line.split(":")[0] for line in manifest["broken"]) == sorted(
+        ["object_id 'broken'"] * 4 + ["object_id 'missing'"] * 4
+    )
+    assert manifest["bytes_per_row"] < 9.2 * 8192 and manifest["max_coord_error"] <= 1.6e-5
+    rows = list(load_dataset(str(packed), "multi_round", split="train", streaming=True))
+    assert sorted(row["object_id"] for row in rows) == [f"o{i:02}" for i in range(NUM_OBJECTS)]
+    assert [row["object_id"] for row in rows] != sorted(row["object_id"] for row in rows), "shuffled once"
+    record = json.loads((release / "annotations.json").read_text())[int(rows[0]["object_id"][1:]) * 4 + 3]
+    assert rows[0]["conversations"] == record["conversations"]
+    cloud = load_point_cloud(release / f"{rows[0]['object_id']}_8192.npy", num_points=8192)
+    np.testing.assert_allclose(decode_cloud(rows[0]["coord"], rows[0]["color"]), cloud, atol=2e-5)
+
+
+def test_too_much_broken_stops_it_and_it_goes_on(release, tmp_path, capsys):
+    options = [
+        "--data",
+        str(release),
+        "--annotations",
+        str(release / "annotations.json"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["pack", *options]) == 1
+    printed = capsys.readouterr().err
+    assert "missing or broken, more than --max-broken 0.01" in printed and "object_id" in printed
+    assert not (tmp_path / "out").exists()
+    begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").rglob("*.parquet")}
+    assert begun
+    assert main(["pack", *options, "--seed", "1"]) == 1
+    assert "was begun with other data or settings" in capsys.readouterr().err
+    assert main(["pack", *options, "--max-broken", "0.1"]) == 0
+    assert "8 skipped" in capsys.readouterr().out
+    for path, written in begun.items():
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "out.partial")).stat().st_mtime_ns == written
+
+
+def test_packing_is_repeatable(packed, release, tmp_path):
+    entries = packing.release_entries(release, [release / "annotations.json"])
+    packing.pack(entries, tmp_path / "again", max_broken=0.1, num_workers=1)
+    for path in packed.rglob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(packed)).read_bytes(), path
+
+
+def test_own_meshes_with_captions(tmp_path, capsys):
+    trimesh.creation.box().export(tmp_path / "box.glb")
+    (tmp_path / "scans").mkdir()
+    np.save(tmp_path / "scans" / "rock.npy", np.random.default_rng(0).random((500, 6)))
+    lines = [
+        {"file": "box.glb", "caption": "A box."},
+        {"file": "scans/rock.npy", "conversations": make_record("x", "single_round", 0)["conversations"]},
+    ]
+    (tmp_path / "objects.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert main(["pack", "--from", str(tmp_path / "objects.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    assert "2 rows (brief 1, single_round 1)" in capsys.readouterr().out
+    (source,) = open_sources(["brief"], str(tmp_path / "out"), []).values()
+    sample, cloud = source.read(0, 0)
+    assert (sample.object_id, sample.rounds) == ("box", (("what is this?", "A box."),)) and cloud.shape == (8192, 6)
+    with pytest.raises(ValueError, match="'detailed' conversations, but there are none. Pack annotations"):
+        open_sources(["detailed"], str(tmp_path / "out"), [])
+
+
+def test_own_files_are_turned_and_colored_as_said(tmp_path, capsys):
+    np.save(tmp_path / "tower.npy", np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.2, 0.4, 1.0])
+    (tmp_path / "own.csv").write_text("file,caption\ntower.npy,A tower.\n")
+    said = ["--up-axis", "z", "--missing-color", "white"]
+    for out, more, high, color in (("plain", [], 2, 0), ("turned", said, 1, 1)):
+        assert main(["pack", "--from", str(tmp_path / "own.csv"), "--out", str(tmp_path / out), *more]) == 0
+        (source,) = open_sources(["brief"], str(tmp_path / out), []).values()
+        _, cloud = source.read(0, 0)
+        assert np.ptp(cloud[:, :3], axis=0).argmax() == high and (cloud[:, 3:] == color).all()
+    manifest = json.loads((tmp_path / "turned" / "packed.json").read_text())
+    assert manifest["reading"] == {"up_axis": "z", "missing_color": "white"}
+    entries = packing.own_entries(tmp_path / "own.csv")
+    for shard in packing.plan_shards(tmp_path / "begun.partial", entries, 0, 1):
+        packing._check_plan(tmp_path / "begun.partial", [shard], [0, 8192, {}])
+    with pytest.raises(ValueError, match="was begun with other data or settings"):
+        packing.pack(entries, tmp_path / "begun", num_workers=1, reading={"up_axis": "z"})
+    release = ["--data", str(tmp_path), "--annotations", str(tmp_path / "own.csv"), "--out", str(tmp_path / "no")]
+    assert main(["pack", *release, "--up-axis", "z"]) == 1
+    assert "--up-axis and --missing-color are for your own objects" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"caption": "A box."}', "line 1: expected 'file'"),
+        ('{"file": "a.glb"}', "line 1: expected either a 'caption' or 'conversations'"),
+        ('{"file": "a.glb", "caption": " "}', "'caption' must be a text"),
+        ('{"file": "a.glb", "conversations": []}', "object_id 'a'"),
+    ],
+)
+def test_broken_lines_are_named(line, message, tmp_path, capsys):
+    (tmp_path / "objects.jsonl").write_text(line)
+    assert main(["pack", "--from", str(tmp_path / "objects.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_options(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    for options, message in (
+        ([], "give --data and --annotations, or --from"),
+        (["--data", str(tmp_path)], "give --data and --annotations, or --from"),
+        (["--from", str(tmp_path / "no.jsonl")], "cannot be read"),
+        (["--from", "x", "--max-broken", "2"], "share between 0 and 1"),
+        (["--data", str(tmp_path / "no"), "--annotations", "x"], "is no folder"),
+    ):
+        assert main(["pack", *options, *out]) == 1
+        assert message in capsys.readouterr().err
+
+
+# ---- Streaming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"),
+    [
+        ([5] * 8, 4),
+        ([5, 6, 5, 6, 6, 5, 5, 6, 6], 4),
+        ([7, 5], 4),
+        ([200, 200], 2),
+        ([64] * 17 + [3, 0], 9),
+        ([2, 1], 4),
+    ],
+)
+def test_an_epoch_takes_every_row_once(rows, batch):
+    """… but for fewer than a batch, which the next epoch may take."""
+    order = Order(rows, batch, [0])
+    turns = max(sum(rows) // batch, 1)
+    epochs = [
+        [order.address(turn, slot) for turn in range(e * turns, (e + 1) * turns) for slot in range(batch)]
+        for e in (0, 1)
+    ]
+    if sum(rows) < batch:
+        assert sorted(set(epochs[0])) == [(0, 0), (0, 1), (1, 0)]
+        return
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) > sum(rows) - batch
+        assert all(0 <= row < rows[shard] for shard, row in epoch)
+    assert epochs[0] != epochs[1], "reshuffled"
+    # A slot reads the shards of its own piece: as many as the piece is long, and one that it begins in.
+    for slot in range(batch):
+        assert len({shard for shard, _ in epochs[0][slot::batch]}) <= turns // min(filter(lambda n: n > 3, rows)) + 3
+
+
+def open_stream(data, processor, rank=0, ranks=1) -> StageStream:
+    stage = RECIPES["paper"]["III"]
+    sources = open_sources([source.name for source in stage.mixture], str(data), [])
+    return StageStream(stage, sources, processor, 0, rank, ranks)
+
+
+def test_packed_data_stream_alike_for_any_number_of_workers_and_processes(packed, tiny_processor):
+    steps = range(3, 9)
+    whole = list(read_ahead(open_stream(packed, tiny_processor), steps, 0))
+    assert len({name for name, _ in whole}) > 1, "the mixture of stage III"
+    for num_workers in (2, 3):
+        again = list(read_ahead(open_stream(packed, tiny_processor), steps, num_workers))
+        for (name, samples), (other, others) in zip(whole, again, strict=True):
+            assert name == other and len(samples) == len(others)
+            for one, two in zip(samples, others, strict=True):
+                assert all(torch.equal(one[key], two[key]) for key in one)
+    ranks = [list(read_ahead(open_stream(packed, tiny_processor, rank, 2), steps, 0)) for rank in range(2)]
+    for (_, samples), (_, first), (_, second) in zip(whole, *ranks, strict=True):
+        dealt = [None] * len(samples)
+        dealt[0::2], dealt[1::2] = first, second
+        for one, two in zip(samples, dealt, strict=True):
+            assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_packed_data_stream_from_the_hub(packed, tmp_path):
+    """Row groups as they are needed, from a Hub on loopback."""
+    files = {str(path.relative_to(packed)): path.read_bytes() for path in packed.rglob("*") if path.is_file()}
+    program = (
+        "import sys\n"
+        "from minigpt3d.training.data import open_sources\n"
+        "(source,) = open_sources(['brief'], 'somebody/chairs', []).values()\n"
+        "sample, cloud = source.read(1, 0)\n"
+        "print(sample.object_id, cloud.shape, float(cloud.sum()))\n"
+    )
+    (source,) = open_sources(["brief"], str(packed), []).values()
+    sample, cloud = source.read(1, 0)
+    with serve(datasets={"somebody/chairs": files}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == f"{sample.object_id} {cloud.shape} {float(cloud.sum())}"
+    assert {path.rpartition("/")[2] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path} == {
+        "packed.json", "train-00001-of-00005.parquet"
+    }, "no other shard"  # fmt: skip
+
+
+def test_a_table_is_packed_too(tmp_path):
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((50, 6)))
+    table = tmp_path / "captions.csv"
+    table.write_text('\ufefffile,caption,note\na.npy,"A red, round box.",x\nb.npy,A chair.,\n', encoding="utf-8")
+    (one, two), *others = packing.own_entries(table).values()
+    assert [turn["value"] for turn in one.conversations] == ["<point>\nWhat is this?", "A red, round box."]
+    assert (two.object_id, two.path) == ("b", str(tmp_path / "b.npy")) and not any(others)
+    for text, message in (
+        ("name,text\na,b\n", "must name the columns file and caption, with commas between them; got name,text"),
+        ("", "must name the columns file and caption, .*; got nothing"),
+        ("file,caption\na.npy,\n", "line 2: expected either a 'caption' or 'conversations'"),
+        ("file,caption\n,A box.\n", "line 2: expected 'file'"),
+        ("file,caption\na.npy,A red, round box.\n", "line 2: more values than .* columns. Quote what holds a comma"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            packing.own_entries(table)

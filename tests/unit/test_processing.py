@@ -1,0 +1,457 @@
+"""Text: the authors' prompts to the character and token, labels, batches, and what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import GOLDEN_DIR
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoFeatureExtractor,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+
+from minigpt3d.processing_minigpt3d import (
+    DEFAULT_PROMPT,
+    END_OF_ANSWER,
+    POINT_TOKEN,
+    MiniGPT3DPointCloudProcessor,
+    MiniGPT3DProcessor,
+    clean_question,
+    prepare_tokenizer,
+)
+
+
+BOS = "<|endoftext|>"
+
+
+def cloud(seed: int = 0, num_points: int = 50) -> np.ndarray:
+    return np.random.default_rng(seed).random((num_points, 6), np.float32)
+
+
+def user(text: str, *clouds) -> dict:
+    content = [{"type": "point_cloud", "point_cloud": source} for source in clouds]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+TENSORS = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+
+
+# The chat template
+
+
+def test_training_prompt_to_the_character(tiny_processor):
+    chat = [user("what is this?", cloud()), assistant("A chair.")]
+    expected = f"{BOS}[INST] <PC><point></PC> what is this?  [/INST]A chair.###"
+    assert tiny_processor.apply_chat_template(chat) == expected
+    assert tiny_processor.apply_chat_template([chat, chat[:1]]) == [expected, expected.removesuffix("A chair.###")]
+
+
+def test_every_round_has_its_own_marks(tiny_processor):
+    chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("No.")]
+    expected = f"{BOS}[INST] <PC><point></PC> What?  [/INST]A chair.###{BOS}[INST] Is it new?  [/INST]No.###"
+    assert tiny_processor.apply_chat_template(chat) == expected
+    plain = [chat[0], {"role": "assistant", "content": "A chair."}, {"role": "user", "content": "Is it new?"}, chat[3]]
+    assert tiny_processor.apply_chat_template(plain) == expected
+    assert tiny_processor.apply_chat_template([user("Same?", cloud(), cloud())]) == (
+        f"{BOS}[INST] <PC><point></PC> <PC><point></PC> Same?  [/INST]"
+    )
+
+
+def test_benchmark_prompts_are_the_authors(tiny_processor, golden):
+    questions = ["What is this?", "This is an object of ", "Caption this 3D model in detail."]
+    for question, prompt in zip(questions, golden("data_facts.json")["eval"]["prompts"], strict=True):
+        expected = prompt.replace("<PointCloudHere>", POINT_TOKEN)
+        assert tiny_processor.apply_chat_template([user(question, cloud())], chat_template="benchmark") == expected
+
+
+def test_an_answer_can_be_continued(tiny_processor):
+    chat = [user("What?", cloud()), assistant("A wooden")]
+    text = tiny_processor.apply_chat_template(chat, continue_final_message=True)
+    assert text.endswith("[/INST]A wooden")
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ([{"role": "system", "content": "Be brief."}], "Roles must be 'user' or 'assistant', got 'system'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "'text' or 'point_cloud', got 'image'"),
+    ],
+)
+def test_other_roles_and_contents_are_refused(tiny_processor, chat, words):
+    with pytest.raises(Exception, match=words):
+        tiny_processor.apply_chat_template(chat)
+
+
+def test_unknown_template(tiny_processor):
+    with pytest.raises(ValueError, match="must be one of default, benchmark or a template, got 'demo'"):
+        tiny_processor.apply_chat_template([user("What?")], chat_template="demo")
+
+
+# Questions
+
+
+def test_questions_are_cleaned_as_blip_does(golden):
+    for fact in golden("data_facts.json")["blip_caption"]:
+        assert clean_question(fact["input"]) == fact["output"]
+
+
+# Parity with the authors
+
+
+def golden_conversations(golden, kind: str) -> list[list[dict]]:
+    sample = golden("full.loss.json")["samples"][kind]
+    questions, answers = (
+        (sample["conv_q"], sample["conv_a"]) if kind == "multi" else (sample["instruction_input"], sample["answer"])
+    )
+    conversations = []
+    for question, answer in zip(questions, answers, strict=True):
+        chat = []
+        for index, (q, a) in enumerate(zip(question.split("!@#"), answer.split("!@#"), strict=True)):
+            q = q.removeprefix("<PC><PointCloudHere></PC> ").removesuffix(" ")
+            chat += [user(q, *([cloud()] if index == 0 else [])), assistant(a)]
+        conversations.append(chat)
+    return conversations
+
+
+@pytest.mark.parametrize(
+    ("case", "max_text_length"), [("single", 1024), ("multi", 1024), ("single_trunc", 12), ("multi_trunc", 15)]
+)
+def test_ids_labels_and_mask_are_the_authors(tiny_processor, golden, case, max_text_length):
+    """Their batches are embeddings; here each text embedding is found in the table again.
+
+    A known fault of theirs (DESIGN.md §5): bos has mask 0 inside multi-round batches, because bos = pad. Ours is 1 there.
+    """
+    expected = golden("full.loss.io")
+    conversations = golden_conversations(golden, case.removesuffix("_trunc"))
+    inputs = tiny_processor.encode_training(conversations, max_text_length=max_text_length)
+    # Theirs are as wide as the longest prompt plus the longest rest; what they have beyond our width is empty.
+    width = inputs["input_ids"].shape[1]
+    targets, theirs = expected[f"{case}.sparse.targets"], expected[f"{case}.sparse.attention_mask"].long()
+    assert (targets[:, width:] == -100).all() and (theirs[:, width:] == 0).all()
+    assert torch.equal(inputs["labels"], targets[:, :width])
+
+    mask, theirs = inputs["attention_mask"], theirs[:, :width]
+    if case.startswith("multi"):
+        later_bos = (inputs["input_ids"] == tiny_processor.tokenizer.bos_token_id) & (mask == 1)
+        later_bos[:, 0] = False
+        theirs = torch.where(later_bos, 1, theirs)
+    assert torch.equal(mask, theirs)
+
+    table = golden("full.state")["llama_model.base_model.model.model.embed_tokens.weight"]
+    is_text = mask.bool() & (inputs["input_ids"] != tiny_processor.point_token_id)
+    torch.testing.assert_close(
+        table[inputs["input_ids"][is_text]],
+        expected[f"{case}.sparse.inputs_embeds"][:, :width][is_text],
+        rtol=0,
+        atol=0,
+    )
+    assert (inputs["input_ids"] == tiny_processor.point_token_id).sum() == 6 * len(conversations)
+
+
+# Labels
+
+
+def answers_of(labels: torch.Tensor, tokenizer) -> list[str]:
+    return [tokenizer.decode(row[row != -100]) for row in labels]
+
+
+def test_labels_are_the_answers_and_their_ends_only(tiny_processor):
+    chat = [
+        user("What?", cloud()),
+        assistant("(A) chair###, \u00e4 bit \U0001fa91"),
+        user("[/INST]### is it?"),
+        assistant(" No"),
+    ]
+    inputs = tiny_processor.encode_training([chat, [user("Hm?", cloud()), assistant("")]])
+    assert answers_of(inputs["labels"], tiny_processor.tokenizer) == [
+        "(A) chair###, \u00e4 bit \U0001fa91### No###",
+        "###",
+    ]
+    assert not (inputs["labels"] == tiny_processor.point_token_id).any()
+    assert (inputs["labels"][inputs["attention_mask"] == 0] == -100).all()
+    assert (inputs["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
+
+
+def test_training_clouds_are_normalised_and_in_order(tiny_processor):
+    chats = [[user("What?", cloud(seed)), assistant("A chair.")] for seed in (1, 2)]
+    given = [
+        [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": "What?"}]}, chat[1]]
+        for chat in chats
+    ]
+    inputs = tiny_processor.encode_training(chats)
+    assert inputs["point_clouds"].shape == (2, 128, 6) and inputs["point_clouds"].dtype == torch.float32
+    same = tiny_processor.encode_training(given, [cloud(1), cloud(2)])
+    assert all(torch.equal(inputs[name], same[name]) for name in inputs)
+    torch.testing.assert_close(inputs["point_clouds"][..., :3].norm(dim=-1).max(1).values, torch.ones(2))
+
+
+def test_training_pads_to_the_longest_row_and_no_further(tiny_processor):
+    """One long question and one long answer: their sum is nobody's length."""
+    chats = [[user("what " * 20, cloud()), assistant("A.")], [user("Hm?", cloud()), assistant("a chair " * 10)]]
+    mask = tiny_processor.encode_training(chats)["attention_mask"]
+    assert mask.shape[1] == mask.sum(1).max()
+
+
+def test_training_needs_an_answer(tiny_processor):
+    with pytest.raises(ValueError, match="Conversation 1 has no answer"):
+        tiny_processor.encode_training([[user("What?"), assistant("A chair.")], [user("What?")]])
+
+
+def test_training_never_truncates_a_cloud(tiny_processor):
+    chat = [user("What?", cloud()), assistant("A chair."), user("And this?", cloud()), assistant("A lamp.")]
+    with pytest.raises(ValueError, match="Conversation 0: max_text_length=15 would cut off a point cloud"):
+        tiny_processor.encode_training([chat], max_text_length=15)
+    assert tiny_processor.encode_training([chat], max_text_length=200)["point_clouds"].shape[0] == 2
+
+
+# Batches
+
+
+def test_batches_are_padded_on_the_left(tiny_processor):
+    chats = [[user("What is this object?", cloud(1))], [user("Hm?", cloud(2))]]
+    batch = tiny_processor.apply_chat_template(chats, **TENSORS)
+    assert batch["point_clouds"].shape == (2, 128, 6)
+    for row, (chat, mask) in enumerate(zip(chats, batch["attention_mask"], strict=True)):
+        alone = tiny_processor.apply_chat_template(chat, **TENSORS)
+        assert torch.equal(batch["input_ids"][row][mask.bool()], alone["input_ids"][0])
+        assert torch.equal(batch["point_clouds"][row], alone["point_clouds"][0])
+        assert (mask.diff() >= 0).all()
+        assert (alone["input_ids"] == tiny_processor.point_token_id).sum() == 6
+    assert (batch["attention_mask"][1] == 0).any()
+
+
+def test_prompts_tokenise_as_training_does(tiny_processor):
+    chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("(No)")]
+    whole = tiny_processor.encode_training([chat])["input_ids"][0]
+    prompt = tiny_processor.apply_chat_template(chat[:3], **TENSORS)["input_ids"][0]
+    assert torch.equal(prompt, whole[: len(prompt)])
+
+
+def test_calling_with_text_and_clouds(tiny_processor, tmp_path):
+    np.save(tmp_path / "cloud.npy", cloud())
+    text = tiny_processor.apply_chat_template([user(DEFAULT_PROMPT, cloud())])
+    expected = tiny_processor.apply_chat_template([user(DEFAULT_PROMPT, cloud())], **TENSORS)
+    for source in (
+        cloud(),
+        [cloud()],
+        [[torch.from_numpy(cloud())]],
+        tmp_path / "cloud.npy",
+        str(tmp_path / "cloud.npy"),
+        cloud()[None],
+    ):
+        inputs = tiny_processor(text=text, point_clouds=source, return_tensors="pt")
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert set(tiny_processor(text="Hello")) == {"input_ids", "attention_mask"}
+    assert set(tiny_processor(point_clouds=cloud())) == {"point_clouds"}
+    right = tiny_processor(text=["Hello there", "Hm"], padding_side="right", return_tensors="np")
+    assert right["attention_mask"][1, -1] == 0
+    for padding in (False, "do_not_pad"):
+        unpadded = tiny_processor(text=["Hello there", "Hm"], padding=padding)["input_ids"]
+        assert len(unpadded[0]) > len(unpadded[1])
+    assert tiny_processor(text="Hm", padding="max_length", max_length=9, return_tensors="pt")["input_ids"].shape == (
+        1,
+        9,
+    )
+
+
+def test_up_axis_of_a_call_goes_before_the_processors(tiny_processor):
+    plain = tiny_processor(point_clouds=cloud(), return_tensors="pt")["point_clouds"]
+    turned = tiny_processor(point_clouds=cloud(), up_axis="z", return_tensors="pt")["point_clouds"]
+    torch.testing.assert_close(turned[..., 1], plain[..., 2])
+    chat = tiny_processor.apply_chat_template([user("What?", cloud())], up_axis="z", **TENSORS)
+    torch.testing.assert_close(chat["point_clouds"], turned)
+
+
+def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
+    ids = tiny_processor.tokenizer("[INST] a  [/INST]b###[INST] c  [/INST]d###e###")["input_ids"]
+    assert tiny_processor.post_process_image_text_to_text([ids]) == ["[INST] a  [/INST]b###[INST] c  [/INST]d"]
+
+
+# What does not fit
+
+
+def test_placeholders_and_clouds_must_match(tiny_processor):
+    with pytest.raises(ValueError, match="has 2 <point> placeholders, but 1 point clouds were given"):
+        tiny_processor(text=["<point> a", "<point> b"], point_clouds=cloud())
+    with pytest.raises(ValueError, match="has 0 <point> placeholders, but 1 point clouds"):
+        tiny_processor(text="What?", point_clouds=cloud())
+    with pytest.raises(ValueError, match="has 1 <point> placeholders, but 0 point clouds"):
+        tiny_processor.apply_chat_template([user("What is a <point>?")], **TENSORS)
+    with pytest.raises(ValueError, match="has 1 <point> placeholders, but 2 point clouds"):
+        tiny_processor.encode_training([[user("What?", cloud()), assistant("A chair.")]], [cloud(), cloud()])
+
+
+def test_more_text_than_the_context(tiny_processor):
+    long = user("what " * 3000, cloud())
+    with pytest.raises(ValueError, match="tokens with 6 for each cloud, but the context has 2048.*truncation=True"):
+        tiny_processor.apply_chat_template([long], **TENSORS)
+    with pytest.raises(ValueError, match="the context has 2048"):
+        tiny_processor.encode_training([[user("What?", cloud()), assistant("a " * 3000)]])
+    cut = tiny_processor.apply_chat_template([long], truncation=True, **TENSORS)
+    assert cut["input_ids"].shape == (1, 2048)
+
+
+@pytest.mark.parametrize("max_length", [6, 7, 20, 30])
+def test_truncation_never_touches_placeholders(tiny_processor, max_length):
+    chat = [user("a", cloud())]
+    inputs = tiny_processor.apply_chat_template(chat, truncation=True, max_length=max_length, **TENSORS)
+    assert (inputs["input_ids"] == tiny_processor.point_token_id).sum() == 6
+    assert inputs["input_ids"].shape[1] <= max_length
+
+
+def test_no_room_for_the_cloud(tiny_processor):
+    with pytest.raises(ValueError, match="max_length=5 has no room for the 6 vectors"):
+        tiny_processor.apply_chat_template([user("a", cloud())], truncation=True, max_length=5, **TENSORS)
+
+
+def test_nothing_and_pictures(tiny_processor):
+    with pytest.raises(ValueError, match="Nothing to process"):
+        tiny_processor()
+    with pytest.raises(ValueError, match="got images"):
+        tiny_processor(text="a", images=["a.png"])
+    with pytest.raises(ValueError, match="empty list"):
+        tiny_processor.feature_extractor([])
+    with pytest.raises(ValueError, match="text is an empty list"):
+        tiny_processor(text=[])
+    for options in ({}, TENSORS):
+        with pytest.raises(ValueError, match="conversation is an empty list"):
+            tiny_processor.apply_chat_template([], **options)
+    with pytest.raises(ValueError, match="conversations is an empty list"):
+        tiny_processor.encode_training([])
+
+
+def test_paddings_that_are_none(tiny_processor):
+    for padding in ("nonsense", None):
+        with pytest.raises(ValueError, match=f"padding must be one of .*'do_not_pad', got {padding!r}"):
+            tiny_processor(text="a", padding=padding)
+    with pytest.raises(ValueError, match="padding_side must be 'left', 'right' or None .*got 'up'"):
+        tiny_processor(text="a", padding_side="up")
+
+
+# Tokenizers
+
+
+CORPUS = ["What is this? A red chair, with four legs.###", "[INST] <PC></PC> Is it (very) new?  [/INST]Yes.###"] * 20
+
+
+def train(model, trainer, pre_tokenizer=None, normalizer=None) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def bpe_parts(**kwargs) -> tuple[dict, list]:
+    """Vocabulary and merges of a BPE."""
+    model = json.loads(train(models.BPE(unk_token="<unk>", byte_fallback=True), **kwargs).to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def qwen_style():
+    """Byte-level BPE, no bos, a pad token of its own."""
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    vocab, merges = bpe_parts(trainer=trainer, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False))
+    return Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=512)
+
+
+def llama_style():
+    """Sentencepiece-like BPE: blanks become ▁, another ▁ in front, unknown characters as bytes; bos <s>, no pad."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special)
+    vocab, merges = bpe_parts(trainer=trainer, pre_tokenizer=pre_tokenizers.Metaspace())
+    return LlamaTokenizer(vocab=vocab, merges=merges, model_max_length=512)
+
+
+def wordpiece_style():
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[PAD]", "[CLS]"])
+    backend = train(models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.BertPreTokenizer(), normalizers.NFC())
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
+    )
+
+
+@pytest.mark.parametrize("make", [qwen_style, llama_style, wordpiece_style])
+def test_any_fast_tokenizer(tmp_path, make):
+    tokenizer = prepare_tokenizer(make())
+    processor = MiniGPT3DProcessor(MiniGPT3DPointCloudProcessor(num_points=64), tokenizer, num_query_tokens=4)
+    bos = tokenizer.bos_token or ""
+    chat = [user("Is it?", cloud()), assistant("A red chair."), user("new?"), assistant("(Yes)")]
+    assert processor.apply_chat_template(chat[:1]) == f"{bos}[INST] <PC><point></PC> Is it?  [/INST]"
+    inputs = processor.encode_training([chat])
+    (answers,) = answers_of(inputs["labels"], tokenizer)
+    assert answers.replace(" ", "") == "Aredchair.###(Yes)###"
+    assert (inputs["input_ids"] == processor.point_token_id).sum() == 4
+    prompt = processor.apply_chat_template(chat[:3], **TENSORS)["input_ids"][0]
+    assert torch.equal(prompt, inputs["input_ids"][0][: len(prompt)])
+    if bos:
+        assert (inputs["input_ids"] == tokenizer.bos_token_id).sum() == 2
+
+    processor.save_pretrained(tmp_path)
+    loaded = MiniGPT3DProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded.tokenizer) is type(tokenizer)
+    assert torch.equal(loaded.encode_training([chat])["input_ids"], inputs["input_ids"])
+
+
+def test_preparing_twice_is_once(tiny_tokenizer):
+    before, length = tiny_tokenizer.backend_tokenizer.to_str(), len(tiny_tokenizer)
+    assert prepare_tokenizer(tiny_tokenizer) is tiny_tokenizer
+    assert tiny_tokenizer.backend_tokenizer.to_str() == before and len(tiny_tokenizer) == length
+    assert tiny_tokenizer.convert_tokens_to_ids(POINT_TOKEN) == 293
+    assert tiny_tokenizer.pad_token == BOS and tiny_tokenizer.padding_side == "left"
+    assert tiny_tokenizer.decode([293], skip_special_tokens=True) == ""
+
+
+def test_marks_are_cut_off_from_what_follows(tiny_tokenizer):
+    apart = [tiny_tokenizer(text)["input_ids"] for text in ("[INST] a  [/INST]", "] b.###", "# c")]
+    assert tiny_tokenizer("[INST] a  [/INST]] b.#### c")["input_ids"] == sum(apart, [])
+    assert END_OF_ANSWER == "###"
+
+
+def test_tokenizers_that_cannot_serve():
+    backend = train(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(special_tokens=["<unk>"]))
+    with pytest.raises(ValueError, match="neither pad nor eos token"):
+        prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    with pytest.raises(ValueError, match="needs a fast tokenizer"):
+        prepare_tokenizer(type("Slow", (), {"is_fast": False})())
+
+
+# Saving
+
+
+def test_save_and_load(tiny_processor, tmp_path):
+    tiny_processor.feature_extractor.missing_color = (0.1, 0.2, 0.3)
+    tiny_processor.feature_extractor.up_axis = "z"
+    chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("No.")]
+    expected = tiny_processor.encode_training([chat])
+    tiny_processor.save_pretrained(tmp_path)
+    for loaded in (
+        MiniGPT3DProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+    ):
+        assert type(loaded).__name__ == "MiniGPT3DProcessor"
+        assert loaded.num_query_tokens == 6 and loaded.chat_template == tiny_processor.chat_template
+        again = loaded.encode_training([chat])
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+        loaded.save_pretrained(tmp_path / "again")
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (extractor.num_points, extractor.up_axis, list(extractor.missing_color)) == (128, "z", [0.1, 0.2, 0.3])
+    for name in ("processing_minigpt3d.py", "point_cloud_minigpt3d.py"):
+        assert (tmp_path / "again" / name).exists()
+
+
+def test_the_golden_tokenizer_is_left_alone():
+    plain = AutoTokenizer.from_pretrained(GOLDEN_DIR / "tokenizer")
+    assert POINT_TOKEN not in plain.get_vocab()
