@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## check style and format
 
 household: $(INSTALLED)  ## rebuild the bundled checkpoint: make household LIBRARIES="one.sh3f two.sh3f"
 	@test -n "$(LIBRARIES)" || { echo 'LIBRARIES is not set. Give Sweet Home 3D furniture libraries (.sh3f): make household LIBRARIES="one.sh3f two.sh3f"' >&2; exit 2; }
-	@$(PY) -m minigpt3d.training.household $(LIBRARIES)
+	@$(PY) -m minigpt3d.recipes.household $(LIBRARIES)
 
 benchmark: $(INSTALLED)  ## time the encoder beside the plain published algorithm
 	@$(PY) benchmarks/encode.py $(ARGS)

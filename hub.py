@@ -13,10 +13,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import extract_commit_hash
 
-from .files import sha256, written_whole
-from .messages import one_line
-from .modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from .processing_minigpt3d import MiniGPT3DProcessor
+from minigpt3d.files import sha256, written_whole
+from minigpt3d.messages import one_line
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
 PACKAGE_DIR = Path(__file__).resolve().parent

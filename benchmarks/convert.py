@@ -35,7 +35,7 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "household"
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from minigpt3d_cli import main
+from minigpt3d.cli.main import main
 code = main(sys.argv[1:])
 Path("peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 sys.exit(code)

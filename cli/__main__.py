@@ -2,7 +2,7 @@
 
 import sys
 
-from minigpt3d.cli.main import main
+from .main import main
 
 
 if __name__ == "__main__":

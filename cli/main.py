@@ -136,7 +136,7 @@ def add_evaluate(commands):
         help="score a model on a benchmark or on your own objects, with intervals and controls",
         description="Ask a model about the objects of a suite, score its answers, and write a report. The same command goes on "
         "where a run was stopped, and adds what was not scored before: answers and a judge's replies are kept in --out. "
-        "On several GPUs: accelerate launch -m minigpt3d_cli evaluate ...",
+        "On several GPUs: accelerate launch -m minigpt3d.cli evaluate ...",
         epilog="Suites: modelnet40 (--data: PointLLM's .dat file), objaverse and caption (--data: PointLLM's clouds, "
         "--annotations: its 200 objects), household (the bundled checkpoint's held-out objects), own (--data: a .csv or "
         ".jsonl with file and label, caption or color; or what `minigpt3d pack` wrote).",

@@ -6,8 +6,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from minigpt3d.model_card.words import scaled
+
 from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
-from .results import as_corruption, scaled
+from .results import as_corruption
 from .suites import METRICS
 
 

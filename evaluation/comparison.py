@@ -10,19 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.model_card.words import escaped, markdown_table, same_judge, with_interval
+
 from .conditions import SEEING
-from .report import markdown_table
-from .results import (
-    escaped,
-    hash_prompt,
-    judge_of,
-    prompt_hash,
-    read_run,
-    same_judge,
-    values_of,
-    variant_of,
-    with_interval,
-)
+from .results import hash_prompt, judge_of, prompt_hash, read_run, values_of, variant_of
 from .score import default_prompt
 from .statistics import bootstrap, holm, in_words, paired_difference
 from .suites import METRICS

@@ -215,7 +215,7 @@ def read_objaverse(data_dir: Path, annotations: Iterable[Path]) -> list[EvalObje
 
 
 def read_household(path: Path = HOUSEHOLD_FILE) -> list[EvalObject]:
-    """The bundled checkpoint's held-out objects (see `training.household.heldout`).
+    """The bundled checkpoint's held-out objects (see `recipes/household/heldout.py`).
 
     Raises:
         ValueError: the file is not there, or another one.

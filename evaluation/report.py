@@ -12,22 +12,11 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from minigpt3d.model_card.words import escaped, interval, markdown_table, number, with_interval
+
 from .charts import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
-from .results import (
-    as_corruption,
-    cautions,
-    escaped,
-    interval,
-    is_gain,
-    is_mute,
-    main_score,
-    number,
-    read_objects,
-    read_results,
-    values_of,
-    with_interval,
-)
+from .results import as_corruption, cautions, is_gain, is_mute, main_score, read_objects, read_results, values_of
 from .statistics import SIGNIFICANT, bootstrap, wilson
 from .suites import METRICS
 
@@ -449,12 +438,6 @@ def to_markdown(title: str, sections: list[Section]) -> str:
         if section.table:
             parts.append(markdown_table(section.table))
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first the head."""
-    head, *body = ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
-    return "\n".join([head, "|" + "-|" * len(rows[0]), *body])
 
 
 def _data_uri(picture: bytes) -> str:

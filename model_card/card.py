@@ -28,13 +28,14 @@ from safetensors import safe_open
 
 import minigpt3d
 from minigpt3d import HUB_ID
-from minigpt3d.evaluation.results import FEW, escaped, is_gain
+from minigpt3d.evaluation.results import FEW, is_gain
 from minigpt3d.evaluation.statistics import CONFIDENCE
 from minigpt3d.evaluation.suites import METRICS
 from minigpt3d.files import write_text
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .facts import Fact, find_unsourced, read_fact, take_marks
+from .words import escaped
 
 
 CARD_FILE, SOURCES_FILE = "README.md", "card_sources.json"

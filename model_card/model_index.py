@@ -9,8 +9,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from minigpt3d.evaluation.conditions import BLIND, SEEING
-from minigpt3d.evaluation.results import prompt_hash, same_judge, scaled
+from minigpt3d.evaluation.results import prompt_hash
 from minigpt3d.evaluation.suites import METRICS
+
+from .words import same_judge, scaled
 
 
 HUB_DATASETS = {suite: "RunsenXu/PointLLM" for suite in ("modelnet40", "objaverse", "caption")}

@@ -1,6 +1,6 @@
 """The whole recipe of `checkpoints/household`, on two cores in at most 90 minutes: `make household LIBRARIES="…"`.
 
-    python -m minigpt3d.training.household A.sh3f B.sh3f [--work_dir build/household] [--output_dir checkpoints/household]
+    python -m minigpt3d.recipes.household A.sh3f B.sh3f [--work_dir build/household] [--output_dir checkpoints/household]
 
 Steps: build the data and pack it; pre-train encoder, Q-Former and language model; stages I to IV by `training/stage1.py` to
 `stage4.py`; score every stage; write the checkpoint with its model card. A step whose result is there is not done

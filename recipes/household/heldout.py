@@ -2,7 +2,7 @@
 
     python -m minigpt3d.recipes.household.heldout --data build/household/data --output evaluation/household.parquet
 
-A row for each validation object of a known kind: the cloud as `training.data.encode_cloud` packs it, what is true of it,
+A row for each validation object of a known kind: the cloud as `data.clouds.encode_cloud` packs it, what is true of it,
 and who made it under which licence.
 """
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from filelock import FileLock
 from scipy import stats
-from test_training import release  # noqa: F401
 from tiny_model import make_tiny_config, make_tiny_model
 
 from minigpt3d.conversion import save_pretrained

@@ -542,7 +542,7 @@ def test_a_killed_conversion_leaves_the_old_folder_whole(released, config_file, 
         "import os, sys\n"
         "from minigpt3d.conversion import write\n"
         "write.save_file = lambda *args, **kwargs: os._exit(9)\n"
-        "from minigpt3d_cli import main\n"
+        "from minigpt3d.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     arguments = [str(a) for slot, path in released.items() for a in (OPTIONS[slot], path)]
@@ -642,7 +642,7 @@ def test_without_paths_the_release_is_downloaded(released, merged, config_file, 
         "import sys\n"
         "from minigpt3d.conversion import download\n"
         "download.BLIP2_URL = sys.argv.pop(1)\n"
-        "from minigpt3d_cli import main\n"
+        "from minigpt3d.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     half = tmp_path / "hf" / "hub" / "minigpt3d" / "blip2.pth.partial"
@@ -683,7 +683,7 @@ def test_without_paths_the_release_is_downloaded(released, merged, config_file, 
 
 def test_a_release_that_cannot_be_reached(config_file, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "minigpt3d_cli", "convert", "--out", tmp_path / "out", "--yes"]
+    command = [sys.executable, "-m", "minigpt3d.cli", "convert", "--out", tmp_path / "out", "--yes"]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "cannot ask for the released files" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,8 +10,8 @@ import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_training import ADAPTER, STAGES, first_batches, history, options, prepared, release, tiny  # noqa: F401
 from tiny_model import make_tiny_config, make_tiny_model, tiny_phi_config
+from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, tiny
 
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.shards import pack, release_entries

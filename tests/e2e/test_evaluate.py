@@ -600,7 +600,7 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
 
 def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
     """kill -9 in the midst of it, twice; the answers are those of a run that was left alone."""
-    command = [sys.executable, "-m", "minigpt3d_cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
+    command = [sys.executable, "-m", "minigpt3d.cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
     command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
     assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_run_options import base, launched  # noqa: F401
-from test_training import STAGES, history, options, release, tiny  # noqa: F401
 from tiny_model import make_tiny_model
+from training_runs import STAGES, history, options, tiny
 
 from minigpt3d.grouping_minigpt3d import _farthest_point_sampling_loop, farthest_point_sampling
 from minigpt3d.training.loop import train

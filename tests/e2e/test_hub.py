@@ -29,7 +29,7 @@ import json, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("minigpt3d", "minigpt3d_cli"):
+        if name.split(".")[0] in ("minigpt3d",):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())

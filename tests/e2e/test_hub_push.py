@@ -32,8 +32,8 @@ from pathlib import Path
 import datasets
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from minigpt3d.training import pack as packing
-from minigpt3d.training.data import open_sources
+from minigpt3d.data import shards as packing
+from minigpt3d.data.sources import open_sources
 
 model, data, base, adapter = map(Path, sys.argv[1:])
 api, result = HfApi(), {{}}
@@ -127,7 +127,7 @@ print(json.dumps(results))
 # Prints for a model and an adapter what an evaluation says that it evaluated.
 EVALUATE = f"""
 import json
-from minigpt3d_cli import main
+from minigpt3d.cli.main import main
 
 found = {{}}
 for model in ("{MODEL}", "{ADAPTER}"):

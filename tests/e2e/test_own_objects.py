@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from test_readme import BLOCKS, ENVIRONMENT, ROOT, read_commands, run_python, same_output
+from documents import ENVIRONMENT, README, ROOT, read_blocks, read_commands, run_python, same_output
 
 
 def test_own_objects(tmp_path):
@@ -14,7 +14,11 @@ def test_own_objects(tmp_path):
         pytest.skip("links to the checkout")
     for name in ("checkpoints", "training"):
         (tmp_path / name).symlink_to(ROOT / name)
-    make, commands = [block for block in BLOCKS if block.reason and "test_own_objects" in block.reason]
+    make, commands = [
+        block
+        for block in read_blocks(README.read_text(encoding="utf-8"))
+        if block.reason and "test_own_objects" in block.reason
+    ]
     run_python([replace(make, reason=None)], cwd=tmp_path)
     output = ""
     for command in read_commands(commands.code):

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_double import serve
-from test_training import record, write
 from tiny_model import make_tiny_config, make_tiny_model
+from training_runs import record, write
 
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.shards import pack, release_entries
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 BASE, DATA, ADAPTER, WHOLE = "org/base", "org/data", "org/adapter", "org/whole"
 
 # argv: the folder of the tests, folders of base and data, one to write into.
@@ -25,9 +25,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from huggingface_hub import HfApi
-from test_training import STAGES, tiny
-from minigpt3d.training import pack
-from minigpt3d.training.train import RunOptions, train
+from training_runs import STAGES, tiny
+from minigpt3d.data import shards as pack
+from minigpt3d.training.loop import RunOptions, train
 
 base, data, out = map(Path, sys.argv[2:])
 HfApi().create_repo("{BASE}")

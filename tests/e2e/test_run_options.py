@@ -8,10 +8,9 @@ import time
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_training import ADAPTER, STAGES, history, options, release, tiny  # noqa: F401  (a fixture)
 from tiny_model import make_tiny_config, make_tiny_model
+from training_runs import ADAPTER, STAGES, history, options, tiny
 
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.shards import pack, release_entries
@@ -25,19 +24,6 @@ from minigpt3d.training.run_state import Stopped, claim
 def base(tmp_path, tiny_processor):
     save_pretrained(make_tiny_model(make_tiny_config(router_type="none")), tiny_processor, tmp_path / "base")
     return tmp_path / "base"
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Settings as `accelerate launch` passes them."""
-
-    def set_settings(**settings):
-        AcceleratorState._reset_state(True)
-        for name, value in settings.items():
-            monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
-
-    yield set_settings
-    AcceleratorState._reset_state(True)
 
 
 def run(stage, base, tmp_path, release, name, **changes):  # noqa: F811

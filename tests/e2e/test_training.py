@@ -16,21 +16,34 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_model import make_tiny_config, make_tiny_model
+from training_runs import (
+    ADAPTER,
+    KINDS,
+    STAGES,
+    first_batches,
+    history,
+    logits,
+    open_stream,
+    options,
+    prepared,
+    record,
+    tiny,
+    write,
+)
 from transformers import AutoModelForImageTextToText, GPT2Config, LlamaConfig, Qwen3Config
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.conversion import authors_name, save_pretrained
+from minigpt3d.conversion import authors_name
 from minigpt3d.conversion.lora import lora_targets
 from minigpt3d.data.clouds import augment, read_point_cloud
 from minigpt3d.data.records import read_annotations, to_messages
-from minigpt3d.data.sources import open_sources
 from minigpt3d.hub import find_model, load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training import loop, weights
-from minigpt3d.training.loop import RunOptions, make_optimizer, train, train_step
+from minigpt3d.training.loop import make_optimizer, train, train_step
 from minigpt3d.training.run_state import list_checkpoints
-from minigpt3d.training.stages import RECIPES, Lora, Source, Stage, learning_rate, select_trainable
-from minigpt3d.training.stream import StageStream, pack_batch, pad_batch, split_micro_batches
+from minigpt3d.training.stages import Lora, Source, learning_rate, select_trainable
+from minigpt3d.training.stream import pack_batch, pad_batch
 from minigpt3d.training.weights import (
     Start,
     adapter_names,
@@ -43,26 +56,7 @@ from minigpt3d.training.weights import (
 )
 
 
-STAGES = RECIPES["paper"]
 FACTS = {"I": "stage_1", "II": "stage_2", "III": "stage_3", "IV": "stage_4"}
-KINDS = {
-    "brief": "simple_description",
-    "detailed": "detailed_description",
-    "single_round": "single_round",
-    "multi_round": "multi_round",
-}
-
-
-def tiny(stage: Stage, **changes) -> Stage:
-    """A row for the tiny model: small factors, few steps, two samples a step, a rate that shows."""
-    changes = {"steps_per_epoch": 4, "epochs": 1, "warmup_steps": 1, "warmup_lr": 1e-3, "peak_lr": 1e-2} | changes
-    return replace(
-        stage,
-        mixture=tuple(replace(source, batch=3) for source in stage.mixture),
-        language_lora=Lora(rank=4, alpha=16, dropout=0.05),
-        qformer_lora=Lora(rank=2, alpha=4, dropout=0.1),
-        **changes,
-    )
 
 
 # The stage table
@@ -150,19 +144,6 @@ def test_unknown_language_model_is_named():
 # Data
 
 
-def record(object_id="a", kind="simple_description", rounds=(("What is it?", "A chair."),)) -> dict:
-    conversations = []
-    for question, answer in rounds:
-        question = question if conversations else f"<point>\n{question}"
-        conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"object_id": object_id, "conversation_type": kind, "conversations": conversations}
-
-
-def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
 def test_annotations_are_read_as_the_authors_read_them(golden, tmp_path):
     facts = golden("data_facts.json")["dataset_items"]
     samples = read_annotations([write(tmp_path / "a.json", facts["annotations"])])
@@ -240,12 +221,6 @@ def test_augmented_clouds_are_seeded_and_of_the_same_kind():
     assert 10 < fewer < 40
 
 
-def open_stream(stage, release, processor, **kwargs) -> StageStream:
-    data_dir, annotations = release
-    sources = open_sources([source.name for source in stage.mixture], data_dir, annotations)
-    return StageStream(stage, sources, processor, 0, **kwargs)
-
-
 def test_processes_share_the_steps_and_epochs_go_through_everything(release, tiny_processor):
     stage = tiny(STAGES["III"], steps_per_epoch=30)
     whole = open_stream(stage, release, tiny_processor)
@@ -287,37 +262,6 @@ def test_sources_can_be_drawn_for_each_sample(release, tiny_processor):
 
 
 # One step
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """Six objects in PointLLM's layout: (folder of clouds, annotation files)."""
-    folder = tmp_path_factory.mktemp("release")
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(6):
-        cloud = np.concatenate([rng.normal(size=(128, 3)), rng.random((128, 3))], 1).astype(np.float32)
-        np.save(folder / f"o{i}_8192.npy", cloud)
-        for kind in KINDS.values():
-            rounds = [("What is it?", f"A red chair {i}." + i * " Yes."), ("Why?", "So.")][
-                : 1 + (kind == "multi_round")
-            ]
-            records.append(record(f"o{i}", kind, rounds))
-    return folder, [write(folder / "annotations.json", records)]
-
-
-def prepared(stage: Stage) -> torch.nn.Module:
-    """The tiny model made ready for a stage, with LoRA factors that are not zero."""
-    model = prepare_model(make_tiny_model(make_tiny_config(router_type="none")), stage)
-    for name, parameter in named_parameters(model).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def first_batches(stage, release, processor, device_batch=None, **kwargs) -> list[list[dict]]:
-    stream = open_stream(stage, release, processor, **kwargs)
-    return split_micro_batches([stream.encode(0, slot) for slot in stream.slots(0)], device_batch)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -414,34 +358,17 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
         results.append((output.loss.detach(), gradients, batch["input_ids"].shape, output.logits.shape))
     (loss, gradients, padded, _), *others = results
     assert len(others[1][1]) == len(gradients) and others[1][2][0] == 1 and others[0][2][0] < padded[0]
-    for packed_loss, packed_gradients, _, logits in others:
+    for packed_loss, packed_gradients, _, answer_logits in others:
         torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-6)
-        assert logits[1] == sum((sample["labels"] != -100).sum() for sample in samples), "no logits but the answers'"
+        assert answer_logits[1] == sum((sample["labels"] != -100).sum() for sample in samples), (
+            "no logits but the answers'"
+        )
         for parameter, gradient in gradients.items():
             scale = gradient.abs().max() + 1e-12
             assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale + 1e-8, parameter
 
 
 # Whole runs
-
-
-@pytest.fixture
-def base(tmp_path, tiny_processor):
-    save_pretrained(make_tiny_model(make_tiny_config(router_type="none")), tiny_processor, tmp_path / "base")
-    return tmp_path / "base"
-
-
-def options(init, output_dir, release, **changes) -> RunOptions:
-    data_dir, annotations = release
-    return RunOptions(str(init), str(data_dir), output_dir, annotations, **{"num_workers": 0} | changes)
-
-
-ADAPTER = "adapter_model.safetensors"
-
-
-def history(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
 
 
 def same_files(one, other) -> bool:
@@ -594,12 +521,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(base, release, tmp_path, monkey
     assert [path.name for path in (tmp_path / "out.unfinished").glob("*checkpoint*")] == ["checkpoint-1"]
     monkeypatch.undo()
     train(stage, replace(run, resume="auto"))
-
-
-def logits(model, point_clouds) -> torch.Tensor:
-    inputs = {"input_ids": torch.tensor([[5, *[293] * 6, 7, 8]]), "point_clouds": point_clouds[:1]}
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
 
 
 def test_four_stages_one_after_another(base, release, tmp_path, point_clouds):

@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
 from minigpt3d.evaluation.comparison import compare, tabulate
-from minigpt3d.evaluation.results import escaped, hash_prompt, read_objects, read_results, values_of
+from minigpt3d.evaluation.results import hash_prompt, read_objects, read_results, values_of
 from minigpt3d.evaluation.score import default_prompt
 from minigpt3d.evaluation.statistics import mcnemar, newcombe
 from minigpt3d.model_card.model_index import eval_results, model_index
+from minigpt3d.model_card.words import escaped
 
 
 QWEN = "Qwen2-72B-Instruct"

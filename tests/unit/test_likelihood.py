@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_modeling import BACKBONES
-from test_processing import llama_style, qwen_style, wordpiece_style
+from backbones import BACKBONES
 from tiny_model import make_tiny_config, make_tiny_model
+from tokenizers_of_others import llama_style, qwen_style, wordpiece_style
 
 from minigpt3d.evaluation.conditions import apply
 from minigpt3d.evaluation.likelihood import ANSWERS_AT_ONCE, class_log_likelihoods, encode_answers, rank_classes

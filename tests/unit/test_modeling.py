@@ -2,36 +2,14 @@
 
 import pytest
 import torch
+from backbones import BACKBONES, SMALL_TEXT
 from safetensors.torch import load_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, PreTrainedModel
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.grouping_minigpt3d import farthest_point_sampling, nearest_neighbors
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
-
-
-SPECIAL = {"vocab_size": 300, "bos_token_id": 292, "eos_token_id": 292, "pad_token_id": 292}
-SMALL_TEXT = SPECIAL | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-BACKBONES = {
-    "phi": {},
-    "llama": {"text_config": LlamaConfig(**SMALL_TEXT)},
-    "llama-tied": {"text_config": LlamaConfig(**SMALL_TEXT, tie_word_embeddings=True)},
-    "qwen3": {"text_config": Qwen3Config(**SMALL_TEXT, head_dim=16)},
-    "gpt2-tied": {"text_config": GPT2Config(**SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=512)},
-    "opt-tied": {
-        "text_config": OPTConfig(
-            **SPECIAL, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4
-        )
-    },
-}
 
 
 @pytest.fixture(params=BACKBONES)

@@ -247,7 +247,7 @@ def test_packed_data_stream_from_the_hub(packed, tmp_path):
     files = {str(path.relative_to(packed)): path.read_bytes() for path in packed.rglob("*") if path.is_file()}
     program = (
         "import sys\n"
-        "from minigpt3d.training.data import open_sources\n"
+        "from minigpt3d.data.sources import open_sources\n"
         "(source,) = open_sources(['brief'], 'somebody/chairs', []).values()\n"
         "sample, cloud = source.read(1, 0)\n"
         "print(sample.object_id, cloud.shape, float(cloud.sum()))\n"

@@ -15,8 +15,9 @@ from PIL import Image
 
 from minigpt3d.evaluation import charts as pictures
 from minigpt3d.evaluation.report import best_and_worst, write_report
-from minigpt3d.evaluation.results import main_score, read_objects, read_results, same_judge
+from minigpt3d.evaluation.results import main_score, read_objects, read_results
 from minigpt3d.evaluation.suites import SUITES
+from minigpt3d.model_card.words import same_judge
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .progress import progress
+from minigpt3d.evaluation.progress import progress
 
 
 try:
