@@ -62,6 +62,10 @@ class PointCloudToTextPipeline(Pipeline):
                 messages whose content holds `{"type": "point_cloud", "point_cloud": …}` and
                 `{"type": "text", "text": …}`.
             prompt (`str`, *optional*): the question about each object that is not a chat; "What is this?" by default.
+            up_axis (`str`, *optional*): the axis that points up in the inputs, "x", "y" or "z"; by default the processor's.
+                Pass "y" for clouds that have been turned already.
+            missing_color (`str` or three numbers, *optional*): for points without color: "black", "gray", "white" or
+                (r, g, b) in [0, 1]; by default the processor's.
             batch_size (`int`, *optional*): inputs that are answered together, 1 by default.
             kwargs: any argument of `generate`, here or in `pipeline(…)`: `max_new_tokens` (150 by default), `num_beams`,
                 `do_sample`, `streamer` …
@@ -81,18 +85,25 @@ class PointCloudToTextPipeline(Pipeline):
             inputs = [{"messages": item} if _is_chat(item) else item for item in inputs]
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, prompt: str | None = None, **generate_kwargs) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self,
+        prompt: str | None = None,
+        up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
+        **generate_kwargs,
+    ) -> tuple[dict, dict, dict]:
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(
                 f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Ask different questions in chats or one by one."
             )
-        return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
+        preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color}
+        return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}
 
-    def preprocess(self, inputs: Any, prompt: str | None = None) -> dict[str, Any]:
+    def preprocess(self, inputs: Any, prompt: str | None = None, **reading) -> dict[str, Any]:
         """One input → `input_ids` (1, T), `attention_mask` (1, T) and `point_clouds`, a list of one (C, N, 6) or of none."""
         messages = self._messages(inputs, prompt)
         encoded = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, tokenize=True, return_dict=True, return_tensors="pt", **reading
         )
         # A list, because what collates a batch would keep the first cloud of each chat only.
         clouds = encoded.pop("point_clouds", None)

@@ -144,13 +144,32 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         self.up_axis = up_axis
         self.seed = seed
 
-    def __call__(self, point_clouds: Any, return_tensors: str | None = None, up_axis: str | None = None):
-        """One source or a list of them → BatchFeature with `point_clouds` (C, num_points, 6) float32.
+    def __call__(
+        self,
+        point_clouds: Any,
+        return_tensors: str | None = None,
+        up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
+    ) -> BatchFeature:
+        """Read point clouds.
 
-        `up_axis` goes before the processor's own, for these sources.
+        Args:
+            point_clouds: one source or a (nested) list of them, see `load_point_cloud`.
+            return_tensors: "pt", "np", or None for an array.
+            up_axis: the axis that points up in these sources; by default the processor's. "y" for clouds that have
+                been turned already.
+            missing_color: for points of these sources without color; by default the processor's.
+
+        Returns:
+            BatchFeature with `point_clouds` (C, num_points, 6) float32.
+
+        Raises:
+            ValueError: no source, or one that cannot be used.
         """
+        up_axis = self.up_axis if up_axis is None else up_axis
+        missing_color = self.missing_color if missing_color is None else missing_color
         clouds = [
-            load_point_cloud(source, self.num_points, self.missing_color, up_axis or self.up_axis, self.seed)
+            load_point_cloud(source, self.num_points, missing_color, up_axis, self.seed)
             for source in _sources(point_clouds)
         ]
         if not clouds:
@@ -240,6 +259,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         max_length: int | None = None,
         padding_side: str | None = None,
         up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
     ) -> BatchFeature:
         """Texts in which `<point>` stands for a cloud, and those clouds in order.
 
@@ -253,6 +273,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             max_length: the most tokens of a text, placeholders counted; by default what the tokenizer says the model has.
             padding_side: "left" or "right"; by default the tokenizer's, which is left, as generation needs it.
             up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
+            missing_color: for points without color; by default the point cloud processor's.
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` (B, T), and `point_clouds` (C, num_points, 6) if there are any.
@@ -277,7 +298,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             rows = [self._fit(row, max_length, truncation) for row in rows]
             data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
         if sources:
-            data["point_clouds"] = self.feature_extractor(sources, up_axis=up_axis)["point_clouds"]
+            data["point_clouds"] = self.feature_extractor(sources, None, up_axis, missing_color)["point_clouds"]
         if not data:
             raise ValueError("Nothing to process: pass text, point_clouds or both.")
         return BatchFeature(data, tensor_type=return_tensors)
@@ -304,7 +325,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             continue_final_message: leave the last answer open, so that the model goes on with it.
             tokenize: whether to return ids rather than text.
             return_tensors, return_dict: as everywhere in transformers.
-            processor_kwargs, kwargs: for `__call__`, such as `up_axis` and `padding`.
+            processor_kwargs, kwargs: for `__call__`, such as `up_axis`, `missing_color` and `padding`.
 
         Returns:
             With `tokenize` and `return_dict` what `__call__` returns; ids without `return_dict`; else text, one or B.

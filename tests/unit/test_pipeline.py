@@ -79,6 +79,22 @@ def test_a_prompt_is_a_chat_of_one_turn(describe, clouds):
     assert describe(clouds[0]) == describe(make_chat(clouds[0], "What is this?"))
 
 
+def test_reading_options_of_a_call(describe, clouds, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        describe.model, "generate", lambda **inputs: seen.append(inputs["point_clouds"]) or inputs["input_ids"]
+    )
+    bare = clouds[0][:, :3]
+    describe(bare)
+    describe(bare, up_axis="z", missing_color="white")
+    describe(make_chat(bare, "What?"), up_axis="z", missing_color=(1.0, 1.0, 1.0))
+    describe.processor.feature_extractor.up_axis = "z"
+    describe(bare, up_axis="y")
+    plain, turned, chat, kept = seen
+    assert torch.equal(turned[..., 1], plain[..., 2]) and (turned[..., 3:] == 1).all()
+    assert torch.equal(chat, turned) and torch.equal(kept, plain)
+
+
 def test_a_chat_of_several_turns(describe, clouds):
     chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
     before = repr(chat)

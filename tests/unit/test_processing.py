@@ -261,12 +261,16 @@ def test_calling_with_text_and_clouds(tiny_processor, tmp_path):
     )
 
 
-def test_up_axis_of_a_call_goes_before_the_processors(tiny_processor):
+def test_reading_options_of_a_call_override_the_processors(tiny_processor):
     plain = tiny_processor(point_clouds=cloud(), return_tensors="pt")["point_clouds"]
     turned = tiny_processor(point_clouds=cloud(), up_axis="z", return_tensors="pt")["point_clouds"]
     torch.testing.assert_close(turned[..., 1], plain[..., 2])
     chat = tiny_processor.apply_chat_template([user("What?", cloud())], up_axis="z", **TENSORS)
     torch.testing.assert_close(chat["point_clouds"], turned)
+    tiny_processor.feature_extractor.up_axis = "z"
+    assert torch.equal(tiny_processor(point_clouds=cloud(), up_axis="y", return_tensors="pt")["point_clouds"], plain)
+    bare = tiny_processor(point_clouds=cloud()[:, :3], missing_color=(1, 0.5, 0))["point_clouds"]
+    assert (bare[..., 3:] == (1, 0.5, 0)).all()
 
 
 def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
