@@ -17,7 +17,7 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from pypcd4 import Encoding, PointCloud
 
-from minigpt3d import point_cloud_minigpt3d
+from minigpt3d import readers_minigpt3d
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, PointCloudError, load_point_cloud
 
 
@@ -652,7 +652,7 @@ def test_points_without_extent(tmp_path):
 )
 def test_colors_out_of_range(tmp_path, color):
     np.savez(tmp_path / "cloud.npz", points=make_cloud(9)[0], colors=color)
-    refused(tmp_path / "cloud.npz", "colours are out of range", f"{color.min():g}", "0 to 255")
+    refused(tmp_path / "cloud.npz", "colors are out of range", f"{color.min():g}", "0 to 255")
 
 
 def test_unknown_extensions_missing_files_and_folders(tmp_path):
@@ -754,7 +754,7 @@ def test_headers_that_promise_too_much(tmp_path):
 
 def test_zip_bombs(tmp_path, monkeypatch):
     """40 MB of zeros in 40 kB, under a limit of 10 MB: refused before anything is unpacked."""
-    monkeypatch.setattr(point_cloud_minigpt3d, "MAX_UNPACKED_BYTES", 10_000_000)
+    monkeypatch.setattr(readers_minigpt3d, "MAX_UNPACKED_BYTES", 10_000_000)
     np.savez_compressed(tmp_path / "cloud.npz", points=np.zeros((10_000_000, 1), np.float32))
     with zipfile.ZipFile(tmp_path / "mesh.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("3D/3dmodel.model", bytes(40_000_000))
@@ -776,7 +776,7 @@ def test_zip_bombs_by_their_ratio(tmp_path, monkeypatch):
     zeros[0] = 1
     np.savez_compressed(tmp_path / "bomb.npz", points=zeros)
     check(load_point_cloud(tmp_path / "bomb.npz", 500_000), 500_000)
-    monkeypatch.setattr(point_cloud_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
+    monkeypatch.setattr(readers_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
     refused(tmp_path / "bomb.npz", "would unpack to 4,800,128 bytes", "zip bomb")
     zeros[:40_000, :3] = make_cloud(40_000)[0]
     np.savez_compressed(tmp_path / "cloud.npz", points=zeros)
