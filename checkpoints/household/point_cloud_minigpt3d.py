@@ -19,7 +19,7 @@ from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surfa
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
 
 
-# From "this axis points up" to "y points up", as in the objects that the model is trained on: new = coord @ matrix.T,
+# From "this axis points up" to "y points up", as in the training data: new = coord @ matrix.T,
 # each a rotation (no mirror).
 _UP_ROTATIONS = {
     "x": np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
@@ -49,9 +49,9 @@ def load_point_cloud(
             0–65535), told apart by dtype and range.
         num_points: P. More points are sampled, fewer are repeated, exactly as many keep their order.
         missing_color: for points without color: "black", as ModelNet40 is read in the paper; "gray"; "white"; or
-            (r, g, b) in [0, 1]. The model takes it for the object's color, and will say that a bare mesh is black.
-        up_axis: the axis that points up in `source`, "x", "y" or "z"; the object is turned so that y does, as in the
-            training data. None leaves it as it is.
+            (r, g, b) in [0, 1]. The model sees it as the object's color and will call a bare mesh black.
+        up_axis: the axis that points up in `source`, "x", "y" or "z"; the object is turned so that y points up, as in
+            the training data. None does not turn it.
         seed: of the sampling.
 
     Returns:
@@ -65,8 +65,8 @@ def load_point_cloud(
     if not isinstance(num_points, numbers.Integral) or num_points < 1:
         raise ValueError(f"num_points must be a whole number of at least 1, got {num_points!r}.")
     if up_axis is not None and up_axis not in _UP_ROTATIONS:
-        raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (leave it as it is), got {up_axis!r}.")
-    fill = _missing_color(missing_color)
+        raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (not turned), got {up_axis!r}.")
+    fill = _rgb(missing_color)
     rng = np.random.default_rng(seed)
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
     try:
@@ -122,12 +122,12 @@ def _read_file(path: Path) -> Points | Any:
     except (PointCloudError, ImportError):
         raise
     except MemoryError as error:
-        raise PointCloudError("it asks for more memory than there is; the file is corrupt or too large.") from error
+        raise PointCloudError("it needs more memory than is available; the file is corrupt or too large.") from error
     except Exception as error:  # every reader has exceptions of its own for a broken file
         detail = " ".join(str(error).split()) or type(error).__name__
         raise PointCloudError(
-            f"it cannot be read as {suffix} ({detail[:200]}). The file is truncated or corrupt, or of "
-            "another format than its name says; export it again."
+            f"it cannot be read as {suffix} ({detail[:200]}). The file is truncated or corrupt, or its "
+            "name does not match its format; export it again."
         ) from error
 
 
@@ -141,7 +141,7 @@ def _sample_points(
     coord, color = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
-    coord = np.ascontiguousarray(coord)  # as columns of a table, all that follows is several times slower
+    coord = np.ascontiguousarray(coord)  # otherwise all that follows is several times slower
     color = None if color is None else np.ascontiguousarray(color)
     if not (np.isfinite(coord).all() and (color is None or np.isfinite(color).all())):
         good = np.isfinite(coord).all(axis=1)
@@ -150,7 +150,7 @@ def _sample_points(
         report_dropped(good, "points", name)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
-        scale = _color_scale(color)  # over the whole cloud: a sample of it might look like another range
+        scale = _color_scale(color)  # over all points: a sample might have another range
     chosen = _choose(len(coord), num_points, rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:
@@ -160,7 +160,7 @@ def _sample_points(
 
 
 def _color_scale(color: np.ndarray) -> float:
-    """What to divide colors by: 1 (they are in 0–1), 255 or 65535."""
+    """The largest value of the colors' range: 1, 255 or 65535."""
     low, high = color.min(), color.max()
     is_float = color.dtype.kind == "f"
     slack = COLOR_SLACK if is_float else 0
@@ -173,14 +173,14 @@ def _color_scale(color: np.ndarray) -> float:
             return 65535.0
     raise PointCloudError(
         f"its colors are out of range: got {low:g} to {high:g} ({color.dtype}), expected 0 to 1 or 0 to 255 (16 bits: "
-        "0 to 65535, as whole numbers). If these columns are no colors (normals, say), pass xyz alone."
+        "0 to 65535, as whole numbers). If these columns are not colors (but normals, say), pass xyz alone."
     )
 
 
 def _choose(count: int, num_points: int, rng: np.random.Generator) -> np.ndarray | slice:
     """Indices of `num_points` out of `count`: a uniform sample without repeats, or all, repeated as evenly as possible."""
     if count == num_points:
-        return slice(None)  # order and values stay as they are
+        return slice(None)  # order and values are kept
     if count > num_points:
         # In the order of the file; costs O(num_points), however large the scan is.
         return np.sort(rng.choice(count, num_points, replace=False, shuffle=False))
@@ -188,7 +188,7 @@ def _choose(count: int, num_points: int, rng: np.random.Generator) -> np.ndarray
     return np.concatenate([np.tile(np.arange(count), repeats), rng.choice(count, rest, replace=False)])
 
 
-def _missing_color(color: str | tuple[float, float, float]) -> np.ndarray:
+def _rgb(color: str | tuple[float, float, float]) -> np.ndarray:
     fill = np.asarray(_NAMED_COLORS.get(color, ()) if isinstance(color, str) else color, dtype=np.float64)
     if fill.shape != (3,) or not ((fill >= 0) & (fill <= 1)).all():
         raise ValueError(

@@ -61,7 +61,7 @@ def full_model(golden, router_type="sparse", lora="merge") -> MiniGPT3DForCondit
 
 @pytest.mark.parametrize("run", ["force0", "rand"])
 def test_point_encoder(golden, run):
-    """The authors draw the first centre at random; the run's own start is passed in."""
+    """The authors draw the first center at random; the run's own start is passed in."""
     expected = {k.removeprefix(f"{run}."): v for k, v in golden("point_encoder.io").items() if k.startswith(run)}
     points = golden("point_encoder.io")["points"]
     model = load_part(golden, "point_encoder.state", "model.point_encoder", prefix="pc_encoder.")
@@ -76,7 +76,7 @@ def test_point_encoder(golden, run):
     assert torch.equal(neighbors, expected["knn_idx_sorted"])
 
     neighborhood, center = group(points, 16, 8, start)
-    # The order of neighbours is nobody's business: both sides sorted, row by row.
+    # The order of neighbors is nobody's business: both sides sorted, row by row.
     for row, (ours, theirs) in enumerate(
         zip(neighborhood.flatten(0, 1), expected["neighborhood_sorted"].flatten(0, 1), strict=True)
     ):
@@ -97,7 +97,7 @@ def test_point_encoder(golden, run):
 
 
 def test_grouping_falls_back_to_the_distance_matrix(golden, monkeypatch):
-    """Without scipy the neighbours come from torch, and are the same."""
+    """Without scipy the neighbors come from torch, and are the same."""
     monkeypatch.setattr("minigpt3d.grouping_minigpt3d.cKDTree", None)
     expected = golden("point_encoder.io")
     neighbors = nearest_neighbors(expected["points"][..., :3], expected["force0.centers"], 8)
@@ -267,7 +267,7 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     inputs, points = training_inputs(golden, tiny_processor, case)
-    inputs["point_clouds"] = points  # bit for bit those of the golden: normalising again moves the last digit
+    inputs["point_clouds"] = points  # bit for bit those of the golden: normalizing again moves the last digit
     width = inputs["input_ids"].shape[1]
     reference = expected.get(f"{case}.attention_mask")
     if reference is not None:

@@ -26,7 +26,7 @@ def make_processor() -> MiniGPT3DProcessor:
 
 
 def make_cloud(seed: int, num_points: int = 200) -> np.ndarray:
-    """(N, 6): a box of its own proportions and colour for each seed."""
+    """(N, 6): a box of its own proportions and color for each seed."""
     rng = np.random.default_rng(seed)
     xyz = rng.uniform(-1, 1, (num_points, 3)) * rng.uniform(0.2, 1, 3)
     return np.concatenate([xyz, np.tile(rng.uniform(0, 1, 3), (num_points, 1))], axis=1).astype(np.float32)

@@ -71,7 +71,7 @@ def test_a_difference_ends_the_run(encode, monkeypatch):
         encode.run(model, encode.make_point_clouds(batch_size=2, num_points=128), repeats=1)
 
 
-def test_clouds_are_normalised(encode):
+def test_clouds_are_normalized(encode):
     point_clouds = encode.make_point_clouds(batch_size=2, num_points=500)
     assert point_clouds.shape == (2, 500, 6)
     assert torch.allclose(point_clouds[..., :3].mean(1), torch.zeros(2, 3), atol=1e-6)

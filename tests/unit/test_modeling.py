@@ -234,7 +234,7 @@ def test_device_map(tmp_path, point_clouds):
 
 
 def test_a_new_model_from_a_config_computes(point_clouds):
-    """Nothing is left uninitialised."""
+    """Nothing is left uninitialized."""
     torch.manual_seed(0)
     model = MiniGPT3DForConditionalGeneration(make_tiny_config()).eval()
     assert model(**make_inputs(point_clouds)).logits.isfinite().all()
@@ -341,5 +341,5 @@ def test_grouping_mistakes_are_named():
     coord = torch.rand(1, 8, 3)
     with pytest.raises(ValueError, match="fps_start must be between 0 and 7"):
         farthest_point_sampling(coord, 4, 8)
-    with pytest.raises(ValueError, match="has no 9 neighbours"):
+    with pytest.raises(ValueError, match="has no 9 neighbors"):
         nearest_neighbors(coord, coord, 9)

@@ -1,4 +1,4 @@
-"""Point clouds: every format, colour, sampling, normalisation, and every kind of bad input with its own message."""
+"""Point clouds: every format, color, sampling, normalization, and every kind of bad input with its own message."""
 
 import hashlib
 import io
@@ -59,7 +59,7 @@ def write_pcd(path, coord, color, encoding):
     cloud.save(path, encoding)
     if (
         encoding == Encoding.ASCII
-    ):  # pypcd4 prints ten decimals, which lose the bits of a packed colour; PCL prints digits
+    ):  # pypcd4 prints ten decimals, which lose the bits of a packed color; PCL prints digits
         head = path.read_text().partition("DATA ascii\n")[0]
         rows = (" ".join(f"{value:.9g}" for value in row) for row in np.column_stack([coord, packed]))
         path.write_text(head + "DATA ascii\n" + "\n".join(rows) + "\n")
@@ -189,7 +189,7 @@ def box(color=None, by="vertex") -> trimesh.Trimesh:
 
 
 def on_box_surface(cloud: np.ndarray) -> bool:
-    """Whether a normalised sample of the 1 × 2 × 4 box lies on its surface, up to the sample's own mean and norm."""
+    """Whether a normalized sample of the 1 × 2 × 4 box lies on its surface, up to the sample's own mean and norm."""
     coord = cloud[:, :3]
     half = (coord.max(0) - coord.min(0)) / 2
     middle = (coord.max(0) + coord.min(0)) / 2
@@ -271,7 +271,7 @@ def write_obj(folder, texture=True, texture_file=True):
 
 
 def thirds(cloud: np.ndarray) -> list[np.ndarray]:
-    """Colours in x of 0–0.5, 0.5–1 and 1–2 of `write_obj`, borders left out."""
+    """Colors in x of 0–0.5, 0.5–1 and 1–2 of `write_obj`, borders left out."""
     x = cloud[:, 0]
     x = (x - x.min()) / (x.max() - x.min()) * 2
     return [cloud[(low + 0.05 < x) & (x < high - 0.05), 3:] for low, high in ((0, 0.5), (0.5, 1), (1, 2))]
@@ -393,7 +393,7 @@ print(hashlib.sha256(load_point_cloud(sys.argv[1]).tobytes()).hexdigest())
     assert done.stdout.splitlines()[-2:] == ["[]", here]
 
 
-# Colours
+# Colors
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_a_scan_of_millions_of_points_takes_seconds(tmp_path):
     assert time.perf_counter() - start < 5
 
 
-# Normalisation
+# Normalization
 
 
 def test_normalization_is_the_authors(golden):
@@ -496,7 +496,7 @@ def test_normalization_is_the_authors(golden):
     ):
         cloud, expected = facts[stored].clone(), facts[expected]
         scaled = bool(cloud[:, 3:].min() < 0)
-        if scaled:  # colours are left alone by theirs; ours refuses these
+        if scaled:  # colors are left alone by theirs; ours refuses these
             cloud[:, 3:] = 0
         ours = load_point_cloud(cloud, num_points=len(cloud))
         np.testing.assert_allclose(ours[:, :3], expected[:, :3], atol=1e-6)
