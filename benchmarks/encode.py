@@ -1,10 +1,10 @@
-"""Time the way from a cloud to the language model's vectors: the published algorithm, written out plainly, beside ours.
+"""Time encoding, from a cloud to the language model's vectors: a plain version of the published algorithm beside ours.
 
     python benchmarks/encode.py --batch 4 --repeats 5 --threads 2
 
 Both run in turn in this one process, on the same clouds with the same full-size random weights (the language model is
-left out), and must give the same numbers: the largest difference over the largest value stands in the table, and more
-than 1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
+left out), and must give the same numbers: the table has the largest difference over the largest value, and more than
+1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
 farthest point sampling as a loop of torch operations, neighbors from the full distance matrix, 1×1 convolutions with
 BatchNorm, softmax attention written out, one Q-Former pass for each cloud and chosen expert with its keys and values
 computed anew.
@@ -205,7 +205,7 @@ def measure(function: Callable, device: torch.device) -> float:
 
 
 def compare(part: str, plain: Callable, ours: Callable, view: Callable, batch_size: int, repeats: int) -> Row:
-    """Run both in turn, so that whatever else the machine does falls on both, after one warm-up each."""
+    """Run both in turn after one warm-up each, so that other load on the machine affects both."""
     expected, got = view(plain()), view(ours())
     device = expected.device
     difference = float((got - expected).abs().max() / expected.abs().max())
@@ -216,14 +216,14 @@ def compare(part: str, plain: Callable, ours: Callable, view: Callable, batch_si
 
 
 def view_groups(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What of (B, G, K, C) and (B, G, 3) must agree: the neighbors' order is free."""
+    """The parts of (B, G, K, C) and (B, G, 3) that must agree in any order of the neighbors."""
     neighborhood, center = result
     return torch.cat([neighborhood.amax(2), neighborhood.amin(2), neighborhood.mean(2), center], dim=-1)
 
 
 @torch.inference_mode()
 def run(model: MiniGPT3DModel, point_clouds: torch.Tensor, repeats: int = 5) -> list[Row]:
-    """Every part in fp32, then the whole in bf16 against the plain algorithm in fp32.
+    """Compare every part in fp32, then the complete encoder in bf16 with the plain algorithm in fp32.
 
     Args:
         model: in eval mode, fp32, on the device of the clouds.

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare agrees; times are not looked at."""
+"""The benchmarks run, and what they compare agrees. Times are not checked."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @contextmanager
 def loaded(name: str):
-    """A benchmark as a module; those beside it can be imported while it is there."""
+    """A benchmark as a module, with its folder on the import path."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -87,7 +87,7 @@ def test_clouds_are_normalized(encode):
         (["--model", "nope"], "there is no folder nope"),
     ],
 )
-def test_mistakes_are_told(generate, arguments, message, capsys):
+def test_wrong_arguments_are_reported(generate, arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         generate.main(arguments)
     assert message in f"{end.value.code} {capsys.readouterr().err}"
