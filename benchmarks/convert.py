@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion.lora import QFORMER_LORA_TARGETS, lora_modules
-from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION
-from minigpt3d.conversion.state_dict import authors_name, expected_shapes
+from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION, authors_name, matches
+from minigpt3d.conversion.state_dict import expected_shapes
 from minigpt3d.training.stages import STAGE_3
 
 
@@ -85,7 +85,7 @@ def write_files(folder: Path, config: MiniGPT3DConfig) -> tuple[list, int]:
     for file in tqdm(FILES, desc="files", unit="file"):
         tensors = {}
         for name, shape in shapes.items():
-            if any(re.fullmatch(pattern, name) for pattern in file.gives):
+            if matches(name, file.gives):
                 key = authors_name(name).removeprefix(file.prefix)
                 tensors |= random_tensors(key, tuple(shape), block, split=file.slot == "phi")
         path = folder / (file.slot if file.slot == "phi" else f"{file.slot}.pth")

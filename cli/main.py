@@ -571,7 +571,7 @@ def run_convert(args: argparse.Namespace) -> int:
         config = MiniGPT3DConfig() if args.config is None else read_config(args.config)
         paths, origins = (paths, {}) if paths else download_release(args.revision, args.yes)
         sources, lora = release.release_sources(paths, origins), ()
-        processor = release.load_processor(paths["phi"], config)
+        processor = release.make_processor(paths["phi"], config)
     try:
         plan = release.make_plan(sources, config, processor, args.router, args.ignore, lora)
     except ValueError as error:
@@ -682,7 +682,7 @@ def run_pack(args: argparse.Namespace) -> int:
     from minigpt3d.data import shards as pack
 
     if args.objects is not None:
-        entries = pack.own_entries(args.objects)
+        entries = pack.table_entries(args.objects)
     elif reading_of(args):
         raise CommandError(
             "--up-axis and --missing-color are for your own objects, --from: PointLLM's are as they must be"

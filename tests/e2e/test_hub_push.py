@@ -154,7 +154,7 @@ def data(tmp_path_factory):
         np.save(folder / f"chair{i}.npy", rng.uniform(size=(8192, 6)).astype(np.float32))
         lines.append(json.dumps({"file": f"chair{i}.npy", "caption": f"Chair {i}."}))
     (folder / "chairs.jsonl").write_text("\n".join(lines))
-    packing.pack(packing.own_entries(folder / "chairs.jsonl"), folder / "packed", num_workers=1)
+    packing.pack(packing.table_entries(folder / "chairs.jsonl"), folder / "packed", num_workers=1)
     return folder / "packed"
 
 
