@@ -13,15 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
+def written_file(path: str | Path) -> Iterator[Path]:
     """A temporary path that is renamed to `path` when the block ends without an error, and removed otherwise.
 
-    Args:
-        shared: whether other threads or processes may write the same file at the same time. The temporary name is then
-            unique; otherwise the next attempt overwrites what a killed one left behind.
+    Each call has its own temporary name, so that threads and processes may write the same file at the same time.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -31,8 +29,13 @@ def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str):
     """Write a UTF-8 text file."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes):
+    """Write a binary file."""
+    with written_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | Path, content, indent: int | None = 1):

@@ -3,11 +3,17 @@
 from importlib import import_module
 
 
-_MODULES = {"authors_name": "names", "our_name": "names", "lora_config": "lora", "convert_state_dict": "state_dict"}
+_MODULES = {
+    "authors_name": "minigpt3d.conversion.names",
+    "our_name": "minigpt3d.conversion.names",
+    "lora_config": "minigpt3d.conversion.lora",
+    "convert_state_dict": "minigpt3d.conversion.state_dict",
+    "save_pretrained": "minigpt3d.hub",
+}
 __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
     if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -166,10 +166,10 @@ def _fused_name(match: re.Match) -> str:
 def _check_split(file: File, name: str, parts: dict[str, str], keys: dict, given: dict[str, Origin]) -> Iterator[str]:
     """Problems of q, k and v in a file that has them separately."""
     key = next(iter(parts.values()))
-    if name in given:
-        yield f"{file.slot}: {key} needs to be there once, not also as {given[name].keys[0]}"
-    elif absent := [part for part in SPLIT_ATTENTION if part not in parts]:
+    if absent := [part for part in SPLIT_ATTENTION if part not in parts]:
         yield f"{file.slot}: {key} needs {', '.join(absent)} beside it"
+    elif name in given:
+        yield f"{file.slot}: {key} needs to be there once, not also as {given[name].keys[0]}"
     elif len({keys[key] for key in parts.values()}) > 1:
         yield f"{file.slot}: {', '.join(parts.values())} have different shapes"
 

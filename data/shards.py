@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minigpt3d.files import atomic_file, write_json, write_text
+from minigpt3d.files import write_json, write_text, written_file
 from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
@@ -151,6 +151,8 @@ def pack(
     write_json(partial / MANIFEST_FILE, manifest)
     write_text(partial / "README.md", dataset_card(manifest))
     (partial / PLAN_FILE).unlink()
+    for left_over in partial.rglob("*.tmp"):  # of a killed run
+        left_over.unlink()
     partial.rename(output_dir)
     return manifest
 
@@ -233,7 +235,7 @@ def write_shard(shard: Shard, reading: dict) -> dict:
     facts = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": max_error}
     table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(facts)})
     shard.path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(shard.path) as temporary:
+    with written_file(shard.path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
     return facts
 
