@@ -252,12 +252,3 @@ def test_ci_runs_what_readme_says():
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make lint", "make test"]
-
-
-def test_the_bundled_checkpoint_runs_the_same_code():
-    """What a folder for the Hub holds is the package's own files, byte for byte."""
-    shipped = ROOT / "checkpoints" / "household"
-    names = {path.name for path in ROOT.glob("*_minigpt3d.py")}
-    assert names == {path.name for path in shipped.glob("*_minigpt3d.py")}
-    stale = [name for name in sorted(names) if (ROOT / name).read_bytes() != (shipped / name).read_bytes()]
-    assert not stale, f"run: cp {' '.join(stale)} checkpoints/household/"
