@@ -34,7 +34,7 @@ from .tables import read_table
 
 NUM_POINTS = 8192
 ROWS_PER_SHARD = 512
-# A data set of a few hundred objects still has a shard for each sample of a batch (see `stream`), but none of few rows.
+# A small data set still has a shard for each sample of a batch (see `training.stream`), but none of very few rows.
 LEAST_SHARDS, LEAST_ROWS = 32, 8
 PLAN_FILE = "plan.json"
 

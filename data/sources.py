@@ -141,7 +141,7 @@ class PackedSource:
         self._files: OrderedDict[int, object] = OrderedDict()
 
     def read(self, shard: int, row: int) -> tuple[Sample, np.ndarray]:
-        """The sample and its cloud, (num_points, 6) float32, normalised.
+        """The sample and its cloud, (num_points, 6) float32, normalized.
 
         Raises:
             ValueError: the row is out of schema; the message names its object.
