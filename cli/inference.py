@@ -3,16 +3,16 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from minigpt3d.arguments import option, positive_int
 from minigpt3d.messages import one_line
 
 from .console import CommandError, complain, quiet
-from .reading import ReadingOptions
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(ReadingOptions):
+class ModelOptions:
     """Which model answers, and how."""
 
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)
@@ -20,7 +20,27 @@ class InferenceOptions(ReadingOptions):
     max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
 
 
-def load_pipeline(options: InferenceOptions):
+@dataclass(kw_only=True)
+class ReadingOptions:
+    """How files are read that do not say it themselves."""
+
+    up_axis: Literal["x", "y", "z"] | None = option(
+        "axis that points up in your files; they are rotated so that y points up (default: the model's setting, else no "
+        "rotation)",
+        default=None,
+    )
+    missing_color: Literal["black", "gray", "white"] | None = option(
+        "color of points that have none (default: black)", default=None
+    )
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """Arguments of the reader that were given."""
+        given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def load_pipeline(options: ModelOptions):
     """The pipeline of a model.
 
     Raises:
@@ -43,7 +63,7 @@ def device_error(device: str | None, error: Exception) -> CommandError:
     return CommandError(f"cannot use the device {device}: {one_line(error)} (leave out --device)")
 
 
-def read_cloud(pipeline, path: Path, options: InferenceOptions):
+def read_cloud(pipeline, path: Path, options: ReadingOptions):
     """The point cloud of a file, (N, 6), y up; warnings about it are printed.
 
     A cloud is read before the pipeline gets it, so that a file that cannot be read and a model that fails are reported
@@ -55,7 +75,7 @@ def read_cloud(pipeline, path: Path, options: InferenceOptions):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            cloud = pipeline.feature_extractor(path, **options.reading)["point_clouds"][0]
+            cloud = pipeline.processor.feature_extractor(path, **options.reading)["point_clouds"][0]
     except Exception as error:  # whatever is wrong with a file, the others are still read
         text = one_line(error).removeprefix(f"{path}: ")  # the reader names its file
         raise CommandError(f"{path}: {text}") from error
