@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import nn
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
@@ -300,15 +300,18 @@ def format_table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=positive_int, default=4, help="clouds per batch (4)")
-    parser.add_argument("--points", type=positive_int, default=8192, help="points per cloud (8192)")
+    parser.add_argument("--batch", type=positive_int, default=4, help="clouds per batch (default: 4)")
+    parser.add_argument("--points", type=positive_int, default=8192, help="points per cloud (default: 8192)")
     parser.add_argument(
-        "--repeats", type=positive_int, default=5, help="timed runs of each side; the median counts (5)"
+        "--repeats",
+        type=positive_int,
+        default=5,
+        help="timed runs of each side; the table has their median (default: 5)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (torch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and clouds (0)")
-    parser.add_argument("--json", type=Path, help="write the table to this file too")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and clouds (default: 0)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.data import shards as pack, sources as data
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from minigpt3d.training import stream

@@ -42,7 +42,9 @@ def make_parser(separator: str) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("separator", ["-", "_"])
 @pytest.mark.parametrize("typed", ["-", "_"])
 def test_options_are_read_in_both_spellings(separator, typed):
-    argv = f"x.ply --output{typed}dir out --from y --dry{typed}run --kinds a b --ignore p --ignore q --limits 1 2".split()
+    argv = (
+        f"x.ply --output{typed}dir out --from y --dry{typed}run --kinds a b --ignore p --ignore q --limits 1 2".split()
+    )
     options = read_options(Options, make_parser(separator).parse_args(normalize(argv, separator)))
     assert options == Options(
         path=Path("x.ply"),
