@@ -116,7 +116,7 @@ def read_stage(options: Options):
 
     folder = options.stage_result
     if options.files or options.config is not None:
-        raise CommandError("--stage-result excludes the authors' files and --config: give one or the other")
+        raise CommandError("--stage-result stands alone: leave out the authors' files and --config")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CommandError(
             f"{folder}: no config.json or adapter_config.json; give the output folder of a training stage"

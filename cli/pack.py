@@ -47,10 +47,10 @@ class Options(ReadingOptions):
 def run(options: Options, argv: list[str]) -> int:
     """Pack the data; returns the exit code."""
     check(options)
-    from minigpt3d.data import shards
+    from minigpt3d.data import shards, tables
 
     if options.from_ is not None:
-        entries = shards.own_entries(options.from_)
+        entries = tables.own_entries(options.from_)
     else:
         entries = shards.release_entries(options.data, options.annotations)
     with line_by_line():
@@ -81,11 +81,11 @@ def check(options: Options):
     """
     given = (options.data is not None, bool(options.annotations), options.from_ is not None)
     if given not in ((True, True, False), (False, False, True)):
-        raise CommandError("expected --data and --annotations, or --from")
+        raise CommandError("give --data and --annotations, or --from")
     if not 0 <= options.max_broken <= 1:
         raise CommandError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:
-        raise CommandError("--up-axis and --missing-color are for --from; PointLLM's clouds have both settled")
+        raise CommandError("--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither")
 
 
 def upload(options: Options) -> str:
