@@ -155,10 +155,3 @@ def test_ci_lints_and_runs_all_tests():
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make lint", "make test", "make test-slow"]
-
-
-def test_the_bundled_checkpoint_has_the_code_of_the_package():
-    folder = ROOT / "checkpoints" / "household"
-    assert FLAT_FILES == sorted(path.name for path in folder.glob("*_minigpt3d.py"))
-    stale = [name for name in FLAT_FILES if (ROOT / name).read_bytes() != (folder / name).read_bytes()]
-    assert not stale, "run: make sync"
