@@ -5,6 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+
+from minigpt3d.arguments import with_flags
 
 
 FAILED = 1  # exit code
@@ -21,6 +24,11 @@ def line_by_line() -> Iterator[None]:
         yield
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def name_flags(message: str, options: type) -> str:
+    """A library's message with the arguments in it replaced by the flags of a command."""
+    return with_flags(message, [field.name for field in fields(options)], "-")
 
 
 def complain(message: str):

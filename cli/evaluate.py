@@ -1,14 +1,11 @@
 """`minigpt3d evaluate`: score a model on a benchmark or on your own objects."""
 
-import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
-from minigpt3d.messages import one_line
+from minigpt3d.messages import one_line, public_command
 
 from .console import CommandError, complain, quiet
 from .inference import ReadingOptions, device_error
@@ -193,7 +190,7 @@ def run(options: Options, argv: list[str]) -> int:
         judge=make_judge(options),
         judge_prompts=judge_prompts,
         seed=options.seed,
-        command=shown_command(argv),
+        command=public_command(["minigpt3d", *argv]),
     )
     try:
         results = core.evaluate(core_options, lambda: load_for_evaluation(name, options), complain)
@@ -210,24 +207,6 @@ def run(options: Options, argv: list[str]) -> int:
             f"\n{options.out / 'report.html'} shows the best and the worst objects; report.md and results.json have all"
         )
     return 0
-
-
-def shown_command(argv: list[str]) -> str:
-    """A command line for others: of what lies on this disk, its last part; of a URL, neither a password nor a query."""
-    return "minigpt3d " + shlex.join(map(_shown, argv))
-
-
-def _shown(word: str) -> str:
-    option, value = re.fullmatch(r"((?:--[\w-]+=)?(?:[a-z0-9_]+=)?)(.*)", word, re.DOTALL).groups()  # --out=, METRIC=
-    if re.match(r"\s*https?://", value, re.IGNORECASE):
-        try:
-            url = urlsplit(value.strip())
-            value = url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
-        except ValueError:  # no URL that could be asked
-            value = "URL"
-    elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
-        value = Path(value).name or value
-    return option + value
 
 
 def read_judge_prompts(options: list[str]) -> dict[str, str]:

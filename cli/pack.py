@@ -85,7 +85,9 @@ def check(options: Options):
     if not 0 <= options.max_broken <= 1:
         raise CommandError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:
-        raise CommandError("--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither")
+        raise CommandError(
+            "--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither"
+        )
 
 
 def upload(options: Options) -> str:
