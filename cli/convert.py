@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt3d.arguments import option
-from minigpt3d.messages import one_line
 
 from .console import FAILED, CommandError, complain, line_by_line
 
@@ -78,66 +77,33 @@ def run(options: Options, argv: list[str]) -> int:
     import torch
 
     from minigpt3d.conversion import release, write
-    from minigpt3d.hub import check_model_dir
+    from minigpt3d.hub import ADAPTER_DIR, BASE_DIR, check_model_dir
 
     out = check_model_dir(options.out, [*options.files.values(), *filter(None, [options.stage_result])])
     if out.exists() and any(out.iterdir()) and not options.overwrite:
         raise CommandError(f"{options.out} holds a model already; pass a new folder, or --overwrite to replace it")
-    sources, config, lora_modules, processor = read_stage(options) if options.stage_result else read_release(options)
-    with line_by_line():
-        plan = release.make_plan(sources, config, processor, options.router, options.ignore, lora_modules)
-    print(release.summary(plan), flush=True)
-    slots = {source.file.slot for source in sources}
-    lora = options.lora or ("keep" if "phi" in slots and "stage4" not in slots else "merge")
-    exit_codes = []
-    write.write_release(
-        plan,
-        options.out,
-        getattr(torch, options.dtype),
-        lora,
-        argv,
-        before_rename=lambda folder: exit_codes.append(finish(folder, options)),
-    )
-    if lora == "keep":
-        adapter, base = options.out / "adapter", options.out.resolve() / "base"
-        print(f"{adapter} names its base as {base}; if you move it, correct adapter_config.json")
-    print(f"{options.out} is done")
-    return max(exit_codes)
-
-
-def read_stage(options: Options):
-    """Sources, configuration, LoRA modules and processor of a training stage's result.
-
-    Raises:
-        CommandError: there is none.
-    """
-    from minigpt3d.conversion import release
-    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
-
-    folder = options.stage_result
-    if options.files or options.config is not None:
+    if options.stage_result and (options.files or options.config):
         raise CommandError("--stage-result stands alone: leave out the authors' files and --config")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CommandError(
-            f"{folder}: no config.json or adapter_config.json; give the output folder of a training stage"
+    with line_by_line():
+        if options.stage_result:
+            plan = release.plan_stage_result(options.stage_result, options.router, options.ignore)
+        else:
+            paths, origins = (options.files, {}) if options.files else download(options.revision, options.yes)
+            plan = release.plan_release(paths, origins, options.config, options.router, options.ignore)
+    print(release.summary(plan), flush=True)
+    lora, exit_code = options.lora or plan.default_lora, 0
+
+    def write_rest(folder: Path):
+        nonlocal exit_code
+        exit_code = finish(folder, options)
+
+    write.write_release(plan, options.out, getattr(torch, options.dtype), lora, argv, before_rename=write_rest)
+    if lora == "keep":
+        print(
+            f"{options.out / ADAPTER_DIR} names its base as {out / BASE_DIR}; correct adapter_config.json if you move it"
         )
-    sources, config, lora_modules = release.stage_sources(folder)
-    return sources, config, lora_modules, MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path)
-
-
-def read_release(options: Options):
-    """Sources, configuration, LoRA modules and processor of the authors' files, downloaded if none were given."""
-    from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-    from minigpt3d.conversion import release
-
-    config = MiniGPT3DConfig()
-    if options.config is not None:
-        try:
-            config = MiniGPT3DConfig.from_json_file(options.config)
-        except Exception as error:  # configurations raise errors of several classes
-            raise CommandError(f"--config {options.config}: {one_line(error)}") from error
-    paths, origins = (options.files, {}) if options.files else download(options.revision, options.yes)
-    return release.release_sources(paths, origins), config, (), release.load_processor(paths["phi"], config)
+    print(f"{options.out} is done")
+    return exit_code
 
 
 def download(revision: str | None, yes: bool) -> tuple[dict[str, Path], dict[str, str]]:
@@ -161,9 +127,10 @@ def download(revision: str | None, yes: bool) -> tuple[dict[str, Path], dict[str
 def finish(folder: Path, options: Options) -> int:
     """Write the cards of a new model, and its verification.json if asked for; returns the exit code."""
     from minigpt3d.conversion import verification, write
+    from minigpt3d.hub import ADAPTER_DIR, BASE_DIR
     from minigpt3d.model_card import write_card
 
-    for part in (folder, folder / "base", folder / "adapter"):
+    for part in (folder, folder / BASE_DIR, folder / ADAPTER_DIR):
         if (part / write.PROVENANCE_FILE).is_file():
             write_card(part, model_id=options.out.resolve().name)
     if not options.verify:

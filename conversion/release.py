@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import sha256
-from minigpt3d.hub import ADAPTER_FILE, find_model
+from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
 from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
@@ -164,10 +164,54 @@ class Plan:
         scales = self.sources[-1].scales
         return scales[module] if scales else lora_scale(module, rank)
 
+    @property
+    def default_lora(self) -> str:
+        """How to write LoRA factors: "keep" for the authors' files without stage IV's, to train further; else "merge"."""
+        slots = {source.file.slot for source in self.sources}
+        return "keep" if "phi" in slots and "stage4" not in slots else "merge"
+
     def release(self):
         """Close mapped files, so that they do not count as memory in use."""
         for source in self.sources:
             source.checkpoint.release()
+
+
+def plan_release(
+    paths: dict[str, Path],
+    origins: dict[str, str] | None = None,
+    config: Path | None = None,
+    router: str | None = None,
+    ignore: Iterable[str] = (),
+) -> Plan:
+    """Plan the conversion of the authors' files.
+
+    Args:
+        paths, origins: see `release_sources`.
+        config: config.json of a model of other sizes than the paper's.
+        router, ignore: see `make_plan`.
+
+    Raises:
+        ValueError: `config` is no configuration; or as `release_sources`, `make_processor` and `make_plan`.
+    """
+    try:
+        sizes = MiniGPT3DConfig() if config is None else MiniGPT3DConfig.from_json_file(config)
+    except Exception as error:  # configurations raise errors of several classes
+        raise ValueError(f"`config` {config}: {one_line(error)}") from error
+    sources = release_sources(paths, origins)
+    return make_plan(sources, sizes, make_processor(paths["phi"], sizes), router, ignore)
+
+
+def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[str] = ()) -> Plan:
+    """Plan the conversion of a training stage's result.
+
+    Raises:
+        ValueError: the folder is no such result; or as `stage_sources` and `make_plan`.
+    """
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
+        raise ValueError(f"{folder}: no {CONFIG_FILE} or {ADAPTER_CONFIG}; give the output folder of a training stage")
+    sources, config, lora = stage_sources(folder)
+    processor = MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path)
+    return make_plan(sources, config, processor, router, ignore, lora)
 
 
 def make_plan(
