@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def objects(tmp_path):
-    """A folder with two readable clouds, one of them in a subfolder, and files that are none."""
+    """A folder with two readable clouds, one of them in a subfolder, and other files."""
     folder = tmp_path / "objects"
     (folder / "more").mkdir(parents=True)
     for seed, name in enumerate(["b.npy", "more/a.npy"]):
@@ -69,7 +69,7 @@ def test_a_folder_gives_one_json_line_for_each_readable_file(run, objects):
     assert all(record["answer"] for record in records)
 
 
-def test_a_bad_file_costs_one_line_and_the_others_are_done(run, objects):
+def test_a_bad_file_is_one_line_and_the_others_are_described(run, objects):
     (objects / "bad.npy").write_bytes(b"not an array")
     code, out, err = run("describe", objects / "missing.ply", objects, "--json")
     assert code == 1
@@ -85,7 +85,7 @@ def test_a_folder_without_objects(run, tmp_path):
     assert len(err) == 1 and ".ply" in err[0]
 
 
-def test_dropped_points_are_reported_and_the_file_is_done(run, tmp_path):
+def test_dropped_points_are_a_warning(run, tmp_path):
     cloud = make_cloud(0)
     cloud[3, 0] = np.nan
     np.save(tmp_path / "hole.npy", cloud)
@@ -94,7 +94,7 @@ def test_dropped_points_are_reported_and_the_file_is_done(run, tmp_path):
     assert len(err) == 1 and "hole.npy: warning: " in err[0]
 
 
-def test_a_missing_model_is_one_line_with_the_fix(run, objects, tmp_path):
+def test_a_missing_model_is_one_line(run, objects, tmp_path):
     for command in ("describe", "chat"):
         code, out, err = run(command, objects / "b.npy", model=tmp_path / "nowhere")
         assert (code, out) == (1, [])
@@ -128,7 +128,7 @@ def test_the_demo_needs_a_complete_checkpoint(objects, incomplete_model_dir, tmp
     assert not (tmp_path / "pictures").exists()
 
 
-def test_a_model_that_fails_on_one_file_goes_on_with_the_next(run, objects, monkeypatch):
+def test_a_model_that_fails_on_one_file_continues_with_the_next(run, objects, monkeypatch):
     from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
     forward, calls = PointCloudToTextPipeline._forward, []
@@ -160,8 +160,7 @@ def test_file_names_that_are_not_utf8(run, objects):
     assert out[0].startswith(f"{objects}/a\\udcff.npy: ")
 
 
-def test_points_are_read_as_told(run, tmp_path):
-    """`--missing-color` and `--up-axis` reach the reader."""
+def test_missing_color_and_up_axis_reach_the_reader(run, tmp_path):
     np.save(tmp_path / "xyz.npy", make_cloud(0)[:, :3])
     answers = [
         run("describe", tmp_path / "xyz.npy", *options)
@@ -169,6 +168,25 @@ def test_points_are_read_as_told(run, tmp_path):
     ]
     assert all(code == 0 and not err for code, _, err in answers)
     assert len({tuple(out) for _, out, _ in answers}) == 3
+
+
+def test_a_cloud_is_turned_once(run, model_dir, tmp_path, monkeypatch):
+    """By --up-axis if it is given, else by the model's own setting; and the model keeps its setting."""
+    np.save(tmp_path / "cloud.npy", make_cloud(0)[:, :3])  # whose answers differ by the axis
+    turned = shutil.copytree(model_dir, tmp_path / "turned")
+    config = json.loads((turned / "processor_config.json").read_text())
+    config["feature_extractor"]["up_axis"] = "x"
+    (turned / "processor_config.json").write_text(json.dumps(config))
+
+    def answers(*options, model=model_dir):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?"))
+        _, described, _ = run("describe", tmp_path / "cloud.npy", *options, model=model)
+        _, chatted, _ = run("chat", tmp_path / "cloud.npy", *options, model=model)
+        assert described == chatted
+        return described
+
+    assert answers(model=turned) == answers("--up-axis", "x") != answers()
+    assert answers("--up-axis", "y", model=turned) == answers()
 
 
 def test_chat_answers_each_line_and_remembers(run, objects, monkeypatch):
@@ -184,7 +202,7 @@ def test_chat_answers_each_line_and_remembers(run, objects, monkeypatch):
     assert ask()[:2] == (0, [])
 
 
-def test_chat_drops_a_bad_question_and_goes_on(run, objects, monkeypatch):
+def test_chat_drops_a_bad_question_and_continues(run, objects, monkeypatch):
     def ask(*lines):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
         return run("chat", objects / "b.npy")
@@ -204,8 +222,8 @@ def test_chat_about_a_bad_file(run, tmp_path, monkeypatch):
         assert len(err) == 1 and path.name in err[0]
 
 
-def test_output_that_nobody_reads(objects, model_dir):
-    """`minigpt3d describe … | head -0` ends without a word."""
+def test_a_closed_pipe_is_quiet(objects, model_dir):
+    """As in `minigpt3d describe … | head -0`."""
     command = [sys.executable, "-m", "minigpt3d.cli", "describe", str(objects), "--model", str(model_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

@@ -16,7 +16,7 @@ def test_a_name_without_owner_is_refused_without_asking_the_hub(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(hub, "HfApi", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi", fail)
     monkeypatch.setattr("minigpt3d.modeling_minigpt3d.MiniGPT3DForConditionalGeneration.from_pretrained", fail)
     with pytest.raises(ValueError, match="OWNER/NAME"):
         hub.load_model("nonsense")
