@@ -47,10 +47,10 @@ class Options(ReadingOptions):
 def run(options: Options, argv: list[str]) -> int:
     """Pack the data; returns the exit code."""
     check(options)
-    from minigpt3d.data import shards, tables
+    from minigpt3d.data import shards
 
     if options.from_ is not None:
-        entries = tables.own_entries(options.from_)
+        entries = shards.table_entries(options.from_)
     else:
         entries = shards.release_entries(options.data, options.annotations)
     with line_by_line():
