@@ -166,8 +166,12 @@ def as_python(command: str) -> str | None:
     if program is None:
         return None
     target, arguments = program
-    run = f"runpy.run_path({target!r}" if target.endswith(".py") else f"runpy.run_module({target!r}"
-    return f"import runpy, sys\nsys.argv = {[target, *arguments]!r}\n{run}, run_name='__main__')"
+    code = f"import runpy, sys\nsys.argv = {[target, *arguments]!r}\n"
+    if not target.endswith(".py"):
+        return f"{code}runpy.run_module({target!r}, run_name='__main__')"
+    folder = str(Path(target).parent)  # where a script's own imports are looked up
+    run = f"runpy.run_path({target!r}, run_name='__main__')"
+    return f"{code}sys.path.insert(0, {folder!r})\ntry:\n    {run}\nfinally:\n    sys.path.remove({folder!r})"
 
 
 def is_launch(command: str) -> bool:
