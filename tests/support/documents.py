@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TIMEOUT = 300  # seconds per command
+TIMEOUT = 600  # seconds per command
 PROGRAMS = {"minigpt3d": "minigpt3d.cli"}  # installed commands and the modules that run them
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
