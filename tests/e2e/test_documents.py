@@ -22,9 +22,11 @@ from documents import (
     assert_output,
     broken_links,
     defines,
+    has_option,
     help_command,
     is_launch,
     make_workspace,
+    mentioned_options,
     read_blocks,
     read_commands,
     run_other,
@@ -50,6 +52,17 @@ CHECKED = unique(
     for command in read_commands(block.code)
     if is_only_checked(block, command) and as_module(command)
 )
+
+# The options that documents name outside of blocks are options of these.
+HELPS = [
+    f"python -m minigpt3d.cli {name} --help"
+    for name in ("describe", "chat", "convert", "verify", "pack", "evaluate", "compare", "card")
+]
+HELPS += [
+    f"python -m minigpt3d.{name} --help"
+    for name in ("training.stage1", "recipes.household", "recipes.household.ablate")
+]
+ACCELERATE_OPTIONS = {"--config_file", "--dynamo_backend"}
 
 
 def title(block) -> str:
@@ -100,7 +113,7 @@ def collect(slow: bool) -> list[tuple[str, str, str]]:
             commands = [c for c in read_commands(block.code) if not is_launch(c) and as_python(c)]
             snippets += [(command, command, as_python(command)) for command in commands]
     if not slow:
-        snippets += [(command, command, as_python(command)) for command in map(help_command, CHECKED)]
+        snippets += [(command, command, as_python(command)) for command in [*map(help_command, CHECKED), *HELPS]]
     return unique(snippets)
 
 
@@ -162,6 +175,13 @@ def test_slow_commands(block, slow_results, workspace):
 @pytest.mark.parametrize("command", CHECKED)
 def test_options(command, results):
     assert_options(command, output_of(results, help_command(command)))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_options_in_text(path, results):
+    helps = "\n".join(output_of(results, command) for command in HELPS)
+    options = mentioned_options(path.read_text(encoding="utf-8")) - ACCELERATE_OPTIONS
+    assert {option for option in options if not has_option(helps, option)} == set()
 
 
 # ---- The helpers ----------------------------------------------------------------------------------------------------
@@ -259,6 +279,7 @@ def test_references_are_looked_up(tmp_path):
     assert anchors(EXAMPLE) == {"an-example-with-code"}
     (tmp_path / "a.md").write_text("# One\n[good](a.md#one) [good](https://example.org) [bad](b.md) ![bad](#two)")
     assert broken_links(tmp_path / "a.md") == ["b.md", "#two"]
+    assert mentioned_options("`--data DIR` or `minigpt3d pack --max-broken`; --not-code") == {"--data", "--max-broken"}
     text = "`tests/support/documents.py::defines` `tests/` `build/x` `tests/none.py` `none.py` `hub.py::no_such_name`"
     assert unknown_references(text) == ["tests/none.py", "none.py", "hub.py::no_such_name"]
     assert defines("class A:\n    def b(self): ...\nC: int = 1", "b") and not defines("d()", "d")

@@ -257,12 +257,21 @@ def options_of(command: str) -> list[str]:
     return [word.split("=")[0] for word in arguments if word.startswith("--")]
 
 
+def has_option(help_text: str, option: str) -> bool:
+    """Whether a help text lists an option, with dashes or underscores."""
+    spellings = {option, option.replace("_", "-"), "--" + option[2:].replace("-", "_")}
+    return any(re.search(rf"{re.escape(spelling)}(?![\w-])", help_text) for spelling in spellings)
+
+
 def assert_options(command: str, help_text: str):
-    for option in options_of(command):
-        spellings = {option, option.replace("_", "-"), "--" + option[2:].replace("-", "_")}
-        assert any(re.search(rf"{re.escape(spelling)}(?![\w-])", help_text) for spelling in spellings), (
-            f"{command}: unknown option {option}"
-        )
+    unknown = [option for option in options_of(command) if not has_option(help_text, option)]
+    assert not unknown, f"{command}: unknown {', '.join(unknown)}"
+
+
+def mentioned_options(text: str) -> set[str]:
+    """The options in backticks, outside of blocks."""
+    codes = re.findall(r"`([^`\n]+)`", without_blocks(text))
+    return {option for code in codes for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
 
 
 # ---- References -----------------------------------------------------------------------------------------------------
