@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,11 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` when the block ends without an error.
+
+    Its name holds the process id: processes that share a folder do not write to the same temporary file.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str):
     """Write a UTF-8 text file."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content, indent: int | None = 1):
