@@ -1,6 +1,6 @@
 """What is said about an object: short and long descriptions, questions and answers, all of it checkable.
 
-Everything comes from the object's name, category, shape and colours. The word for its kind stands in every answer to
+Everything comes from the object's name, category, shape and colors. The word for its kind stands in every answer to
 "What is this?", so that the answer can be scored; wording is drawn by chance from a few patterns.
 """
 
@@ -72,10 +72,10 @@ class Facts:
 
     Args:
         noun: word for its kind as an answer uses it, or its name where it is of no kind.
-        name: the catalogue's name in lower case, without colours and numbers.
+        name: the catalog's name in lower case, without colors and numbers.
         kind: a key of `KINDS`, or None.
-        category: the catalogue's.
-        colors: its main colour first, then the others that at least a sixth of the points have.
+        category: the catalog's.
+        colors: its main color first, then the others that at least a sixth of the points have.
         extent: (3,) width, height, depth of its bounding box, in any unit.
     """
 
@@ -112,7 +112,7 @@ def what_is_this(facts: Facts) -> str:
 
 
 def color_answer(facts: Facts) -> str:
-    """The main colour alone: taught to name a second one, so small a model says "mostly white, with some white"."""
+    """The main color alone: taught to name a second one, so small a model says "mostly white, with some white"."""
     return f"It is {facts.colors[0]}."
 
 
@@ -145,7 +145,7 @@ def place_answer(facts: Facts) -> str | None:
 
 
 def detailed(facts: Facts, rng: np.random.Generator) -> str:
-    """Kind and colour, then shape, place and use."""
+    """Kind and color, then shape, place and use."""
     thing = with_article(f"{facts.colors[0]} {facts.noun}")
     sentences = [_pick(rng, f"This is {thing}.", f"This is {thing}.", f"The object is {thing}.")]
     sentences.append(_pick(rng, f"It is {shape_answer(facts)}.", f"Its shape is {shape_answer(facts)}."))

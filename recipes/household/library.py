@@ -1,4 +1,4 @@
-"""Sweet Home 3D's furniture libraries (`.sh3f`): a zip with a catalogue of properties, models and their textures."""
+"""Sweet Home 3D's furniture libraries (`.sh3f`): a zip with a catalog of properties, models and their textures."""
 
 import re
 import zipfile
@@ -18,14 +18,14 @@ _CATALOG = "PluginFurnitureCatalog.properties"
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece of furniture as its catalogue describes it.
+    """One piece of furniture as its catalog describes it.
 
     Args:
         object_id: unique among the libraries read together; letters, digits and dashes.
-        name, category, creator, license: as the catalogue has them.
+        name, category, creator, license: as the catalog has them.
         library: stem of the library's file name.
         model: path of the model inside the archive.
-        size: width, height and depth in centimetres, along x, y (up) and z.
+        size: width, height and depth in centimeters, along x, y (up) and z.
         rotation: (3, 3), to be applied to the model's coordinates.
     """
 
@@ -65,7 +65,7 @@ class FurnitureLibrary:
     """An open `.sh3f` file.
 
     Raises:
-        ValueError: not a zip, or a zip without a catalogue.
+        ValueError: not a zip, or a zip without a catalog.
     """
 
     def __init__(self, path: str | Path):
@@ -87,7 +87,7 @@ class FurnitureLibrary:
         self.archive.close()
 
     def pieces(self) -> Iterator[Piece]:
-        """The catalogue's entries that have a name and a model, in its order."""
+        """The catalog's entries that have a name and a model, in its order."""
         get = self.properties.get
         numbers = sorted(int(key[6:]) for key in self.properties if re.fullmatch(r"model#\d+", key))
         license_name = re.sub(r"\s+", " ", get("license", "")) or "not stated"

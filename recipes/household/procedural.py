@@ -10,7 +10,7 @@ import numpy as np
 
 
 NUM_POINTS = 2048
-Part = tuple[str, np.ndarray, np.ndarray, int]  # shape, centre (3,), size (3,), material
+Part = tuple[str, np.ndarray, np.ndarray, int]  # shape, center (3,), size (3,), material
 
 
 class _Builder:
@@ -27,7 +27,7 @@ class _Builder:
         return bool(self.rng.random() < probability)
 
     def add(self, shape: str, x: float, y: float, z: float, w: float, h: float, d: float, material: int = 0):
-        """A part with its centre at x, z, its lowest point at y, and its size."""
+        """A part with its center at x, z, its lowest point at y, and its size."""
         self.parts.append((shape, np.array([x, y + h / 2, z]), np.array([w, h, d]), material))
 
     def legs(self, w: float, h: float, d: float, material: int = 1):
@@ -410,12 +410,12 @@ _MAKERS: dict[str, tuple[Callable[[_Builder], str], ...]] = {
     "toilet": (_toilet,),
     "appliance": (_stove, _fridge, _washing_machine),
 }
-# Materials 3 to 6 have a colour by nature: leaves, pots, wood, skin.
+# Materials 3 to 6 have a color by nature: leaves, pots, wood, skin.
 _NATURAL = {3: (0.2, 0.45, 0.15), 4: (0.6, 0.35, 0.2), 5: (0.4, 0.27, 0.15), 6: (0.85, 0.65, 0.5)}
 
 
 def make_object(rng: np.random.Generator) -> tuple[str, str, np.ndarray]:
-    """One object: noun, kind, and its cloud (2048, 6) float32, normalised, y up."""
+    """One object: noun, kind, and its cloud (2048, 6) float32, normalized, y up."""
     kind = list(_MAKERS)[rng.integers(len(_MAKERS))]
     builder = _Builder(rng)
     makers = _MAKERS[kind]

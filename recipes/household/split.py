@@ -18,7 +18,7 @@ _SAME_SHAPE = 0.85
 
 
 def normalized_name(name: str) -> str:
-    """A name without numbers, colours, sizes and plural: "Concept Sedan 02" and "Concept sedans" are one."""
+    """A name without numbers, colors, sizes and plural: "Concept Sedan 02" and "Concept sedans" are one."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     kept = [word for word in words if word not in _VARIANT_WORDS] or words
     return " ".join(word.removesuffix("s") for word in kept)
@@ -35,12 +35,12 @@ def occupancy(coord: np.ndarray) -> np.ndarray:
 def group_objects(names: list[str], kinds: list[str | None], coords: list[np.ndarray]) -> list[int]:
     """Number the groups of objects that must stay on one side of a split.
 
-    Two objects belong together if their normalised names are equal, or if they are of the same kind and fill nearly
+    Two objects belong together if their normalized names are equal, or if they are of the same kind and fill nearly
     the same voxels (intersection over union of at least 0.85).
 
     Args:
         names, kinds: of each object.
-        coords: (N, 3) of each object, centred, largest norm 1.
+        coords: (N, 3) of each object, centered, largest norm 1.
 
     Returns:
         One group number per object.

@@ -1,10 +1,10 @@
 """Grouped views of clouds, prepared once, and their augmentation as tensors: what the encoder is pre-trained on.
 
-Farthest point sampling and neighbour search cost more than the network itself, and neither rotation nor colour
+Farthest point sampling and neighbor search cost more than the network itself, and neither rotation nor color
 changes them. So each object is grouped a few times from different random subsets of its points, and every batch turns,
-stretches, jitters and recolours the finished neighbourhoods.
+stretches, jitters and recolors the finished neighborhoods.
 
-Shapes: B views, G groups, K neighbours.
+Shapes: B views, G groups, K neighbors.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def group_views(
     """Group random subsets of a cloud; the first view is the cloud as the processor hands it to the model.
 
     Args:
-        cloud: (N, 6), normalised.
+        cloud: (N, 6), normalized.
         config: for the number and size of the groups.
         num_points: P, points that the model reads.
         num_views: V.
@@ -40,7 +40,7 @@ def group_views(
 
 
 def color_shares(color: torch.Tensor) -> torch.Tensor:
-    """(B, G, K, 3) colours → (B, 11) share of the points with each name."""
+    """(B, G, K, 3) colors → (B, 11) share of the points with each name."""
     index = torch.from_numpy(color_indices(color.numpy())).flatten(1)  # (B, G*K)
     return (
         torch.zeros(len(index), len(COLORS)).scatter_add_(1, index, torch.ones(1).expand(index.shape)) / index.shape[1]
@@ -50,14 +50,14 @@ def color_shares(color: torch.Tensor) -> torch.Tensor:
 def augment_views(
     neighborhood: torch.Tensor, center: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn, stretch, jitter and recolour views; their shape and thus their kind stays.
+    """Turn, stretch, jitter and recolor views; their shape and thus their kind stays.
 
     Half of the views turn about the up axis y by at most 15°, the others by any angle; a quarter are mirrored; each
-    axis is stretched by up to 15 %; half get new colours part by part, 12 % lose them (black), and the light changes a
+    axis is stretched by up to 15 %; half get new colors part by part, 12 % lose them (black), and the light changes a
     little.
 
     Args:
-        neighborhood: (B, G, K, 6), xyz relative to the centre and rgb.
+        neighborhood: (B, G, K, 6), xyz relative to the center and rgb.
         center: (B, G, 3).
         generator: where the chances come from.
 
@@ -95,13 +95,13 @@ def augment_views(
 
 
 def recolor(color: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator, num_parts: int = 4) -> torch.Tensor:
-    """New colours for the parts of the chosen clouds: points that look alike stay alike, texture and shading stay.
+    """New colors for the parts of the chosen clouds: points that look alike stay alike, texture and shading stay.
 
     Args:
         color: (B, ..., 3) in [0, 1].
         chosen: (B,) bool.
         generator: where the chances come from.
-        num_parts: colours drawn from each cloud; every point follows the nearest of them.
+        num_parts: colors drawn from each cloud; every point follows the nearest of them.
     """
     batch_size, flat = len(color), color.flatten(1, -2)  # (B, P, 3)
     drawn = torch.randint(flat.shape[1], (batch_size, num_parts), generator=generator)
@@ -120,7 +120,7 @@ _PALETTE = torch.tensor(
 
 
 def random_colors(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """(..., 3) colours: a basic one and some deviation, or any colour at all."""
+    """(..., 3) colors: a basic one and some deviation, or any color at all."""
     basic = _PALETTE[torch.randint(len(_PALETTE), shape, generator=generator)]
     basic = basic + 0.12 * torch.randn(*shape, 3, generator=generator)
     anything = torch.rand(*shape, 3, generator=generator)
