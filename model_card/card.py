@@ -61,9 +61,8 @@ def write_card(
     result_files = _find_results(results)
     runs = [read_results(path, fingerprint) for path in result_files]
     _check_model_id(model_id)
-    if ablation is not None:
-        ablation = Path(ablation)
-        ablation_file = ablation / ABLATION_FILE if ablation.is_dir() else ablation
+    ablation = None if ablation is None else Path(ablation)
+    ablation_file = ablation / ABLATION_FILE if ablation is not None and ablation.is_dir() else ablation
     facts |= {
         "model_id": model_id or public_path(folder),
         "runs": runs,
@@ -71,25 +70,36 @@ def write_card(
         "ablation": None if ablation is None else ablation_section(ablation_file),
         "emissions": estimate_emissions(facts["hours"], given),
         "command": _command(folder, model_id, result_files, given, ablation),
-        "conditions": CONDITIONS,
-        "suffixes": READABLE_SUFFIXES,
-        "sources_file": SOURCES_FILE,
-        "version": minigpt3d.__version__,
     }
-    facts["metadata"] = _metadata(facts)
-    marked = render("card.jinja", facts)
-    if unsourced := find_unsourced(marked):
-        raise CardError(
-            f"The card of {folder} would hold numbers without a source: {'; '.join(f'“{words}”' for words in unsourced)}. "
-            f"Take them from a file (see card.jinja); in {RECIPE_FILE}, put them into counts, minutes or figures."
-        )
-    card, sources = take_marks(marked)
+    card, sources = take_marks(_render_card(facts, folder))
     write_text(folder / CARD_FILE, card)
     write_json(folder / SOURCES_FILE, sources)
     _write_eval_results(folder, [run.raw for run in runs])
     if ablation is not None:
         _copy_picture(ablation_file.with_suffix(".png"), folder)
     return folder / CARD_FILE
+
+
+def _render_card(facts: Mapping, folder: Path) -> str:
+    """The card with marks.
+
+    Raises:
+        CardError: a number has no source.
+    """
+    constants = {
+        "metadata": _metadata(facts),
+        "conditions": CONDITIONS,
+        "suffixes": READABLE_SUFFIXES,
+        "sources_file": SOURCES_FILE,
+        "version": minigpt3d.__version__,
+    }
+    marked = render("card.jinja", facts | constants)
+    if unsourced := find_unsourced(marked):
+        raise CardError(
+            f"The card of {folder} would hold numbers without a source: {'; '.join(f'“{words}”' for words in unsourced)}. "
+            f"Take them from a file (see card.jinja); in {RECIPE_FILE}, put them into counts, minutes or figures."
+        )
+    return marked
 
 
 def _find_results(results: Iterable[str | Path]) -> list[Path]:
