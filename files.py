@@ -6,39 +6,46 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def written_file(path: Path) -> Iterator[Path]:
-    """A temporary path that is renamed to `path` when the block ends without an error.
+def written_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` when the block ends without an error, and removed otherwise.
 
-    Its name holds the process id: processes that share a folder do not write to the same temporary file.
+    Each call has its own temporary name, so that threads and processes may write the same file at the same time.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield partial
-        partial.replace(path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str):
+def write_text(path: str | Path, text: str):
     """Write a UTF-8 text file."""
-    with written_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, content, indent: int | None = 1):
+def write_bytes(path: str | Path, content: bytes):
+    """Write a binary file."""
+    with written_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: str | Path, content, indent: int | None = 1):
     """Write JSON in UTF-8, with a newline at its end."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name of `folder`, and its place, when the block ends without an error.
+    """A temporary folder that is renamed to `folder`, replacing it, when the block ends without an error.
 
     Raises:
         OSError: the disk is full; nothing that was written is left behind.

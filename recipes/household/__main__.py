@@ -26,7 +26,7 @@ from minigpt3d.files import write_json, written_whole
 from minigpt3d.hub import load_model, save_pretrained
 
 from .build_data import SOURCES, BuildOptions, build
-from .command import run_command
+from .command_line import run_command
 from .heldout import write_heldout
 from .recipe_card import write_model_card
 from .stage_scores import evaluate_models, to_table
@@ -49,7 +49,9 @@ class RecipeOptions:
     held_out_library: str | None = option(
         "stem of a library to score on instead of training on it", default=None, metavar="STEM"
     )
-    max_steps: int | None = option("maximum steps of every training, to try the recipe out", default=None)
+    max_steps: int | None = option(
+        "maximum steps of every training, and generated objects, to try the recipe out", default=None
+    )
 
 
 class Steps:
@@ -152,8 +154,8 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
     steps.run("packing", packed, lambda: pack_data(data, packed))
     pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]
     if options.max_steps:
-        for part in ("encoder", "qformer", "language"):
-            pretrain += [f"--{part}_steps", options.max_steps]
+        for name in ("encoder_steps", "qformer_steps", "language_steps", "num_procedural"):
+            pretrain += [f"--{name}", options.max_steps]
     # pretrain.json is written last.
     steps.run("encoder, Q-Former and language model", base / "pretrain.json", lambda: run_module(*pretrain))
     stages, init = {}, base

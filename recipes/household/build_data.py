@@ -33,7 +33,7 @@ from minigpt3d.files import write_json, write_text
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .captions import annotate, get_facts
-from .command import run_command
+from .command_line import run_command
 from .library import FurnitureLibrary, Piece
 from .split import choose_validation, group_objects
 from .views import recolor

@@ -17,7 +17,7 @@ from minigpt3d.files import written_file
 
 from .build_data import NUM_POINTS, read_metadata
 from .captions import detailed, get_facts
-from .command import run_command
+from .command_line import run_command
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from minigpt3d.processing_minigpt3d import (
 
 from .build_data import NUM_POINTS, read_metadata
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
-from .command import run_command
+from .command_line import run_command
 from .procedural import make_object
 from .views import augment_views, color_shares, group_views
 

@@ -26,7 +26,7 @@ from minigpt3d.files import write_json
 from minigpt3d.hub import fingerprint_model
 from minigpt3d.model_card.ablation import ablation_table
 from minigpt3d.model_card.words import public_path
-from minigpt3d.recipes.household.command import run_command
+from minigpt3d.recipes.household.command_line import run_command
 
 from .ablation_files import write_ablation
 from .lab import Lab
