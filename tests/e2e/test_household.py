@@ -1,6 +1,9 @@
 """The household recipe: furniture libraries, kinds and colors, the split, captions, the data release and the scores."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from minigpt3d.data.clouds import read_point_cloud
 from minigpt3d.data.records import read_annotations
 from minigpt3d.evaluation.vocabulary.colors import COLORS, color_indices, first_color, main_color, names_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, kind_of, names_kind, with_article
-from minigpt3d.hub import save_pretrained
+from minigpt3d.hub import load_model, save_pretrained
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.recipes.household.__main__ import main
 from minigpt3d.recipes.household.build_data import NUM_POINTS, BuildOptions, build
 from minigpt3d.recipes.household.captions import annotate, get_facts, what_is_this
 from minigpt3d.recipes.household.heldout import write_heldout
@@ -335,3 +339,36 @@ def test_models_and_the_majority_answer_are_scored(tmp_path):
 
 def test_brief_answers_name_the_kind():
     assert names_kind(what_is_this(get_facts("Desk lamp", "Lights", np.zeros((8, 6)))), "lamp")
+
+
+# ---- The complete recipe ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_complete_recipe_with_few_steps(tmp_path):
+    names = [f"{adjective} {noun}" for noun in ("chair", "table") for adjective in "Oak Iron Beach Deck Osaka".split()]
+    library, output_dir = make_library(tmp_path / "Test.sh3f", names), tmp_path / "household"
+    command = [sys.executable, "-m", "minigpt3d.recipes.household", library, "--work-dir", tmp_path / "work"]
+    command += ["--output_dir", output_dir, "--max_steps", "1"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+    def run() -> str:
+        result = subprocess.run(
+            list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    assert "majority answer" in run()
+    scores = json.loads((output_dir / "scores.json").read_text())
+    assert list(scores["models"]) == ["I", "II", "III", "IV", "shipped"] and scores["objects"] > 0
+    assert json.loads((output_dir / "evaluation" / "results.json").read_text())["suite"] == "household"
+    assert "| libraries | 1 |" in (output_dir / "README.md").read_text()
+    assert "A. Maker" in (output_dir / "CREATORS.md").read_text()
+    load_model(output_dir)
+    assert run().count(" exists") == 10  # the second run skips all steps but the writing of the checkpoint
+
+
+def test_missing_library_is_reported(tmp_path):
+    with pytest.raises(SystemExit, match="error: no such file: .*none.sh3f"):
+        main([str(tmp_path / "none.sh3f")])
