@@ -97,18 +97,19 @@ def _limits_of_answers(run: Fact) -> Iterator[str]:
 
 def _limits_of_corruptions(run: Fact) -> Iterator[str]:
     """The worst score of the main metric on corrupted objects."""
-    main = next(score for score in run["scores"] if score["condition"] == "seeing")
+    main = next((score for score in run["scores"] if score["condition"] == "seeing"), None)
     corrupted = [
         score
         for score in run["scores"]
-        if score["condition"].raw not in CONDITIONS
+        if main is not None
+        and score["condition"].raw not in CONDITIONS
         and (score["question"], score["metric"]) == (main["question"], main["metric"])
     ]
     if not corrupted:
         return
     worst = max if run["metrics"][main["metric"].raw]["lower_is_better"] else min
     score = worst(corrupted, key=lambda score: score["value"].raw)
-    low, original = (one["value"].says(number(one["value"].raw, one["unit"].raw)) for one in (score, main))
+    low, original = (entry["value"].says(number(entry["value"].raw, entry["unit"].raw)) for entry in (score, main))
     yield f"{_subject(score)}: {low} instead of {original} under the most harmful corruption, `{score['condition']}`."
 
 

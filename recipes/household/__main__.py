@@ -25,7 +25,7 @@ from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.files import write_json, written_whole
 from minigpt3d.hub import load_model, save_pretrained
 
-from .build_data import SOURCES, BuildOptions, build
+from .build_data import SOURCES, build
 from .command_line import run_command
 from .heldout import write_heldout
 from .recipe_card import write_model_card
@@ -149,14 +149,13 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
         The folders of the data, of every stage by name, and of the exported checkpoint.
     """
     data, packed, base, checkpoint = (options.work_dir / name for name in ("data", "packed", "base", "checkpoint"))
-    build_options = BuildOptions(options.libraries, data, options.held_out_library)
-    steps.run("data", data / "report.json", lambda: build(build_options))  # report.json is written last
+    # report.json is written last, and so is pretrain.json.
+    steps.run("data", data / "report.json", lambda: build(options.libraries, data, options.held_out_library))
     steps.run("packing", packed, lambda: pack_data(data, packed))
     pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]
     if options.max_steps:
         for name in ("encoder_steps", "qformer_steps", "language_steps", "num_procedural"):
             pretrain += [f"--{name}", options.max_steps]
-    # pretrain.json is written last.
     steps.run("encoder, Q-Former and language model", base / "pretrain.json", lambda: run_module(*pretrain))
     stages, init = {}, base
     for number, stage in enumerate(STAGES, start=1):

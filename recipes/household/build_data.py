@@ -1,8 +1,6 @@
 """Furniture libraries → a data release in PointLLM's layout: colored clouds and texts about them.
 
-    python -m minigpt3d.recipes.household.build_data --libraries A.sh3f B.sh3f --output DIR
-
-Writes into DIR, all of it a function of the libraries and the seed:
+The files of a release depend on the libraries and the seed only:
 
     clouds/{object_id}_8192.npy     training objects, and recolored copies of them ({object_id}-r1, …)
     validation/{object_id}_8192.npy objects whose names and base models no training object has
@@ -26,14 +24,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minigpt3d.arguments import option
 from minigpt3d.evaluation.vocabulary.colors import main_color
 from minigpt3d.evaluation.vocabulary.kinds import kind_of
 from minigpt3d.files import write_json, write_text
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .captions import annotate, get_facts
-from .command_line import run_command
 from .library import FurnitureLibrary, Piece
 from .split import choose_validation, group_objects
 from .views import recolor
@@ -52,24 +48,6 @@ RECOLORED_PER_OBJECT = {True: 2, False: 0}
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """Options of the command.
-
-    Args:
-        held_out_library: all its objects are for validation, all others for training: this measures how well a model does
-            on an unseen library.
-    """
-
-    libraries: list[Path] = option("Sweet Home 3D furniture libraries", metavar="FILE.sh3f")
-    output: Path = option("folder for the release", metavar="DIR")
-    held_out_library: str | None = option(
-        "stem of a library that is for validation only", default=None, metavar="STEM"
-    )
-    seed: int = option("seed of wording and recoloring", default=0)
-    num_workers: int = option("processes that read models", default=2)
-
-
-@dataclass(frozen=True)
 class Item:
     """A piece of a library with its cloud, kind and place in the split."""
 
@@ -80,8 +58,18 @@ class Item:
     is_validation: bool
 
 
-def build(options: BuildOptions) -> dict:
-    """Build the release.
+def build(
+    libraries: list[Path], output: Path, held_out_library: str | None = None, seed: int = 0, num_workers: int = 2
+) -> dict:
+    """Build a release.
+
+    Args:
+        libraries: `.sh3f` files.
+        output: folder for the release.
+        held_out_library: stem of a library whose objects are all for validation, while all others are for training: this
+            measures how well a model does on an unseen library.
+        seed: of wording and recoloring.
+        num_workers: processes that read models.
 
     Returns:
         The content of report.json.
@@ -89,13 +77,11 @@ def build(options: BuildOptions) -> dict:
     Raises:
         ValueError: the libraries hold no readable models, repeat an id, or do not include the held-out one.
     """
-    pieces = read_pieces(options.libraries)
+    pieces = read_pieces(libraries)
     stems = {piece.library for _, piece in pieces}
-    if options.held_out_library is not None and options.held_out_library not in stems:
-        raise ValueError(
-            f"`held_out_library` must be one of {', '.join(sorted(stems))}, got {options.held_out_library!r}."
-        )
-    with ProcessPoolExecutor(options.num_workers) as pool:
+    if held_out_library is not None and held_out_library not in stems:
+        raise ValueError(f"`held_out_library` must be one of {', '.join(sorted(stems))}, got {held_out_library!r}.")
+    with ProcessPoolExecutor(num_workers) as pool:
         results = list(tqdm(pool.map(read_cloud, pieces, chunksize=4), total=len(pieces), desc="models", unit=""))
     broken = {piece.object_id: error for (_, piece), (_, error) in zip(pieces, results, strict=True) if error}
     readable = [(piece, cloud) for (_, piece), (cloud, _) in zip(pieces, results, strict=True) if cloud is not None]
@@ -103,10 +89,11 @@ def build(options: BuildOptions) -> dict:
         raise ValueError(
             f"none of the {len(pieces)} models can be read; the first error: {next(iter(broken.values()))}"
         )
-    items = split_pieces(readable, options.held_out_library)
-    num_records = write_release(items, options.output, options.seed)
-    report = make_report(items, options, num_records, broken)
-    write_json(options.output / "report.json", report)
+    items = split_pieces(readable, held_out_library)
+    num_records = write_release(items, output, seed)
+    report = {"libraries": [Path(path).name for path in libraries], "held_out_library": held_out_library}
+    report |= count_items(items) | {"records": num_records, "broken": broken}
+    write_json(output / "report.json", report)
     return report
 
 
@@ -229,20 +216,16 @@ def describe(item: Item) -> dict:
     }
 
 
-def make_report(items: list[Item], options: BuildOptions, num_records: dict[str, int], broken: dict[str, str]) -> dict:
-    """The content of report.json."""
+def count_items(items: list[Item]) -> dict:
+    """The counts of report.json."""
     train = Counter(item.kind for item in items if not item.is_validation)
     validation = Counter(item.kind for item in items if item.is_validation)
     return {
-        "libraries": [Path(path).name for path in options.libraries],
-        "held_out_library": options.held_out_library,
         "objects": len(items),
         "train": train.total(),
         "validation": validation.total(),
         "scored_validation": validation.total() - validation[None],
         "kinds": {kind: [train[kind], validation[kind]] for kind in sorted({*train, *validation} - {None})},
-        "records": num_records,
-        "broken": broken,
     }
 
 
@@ -250,14 +233,3 @@ def read_metadata(data_dir: Path) -> list[dict]:
     """The lines of a release's metadata.jsonl."""
     lines = (Path(data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def main(argv: list[str] | None = None):
-    def action(options: BuildOptions):
-        print(json.dumps(build(options), indent=1, ensure_ascii=False))
-
-    run_command(action, BuildOptions, __doc__, "minigpt3d.recipes.household.build_data", argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,31 +1,18 @@
-"""Write the held-out objects of a release as one small file, which `minigpt3d evaluate household` reads.
-
-    python -m minigpt3d.recipes.household.heldout --data build/household/data --output evaluation/household.parquet
+"""Write the held-out objects of a release as one small file, such as evaluation/household.parquet.
 
 A row for each validation object of a known kind: the cloud as `data.clouds.encode_cloud` packs it, its name, kind, color and
 caption, and its creator and license.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minigpt3d.arguments import option
 from minigpt3d.data.clouds import encode_cloud
 from minigpt3d.files import written_file
 
 from .build_data import NUM_POINTS, read_metadata
 from .captions import detailed, get_facts
-from .command_line import run_command
-
-
-@dataclass(frozen=True)
-class HeldOutOptions:
-    """Options of the command."""
-
-    data: Path = option("folder that build_data wrote", metavar="DIR")
-    output: Path = option("file to write", metavar="FILE.parquet")
 
 
 def write_heldout(data_dir: Path, path: Path) -> int:
@@ -55,14 +42,3 @@ def write_heldout(data_dir: Path, path: Path) -> int:
     with written_file(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd", compression_level=19)
     return len(rows)
-
-
-def main(argv: list[str] | None = None):
-    def action(options: HeldOutOptions):
-        print(f"{options.output}: {write_heldout(options.data, options.output)} objects")
-
-    run_command(action, HeldOutOptions, __doc__, "minigpt3d.recipes.household.heldout", argv)
-
-
-if __name__ == "__main__":
-    main()

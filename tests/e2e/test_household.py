@@ -20,7 +20,7 @@ from minigpt3d.evaluation.vocabulary.kinds import KINDS, kind_of, names_kind, wi
 from minigpt3d.hub import load_model, save_pretrained
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.recipes.household.__main__ import main
-from minigpt3d.recipes.household.build_data import NUM_POINTS, BuildOptions, build
+from minigpt3d.recipes.household.build_data import NUM_POINTS, build
 from minigpt3d.recipes.household.captions import annotate, get_facts, what_is_this
 from minigpt3d.recipes.household.heldout import write_heldout
 from minigpt3d.recipes.household.library import FurnitureLibrary, read_properties
@@ -268,7 +268,7 @@ def test_build_is_complete_and_repeatable(tmp_path):
         "Round table",
     ]
     library = make_library(tmp_path / "Test.sh3f", names)
-    report = build(BuildOptions([library], tmp_path / "one", num_workers=1))
+    report = build([library], tmp_path / "one", num_workers=1)
     assert list(report["broken"]) == ["test-box6"] and report["objects"] == 7
     assert report["scored_validation"] >= 2
     rows = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
@@ -280,19 +280,19 @@ def test_build_is_complete_and_repeatable(tmp_path):
     for sample in samples["brief"]:
         cloud = read_point_cloud(tmp_path / "one" / "clouds", sample.object_id)
         assert cloud.shape == (8192, 6) and names_color(sample.rounds[0][1], main_color(cloud[:, 3:]))
-    build(BuildOptions([library], tmp_path / "two", num_workers=1))
+    build([library], tmp_path / "two", num_workers=1)
     for path in sorted((tmp_path / "one").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
     with pytest.raises(ValueError, match="used twice"):
-        build(BuildOptions([library, library], tmp_path / "three"))
+        build([library, library], tmp_path / "three")
     with pytest.raises(ValueError, match="`held_out_library` must be one of Test"):
-        build(BuildOptions([library], tmp_path / "three", held_out_library="Other"))
+        build([library], tmp_path / "three", held_out_library="Other")
 
 
 def test_clouds_equal_those_of_inference(tmp_path):
     library = make_library(tmp_path / "Test.sh3f", ["Hall table", "Oak table"])
-    build(BuildOptions([library], tmp_path / "data", held_out_library="Test", num_workers=1))
+    build([library], tmp_path / "data", held_out_library="Test", num_workers=1)
     with FurnitureLibrary(library) as opened:
         model = opened.extract(list(opened.pieces())[1], tmp_path)
     cloud = np.load(tmp_path / "data" / "validation" / "test-box2_8192.npy")
