@@ -13,7 +13,6 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import minigpt3d
-from minigpt3d import HUB_ID
 from minigpt3d.files import write_json, write_text
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
@@ -126,7 +125,7 @@ def _check_model_id(model_id: str | None):
             validate_repo_id(model_id)
         except HFValidationError as error:
             raise ValueError(
-                f"`model_id` {model_id!r}: expected a Hub id, such as {HUB_ID}, or a folder. {error}"
+                f"`model_id` {model_id!r}: expected a Hub id, OWNER/NAME, or a folder. {error}"
             ) from error
 
 
