@@ -307,9 +307,7 @@ def balance(weights: np.ndarray, kinds: np.ndarray, num_real: int, num_kinds: in
 def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
     """Train point encoder, query tokens and Q-Former in place; returns the accuracy of the heads on validation objects."""
     for module in model.point_encoder.modules():
-        if isinstance(
-            module, nn.Linear
-        ):  # with transformers' small initial weights, positions of groups have no effect
+        if isinstance(module, nn.Linear):  # transformers' initial weights are too small: positions have no effect
             module.reset_parameters()
     training = EncoderTraining(model, views.head_sizes)
     first = views.rng.choice(len(views.targets), 64, p=views.weights)
