@@ -1,4 +1,4 @@
-"""The page of this metric's Space: a form, and its card."""
+"""The page of this Space: a form, and the metric's card."""
 
 import evaluate
 import nltk
