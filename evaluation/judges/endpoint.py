@@ -1,15 +1,17 @@
 """A judge behind an OpenAI-compatible endpoint: a paid one, or vLLM, llama.cpp, Ollama on a machine of one's own."""
 
 import json
+import multiprocessing
 import os
 import re
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from .cache import Reply
@@ -81,72 +83,73 @@ class EndpointJudge(Judge):
         self._settings = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}  # replaced if some are refused
         key = {"kind": "chat completions", "model": model, "settings": self._settings}
         super().__init__(model, cache_dir, key, host, price)
-        self._key_variable, self._concurrency, self._timeout = api_key_variable, concurrency, timeout
+        self._url, self._key_variable, self._concurrency, self._timeout = url, api_key_variable, concurrency, timeout
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0  # monotonic time before which no request starts
         self._has_warned = False
         self._lock = threading.Lock()
         self._thread = threading.local()  # stop: ends the run; of the current prompt: attempts, trouble, completion
+
+    def _make_client(self) -> "openai.OpenAI":
         hooks = {"request": [self._before_request], "response": [self._after_response]}
-        self._client = openai.OpenAI(
+        return openai.OpenAI(
             api_key=self._api_key or "none",  # the client insists on one, and without it takes another variable's
-            base_url=url, max_retries=ATTEMPTS - 1, timeout=timeout,
+            base_url=self._url, max_retries=ATTEMPTS - 1, timeout=self._timeout,
             http_client=openai.DefaultHttpxClient(event_hooks=hooks),
         )  # fmt: skip
 
     def _ask(self, prompts: list[str]) -> Iterator[Reply]:
-        todo, done, stop = SimpleQueue(), SimpleQueue(), threading.Event()
+        if not prompts:
+            return
+        stop, failures, in_a_row = threading.Event(), [], 0
 
-        def work():
+        def outcome_of(prompt):
             self._thread.stop = stop
-            for prompt in iter(todo.get, None):
-                try:
-                    done.put(self._ask_one(prompt))
-                except Exception as error:
-                    done.put(error)  # before the errors of the threads that the next line stops
-                    if not isinstance(error, _NoReplyError):
-                        stop.set()  # here, or this thread would begin the next prompt
+            try:
+                return self._ask_one(client, prompt)
+            except Exception as error:
+                if not isinstance(error, _NoReplyError):
+                    stop.set()  # here, or this thread would begin the next prompt
+                return error
 
-        # Not an executor's threads: those keep the process from ending until the last request has timed out.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._concurrency, len(prompts)))]
-        for prompt in [*prompts, *[None] * len(threads)]:
-            todo.put(prompt)
-        failures, in_a_row = [], 0
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in prompts:
-                outcome = done.get()
-                if isinstance(outcome, Reply):
-                    in_a_row = 0
-                    yield outcome
-                elif isinstance(outcome, _NoReplyError):
-                    failures.append(outcome)
-                    in_a_row += 1
-                    if in_a_row == max(3, self._concurrency):
-                        break
-                else:
-                    raise outcome
-        finally:
-            stop.set()
-            end = time.monotonic() + GRACE  # replies that come until then are kept
-            for thread in threads:
-                thread.join(max(0, end - time.monotonic()))
+        # Its threads are daemons. Those of an executor keep the process from ending until the last request has timed out.
+        with self._make_client() as client, ThreadPool(min(self._concurrency, len(prompts))) as pool:
+            outcomes = pool.imap_unordered(outcome_of, prompts)
+            try:
+                for outcome in outcomes:
+                    if isinstance(outcome, Reply):
+                        in_a_row = 0
+                        yield outcome
+                    elif not isinstance(outcome, _NoReplyError):
+                        raise outcome
+                    elif not stop.is_set():  # else a refusal, which comes later, stopped it
+                        failures.append(outcome)
+                        in_a_row += 1
+                        if in_a_row == max(3, self._concurrency):
+                            break
+            finally:
+                stop.set()
+                end = time.monotonic() + GRACE  # replies that come until then are kept
+                with suppress(StopIteration, multiprocessing.TimeoutError):
+                    while True:
+                        outcomes.next(max(0, end - time.monotonic()))
         if failures:
             missing = f"{len(failures)} of {len(prompts)} prompts"
             raise JudgeError(f"{self._shown_url} did not reply to {missing}; the last: {failures[-1]}.")
 
-    def _ask_one(self, prompt: str) -> Reply:
+    def _ask_one(self, client: "openai.OpenAI", prompt: str) -> Reply:
         state, settings = self._thread, self._settings
         state.attempts, state.trouble = 0, None
+        if state.stop.is_set():
+            raise _NoReplyError("the run ended")
         messages = [{"role": "user", "content": without_surrogates(prompt)}]
         try:
-            self._client.chat.completions.create(model=self.name, messages=messages, **settings)
+            client.chat.completions.create(model=self.name, messages=messages, **settings)
             reply = state.completion | {"sampled": "temperature" not in settings}
         except openai.APIStatusError as error:
             if error.code != "content_filter":
                 if self._replace_setting(error, settings):
-                    return self._ask_one(prompt)
+                    return self._ask_one(client, prompt)
                 raise self._failure(error, settings) from None  # the error may contain the key
             reply = dict.fromkeys(("reply", "served_model", "prompt_tokens", "completion_tokens"))  # price unknown
             reply |= {"finish_reason": "content_filter", "sampled": False}

@@ -28,9 +28,8 @@ class LocalJudge(Judge):
         self, model, cache_dir, device: str | None = None, *, batch_size: int = 8, max_tokens: int = MAX_TOKENS
     ):
         self._source, self._batch_size, self._max_tokens = model, batch_size, max_tokens
-        self._device = device or (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        )
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self._device = device or accelerator
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         except (OSError, ValueError) as error:
@@ -39,17 +38,14 @@ class LocalJudge(Judge):
                 f"model behind an endpoint. {str(error).splitlines()[0]}"
             ) from error
         if self._tokenizer.chat_template is None:
-            raise ValueError(
-                f"`model` {model} has no chat template, so it is no chat model: use an instruction-tuned one"
-            )
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+            raise ValueError(f"`model` {model} has no chat template: use an instruction-tuned model")
+        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
         folder = Path(model)
         name = folder.resolve().name if folder.is_dir() else str(model)
         key = {"kind": "transformers", "model": name, "settings": {"do_sample": False, "max_tokens": max_tokens}}
         if folder.is_dir():  # other folders may have its name, and its files may change
             stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-            files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+            files = [(file_name, stat.st_size, stat.st_mtime_ns) for file_name, stat in stats]
             key["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         super().__init__(name, cache_dir, key)
 
@@ -85,8 +81,9 @@ class LocalJudge(Judge):
         for tokens, mask in zip(output[:, inputs["input_ids"].shape[1] :], inputs["attention_mask"], strict=True):
             end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).nonzero().flatten()[:1]
             tokens = tokens[: int(end) + 1] if len(end) else tokens
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            counts = {"prompt_tokens": int(mask.sum()), "completion_tokens": len(tokens)}
-            reason = "stop" if len(end) else "length"
-            replies.append({"reply": text, "finish_reason": reason, "sampled": False, "served_model": None} | counts)
+            replies.append({
+                "reply": self._tokenizer.decode(tokens, skip_special_tokens=True), "sampled": False, "served_model": None,
+                "finish_reason": "stop" if len(end) else "length",
+                "prompt_tokens": int(mask.sum()), "completion_tokens": len(tokens),
+            })  # fmt: skip
         return replies

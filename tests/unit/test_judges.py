@@ -542,7 +542,7 @@ def test_a_broken_server_is_given_up(endpoint, make_judge, concurrency, in_vain)
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
     # Each thread may have begun with one more.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
-    assert len(told) == 1
+    assert len(told) == 1, [str(warning.message) for warning in told]
 
 
 def test_no_server_at_all(endpoint, make_judge):
@@ -847,5 +847,5 @@ def test_what_is_no_chat_model_is_refused(chat_model, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(chat_model[0])
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="base has no chat template, so it is no chat model"):
+    with pytest.raises(ValueError, match="base has no chat template"):
         LocalJudge(tmp_path / "base", tmp_path)
