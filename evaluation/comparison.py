@@ -215,7 +215,7 @@ def _notes(runs: dict[str, dict], is_judged: bool, published: list[str]) -> list
 
 def _has_our_rubric(results: dict, metric: str) -> bool:
     """Whether the judge was asked for a score by the prompt that comes along."""
-    return prompt_hash(results, metric) == hash_prompt(default_prompt(METRICS[metric].module))
+    return prompt_hash(results, metric) == hash_prompt(default_prompt(METRICS[metric].prompt))
 
 
 # ---- As Markdown ----------------------------------------------------------------------------------------------------

@@ -362,8 +362,7 @@ def check_texts(suite: Suite, objects: list[EvalObject], metrics: list[str], opt
             raise ValueError(
                 f"--judge-prompt {name}: in this run of {suite.name} the judge is asked for {', '.join(sorted(asked))}."
             )
-        (module,) = {metric.module for metric in METRICS.values() if metric.prompt == name}
-        wanted = dict.fromkeys(re.findall(r"\{[a-z]+\}", default_prompt(module)))
+        wanted = dict.fromkeys(re.findall(r"\{[a-z]+\}", default_prompt(name)))
         if missing := [place for place in wanted if place not in text]:
             raise ValueError(
                 f"--judge-prompt {name}: the text lacks {' and '.join(missing)}: put it where that shall stand."
@@ -774,7 +773,7 @@ def describe_judge(suite: Suite, metrics: list[str], options: Options) -> dict:
     for name in metrics:
         if is_judged(suite, name):
             metric = METRICS[name]
-            text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.module)
+            text = options.judge_prompts.get(metric.prompt) or default_prompt(metric.prompt)
             prompts[metric.prompt] = hash_prompt(text)
     judge = options.judge
     return {"model": judge.name, "files": judge.files, "prompts": prompts} | judge.sum_up()

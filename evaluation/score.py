@@ -1,12 +1,10 @@
 """From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
-import evaluate
 import numpy as np
 
+from . import metrics as metric_functions
 from .conditions import CONTROLS, SEEING, SHUFFLED
 from .objects import EvalObject
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
@@ -15,18 +13,9 @@ from .vocabulary.colors import COLORS, OTHER_WORDS
 from .vocabulary.kinds import KINDS, answer_nouns
 
 
-METRICS_DIR = Path(__file__).with_name("metrics")
-
-
-@cache
-def load_metric(module: str):
-    """A metric of `metrics/`, from its folder."""
-    return evaluate.load(str(METRICS_DIR / module), keep_in_memory=True)
-
-
-def default_prompt(module: str) -> str:
-    """What a metric's module asks the judge."""
-    return load_metric(module).rubric
+def default_prompt(name: str) -> str:
+    """What a judge is asked for a metric, by the prompt's name."""
+    return metric_functions.PROMPTS[name]
 
 
 def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalObject]:
@@ -153,7 +142,7 @@ class Scorer:
             options["judge"] = self.judge
             if metric.prompt in self.prompts:
                 options["prompt"] = self.prompts[metric.prompt]
-        return load_metric(metric.module).compute(predictions=texts, references=references, **options)
+        return getattr(metric_functions, metric.module)(texts, references, **options)
 
     def _classes(self, field: str) -> dict:
         if field == "color":

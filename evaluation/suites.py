@@ -23,7 +23,7 @@ class Metric:
 
     Args:
         title: in reports.
-        module: folder in evaluation/metrics; for likelihoods none.
+        module: function of evaluation.metrics; none for likelihoods.
         reference: the field of `EvalObject` that holds the truth: "label", "caption" or "color".
         unit: "share" in [0, 1], "score100" in [0, 100], or "count".
         is_hit: whether an object's value is 0 or 1, so that the score is a share of objects.
