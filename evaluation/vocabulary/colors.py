@@ -9,9 +9,14 @@ is the main colour. The limits between neighbours are matters of taste, so they 
     pink     light reds and magentas                    orange, yellow, red: only where bright and saturated
 """
 
-import re
+from __future__ import annotations
 
-import numpy as np
+import re
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:  # numpy is imported by the functions that compute, so that importing the words stays cheap
+    import numpy as np
 
 
 COLORS = ("black", "white", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
@@ -21,6 +26,8 @@ OTHER_WORDS = {"grey": "gray", "violet": "purple", "magenta": "pink", "silver": 
 
 def color_indices(rgb: np.ndarray) -> np.ndarray:
     """(..., 3) colours in [0, 1] → (...) int64 indices into `COLORS`."""
+    import numpy as np
+
     rgb = np.asarray(rgb, dtype=np.float32)
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     value = rgb.max(-1)
@@ -50,6 +57,8 @@ def color_indices(rgb: np.ndarray) -> np.ndarray:
 
 def color_shares(rgb: np.ndarray) -> np.ndarray:
     """(N, 3) colours in [0, 1] → (11,) share of the points with each name of `COLORS`."""
+    import numpy as np
+
     return np.bincount(color_indices(rgb).ravel(), minlength=len(COLORS)) / max(1, rgb.size // 3)
 
 
