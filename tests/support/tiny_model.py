@@ -75,6 +75,4 @@ def make_tiny_tokenizer():
 
 
 def make_tiny_processor() -> MiniGPT3DProcessor:
-    return MiniGPT3DProcessor(
-        MiniGPT3DPointCloudProcessor(num_points=128), make_tiny_tokenizer(), num_query_tokens=6
-    )
+    return MiniGPT3DProcessor(MiniGPT3DPointCloudProcessor(num_points=128), make_tiny_tokenizer(), num_query_tokens=6)
