@@ -21,7 +21,7 @@ def test_a_stage_runs_under_accelerate(form, base, release, tmp_path):
     options += ["--output_dir", tmp_path / "stage4", "--max_steps", "1", "--device_batch", "8", "--num_workers", "0"]
     done = subprocess.run(
         [*launch, *map(str, options)], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=180,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "stage4" / "stage.json").read_text())["stage"] == "IV"

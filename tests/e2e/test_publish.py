@@ -99,7 +99,7 @@ def published(tmp_path_factory):
 
         def run(script, *arguments):
             command = [sys.executable, "-c", script, *map(str, arguments)]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
             return done.stdout + done.stderr
 
