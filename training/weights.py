@@ -11,16 +11,17 @@ same factors, bit for bit. The result of the last stage, and with `export` that 
 the Hub, which keeps the adapter as `adapter/`.
 """
 
-import logging
 import re
 import shutil
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,15 +37,6 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from .run_options import RunOptions
 from .stages import Stage, select_trainable
 
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it reports what it lacks
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: E402
-
-
-# Raised by peft's call of transformers.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 # Not quantized in a model of 4 bits: everything but the layers of the language model.
 NOT_IN_4_BIT = [
