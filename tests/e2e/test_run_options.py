@@ -70,7 +70,8 @@ def test_gradient_checkpointing_keeps_fewer_activations(run):
     assert kept[True] < 0.5 * kept[False]
 
 
-def test_compiled_runs_are_the_same_runs(run, trained, launched):
+@pytest.mark.slow
+def test_compiled_runs_equal_plain_ones(run, trained, launched):
     """torch.compile comes from Accelerate: `accelerate launch --dynamo_backend inductor`."""
     stage = tiny(STAGES["II"], steps_per_epoch=2)
     losses, tensors = read_run(trained(stage))
