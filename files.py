@@ -17,6 +17,13 @@ def write_text(path: Path, text: str):
     partial.replace(path)
 
 
+def write_bytes(path: Path, content: bytes):
+    """Write a binary file."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 def write_json(path: Path, content, indent: int | None = 1):
     """Write JSON in UTF-8, with a newline at its end."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
