@@ -1,24 +1,23 @@
-# `make` lists what there is. Settings: PYTHON (which Python makes the environment), VENV (where it lies).
+# `make` lists the commands. Settings: PYTHON (the Python that makes the environment), VENV (where it is).
 
 PYTHON ?= python3
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
-# Written last and in one step: an installation that was cut off is done again.
+# Written last and in one step, so that an interrupted installation is repeated.
 INSTALLED := $(VENV)/.installed
-# A test's matrices are small: a second thread costs more than it gives, above all on busy cores.
+# The tests' matrices are small: a second thread costs more than it saves, above all on busy cores.
 QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
-
-# Files of tests are shared out to processes: what a file prepares is prepared once.
-SHARED := -n logical --maxprocesses 4 --dist loadfile
+# One process runs all tests of a file, so that a fixture of a file is made once.
+PYTEST := $(QUIET) $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint household benchmark clean
+.PHONY: help install demo test test-fast test-slow lint sync household benchmark clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-install: $(INSTALLED)  ## make the environment; all others do it where it is missing or out of date
+install: $(INSTALLED)  ## make the environment; the other commands do it if it is missing or out of date
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -29,12 +28,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## describe three real objects with the bundled checkpoint
 	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) demo/demo.py
 
-test: $(INSTALLED)  ## run the tests: offline, on the CPU
-	@$(QUIET) $(PY) -m pytest $(SHARED) $(ARGS)
+test: $(INSTALLED)  ## run the tests but the slow ones: offline, on the CPU (under 8 minutes)
+	@$(PYTEST) $(ARGS)
 
-lint: $(INSTALLED)  ## check style and format
+test-fast: $(INSTALLED)  ## run unit tests and goldens (under 2 minutes)
+	@$(PYTEST) tests/unit tests/golden $(ARGS)
+
+# pytest exits with 5 if there is no test to run.
+test-slow: $(INSTALLED)  ## run the slow tests
+	@$(PYTEST) -m 'slow and not gpu and not network' $(ARGS) || test $$? -eq 5
+
+lint: $(INSTALLED)  ## check style, format and the direction of imports
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache
+
+sync: $(INSTALLED)  ## renew the code files in the bundled checkpoint
+	@$(PY) -c "from minigpt3d import hub; hub.write_code(hub.BUNDLED_MODEL)"
 
 household: $(INSTALLED)  ## rebuild the bundled checkpoint: make household LIBRARIES="one.sh3f two.sh3f"
 	@test -n "$(LIBRARIES)" || { echo 'LIBRARIES is not set. Give Sweet Home 3D furniture libraries (.sh3f): make household LIBRARIES="one.sh3f two.sh3f"' >&2; exit 2; }
@@ -43,5 +53,5 @@ household: $(INSTALLED)  ## rebuild the bundled checkpoint: make household LIBRA
 benchmark: $(INSTALLED)  ## time the encoder beside the plain published algorithm
 	@$(PY) benchmarks/encode.py $(ARGS)
 
-clean:  ## remove the environment and what builds leave behind
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove the environment and build files
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -28,46 +28,50 @@ def option(help: str, default: Any = dataclasses.MISSING, **settings) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def flag(name: str, separator: Literal["-", "_"]) -> str:
+    """The option of a field; a field whose name is a Python keyword ends in "_": `from_` → --from."""
+    return "--" + name.rstrip("_").replace("_", separator)
+
+
 def add_options(parser: argparse.ArgumentParser, options: type, separator: Literal["-", "_"] = "-"):
     """Add every field of a dataclass made with `option` to a parser.
 
     Args:
         separator: between the words of an option.
     """
-    hints, groups = get_type_hints(options), {}
+    hints, groups = get_type_hints(options), {None: parser}
     for field in dataclasses.fields(options):
         if "help" not in field.metadata:
             continue
         settings = dict(field.metadata)
         title, positional = settings.pop("group", None), settings.pop("positional", False)
-        target = parser if title is None else groups.setdefault(title, None) or parser.add_argument_group(title)
-        if title is not None:
-            groups[title] = target
-        settings = _argparse_type(hints[field.name]) | settings
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        settings = _argparse_settings(hints[field.name], settings)
         if positional:
-            target.add_argument(field.name, **settings)
+            groups[title].add_argument(field.name, **settings)
             continue
-        if has_default:
-            settings["default"] = None if field.default is dataclasses.MISSING else field.default
-            if settings["default"] not in (None, False, ""):
-                settings["help"] += f" (default: {settings['default']})"
-        else:
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             settings["required"] = True
-        target.add_argument("--" + field.name.replace("_", separator), dest=field.name, **settings)
+        elif field.default not in (dataclasses.MISSING, None, "") and field.default is not False:
+            settings["help"] += f" (default: {field.default})"
+        groups[title].add_argument(flag(field.name, separator), dest=field.name, default=None, **settings)
 
 
-def _argparse_type(hint: Any) -> dict[str, Any]:
-    """What an annotation says to argparse: `int | None`, `list[Path]`, `Literal["a", "b"]`, `bool`."""
+def _argparse_settings(hint: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `add_argument` from an annotation (`int | None`, `list[Path]`, `Literal["a", "b"]`, `bool`) and what
+    the field sets itself."""
     if get_origin(hint) in (Union, UnionType):
-        (hint,) = [each for each in get_args(hint) if each is not NoneType]
+        (hint,) = [part for part in get_args(hint) if part is not NoneType]
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": "store_true"} | settings
     if get_origin(hint) is Literal:
-        return {"choices": list(get_args(hint))}
+        return {"choices": list(get_args(hint))} | settings
     if get_origin(hint) is list:
-        return {"nargs": "+"} | _argparse_type(get_args(hint)[0])
-    return {"type": hint} if isinstance(hint, type) and hint is not str else {}
+        count = {} if settings.get("action") == "append" else {"nargs": "+"}
+        return count | _argparse_settings(get_args(hint)[0], settings)
+    is_parser = isinstance(hint, type) and get_origin(hint) is None and hint is not str
+    return ({"type": hint} if is_parser else {}) | settings
 
 
 def read_options(options: type, args: argparse.Namespace) -> Any:
@@ -77,24 +81,20 @@ def read_options(options: type, args: argparse.Namespace) -> Any:
 
 
 def normalize(argv: Sequence[str], separator: Literal["-", "_"]) -> list[str]:
-    """Arguments with every option's words joined by `separator`, however they were typed."""
+    """Arguments with the words of every option joined by `separator`, however they were typed; what follows `--` stays."""
     other = "_" if separator == "-" else "-"
+    end = argv.index("--") if "--" in argv else len(argv)
 
     def spelled(word: str) -> str:
         name, equals, value = word.partition("=")
         return "--" + name[2:].replace(other, separator) + equals + value if re.match(r"--[a-z]", word) else word
 
-    return [spelled(word) for word in argv]
+    return [*map(spelled, argv[:end]), *argv[end:]]
 
 
 def with_flags(message: str, names: Sequence[str], separator: Literal["-", "_"]) -> str:
     """A library's message with every argument in backticks replaced by its option: `data` → --data."""
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return (
-        re.sub(rf"`({pattern})`", lambda match: "--" + match[1].replace("_", separator), message)
-        if pattern
-        else message
-    )
+    return re.sub(r"`(\w+)`", lambda match: flag(match[1], separator) if match[1] in names else match[0], message)
 
 
 def natural_int(text: str, at_least: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Configuration of MiniGPT-3D (arXiv 2405.01413): the architecture, and nothing of training. Defaults are the paper's model."""
+"""Configuration of MiniGPT-3D (arXiv 2405.01413): the architecture only. The defaults are the paper's model."""
 
 from copy import deepcopy
 from typing import Literal
@@ -8,7 +8,7 @@ from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 
-# The published model. The one place to change when it moves.
+# The published model.
 HUB_ID = "org/minigpt3d"
 
 CUSTOM_PIPELINES = {
@@ -29,10 +29,10 @@ class MiniGPT3DPointConfig(PreTrainedConfig):
         num_hidden_layers: transformer blocks.
         num_attention_heads: heads of each block; divides `hidden_size`.
         intermediate_size: width inside each block's MLP.
-        num_groups: centres chosen by farthest point sampling, one token each.
-        group_size: nearest neighbours gathered around each centre, itself among them.
+        num_groups: centers chosen by farthest point sampling, one token each.
+        group_size: nearest neighbors gathered around each center, itself among them.
         group_embedding_size: width of the mini-PointNet's output.
-        num_channels: 3 coordinates and 3 colours.
+        num_channels: 3 coordinates and 3 colors.
         layer_norm_eps: epsilon of every LayerNorm.
     """
 
@@ -61,7 +61,7 @@ class MiniGPT3DPointConfig(PreTrainedConfig):
 
 @strict
 class MiniGPT3DPhiConfig(PhiConfig):
-    """Phi-2 as TinyGPT-V changed it: fused `query_key_value`, normed queries and keys, an RMSNorm behind attention.
+    """Phi-2 as TinyGPT-V changed it: fused `query_key_value`, normed queries and keys, an RMSNorm after attention.
 
     All fields are those of `PhiConfig`; the defaults are Phi-2's (hidden 2560, 32 layers, vocabulary 51200).
     """
@@ -87,7 +87,7 @@ class MiniGPT3DPhiConfig(PhiConfig):
 
 
 def _build(config: dict | PreTrainedConfig | None, default: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A sub-configuration from what was passed: nothing, a dict (as config.json holds it), or a configuration."""
+    """Build a sub-configuration from None, a dict (as in config.json), or a configuration."""
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(config or {})
@@ -103,22 +103,22 @@ class MiniGPT3DConfig(PreTrainedConfig):
 
     Args:
         point_config: the 3D encoder, a `MiniGPT3DPointConfig` or its fields as a dict. Paper: §3.1.1.
-        qformer_config: the Q-Former, a `Blip2QFormerConfig` or its fields. Its own dropout is 0: the authors never
-            have it active. Paper: §3.1.2.
+        qformer_config: the Q-Former, a `Blip2QFormerConfig` or its fields. Its dropout is 0: the authors never
+            activate it. Paper: §3.1.2.
         text_config: any causal language model's configuration; the paper's is a `MiniGPT3DPhiConfig`. Paper: §3.1.3.
-        num_query_tokens: vectors that a cloud becomes.
+        num_query_tokens: vectors per cloud.
         num_query_experts: sets of query tokens. Expert 0 is the only one in stages I to III. Paper: §3.2.
-        num_experts_per_cloud: experts that the sparse router picks for each cloud.
-        router_type: *sparse*: the chosen experts' softmax weights, not renormalised; *soft*: all experts with their
+        num_experts_per_cloud: experts that the sparse router chooses for each cloud.
+        router_type: *sparse*: the chosen experts' softmax weights, not renormalized; *soft*: all experts with their
             softmax weights; *constant*: all experts, each 1/E; *none*: expert 0 alone, as before stage IV (an adapter
-            that brings a trained router turns *none* into *sparse*).
+            with a trained router turns *none* into *sparse*).
         router_hidden_size: width inside the router.
         point_projection_hidden_size: width inside the point projection.
         language_projection_hidden_size: width between the two linear layers of the language projection.
         point_token_id: the placeholder in `input_ids` that a cloud's vectors replace, one each.
 
     Raises:
-        ValueError: a value that no network can have, with the value.
+        ValueError: impossible sizes, with their values.
     """
 
     model_type = "minigpt3d"
@@ -151,18 +151,18 @@ class MiniGPT3DConfig(PreTrainedConfig):
         self._validate()
         kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        # register_for_auto_class keeps only one Auto class; this serves them all.
+        # register_for_auto_class keeps only one Auto class; this lists all of them.
         self.auto_map = {
             "AutoConfig": "configuration_minigpt3d.MiniGPT3DConfig",
             "AutoModel": "modeling_minigpt3d.MiniGPT3DModel",
             "AutoModelForImageTextToText": "modeling_minigpt3d.MiniGPT3DForConditionalGeneration",
         }
-        # Where this package is installed its registered pipeline serves, which needs no trust_remote_code.
+        # Where this package is installed, its registered pipeline is used and needs no trust_remote_code.
         if __name__.startswith("transformers_modules."):
             self.custom_pipelines = deepcopy(CUSTOM_PIPELINES)  # transformers writes into it
 
     def to_dict(self) -> dict:
-        """As config.json holds it, the pipeline's file among it."""
+        """As in config.json, with the pipeline's file."""
         return super().to_dict() | {"custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     def _validate(self):

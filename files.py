@@ -3,35 +3,49 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: Path, text: str):
+@contextmanager
+def written_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` when the block ends without an error, and removed otherwise.
+
+    Each call has its own temporary name, so that threads and processes may write the same file at the same time.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str):
     """Write a UTF-8 text file."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes):
+def write_bytes(path: str | Path, content: bytes):
     """Write a binary file."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with written_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
-def write_json(path: Path, content, indent: int | None = 1):
+def write_json(path: str | Path, content, indent: int | None = 1):
     """Write JSON in UTF-8, with a newline at its end."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name of `folder`, and its place, when the block ends without an error.
+    """A temporary folder that is renamed to `folder`, replacing it, when the block ends without an error.
 
     Raises:
         OSError: the disk is full; nothing that was written is left behind.

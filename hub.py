@@ -1,4 +1,9 @@
-"""Models in folders and on the Hub: resolve a name, load a model or an adapter, fingerprint weights, save a folder."""
+"""Models in folders and on the Hub: resolve a name, load a model or an adapter, fingerprint weights, save a folder.
+
+Importing this module is cheap. torch and transformers are imported by the functions that load or save.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -7,24 +12,26 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils.hub import extract_commit_hash
+from typing import TYPE_CHECKING
 
 from minigpt3d.files import sha256, written_whole
 from minigpt3d.messages import one_line
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 BUNDLED_MODEL = PACKAGE_DIR / "checkpoints" / "household"
 
-# Files of a PEFT adapter, and what a training stage writes beside them.
-ADAPTER_DIR, ADAPTER_CONFIG, ADAPTER_FILE = "adapter", "adapter_config.json", "adapter_model.safetensors"
-STAGE_FILE = "stage.json"
+CONFIG_FILE = "config.json"
+# A model with its LoRA factors separate: these folders, the files of a PEFT adapter, what a training stage writes there.
+BASE_DIR, ADAPTER_DIR = "base", "adapter"
+ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE = "adapter_config.json", "adapter_model.safetensors", "stage.json"
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -36,7 +43,7 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def public_name(name: str | Path) -> str:
-    """A name for publication: of a local path only its last part, since the rest describes somebody's disk."""
+    """A name for publication: a local path is shortened to its last part, since the rest describes somebody's disk."""
     path = Path(name)
     return path.resolve().name if path.exists() or path.is_absolute() or ".." in path.parts else str(name)
 
@@ -47,8 +54,8 @@ def default_model() -> str:
     Raises:
         ValueError: this installation lacks it.
     """
-    if not (BUNDLED_MODEL / "config.json").is_file():
-        raise ValueError(f"the bundled model is missing from {BUNDLED_MODEL}: give a folder or a Hub id as `model`.")
+    if not (BUNDLED_MODEL / CONFIG_FILE).is_file():
+        raise ValueError(f"the bundled model is missing from {BUNDLED_MODEL}; pass a folder or a Hub id as `model`.")
     return str(BUNDLED_MODEL)
 
 
@@ -57,9 +64,9 @@ class ModelFiles:
     """Where the files of a model are.
 
     Args:
-        base: folder or Hub id of a whole model.
-        adapter: local folder of a PEFT adapter on it; None for a whole model.
-        stage: what the training stage that made the model wrote in stage.json; None if no stage did.
+        base: folder or Hub id of a complete model.
+        adapter: local folder of a PEFT adapter for it; None if the model has none.
+        stage: contents of stage.json, which the training stage wrote that made the model; None if no stage did.
         offline: whether the Hub cannot be reached, so that only its local cache is used.
     """
 
@@ -70,7 +77,7 @@ class ModelFiles:
 
 
 def find_model(name: str | Path) -> ModelFiles:
-    """Locate a whole model, a PEFT adapter, or a folder with `base/` and `adapter/`.
+    """Locate a complete model, a PEFT adapter, or a folder with `base/` and `adapter/`.
 
     Args:
         name: folder or Hub id.
@@ -80,21 +87,31 @@ def find_model(name: str | Path) -> ModelFiles:
     """
     folder, offline = Path(name), False
     if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
         offline = not hub_has(str(name))
-        small_files = ["config.json", ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE]
+        small_files = [CONFIG_FILE, ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE]
         folder = Path(snapshot_download(str(name), allow_patterns=small_files, local_files_only=offline))
     stage = _read_stage(folder)
-    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / ADAPTER_DIR
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
         return ModelFiles(str(name), None, stage, offline)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / ADAPTER_DIR
     if not (adapter / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{name} holds neither a config.json of a model nor an {ADAPTER_CONFIG} of a PEFT adapter.")
-    base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+        raise ValueError(f"{name} holds neither a {CONFIG_FILE} of a model nor an {ADAPTER_CONFIG} of a PEFT adapter.")
+    return ModelFiles(_find_base(folder, adapter), adapter, stage or _read_stage(adapter), offline)
+
+
+def _find_base(folder: Path, adapter: Path) -> str:
+    """The base model of an adapter: `base/` beside it, else what adapter_config.json names."""
+    if adapter != folder and (folder / BASE_DIR / CONFIG_FILE).is_file():
+        return str(folder / BASE_DIR)
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path") or ""
     if not Path(base).is_dir() and not is_hub_id(base):
         raise ValueError(
-            f"{name}: its base model {base} is not there. Correct base_model_name_or_path in {adapter / ADAPTER_CONFIG}."
+            f"{adapter}: its base model {base} is not there. Correct base_model_name_or_path in {adapter / ADAPTER_CONFIG}."
         )
-    return ModelFiles(base, adapter, stage or _read_stage(adapter), offline)
+    return base
 
 
 def _read_stage(folder: Path) -> dict | None:
@@ -105,19 +122,22 @@ def _read_stage(folder: Path) -> dict | None:
 def hub_has(name: str) -> bool:
     """Whether the Hub has a model; False if the Hub cannot be reached and the local cache has a copy.
 
-    Left to themselves, the clients try for a minute before they give up.
+    The clients themselves would try for a minute before they give up.
 
     Raises:
         ValueError: the Hub has no such model, or it cannot be reached and there is no copy.
     """
     if not is_hub_id(name):
         raise ValueError(f"there is no folder {name}, and a model on the Hub is named OWNER/NAME.")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         HfApi().model_info(name, timeout=10)
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub has no model {name}: {one_line(error)}") from error
-    except Exception as error:  # offline, in as many ways as there are to be so
-        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", ADAPTER_CONFIG)):
+    except Exception as error:  # being offline raises many different errors
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in (CONFIG_FILE, ADAPTER_CONFIG)):
             raise ValueError(
                 f"there is no folder {name}, and the Hub cannot be reached for a model of that name: {one_line(error)}"
             ) from error
@@ -149,6 +169,8 @@ def load_processor(files: ModelFiles) -> MiniGPT3DProcessor:
     Raises:
         ValueError: it cannot be read.
     """
+    from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+
     try:
         return MiniGPT3DProcessor.from_pretrained(files.base, local_files_only=files.offline)
     except Exception as error:
@@ -156,20 +178,22 @@ def load_processor(files: ModelFiles) -> MiniGPT3DProcessor:
 
 
 def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGeneration:
-    """A model whose every weight comes from its files.
+    """A model, after a check that every weight comes from its files.
 
     Args:
-        name: folder or Hub id of a whole model, or the folder of an adapter.
+        name: folder or Hub id of a complete model, or the folder of an adapter.
         options: of `from_pretrained`.
 
     Raises:
         ValueError: it cannot be read, or files and configuration do not agree.
     """
+    from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+
     try:
-        model, report = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {one_line(error)}") from error
-    for problem, keys in report.items():
+    for problem, keys in loading.items():
         if keys:
             example = sorted(map(str, keys))[0]
             raise ValueError(
@@ -180,20 +204,14 @@ def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGenerati
 
 
 def fingerprint_model(name: str | Path) -> str:
-    """Digest of the weights in a model's folder with its adapter, or of a file of answers; of a Hub id its commit.
+    """Digest of a folder's weights and configuration, or of a file of answers; for a Hub id its commit.
 
     Raises:
         ValueError: there is no such folder, file or Hub id.
     """
     path = Path(name)
     if not path.exists():
-        offline, missing = not hub_has(str(name)), None
-        for file in ("config.json", ADAPTER_CONFIG):
-            try:
-                return extract_commit_hash(hf_hub_download(str(name), file, local_files_only=offline), None)[:16]
-            except EntryNotFoundError as error:
-                missing = error
-        raise ValueError(f"{name} holds neither a config.json nor an {ADAPTER_CONFIG}.") from missing
+        return _hub_commit(str(name))[:16]
     files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.glob("*config.json")]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -201,79 +219,93 @@ def fingerprint_model(name: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _hub_commit(name: str) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils.hub import extract_commit_hash
+
+    offline, missing = not hub_has(name), None
+    for file in (CONFIG_FILE, ADAPTER_CONFIG):
+        try:
+            return extract_commit_hash(hf_hub_download(name, file, local_files_only=offline), None)
+        except EntryNotFoundError as error:
+            missing = error
+    raise ValueError(f"{name} holds neither a {CONFIG_FILE} nor an {ADAPTER_CONFIG}.") from missing
+
+
 # ---- Save -----------------------------------------------------------------------------------------------------------
 
 
-END_SIGN = "###"
-
-
-def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
-    """Stop at the end sign without being asked: every token that completes it by itself ends a sequence, as eos does.
-
-    A tokenizer that spells the sign in several tokens needs `generate(stop_strings=["###"], tokenizer=tokenizer)`,
-    which is what the pipeline passes.
-    """
-    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_SIGN)]
-    config = model.generation_config
-    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    config.eos_token_id = sorted({index for index in (tokenizer.eos_token_id, *ends) if index is not None})
-    config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer
-
-
-# What a folder of a model may hold that is lost when the folder is replaced.
-_KEPT_APART = (".git", "history.jsonl")
+# What a model's folder may hold that would be lost when it is replaced.
+_IRREPLACEABLE = (".git", "history.jsonl")
 
 
 def check_model_dir(output_dir: str | Path, sources: Iterable[str | Path] = ()) -> Path:
-    """Check a folder that a model is to be written to; returns its absolute path.
+    """Check the folder that a model is to be written to; returns its absolute path.
 
     Args:
         sources: files and folders that are read to fill it.
 
     Raises:
-        ValueError: it exists and is something other than a model's folder, holds what would be lost, or what it is to be
-            made of.
+        ValueError: it exists and is not a model's folder, holds what would be lost, or contains one of its sources.
     """
     output_dir = Path(output_dir).resolve()
     for source in (Path(source).resolve() for source in sources):
         if output_dir == source or output_dir in source.parents or source in output_dir.parents:
-            raise ValueError(
-                f"{output_dir} and {source}, which it is made of, lie in each other; pass another folder."
-            )
-    above = next(parent for parent in output_dir.parents if parent.exists())
-    if not above.is_dir() or output_dir.is_file():
-        raise ValueError(f"{above if not above.is_dir() else output_dir} is a file; pass the name of a folder.")
+            raise ValueError(f"{output_dir} and its source {source} lie in each other; pass another folder.")
+    ancestor = next(parent for parent in output_dir.parents if parent.exists())
+    if not ancestor.is_dir() or output_dir.is_file():
+        raise ValueError(f"{output_dir if ancestor.is_dir() else ancestor} is a file; pass the name of a folder.")
     if output_dir.exists() and any(output_dir.iterdir()):
-        if not (_is_ours(output_dir) or _is_ours(output_dir / "base")):
+        if not (_is_minigpt3d(output_dir) or _is_minigpt3d(output_dir / BASE_DIR)):
             raise ValueError(
                 f"{output_dir} holds other files than a model; pass a new folder, or the folder of a model."
             )
-        lost = [name for name in _KEPT_APART if (output_dir / name).exists()]
-        if lost or output_dir in (cwd := Path.cwd(), *cwd.parents):
-            what = f"holds {lost[0]}" if lost else "is where this runs"
-            raise ValueError(f"{output_dir} {what}, so it is not replaced; pass a new folder.")
+        irreplaceable = [name for name in _IRREPLACEABLE if (output_dir / name).exists()]
+        if irreplaceable or output_dir in (cwd := Path.cwd(), *cwd.parents):
+            reason = f"holds {irreplaceable[0]}" if irreplaceable else "contains the working directory"
+            raise ValueError(f"{output_dir} {reason}, so it is not replaced; pass a new folder.")
     return output_dir
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_minigpt3d(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "minigpt3d"
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == "minigpt3d"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
+    """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
+
+    The folder appears complete or not at all. An existing one is replaced.
+
+    Args:
+        model: its dtype is the dtype on disk.
+        processor: tokenizer, chat template and point cloud settings.
+        output_dir: a model's folder, or a new name.
+
+    Raises:
+        ValueError: `output_dir` exists and is not a model's folder, or the processor is for another model.
+    """
+    with written_whole(check_model_dir(output_dir)) as partial:
+        write_all_but_weights(partial, model, processor)
+        model.save_pretrained(partial)
+
+
 def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin):
-    """Generation config, processor, chat template, code and licences.
+    """Write generation config, processor, chat template, code and licenses.
 
     Raises:
         ValueError: the processor is for another model.
     """
-    for name, ours, theirs in (
-        ("num_query_tokens", model.config.num_query_tokens, processor.num_query_tokens),
-        ("point_token_id", model.config.point_token_id, processor.point_token_id),
-    ):
-        if ours != theirs:
-            raise ValueError(f"model and processor do not belong together: {name} is {ours} there and {theirs} here.")
+    for name in ("num_query_tokens", "point_token_id"):
+        of_model, of_processor = getattr(model.config, name), getattr(processor, name)
+        if of_model != of_processor:
+            raise ValueError(
+                f"model and processor do not belong together: {name} is {of_model} in the model and {of_processor} in the "
+                "processor."
+            )
     set_generation_defaults(model, processor.tokenizer)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -284,25 +316,21 @@ def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration
 
 
 def write_code(folder: Path):
-    """The files of this package that `trust_remote_code=True` runs, as they are here."""
+    """Copy the flat files of this package, which `trust_remote_code=True` runs, into a folder."""
     for source in sorted(PACKAGE_DIR.glob("*_minigpt3d.py")):
         shutil.copyfile(source, folder / source.name)
 
 
-def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin, output_dir: str | Path):
-    """Write a folder that `from_pretrained(..., trust_remote_code=True)` and `pipeline` read without this package.
+def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    """Make generation stop at `###`: every token that ends in it by itself ends a sequence, as eos does.
 
-    The folder is complete or not there: it is written under a temporary name and renamed. One that exists is replaced.
-
-    Args:
-        model: its dtype is the dtype on disk.
-        processor: tokenizer, chat template and point cloud settings.
-        output_dir: a model's folder, or a new name.
-
-    Raises:
-        ValueError: `output_dir` exists and is something other than a model's folder, or the processor is for another
-            model.
+    With a tokenizer that splits `###` into several tokens, generation also needs
+    `generate(stop_strings=["###"], tokenizer=tokenizer)`, which the pipeline passes.
     """
-    with written_whole(check_model_dir(output_dir)) as partial:
-        write_all_but_weights(partial, model, processor)
-        model.save_pretrained(partial)
+    from minigpt3d.processing_minigpt3d import END_OF_ANSWER
+
+    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_OF_ANSWER)]
+    config = model.generation_config
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = sorted({index for index in (tokenizer.eos_token_id, *ends) if index is not None})
+    config.suppress_tokens = [model.config.point_token_id]  # a placeholder is never an answer

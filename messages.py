@@ -1,4 +1,10 @@
-"""Words for people: an error in one line."""
+"""Texts for people: errors on one line, and command lines that may be published."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
 
 
 def one_line(error: Exception) -> str:
@@ -8,3 +14,21 @@ def one_line(error: Exception) -> str:
         message = f"{error.filename}: {message}"
     is_expected = message and isinstance(error, (OSError, ValueError, ImportError))
     return " ".join((message if is_expected else f"{type(error).__name__}: {message}").split())
+
+
+def public_command(words: Sequence[str]) -> str:
+    """A command line for publication: of a local path only its last part, of a URL neither password nor query."""
+    return shlex.join(map(_public_word, words))
+
+
+def _public_word(word: str) -> str:
+    option, value = re.fullmatch(r"((?:--[\w-]+=)?(?:[a-z0-9_]+=)?)(.*)", word, re.DOTALL).groups()  # --out=, METRIC=
+    if re.match(r"\s*https?://", value, re.IGNORECASE):
+        try:
+            url = urlsplit(value.strip())
+            value = url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        except ValueError:  # malformed, so nobody can use it
+            value = "URL"
+    elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
+        value = Path(value).name or value
+    return option + value

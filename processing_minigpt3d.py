@@ -3,8 +3,8 @@
 One chat template serves training, evaluation, pipeline and demo (paper: §3.1.3, and the authors' code to the character).
 In text a cloud is one `<point>`; in `input_ids` it is `num_query_tokens` of them, which the model replaces by vectors.
 
-Nothing here changes what is asked. As in the authors' code, training data lower-cases the questions of single rounds
-(`clean_question`) and leaves those of longer talks alone; at inference a question stays as it was typed.
+The processor never changes a question. As in the authors' code, the training data lower-cases the questions of single
+rounds (`clean_question`) and keeps those of longer conversations; at inference a question stays as typed.
 
 Shapes: B texts, C clouds of the batch, P points, T tokens.
 """
@@ -27,7 +27,7 @@ POINT_TOKEN = "<point>"
 END_OF_PROMPT = "[/INST]"
 END_OF_ANSWER = "###"
 DEFAULT_PROMPT = "What is this?"
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+IGNORED_LABEL = -100  # which torch's cross entropy ignores
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 
 
@@ -35,7 +35,7 @@ PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 
 
 def _chat_template(opening: str, cloud: str, closing: str) -> str:
-    """User turns as opening, `cloud` for each of its clouds, text, closing; assistant turns as text and `###`."""
+    """A user turn is opening, `cloud` once per cloud, text, closing; an assistant turn is text and `###`."""
     return (
         "{%- for message in messages -%}"
         "{%- set content = [{'type': 'text', 'text': message['content']}] "
@@ -60,11 +60,11 @@ def _chat_template(opening: str, cloud: str, closing: str) -> str:
 
 
 CHAT_TEMPLATES = {
-    # The authors put a blank behind every question and another in front of [/INST]: there are two.
+    # Two spaces: the authors put one after every question and another before [/INST].
     "default": _chat_template(
         "bos_token | default('', true) + '[INST] '", f"<PC>{POINT_TOKEN}</PC> ", f"  {END_OF_PROMPT}"
     ),
-    # What the authors' evaluation scripts prompt with: <s> is plain text to Phi's tokenizer, [INST] stands twice, no bos.
+    # The prompt of the authors' evaluation scripts: <s> is plain text to Phi's tokenizer, [INST] occurs twice, no bos.
     "benchmark": _chat_template("'<s>[INST] '", f"<PC>{POINT_TOKEN}</PC> <s>[INST] ", f" {END_OF_PROMPT}"),
 }
 
@@ -77,11 +77,11 @@ def clean_question(question: str) -> str:
 
 
 def prepare_tokenizer(tokenizer):
-    """Give a fast tokenizer what MiniGPT-3D needs; it is changed in place, and once is as good as twice.
+    """Prepare a fast tokenizer for MiniGPT-3D, in place. Preparing it again changes nothing.
 
-    `<point>` becomes a special token of its own (the language model's embedding must have a row for it). Text is cut
-    behind `[/INST]` and `###` before it is tokenised, because the authors tokenise prompts and answers apart: no token
-    spans both, so each label stands on an answer or does not. Padding goes to the left, and is eos where the tokenizer
+    `<point>` becomes a special token (the language model's embedding must have a row for it). Text is split after
+    `[/INST]` and `###` before it is tokenized, because the authors tokenize prompts and answers separately: no token
+    spans both, so that each label belongs to an answer or does not. Padding is on the left, with eos if the tokenizer
     has no pad token.
 
     Args:
@@ -91,25 +91,25 @@ def prepare_tokenizer(tokenizer):
         The same tokenizer.
 
     Raises:
-        ValueError: the tokenizer is a slow one, or has neither pad nor eos token.
+        ValueError: the tokenizer is slow, or has neither pad nor eos token.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"MiniGPT-3D needs a fast tokenizer, got {type(tokenizer).__name__}. Convert it: a fast one is saved as tokenizer.json."
+            f"MiniGPT-3D needs a fast tokenizer, got {type(tokenizer).__name__}. Convert it to a fast one, which is saved as tokenizer.json."
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has neither pad nor eos token. Set tokenizer.pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"  # where generation, and what pads for it, wants it
+    tokenizer.padding_side = "left"  # an answer must follow its prompt without a gap
     if POINT_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(POINT_TOKEN, special=True, normalized=False)], special_tokens=True)
 
     backend = tokenizer.backend_tokenizer
-    own = json.loads(backend.to_str())["pre_tokenizer"]
-    if END_OF_PROMPT not in json.dumps(own):
-        cuts = [pre_tokenizers.Split(mark, "merged_with_previous") for mark in (END_OF_PROMPT, END_OF_ANSWER)]
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *([backend.pre_tokenizer] if own else [])])
+    present = json.loads(backend.to_str())["pre_tokenizer"]
+    if END_OF_PROMPT not in json.dumps(present):
+        splits = [pre_tokenizers.Split(mark, "merged_with_previous") for mark in (END_OF_PROMPT, END_OF_ANSWER)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, *([backend.pre_tokenizer] if present else [])])
     return tokenizer
 
 
@@ -117,13 +117,13 @@ def prepare_tokenizer(tokenizer):
 
 
 class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
-    """Reads, samples and normalises point clouds; see `load_point_cloud`, whose arguments these are.
+    """Reads, samples and normalizes point clouds; see `load_point_cloud`, whose arguments these are.
 
     Args:
-        num_points: points of every cloud.
+        num_points: points per cloud.
         missing_color: "black" (as ModelNet40 in the paper), "gray", "white" or (r, g, b) in [0, 1] for points without
-            colour. The model takes it for the object's colour.
-        up_axis: the axis that points up in the sources, "x", "y" or "z"; None leaves them as they are.
+            color. The model sees it as the object's color.
+        up_axis: the axis that points up in the sources, "x", "y" or "z"; None does not turn them.
         seed: of the sampling.
     """
 
@@ -144,13 +144,32 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         self.up_axis = up_axis
         self.seed = seed
 
-    def __call__(self, point_clouds: Any, return_tensors: str | None = None, up_axis: str | None = None):
-        """One source or a list of them → BatchFeature with `point_clouds` (C, num_points, 6) float32.
+    def __call__(
+        self,
+        point_clouds: Any,
+        return_tensors: str | None = None,
+        up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
+    ) -> BatchFeature:
+        """Read point clouds.
 
-        `up_axis` goes before the processor's own, for these sources.
+        Args:
+            point_clouds: one source or a (nested) list of them, see `load_point_cloud`.
+            return_tensors: "pt", "np", or None for an array.
+            up_axis: the axis that points up in these sources; by default the processor's. "y" for clouds that have
+                been turned already.
+            missing_color: for points of these sources without color; by default the processor's.
+
+        Returns:
+            BatchFeature with `point_clouds` (C, num_points, 6) float32.
+
+        Raises:
+            ValueError: no source, or one that cannot be used.
         """
+        up_axis = self.up_axis if up_axis is None else up_axis
+        missing_color = self.missing_color if missing_color is None else missing_color
         clouds = [
-            load_point_cloud(source, self.num_points, self.missing_color, up_axis or self.up_axis, self.seed)
+            load_point_cloud(source, self.num_points, missing_color, up_axis, self.seed)
             for source in _sources(point_clouds)
         ]
         if not clouds:
@@ -174,7 +193,7 @@ def _sources(point_clouds: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """One text, placeholders expanded: T ids, and for each whether it belongs to an answer."""
+    """One text with placeholders expanded: T ids, and for each whether it belongs to an answer."""
 
     ids: np.ndarray
     is_answer: np.ndarray
@@ -184,7 +203,7 @@ class _Tokens:
 
 
 class MiniGPT3DProcessor(ProcessorMixin):
-    """Point clouds and text, together.
+    """Turns point clouds and text into the model's inputs.
 
     ```python
     >>> content = [{"type": "point_cloud", "point_cloud": "chair.ply"}, {"type": "text", "text": "What is this?"}]
@@ -199,9 +218,9 @@ class MiniGPT3DProcessor(ProcessorMixin):
     Args:
         feature_extractor: a `MiniGPT3DPointCloudProcessor`.
         tokenizer: any fast tokenizer; `prepare_tokenizer` is applied to it.
-        num_query_tokens: vectors that the model makes of a cloud, thus placeholders for each in `input_ids`.
-        chat_template: a template, or several by name. By default "default" (the training prompt) and "benchmark" (that
-            of the authors' evaluation, for comparison with their numbers).
+        num_query_tokens: vectors, thus placeholders in `input_ids`, per cloud.
+        chat_template: a template, or several by name. By default "default" (the training prompt) and "benchmark" (the
+            prompt of the authors' evaluation, for comparison with their numbers).
     """
 
     _auto_class = "AutoProcessor"
@@ -213,7 +232,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         num_query_tokens: int = 32,
         chat_template: str | dict[str, str] | None = None,
     ):
-        # Loading builds some tokenizers anew from their vocabulary, without what prepare_tokenizer had put in.
+        # Loading rebuilds some tokenizers from their vocabulary and loses what prepare_tokenizer added.
         prepare_tokenizer(tokenizer)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES)
         self.num_query_tokens = num_query_tokens
@@ -240,28 +259,30 @@ class MiniGPT3DProcessor(ProcessorMixin):
         max_length: int | None = None,
         padding_side: str | None = None,
         up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
     ) -> BatchFeature:
-        """Texts in which `<point>` stands for a cloud, and those clouds in order.
+        """Tokenize texts in which `<point>` stands for a cloud, and read those clouds.
 
         Args:
-            text: one text or B of them, as `apply_chat_template` renders it. Nothing is added to it, no bos either.
+            text: one text or B of them, as `apply_chat_template` renders it. Nothing is added to it, not even bos.
             point_clouds: one source or C of them (lists of lists, too), see `load_point_cloud`.
-            images, videos, audio: not for this model.
+            images, videos, audio: not supported.
             return_tensors: "pt", "np", or None for lists.
-            padding: True or "longest" to the longest text, "max_length" to `max_length`, False or "do_not_pad" not at all.
-            truncation: whether a text that is too long is cut at its end. Placeholders of clouds are never cut.
-            max_length: the most tokens of a text, placeholders counted; by default what the tokenizer says the model has.
-            padding_side: "left" or "right"; by default the tokenizer's, which is left, as generation needs it.
+            padding: True or "longest": to the longest text; "max_length": to `max_length`; False or "do_not_pad": none.
+            truncation: whether to cut a text that is too long at its end. Placeholders of clouds are kept.
+            max_length: most tokens of a text, with placeholders; by default the tokenizer's `model_max_length`.
+            padding_side: "left" or "right"; by default the tokenizer's, which is left.
             up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
+            missing_color: for points without color; by default the point cloud processor's.
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` (B, T), and `point_clouds` (C, num_points, 6) if there are any.
 
         Raises:
-            ValueError: texts and clouds do not fit each other, a text is too long, or a cloud cannot be used.
+            ValueError: texts and clouds do not match, a text is too long, or a cloud cannot be used.
         """
-        for name, given in (("images", images), ("videos", videos), ("audio", audio)):
-            if given is not None:
+        for name, value in (("images", images), ("videos", videos), ("audio", audio)):
+            if value is not None:
                 raise ValueError(f"MiniGPT-3D reads point clouds and text, got {name}. Pass point_clouds=… instead.")
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}.")
@@ -277,7 +298,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             rows = [self._fit(row, max_length, truncation) for row in rows]
             data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
         if sources:
-            data["point_clouds"] = self.feature_extractor(sources, up_axis=up_axis)["point_clouds"]
+            data["point_clouds"] = self.feature_extractor(sources, None, up_axis, missing_color)["point_clouds"]
         if not data:
             raise ValueError("Nothing to process: pass text, point_clouds or both.")
         return BatchFeature(data, tensor_type=return_tensors)
@@ -294,17 +315,17 @@ class MiniGPT3DProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> Any:
-        """Conversations as the text that the model was trained on, or right away as its inputs.
+        """Render conversations as the text that the model was trained on, or as its inputs.
 
         Args:
             conversation: a list of messages, `{"role": "user" | "assistant", "content": …}`, or B such lists. Content is
                 text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`.
             chat_template: the name of one of the processor's templates, or a template; "default" by default.
-            add_generation_prompt: accepted and without effect: a prompt ends where the answer begins.
-            continue_final_message: leave the last answer open, so that the model goes on with it.
+            add_generation_prompt: has no effect: a prompt always ends where the answer begins.
+            continue_final_message: leave the last answer open, so that the model continues it.
             tokenize: whether to return ids rather than text.
-            return_tensors, return_dict: as everywhere in transformers.
-            processor_kwargs, kwargs: for `__call__`, such as `up_axis` and `padding`.
+            return_tensors, return_dict: see transformers.
+            processor_kwargs, kwargs: for `__call__`, such as `up_axis`, `missing_color` and `padding`.
 
         Returns:
             With `tokenize` and `return_dict` what `__call__` returns; ids without `return_dict`; else text, one or B.
@@ -332,20 +353,20 @@ class MiniGPT3DProcessor(ProcessorMixin):
     def encode_training(
         self, conversations: list[list[dict]], point_clouds: Any = None, max_text_length: int | None = None
     ) -> BatchFeature:
-        """Whole conversations with their labels.
+        """Encode complete conversations with their labels.
 
         Args:
             conversations: B lists of messages, see `apply_chat_template`, each with at least one answer.
-            point_clouds: their C clouds in order; by default those in the messages.
-            max_text_length: tokens kept of what follows the first prompt; the rest is cut off. The authors' `max_txt_len`.
+            point_clouds: their C clouds in order; by default the ones in the messages.
+            max_text_length: tokens kept after the first prompt, the authors' `max_txt_len`; the rest is cut off.
 
         Returns:
             BatchFeature of tensors: `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; labels are the
             ids of answers and their `###`, and -100 elsewhere. `point_clouds` (C, num_points, 6). T is the longest row; the
-            authors' batches are as wide as the longest first prompt plus the longest rest, and empty beyond it.
+            authors' batches are as wide as the longest first prompt plus the longest remainder.
 
         Raises:
-            ValueError: as `__call__`; also a conversation without answer, or a cloud behind `max_text_length`.
+            ValueError: as `__call__`; also a conversation without answer, or a cloud beyond `max_text_length`.
         """
         if not conversations:
             raise ValueError("conversations is an empty list. Pass at least one conversation.")
@@ -356,7 +377,9 @@ class MiniGPT3DProcessor(ProcessorMixin):
         rows = []
         for index, row in enumerate(self._tokenize(texts, spans, len(sources))):
             if not row.is_answer.any():
-                raise ValueError(f"Conversation {index} has no answer to learn from; the last message must be one.")
+                raise ValueError(
+                    f"Conversation {index} has no answer to learn from. Its last message must be an answer."
+                )
             if max_text_length is not None:
                 end = int(row.is_answer.argmax()) + max_text_length
                 if (row.ids[end:] == self.point_token_id).any():
@@ -373,16 +396,16 @@ class MiniGPT3DProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type="pt")
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
-        """Ids (B, T) of prompts with or without answers → texts that end with the last answer, without its `###`.
+        """Decode ids (B, T) of prompts and answers; each text ends after its last answer, without `###`.
 
         For transformers' image-text-to-text pipeline.
         """
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        cut = []
+        results = []
         for text in texts:
             prompt, mark, answer = text.rpartition(END_OF_PROMPT)
-            cut.append(prompt + mark + answer.split(END_OF_ANSWER)[0])
-        return cut
+            results.append(prompt + mark + answer.split(END_OF_ANSWER)[0])
+        return results
 
     def _render(
         self, conversations: list, chat_template: str | None, **kwargs
@@ -414,7 +437,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         if num_placeholders != num_clouds:
             raise ValueError(
                 f"The text has {num_placeholders} {POINT_TOKEN} placeholders, but {num_clouds} point clouds were given. "
-                f"Write one {POINT_TOKEN} for each cloud, or let apply_chat_template do it."
+                f"Write one {POINT_TOKEN} for each cloud, or use apply_chat_template."
             )
         return [
             row[np.repeat(np.arange(len(row.ids)), np.where(row.ids == self.point_token_id, self.num_query_tokens, 1))]
@@ -422,7 +445,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         ]
 
     def _fit(self, row: _Tokens, max_length: int | None, truncation: bool) -> _Tokens:
-        """The row if it is short enough; else cut, if that was asked for."""
+        """Truncate a row that is too long, or raise if truncation is off."""
         limit = self.tokenizer.model_max_length if max_length is None else max_length
         excess = len(row.ids) - limit
         if excess <= 0:
@@ -430,7 +453,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         if not truncation:
             raise ValueError(
                 f"The text has {len(row.ids)} tokens with {self.num_query_tokens} for each cloud, but the context has {limit}. "
-                "Shorten it, or pass truncation=True to lose its end."
+                "Shorten it, or pass truncation=True to cut its end."
             )
         (removable,) = np.nonzero(row.ids != self.point_token_id)
         if excess > len(removable):
@@ -443,7 +466,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
     def _pad(
         self, rows: list[_Tokens], padding: bool | str, side: str, max_length: int | None
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Rows → `input_ids` and `attention_mask` (B, T), and which of them are answers, (B, T)."""
+        """Rows → `input_ids` and `attention_mask` (B, T), and which ids belong to answers, (B, T)."""
         lengths = [len(row.ids) for row in rows]
         if padding in (False, "do_not_pad") and len(set(lengths)) > 1:
             return {"input_ids": [r.ids.tolist() for r in rows], "attention_mask": [[1] * n for n in lengths]}, None
@@ -461,7 +484,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
 
 def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
-    """One conversation or a batch of them → a batch, and whether it was one."""
+    """One conversation or a batch → a batch, and whether a batch was given."""
     conversation = getattr(conversation, "messages", conversation)
     if not len(conversation):
         raise ValueError("The conversation is an empty list. Pass at least one message.")

@@ -2,10 +2,9 @@
 
     python benchmarks/convert.py [--dir DIR] [--scale 1.0]
 
-Makes a set of random float16 files in the layout of the authors' release (2.92 G parameters of the model, 6 GB; Phi-2 in its
-official layout, as .bin shards, which is the harder one), converts it in a process of its own, and prints how long that
-took and how much memory it needed at most, beside the largest shard that it wrote. `--scale 0.1` takes a tenth of the
-language model's layers.
+Writes random float16 files in the layout of the authors' release (2.92 G parameters of the model, 6 GB; Phi-2 in its official
+layout, as .bin shards, which is the harder one), converts them in a separate process, and prints its time and peak memory
+beside the largest shard that it wrote. `--scale 0.1` uses a tenth of the language model's layers.
 """
 
 import argparse
@@ -25,13 +24,13 @@ from tqdm import tqdm
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion.lora import QFORMER_LORA_TARGETS, lora_modules
-from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION
-from minigpt3d.conversion.state_dict import authors_name, expected_shapes
+from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION, authors_name, matches
+from minigpt3d.conversion.state_dict import expected_shapes
 from minigpt3d.training.stages import STAGE_3
 
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "household"
-# The conversion, and in a file the most memory that its process had; in bytes on macOS, else in kilobytes.
+# Runs the conversion and writes the peak memory of its process into a file, in bytes on macOS, else in kilobytes.
 PROGRAM = """
 import resource, sys
 from pathlib import Path
@@ -56,7 +55,7 @@ def run(folder: Path, scale: float):
     layers = max(1, round(32 * scale))
     config = MiniGPT3DConfig(text_config={"num_hidden_layers": layers})
     config.to_json_file(folder / "config.json")
-    # In a process of its own: what this one holds would count as the memory of those that it starts.
+    # In a separate process, because the memory of this one would count for the processes that it starts.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         options, size = pool.submit(write_files, folder, config).result()
     out = folder / "out"
@@ -85,7 +84,7 @@ def write_files(folder: Path, config: MiniGPT3DConfig) -> tuple[list, int]:
     for file in tqdm(FILES, desc="files", unit="file"):
         tensors = {}
         for name, shape in shapes.items():
-            if any(re.fullmatch(pattern, name) for pattern in file.gives):
+            if matches(name, file.gives):
                 key = authors_name(name).removeprefix(file.prefix)
                 tensors |= random_tensors(key, tuple(shape), block, split=file.slot == "phi")
         path = folder / (file.slot if file.slot == "phi" else f"{file.slot}.pth")
@@ -94,13 +93,13 @@ def write_files(folder: Path, config: MiniGPT3DConfig) -> tuple[list, int]:
         else:
             torch.save({file.container: tensors}, path)
         files = path.iterdir() if path.is_dir() else [path]
-        size += sum(each.stat().st_size for each in files)
+        size += sum(path.stat().st_size for path in files)
         options += ["--" + file.slot.replace("_", "-"), path]
     return options, size
 
 
 def random_tensors(key: str, shape: tuple[int, ...], block: torch.Tensor, split: bool) -> dict[str, torch.Tensor]:
-    """Values from one random block, repeated: what they are does not matter, that they are there does."""
+    """Values from one random block, repeated: their statistics do not matter."""
     if "num_batches_tracked" in key:
         return {key: torch.tensor(0)}
     if split and FUSED_ATTENTION in key:

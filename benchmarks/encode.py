@@ -1,15 +1,15 @@
-"""Time the way from a cloud to the language model's vectors: the published algorithm, written out plainly, beside ours.
+"""Time encoding, from a cloud to the language model's vectors: a plain version of the published algorithm beside ours.
 
     python benchmarks/encode.py --batch 4 --repeats 5 --threads 2
 
 Both run in turn in this one process, on the same clouds with the same full-size random weights (the language model is
-left out), and must give the same numbers: the largest difference over the largest value stands in the table, and more
-than 1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
-farthest point sampling as a loop of torch operations, neighbours from the full distance matrix, 1×1 convolutions with
+left out), and must give the same numbers: the table has the largest difference over the largest value, and more than
+1e-5 in fp32 ends the run. The plain side is what the paper and its authors' code describe (§3.1.1, §3.1.2, §3.2):
+farthest point sampling as a loop of torch operations, neighbors from the full distance matrix, 1×1 convolutions with
 BatchNorm, softmax attention written out, one Q-Former pass for each cloud and chosen expert with its keys and values
 computed anew.
 
-Shapes: B clouds, N points, G groups, K neighbours, Q query tokens, E experts, D width.
+Shapes: B clouds, N points, G groups, K neighbors, Q query tokens, E experts, D width.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import nn
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
@@ -43,7 +43,7 @@ BF16_TOLERANCE = 1e-1
 
 
 def plain_group(point_clouds: torch.Tensor, num_groups: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, C) → neighbourhoods (B, G, K, C), xyz relative to the centre, and centres (B, G, 3)."""
+    """(B, N, C) → neighborhoods (B, G, K, C), xyz relative to the center, and centers (B, G, 3)."""
     coord = point_clouds[..., :3]
     rows = torch.arange(len(coord), device=coord.device)
     distance = coord.new_full(coord.shape[:2], torch.inf)  # (B, N)
@@ -55,7 +55,7 @@ def plain_group(point_clouds: torch.Tensor, num_groups: int, group_size: int) ->
         distance = torch.minimum(distance, difference.pow(2).sum(-1))
         farthest = distance.argmax(-1)
     center = coord[rows[:, None], torch.stack(indices, dim=1)]  # (B, G, 3)
-    # From differences: |a|² + |b|² - 2ab, as published, rounds to other neighbours where two are nearly equally far.
+    # From differences: |a|² + |b|² - 2ab, as published, rounds to other neighbors where two are nearly equally far.
     matrix = torch.cdist(center, coord, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, N)
     neighbors = matrix.topk(group_size, largest=False).indices  # (B, G, K)
     neighborhood = point_clouds[rows[:, None, None], neighbors]  # (B, G, K, C)
@@ -94,7 +94,7 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 
 def plain_transformer(encoder: nn.Module, groups: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-    """Embedded groups (B, G, D_group) around centres (B, G, 3) → (B, 1+G, D), the cls token first."""
+    """Embedded groups (B, G, D_group) around centers (B, G, 3) → (B, 1+G, D), the cls token first."""
     tokens = encoder.group_projection(groups)  # (B, G, D)
     tokens = torch.cat([encoder.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+G, D)
     position = encoder.position_embedding(center)
@@ -182,7 +182,7 @@ def make_model(config: MiniGPT3DConfig | None = None, seed: int = 0) -> MiniGPT3
 
 
 def make_point_clouds(batch_size: int, num_points: int, num_channels: int = 6, seed: int = 0) -> torch.Tensor:
-    """(B, N, C): points on the surface of bent ellipsoids, normalised, the other channels in [0, 1]."""
+    """(B, N, C): points on the surface of bent ellipsoids, normalized, the other channels in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     coord = nn.functional.normalize(torch.randn(batch_size, num_points, 3, generator=generator), dim=-1)
     coord *= 0.3 + torch.rand(batch_size, 1, 3, generator=generator)
@@ -205,7 +205,7 @@ def measure(function: Callable, device: torch.device) -> float:
 
 
 def compare(part: str, plain: Callable, ours: Callable, view: Callable, batch_size: int, repeats: int) -> Row:
-    """Run both in turn, so that whatever else the machine does falls on both, after one warm-up each."""
+    """Run both in turn after one warm-up each, so that other load on the machine affects both."""
     expected, got = view(plain()), view(ours())
     device = expected.device
     difference = float((got - expected).abs().max() / expected.abs().max())
@@ -216,14 +216,14 @@ def compare(part: str, plain: Callable, ours: Callable, view: Callable, batch_si
 
 
 def view_groups(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What of (B, G, K, C) and (B, G, 3) must agree: the neighbours' order is free."""
+    """The parts of (B, G, K, C) and (B, G, 3) that must agree in any order of the neighbors."""
     neighborhood, center = result
     return torch.cat([neighborhood.amax(2), neighborhood.amin(2), neighborhood.mean(2), center], dim=-1)
 
 
 @torch.inference_mode()
 def run(model: MiniGPT3DModel, point_clouds: torch.Tensor, repeats: int = 5) -> list[Row]:
-    """Every part in fp32, then the whole in bf16 against the plain algorithm in fp32.
+    """Compare every part in fp32, then the complete encoder in bf16 with the plain algorithm in fp32.
 
     Args:
         model: in eval mode, fp32, on the device of the clouds.
@@ -300,15 +300,18 @@ def format_table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=positive_int, default=4, help="clouds per batch (4)")
-    parser.add_argument("--points", type=positive_int, default=8192, help="points per cloud (8192)")
+    parser.add_argument("--batch", type=positive_int, default=4, help="clouds per batch (default: 4)")
+    parser.add_argument("--points", type=positive_int, default=8192, help="points per cloud (default: 8192)")
     parser.add_argument(
-        "--repeats", type=positive_int, default=5, help="timed runs of each side; the median counts (5)"
+        "--repeats",
+        type=positive_int,
+        default=5,
+        help="timed runs of each side; the table has their median (default: 5)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (torch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and clouds (0)")
-    parser.add_argument("--json", type=Path, help="write the table to this file too")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and clouds (default: 0)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,14 +1,14 @@
-"""Time answering: stopped at `###`, as here, beside decoding to the limit and cutting afterwards, as the authors' scripts do.
+"""Time generation: stopped at `###`, as here, beside decoding to the limit and cutting afterwards, as the authors' scripts do.
 
     python benchmarks/generate.py [--model DIR] [--question "What is this?"] [--max-new-tokens 150] [--batches 1 2 4 8 16 32 64]
 
-All ways run in turn in this one process, on the same clouds (those of demo/objects, repeated) with the same question,
-greedily; what is timed is one call of `generate`, from clouds and prompts to ids. In fp32 the texts before `###` must be
-the same, or the run ends; in bf16 rounding may change some, and the share of the same ones stands in the table. The authors
-sample with two beams, which costs every way alike.
+All ways run in turn in one process, on the same clouds (those of demo/objects, repeated) with the same question, greedily.
+One call of `generate` is timed, from clouds and prompts to ids. In fp32 the texts before `###` must be equal, or the run
+fails; in bf16 rounding may change some texts, and the table has the share of equal ones. The authors sample with two
+beams, which costs the same in every way.
 
-Tokens are those that belong to an answer, its `###` among them; to the limit, all that were decoded. So objects/s compare
-all ways, tokens/s only those that stop.
+Tokens are those of the answer with its `###`; for the limit, all decoded tokens. So compare all ways by objects/s, and by
+tokens/s only those that stop.
 
 Shapes: B objects, T tokens.
 """
@@ -25,8 +25,8 @@ import torch
 import transformers
 from encode import measure
 
-from minigpt3d.cli.main import positive_int
-from minigpt3d.hub import load_model
+from minigpt3d.arguments import positive_int
+from minigpt3d.hub import BUNDLED_MODEL, load_model
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
@@ -145,27 +145,30 @@ def format_table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--model", default=str(ROOT / "checkpoints" / "household"), help="folder or Hub id (the bundled one)"
+        "--model", default=BUNDLED_MODEL, help="folder or Hub id of the model (default: the bundled one)"
     )
-    parser.add_argument("--question", default=DEFAULT_PROMPT, help=f"about each object ({DEFAULT_PROMPT})")
+    parser.add_argument("--question", default=DEFAULT_PROMPT, help="question about each object (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
         default=DEFAULT_MAX_NEW_TOKENS,
-        help=f"the limit ({DEFAULT_MAX_NEW_TOKENS}, as on Objaverse)",
+        help="the limit (default: %(default)s, as on Objaverse)",
     )
     parser.add_argument(
         "--batches",
         type=positive_int,
         nargs="+",
         default=[1, 2, 4, 8, 16, 32, 64],
-        help="objects at once (1 2 4 … 64)",
+        help="batch sizes (default: 1 2 4 8 16 32 64)",
     )
     parser.add_argument(
-        "--repeats", type=positive_int, default=3, help="timed calls of each way; the median counts (3)"
+        "--repeats",
+        type=positive_int,
+        default=3,
+        help="timed calls of each way; the table has their median (default: 3)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)

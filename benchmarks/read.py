@@ -13,7 +13,7 @@ import laspy
 import numpy as np
 from plyfile import PlyData, PlyElement
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
@@ -43,8 +43,15 @@ WRITERS = {".npy": write_npy, ".ply": write_ply, ".las": write_las, ".laz": writ
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=positive_int, default=10_000_000, help="points in the file (10,000,000)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="readings of each file; the median counts (3)")
+    parser.add_argument(
+        "--points", type=positive_int, default=10_000_000, help="points in each file (default: 10,000,000)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=3,
+        help="readings of each file; the table has their median (default: 3)",
+    )
     args = parser.parse_args()
     points = np.random.default_rng(0).random((args.points, 6), dtype=np.float32)
     print(f"{args.points:,} colored points to 8192\n\n| format | MB | seconds |\n|-|-|-|")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.data import shards as pack, sources as data
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from minigpt3d.training import stream
@@ -58,7 +58,7 @@ def write_data(folder: Path, count: int):
         np.save(folder / f"{index}.npy", cloud.astype(np.float32))
         lines.append(f"{index}.npy,This is number {index} of several objects with two colors and four legs.")
     (folder / "captions.csv").write_text("\n".join(lines))
-    pack.pack(pack.own_entries(folder / "captions.csv"), folder / "packed")
+    pack.pack(pack.table_entries(folder / "captions.csv"), folder / "packed")
 
 
 def timed(owner, name: str, label: str, spent: dict[str, float]):

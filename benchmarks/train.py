@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from encode import PlainMiniPointNet, plain_group, plain_transformer
 
-from minigpt3d.cli.main import positive_int
+from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.loop import make_optimizer

@@ -1,4 +1,4 @@
-"""The authors' release from where it lies: what, from where, how large; fetched resumably."""
+"""Download the authors' release: `find_release` says what, from where and how large, `fetch` gets it resumably."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Download:
-    """Everything that is to be fetched.
+    """Everything that will be fetched.
 
     Args:
         revision: commit of the authors' repository; all files are of this one.
@@ -48,7 +48,7 @@ def find_release(revision: str | None = None) -> Download:
     """Ask for the revision and the sizes; nothing is fetched.
 
     Args:
-        revision: commit of the authors' repository; by default the newest, which is then kept to.
+        revision: commit of the authors' repository; by default the newest.
 
     Raises:
         ValueError: no network, or the repository does not hold the files.
@@ -59,38 +59,35 @@ def find_release(revision: str | None = None) -> Download:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cannot ask for the released files: {reason}. Check the network, or give the paths of files that you have: "
-            "minigpt3d convert --help"
+            f"cannot ask for the released files: {reason}. Check the network, or give the paths of files that you have."
         ) from error
     if not blip2_bytes:
         raise ValueError(
-            f"{BLIP2_URL} does not say how large it is. Download it by hand, and give its path: --blip2 FILE"
+            f"{BLIP2_URL} does not say how large it is. Download it by hand, and give its path as `blip2`."
         )
     files = {}
     for slot, path in PATHS.items():
-        found = {each.rfilename: each.size or 0 for each in info.siblings if each.rfilename.startswith(path)}
-        if not found:
-            raise ValueError(
-                f"{AUTHORS_ID} at {info.sha} has no {path} (for --{slot.replace('_', '-')}); it has moved."
-            )
-        files |= found
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings if file.rfilename.startswith(path)}
+        if not sizes:
+            raise ValueError(f"{AUTHORS_ID} at {info.sha} has no {path}; download it by hand and give it as `{slot}`.")
+        files |= sizes
     return Download(info.sha, files, blip2_bytes)
 
 
 def fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
-    """Fetch what is not there yet, going on where a download was cut off.
+    """Fetch what is not there yet; an interrupted download is resumed.
 
     Returns:
-        Path of each slot, and where it is from.
+        Path of each slot, and its source.
 
     Raises:
-        ValueError: the connection broke; what has come is kept.
+        ValueError: the connection broke; what was fetched is kept.
     """
     try:
         return _fetch(download)
     except Exception as error:  # each client under huggingface_hub has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"the download stopped: {reason}. Run it again, it goes on where it was.") from error
+        raise ValueError(f"the download stopped: {reason}. Run it again to resume.") from error
 
 
 def _fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:

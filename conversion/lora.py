@@ -1,4 +1,4 @@
-"""LoRA of MiniGPT-3D: which modules have factors, and their PEFT configuration."""
+"""LoRA of MiniGPT-3D: which modules have factors, how their products are scaled, and their PEFT configuration."""
 
 import re
 from collections import Counter
@@ -9,17 +9,74 @@ import torch
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 
-from .names import LORA_ALPHA
-
 
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
-# PEFT has one for all modules; the Q-Former's, 0.1, is set by the training.
+
+
+# ---- Modules --------------------------------------------------------------------------------------------------------
+
+# The Q-Former's self- and cross-attention, and the language model's attention by its family.
+QFORMER_LORA_TARGETS = r"model\.qformer\..*\.(query|key|value)"
+_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LANGUAGE_LORA_TARGETS = {
+    "minigpt3d_phi": ("query_key_value", "dense"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
+    "phi3": ("qkv_proj", "o_proj"),
+    "gpt_neox": ("query_key_value", "dense"),
+    "llama": _SPLIT_ATTENTION,
+    "mistral": _SPLIT_ATTENTION,
+    "qwen2": _SPLIT_ATTENTION,
+    "qwen3": _SPLIT_ATTENTION,
+    "smollm3": _SPLIT_ATTENTION,
+}
+
+
+def lora_targets(language_model_type: str) -> str:
+    """Pattern of the modules that get LoRA factors, for a language model of this `model_type`.
+
+    Raises:
+        ValueError: the family has no row in `LANGUAGE_LORA_TARGETS`.
+    """
+    if language_model_type not in LANGUAGE_LORA_TARGETS:
+        raise ValueError(
+            f"No LoRA targets are known for a language model of type {language_model_type!r}; known: "
+            f"{', '.join(LANGUAGE_LORA_TARGETS)}. Add the names of its attention's linear layers to "
+            "LANGUAGE_LORA_TARGETS in conversion/lora.py."
+        )
+    attention = "|".join(LANGUAGE_LORA_TARGETS[language_model_type])
+    return rf"{QFORMER_LORA_TARGETS}|model\.language_model\..*\.({attention})"
+
+
+def lora_modules(config: MiniGPT3DConfig, parameters: Iterable[str]) -> list[str]:
+    """The modules to which the stages add LoRA factors, by our names."""
+    pattern = re.compile(lora_targets(config.text_config.model_type))
+    modules = (name.removesuffix(".weight") for name in parameters if name.endswith(".weight"))
+    return [module for module in modules if pattern.fullmatch(module)]
+
+
+# ---- Scale ----------------------------------------------------------------------------------------------------------
+
+# The Q-Former's alpha is 2r in the authors' code, whatever their YAML says; the language model's is 16.
+LORA_ALPHA = {"model.qformer": lambda rank: 2 * rank, "model.language_model": lambda rank: 16}
+
+
+def lora_scale(module: str, rank: int) -> float:
+    """alpha / r of a module in the authors' code, by our name."""
+    return next(alpha(rank) for part, alpha in LORA_ALPHA.items() if module.startswith(part)) / rank
+
+
+def peft_scale(config, module: str) -> float:
+    """alpha / r of a module, by our name, in an adapter with this `peft.LoraConfig`."""
+    get_pattern_key, short = _peft().utils.other.get_pattern_key, module.removeprefix("model.")
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, short), config.r)
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, short), config.lora_alpha) / rank
+
+
+# ---- PEFT's configuration -------------------------------------------------------------------------------------------
+
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
+# PEFT has one dropout for all modules; training sets the Q-Former's, 0.1, itself.
 LANGUAGE_LORA_DROPOUT = 0.05
-
-
-def lora_scale(name: str, rank: int) -> float:
-    """alpha / r of a module, by our name."""
-    return next(alpha(rank) for part, alpha in LORA_ALPHA.items() if name.startswith(part)) / rank
 
 
 def lora_config(
@@ -27,11 +84,11 @@ def lora_config(
     scale: Callable[[str, int], float] = lora_scale,
     **options,
 ):
-    """The PEFT configuration of the LoRA matrices in an unmerged state dict: ranks read off, alphas the authors'.
+    """The PEFT configuration for the LoRA matrices in an unmerged state dict; ranks are read off the shapes.
 
     Args:
         converted: our names → tensors or shapes.
-        scale: (module, rank) → factor of its LoRA product.
+        scale: (module, rank) → factor of its LoRA product; by default the authors'.
         **options: further fields of `peft.LoraConfig`.
 
     Raises:
@@ -47,7 +104,7 @@ def lora_config(
         raise ValueError("no lora_A matrices among the tensors. Convert with merge_lora=False to keep them.")
     alphas = {module: round(scale(module, rank) * rank) for module, rank in ranks.items()}
     (rank, alpha), _ = Counter((ranks[module], alphas[module]) for module in ranks).most_common(1)[0]
-    # Without "model." the ends of the names fit the model with its head and the one without alike.
+    # PEFT compares ends of names. Without "model." they fit the model with its head and the one without.
     short = {module: module.removeprefix("model.") for module in ranks}
     return LoraConfig(
         r=rank,
@@ -77,59 +134,9 @@ def read_lora_config(adapter: Path):
     return config
 
 
-def peft_scale(config, module: str) -> float:
-    """Factor of the LoRA product of a module of ours in an adapter with this `peft.LoraConfig`."""
-    get_pattern_key, short = _peft().utils.other.get_pattern_key, module.removeprefix("model.")
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, short), config.r)
-    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, short), config.lora_alpha) / rank
-
-
 def _peft():
     try:
         import peft
     except ImportError as error:
-        raise ImportError("Keeping LoRA apart needs peft: pip install 'minigpt3d[train]'") from error
+        raise ImportError("LoRA adapters need peft: pip install 'minigpt3d[train]'") from error
     return peft
-
-
-def lora_modules(config: MiniGPT3DConfig, expected: Iterable[str]) -> list[str]:
-    """Modules that the stages give LoRA factors, by our names."""
-    pattern = re.compile(lora_targets(config.text_config.model_type))
-    modules = (name.removesuffix(".weight") for name in expected if name.endswith(".weight"))
-    return [module for module in modules if pattern.fullmatch(module)]
-
-
-# Where LoRA goes: the Q-Former's self- and cross-attention, and the language model's attention by its family.
-QFORMER_LORA_TARGETS = r"model\.qformer\..*\.(query|key|value)"
-
-
-_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-LANGUAGE_LORA_TARGETS = {
-    "minigpt3d_phi": ("query_key_value", "dense"),
-    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
-    "phi3": ("qkv_proj", "o_proj"),
-    "gpt_neox": ("query_key_value", "dense"),
-    "llama": _SPLIT_ATTENTION,
-    "mistral": _SPLIT_ATTENTION,
-    "qwen2": _SPLIT_ATTENTION,
-    "qwen3": _SPLIT_ATTENTION,
-    "smollm3": _SPLIT_ATTENTION,
-}
-
-
-def lora_targets(language_model_type: str) -> str:
-    """Pattern of the modules that get LoRA factors, for a language model of this `model_type`.
-
-    Raises:
-        ValueError: the family has no row in `LANGUAGE_LORA_TARGETS`.
-    """
-    if language_model_type not in LANGUAGE_LORA_TARGETS:
-        raise ValueError(
-            f"No LoRA targets are known for a language model of type {language_model_type!r}; known: "
-            f"{', '.join(LANGUAGE_LORA_TARGETS)}. Add the names of its attention's linear layers to "
-            "LANGUAGE_LORA_TARGETS in conversion/lora.py."
-        )
-    attention = "|".join(LANGUAGE_LORA_TARGETS[language_model_type])
-    return rf"{QFORMER_LORA_TARGETS}|model\.language_model\..*\.({attention})"

@@ -1,14 +1,18 @@
-"""The authors' release as data: what their tensors are called here, and which file gives what.
+"""The authors' release as tables: their names and ours of every tensor, and which file holds what.
 
-Read beside the paper: `NAMES` follows figure 2 from left to right, `FILES` is the order in which the authors' code loads
-its checkpoints, each over the ones before.
+Read this beside the paper: `NAMES` follows figure 2 from left to right. `FILES` is in the order in which the authors' code
+loads its checkpoints, each over the ones before.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
-# The authors' names → ours, in data-flow order (paper: figure 2). `#` is a number; a name stands for all that begins
-# with it: its weight, bias, running statistics and LoRA matrices.
+# ---- Names ----------------------------------------------------------------------------------------------------------
+
+# The authors' names → ours, in data-flow order (paper: figure 2). `#` is a number. A name stands for every name that
+# begins with it: its weight, bias, running statistics and LoRA matrices.
 NAMES = {
     # Point-BERT
     "pc_encoder.cls_token": "model.point_encoder.cls_token",
@@ -51,27 +55,70 @@ NAMES = {
     "llama_model.base_model.model.lm_head": "lm_head",
 }
 
-# The same tensor under a second name: accepted where it is equal, else refused.
+# A second name → the first name of the same tensor. Both may be in a file if the tensors are equal.
 ALIASES = {"query_expert_dict.0": "query_tokens", "point_encoder": "pc_encoder"}
 
 # The official Phi-2 has three matrices where the authors have one (heads, 3, head_dim).
 SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj")
 FUSED_ATTENTION = "query_key_value"
 
-# What holds nothing that the network computes with, whatever file it is in: pattern → reason.
+
+def _compile(table: dict[str, str]) -> list[tuple[re.Pattern, str, str]]:
+    """Rows of a table of names, the longest beginning first."""
+    rows = sorted(table.items(), key=lambda item: -len(item[0]))
+    return [(re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), old, new) for old, new in rows]
+
+
+def _rename(name: str, rows: list[tuple[re.Pattern, str, str]]) -> str | None:
+    """`name` with the first matching beginning replaced; None if no row matches."""
+    for pattern, old, new in rows:
+        if match := pattern.match(name):
+            return new.replace("#", match[1] if "#" in old else "#") + name[match.end() :]
+    return None
+
+
+_TO_OURS, _TO_FIRST = _compile(NAMES), _compile(ALIASES)
+_TO_AUTHORS = _compile(
+    {ours: theirs for theirs, ours in NAMES.items() if theirs != "query_expert_dict.#"}
+    | {"model.query_experts.#.weight": "query_expert_dict.#"}
+)
+
+
+def our_name(name: str) -> str | None:
+    """Our name of the authors' tensor, in the old or new spelling of PEFT; None if the table has no such tensor."""
+    name = _rename(name.replace(".base_layer.", "."), _TO_OURS)
+    return name and re.sub(r"\.lora_([AB])\.default\.", r".lora_\1.", name)
+
+
+def authors_name(name: str) -> str | None:
+    """The authors' name of our tensor (the inverse of `our_name`); None if the table has no such tensor."""
+    name = _rename(name, _TO_AUTHORS)
+    return name and re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", name)
+
+
+def first_name(name: str) -> str | None:
+    """The first name of a tensor, for one of its second names (`ALIASES`); None for any other name."""
+    return _rename(name, _TO_FIRST)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the regular expressions matches the complete name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+# Tensors of any file that the network does not compute with: pattern of the authors' names → reason.
 LEFTOVERS = {
     r"Qformer\.bert\.embeddings\.position_ids": "positions 0, 1, 2, …; the queries have no position embedding",
     r".*\.rotary_emb\.inv_freq": "rotary frequencies, computed from the configuration",
 }
 _IMAGE_SIDE = {r"(visual_encoder|ln_vision|vision_proj)\..*": "image side: MiniGPT-3D has points instead"}
-# Beside the tensors of the model, under the file's other keys.
+# What a `.pth` file holds under other keys, beside the tensors of the model.
 TRAINER_STATE = {"optimizer": "state of the optimizer", "scaler": "state of the loss scaler"}
 
-# In no file: pattern of our names → reason. All of them are zero.
+# Parameters that are in no file: pattern of our names → reason. All of them are zero.
 ZEROS = {r"model\.language_model\..*\.[qk]_layernorm\.bias": "frozen at their initial zero, so no file has them"}
-
-# alpha / r. The Q-Former's alpha is 2r in the authors' code whatever their YAML says; the LLM's is 16.
-LORA_ALPHA = {"model.qformer": lambda rank: 2 * rank, "model.language_model": lambda rank: 16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +126,13 @@ class File:
     """One file of the release.
 
     Args:
-        slot: its option on the command line, without the dashes.
+        slot: short name of the file, and the argument that takes its path.
         title: what it is, for people.
         gives: patterns of our names; every parameter that one of them matches must be in the file.
         may_give: patterns of our names that it may hold as well.
-        prefix: what is put before its keys to make them names of the whole model.
-        container: the key under which the tensors lie in a `.pth` file.
-        leftovers: patterns of its keys that MiniGPT-3D has no use for → reason.
+        prefix: put in front of the file's keys, it makes them names of the complete model.
+        container: the key of the tensors in a `.pth` file.
+        leftovers: patterns of keys that MiniGPT-3D has no use for → reason.
     """
 
     slot: str
@@ -100,7 +147,7 @@ class File:
 _LORA = r"model\.language_model\..*\.lora_[AB]\.weight"
 _ADDED_NORMS = r"model\.language_model\..*\.(q_layernorm|k_layernorm|post_layernorm)\.weight"
 _NORMS = r"model\.language_model\..*norm\.(weight|bias)"
-# A stage's file holds what the stage trains (a test compares with training/stages.py).
+# A stage's file holds what the stage trains. A test compares these with the table in training/stages.py.
 STAGE_3_TENSORS = (
     r"model\.point_projection\..*",
     r"model\.qformer\..*\.lora_[AB]\.weight",

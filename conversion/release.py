@@ -1,7 +1,7 @@
-"""What a conversion is made of: the authors' release, or a training stage's result, with every tensor accounted for.
+"""Plan a conversion of the authors' release or of a training stage's result, with every tensor accounted for.
 
-From names, shapes and dtypes alone, before anything is written (`write` does that). Paper: figure 2 for the parts, §3.3
-for the stages that the files come from.
+A plan needs names, shapes and dtypes only; nothing is written (`write` does that). Paper: figure 2 for the parts, §3.3 for
+the stages that the files come from.
 """
 
 import json
@@ -20,31 +20,40 @@ from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import sha256
-from minigpt3d.hub import ADAPTER_FILE, find_model
+from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
+from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 
+from .accounting import Account, account, is_ignored
 from .checkpoints import Checkpoint
-from .lora import lora_modules, lora_scale, peft_scale, read_lora_config
-from .names import FILES, ZEROS, File
-from .state_dict import Account, Reader, account, authors_name, expected_shapes, is_ignored, our_name
+from .lora import PEFT_PREFIX, lora_modules, lora_scale, peft_scale, read_lora_config
+from .names import FILES, ZEROS, File, authors_name, our_name
+from .state_dict import Reader, expected_shapes
 
 
-PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
+# ---- Sources --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
-    """One input: what it should hold, where it lies, and where it was downloaded from."""
+    """One input of a conversion.
+
+    Args:
+        file: what it should hold.
+        checkpoint: its tensors.
+        origin: where it was downloaded from: Hub id @ revision, or an address; "local" otherwise.
+        to_key: name in the account → key in the checkpoint.
+        to_name: key in the checkpoint → name in the account.
+        scales: factors of LoRA products by module, if they are not the authors'.
+    """
 
     file: File
     checkpoint: Checkpoint
-    origin: str = "local"  # or Hub id @ revision, or address
-    to_key: Callable[[str], str] = field(default=lambda key: key)  # name in the account → key in the checkpoint
-    to_name: Callable[[str], str] = field(default=lambda key: key)  # and back
-    scales: dict[str, float] = field(
-        default_factory=dict
-    )  # of LoRA products by module, where they are not the authors'
+    origin: str = "local"
+    to_key: Callable[[str], str] = field(default=lambda name: name)
+    to_name: Callable[[str], str] = field(default=lambda key: key)
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -59,17 +68,23 @@ class Source:
 
 
 def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = None) -> list[Source]:
-    """The authors' files, by slot.
+    """The authors' files as sources.
+
+    Args:
+        paths: by slot.
+        origins: where they were downloaded from, by slot.
 
     Raises:
-        ValueError, FileNotFoundError: a slot is empty that may not be; a file cannot be read (see `Checkpoint`).
+        ValueError, FileNotFoundError: a required slot is missing; a file cannot be read (see `Checkpoint`).
     """
     absent = [file.slot for file in FILES[:4] if file.slot not in paths]
     if "stage4" in paths and "stage3" not in paths:
         absent.append("stage3")
     if absent:
-        options = ", ".join(f"--{slot.replace('_', '-')}" for slot in absent)
-        raise ValueError(f"files are missing: give {options}. (Stages 3 and 4 may be left out together, or 4 alone.)")
+        arguments = ", ".join(f"`{slot}`" for slot in absent)
+        raise ValueError(
+            f"files are missing: give {arguments}. (Stages 3 and 4 may be left out together, or 4 alone.)"
+        )
     return [
         Source(file, Checkpoint(paths[file.slot], file.container), (origins or {}).get(file.slot, "local"))
         for file in FILES
@@ -78,39 +93,45 @@ def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = Non
 
 
 def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str]]:
-    """What a run of `training/` left behind: a base model with an adapter on it, or one whole model.
+    """The result of a training stage as sources: a base model with an adapter, or one complete model.
 
     Returns:
-        The files, the configuration of what they make, and the modules that have LoRA factors.
+        The sources, the configuration of the model, and the modules that have LoRA factors.
 
     Raises:
-        ValueError, FileNotFoundError: no result of a stage, or as `Checkpoint`.
+        ValueError, FileNotFoundError: this is no result of a stage; or as `Checkpoint`.
         ImportError: peft is not installed.
     """
     files = find_model(folder)
-    base, adapter = Path(files.base), files.adapter
+    base = Path(files.base)
     if not base.is_dir():
         base = Path(snapshot_download(files.base, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    renamed = {"to_key": lambda name: our_name(name) or name, "to_name": lambda key: authors_name(key) or key}
-    sources = [Source(File("model", "a whole model", gives=(r"(?!.*lora_).*",)), Checkpoint(base), **renamed)]
+    file = File("model", "a complete model", gives=(r"(?!.*lora_).*",))
+    to_key, to_name = lambda name: our_name(name) or name, lambda key: authors_name(key) or key
+    source = Source(file, Checkpoint(base), to_key=to_key, to_name=to_name)
     config = MiniGPT3DConfig.from_pretrained(base)
-    if adapter is None:
-        return sources, config, []
-    peft_config, checkpoint = read_lora_config(adapter), Checkpoint(adapter / ADAPTER_FILE)
+    if files.adapter is None:
+        return [source], config, []
+    adapter, modules = _adapter_source(files.adapter)
+    config.router_type = (files.stage or {}).get("router_type", config.router_type)
+    return [source, adapter], config, modules
+
+
+def _adapter_source(folder: Path) -> tuple[Source, list[str]]:
+    """A PEFT adapter as a source, and the modules that have LoRA factors. What it holds supersedes the base's."""
+    peft_config, checkpoint = read_lora_config(folder), Checkpoint(folder / ADAPTER_FILE)
     names = {key: key.removeprefix(PEFT_PREFIX) for key in checkpoint.shapes}
     modules = [name.removesuffix(".lora_A.weight") for name in names.values() if name.endswith(".lora_A.weight")]
-    # What the stages have trained supersedes the base's; every LoRA module has both of its factors.
-    file = File("adapter", "a PEFT adapter", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*",))
-    renamed = {
-        "to_key": lambda name: PEFT_PREFIX + (our_name(name) or name),
-        "to_name": lambda key: authors_name(names[key]) or names[key],
-    }
-    scales = {module: peft_scale(peft_config, module) for module in modules}
-    sources.append(Source(file, checkpoint, **renamed, scales=scales))
-    config.router_type = (files.stage or {}).get("router_type", config.router_type)
-    if not isinstance(peft_config.target_modules, str):  # names, of which none may be missing
+    source = Source(
+        File("adapter", "a PEFT adapter", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*",)),
+        checkpoint,
+        to_key=lambda name: PEFT_PREFIX + (our_name(name) or name),
+        to_name=lambda key: authors_name(names[key]) or names[key],
+        scales={module: peft_scale(peft_config, module) for module in modules},
+    )
+    if not isinstance(peft_config.target_modules, str):  # a list of names, of which none may be missing
         modules = sorted(f"model.{name}" for name in peft_config.target_modules)
-    return sources, config, modules
+    return source, modules
 
 
 # ---- Planning -------------------------------------------------------------------------------------------------------
@@ -125,60 +146,98 @@ class Plan:
     processor: MiniGPT3DProcessor
     accounted: Account
     expected: dict[str, torch.Size]
-    idle_patterns: list[str]  # of --ignore, that no key needed
+    unused_patterns: list[str]  # of `ignore`, which no key matched
 
     def reader(self) -> Reader:
         by_slot = {source.file.slot: source for source in self.sources}
-        linear = _fresh_linear_layers(self.config)
+        linear = _new_linear_layers(self.config)
 
-        def fresh(name: str) -> torch.Tensor:
+        def make_new(name: str) -> torch.Tensor:
             return linear[name] if name in linear else read("model.query_experts.0.weight")
 
         read_key = lambda slot, key: by_slot[slot].read(key)  # noqa: E731
-        read = Reader(self.accounted, self.config, self.expected, read_key, fresh, self.scale)
+        read = Reader(self.accounted, self.config, self.expected, read_key, make_new, self.scale)
         return read
 
     def scale(self, module: str, rank: int) -> float:
         """Factor of a module's LoRA product."""
-        known = self.sources[-1].scales
-        return known[module] if known else lora_scale(module, rank)
+        scales = self.sources[-1].scales
+        return scales[module] if scales else lora_scale(module, rank)
+
+    @property
+    def default_lora(self) -> str:
+        """How to write LoRA factors: "keep" for the authors' files without stage IV's, to train further; else "merge"."""
+        slots = {source.file.slot for source in self.sources}
+        return "keep" if "phi" in slots and "stage4" not in slots else "merge"
 
     def release(self):
+        """Close mapped files, so that they do not count as memory in use."""
         for source in self.sources:
             source.checkpoint.release()
+
+
+def plan_release(
+    paths: dict[str, Path],
+    origins: dict[str, str] | None = None,
+    config: Path | None = None,
+    router: str | None = None,
+    ignore: Iterable[str] = (),
+) -> Plan:
+    """Plan the conversion of the authors' files.
+
+    Args:
+        paths, origins: see `release_sources`.
+        config: config.json of a model of other sizes than the paper's.
+        router, ignore: see `make_plan`.
+
+    Raises:
+        ValueError: `config` is no configuration; or as `release_sources`, `make_processor` and `make_plan`.
+    """
+    try:
+        sizes = MiniGPT3DConfig() if config is None else MiniGPT3DConfig.from_json_file(config)
+    except Exception as error:  # configurations raise errors of several classes
+        raise ValueError(f"`config` {config}: {one_line(error)}") from error
+    sources = release_sources(paths, origins)
+    return make_plan(sources, sizes, make_processor(paths["phi"], sizes), router, ignore)
+
+
+def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[str] = ()) -> Plan:
+    """Plan the conversion of a training stage's result.
+
+    Raises:
+        ValueError: the folder is no such result; or as `stage_sources` and `make_plan`.
+    """
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
+        raise ValueError(f"{folder}: no {CONFIG_FILE} or {ADAPTER_CONFIG}; give the output folder of a training stage")
+    sources, config, lora = stage_sources(folder)
+    processor = MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path)
+    return make_plan(sources, config, processor, router, ignore, lora)
 
 
 def make_plan(
     sources: list[Source],
     config: MiniGPT3DConfig,
     processor: MiniGPT3DProcessor,
-    router_type: str | None = None,
+    router: str | None = None,
     ignore: Iterable[str] = (),
     lora: Iterable[str] = (),
 ) -> Plan:
     """Account for all tensors; nothing is written.
 
     Args:
-        lora: modules that have LoRA factors; the authors' files have them where the stages train them.
-        router_type: of the result; by default "sparse" where the experts are trained, "none" before.
+        router: how the result mixes its query experts; by default "sparse" if the experts are trained, else "none".
+        ignore: patterns of keys, see `account`.
+        lora: modules that have LoRA factors; in the authors' files these are the ones that the stages train.
 
     Raises:
-        ValueError: see `account`; or experts are asked for that no file has trained.
+        ValueError: see `account`; or `router` needs experts that no file has trained.
     """
     by_slot = {source.file.slot: source for source in sources}
     of_release = "phi" in by_slot
-    if of_release and "stage4" not in by_slot:
-        if router_type not in (None, "none"):
-            raise ValueError(f"--router {router_type} needs the experts that stage IV trains: give --stage4 too.")
-        router_type = "none"
-    if not of_release and config.router_type == "none" and router_type not in (None, "none"):
-        raise ValueError(
-            f"--router {router_type} needs the experts that stage IV trains; this result is of a stage before."
-        )
-    config.router_type = router_type or config.router_type
+    config.router_type = _choose_router(router, by_slot, config)
     config.point_token_id = processor.point_token_id
     expected = expected_shapes(config)
-    # Before the stage that first trains it, a part is in no file.
+    # Parts that are in no file before the stage that first trains them.
     new = () if not of_release or "stage4" in by_slot else ("model.router.", "model.query_experts.")
     new += () if not of_release or "stage3" in by_slot else ("model.point_projection.",)
     accounted = account(
@@ -187,38 +246,50 @@ def make_plan(
         lora_modules(config, expected) if of_release else lora,
         lambda name: name.startswith(new),
         ignore,
-        lambda slot, key, original: torch.equal(by_slot[slot].read(key), by_slot[slot].read(original)),
+        lambda slot, key, first: torch.equal(by_slot[slot].read(key), by_slot[slot].read(first)),
         {slot: source.dtypes for slot, source in by_slot.items()},
     )
-    idle = [pattern for pattern in ignore if not any(is_ignored([pattern], *each) for each in accounted.ignored)]
-    plan = Plan(sources, config, processor, accounted, expected, idle)
+    unused = [pattern for pattern in ignore if not any(is_ignored([pattern], *key) for key in accounted.ignored)]
+    plan = Plan(sources, config, processor, accounted, expected, unused)
     plan.release()
     return plan
 
 
-def _fresh_linear_layers(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
-    """First weights of what training has yet to learn: PyTorch's own for linear layers, as the authors have them."""
+def _choose_router(router: str | None, by_slot: dict[str, Source], config: MiniGPT3DConfig) -> str:
+    if "phi" in by_slot and "stage4" not in by_slot:
+        if router not in (None, "none"):
+            raise ValueError(f"`router` {router} needs the experts that stage IV trains: give `stage4` too.")
+        return "none"
+    if "phi" not in by_slot and config.router_type == "none" and router not in (None, "none"):
+        raise ValueError(
+            f"`router` {router} needs the experts that stage IV trains; this is the result of an earlier stage."
+        )
+    return router or config.router_type
+
+
+def _new_linear_layers(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
+    """Initial weights of new parts: PyTorch's defaults for linear layers, as in the authors' code."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = {"model.point_projection": PointProjection(config), "model.router": QueryExpertRouter(config)}
     return {f"{part}.{name}": p.detach() for part, module in modules.items() for name, p in module.named_parameters()}
 
 
-def load_processor(phi_dir: Path, config: MiniGPT3DConfig) -> MiniGPT3DProcessor:
+def make_processor(phi_dir: Path, config: MiniGPT3DConfig) -> MiniGPT3DProcessor:
     """The processor around Phi's tokenizer.
 
     Raises:
         ValueError: the folder has no tokenizer, or its configuration is of another model.
     """
     if not phi_dir.is_dir():
-        raise ValueError(f"{phi_dir}: no such folder; --phi is Phi-2's, with its weights, config.json and tokenizer.")
+        raise ValueError(f"`phi`: {phi_dir} is no folder; expected Phi-2's, with weights, config.json and tokenizer.")
     _check_phi(phi_dir, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(phi_dir, local_files_only=True)
-    except Exception as error:  # what is missing shows in as many ways as there are tokenizers
+    except Exception as error:  # every tokenizer class has its own way to fail
         raise ValueError(
-            f"{phi_dir}: no tokenizer can be loaded ({' '.join(str(error).split())[:150]}). The folder needs Phi-2's "
-            "tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json beside its weights."
+            f"{phi_dir}: no tokenizer can be loaded ({one_line(error)[:150]}). The folder needs Phi-2's tokenizer.json, or "
+            "vocab.json and merges.txt, and tokenizer_config.json beside its weights."
         ) from error
     feature_extractor = MiniGPT3DPointCloudProcessor()
     return MiniGPT3DProcessor(
@@ -227,40 +298,43 @@ def load_processor(phi_dir: Path, config: MiniGPT3DConfig) -> MiniGPT3DProcessor
 
 
 def _check_phi(phi_dir: Path, config: MiniGPT3DConfig):
-    """What shapes do not show: head count, rotary share and epsilons in Phi's own configuration."""
+    """Compare what shapes do not show: head count, rotary share and epsilons in Phi's config.json."""
     path = phi_dir / "config.json"
     if not path.exists():
         return
     try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        of_phi = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a configuration ({error}). Download it again.") from error
-    ours = config.text_config.to_dict()
-    ours |= ours.get("rope_parameters") or {}
-    theirs |= theirs.get("rope_parameters") or {}
+    expected = config.text_config.to_dict()
+    expected |= expected.get("rope_parameters") or {}
+    of_phi |= of_phi.get("rope_parameters") or {}
     for key in ("num_attention_heads", "partial_rotary_factor", "rope_theta", "layer_norm_eps", "hidden_act"):
-        if key in theirs and theirs[key] != ours[key]:
-            raise ValueError(f"{path}: {key} is {theirs[key]!r}, the configuration says {ours[key]!r}. Is it Phi-2?")
+        if key in of_phi and of_phi[key] != expected[key]:
+            raise ValueError(f"{path}: {key} is {of_phi[key]!r}, expected {expected[key]!r}. Is it Phi-2?")
 
 
-# ---- What was found -------------------------------------------------------------------------------------------------
+# ---- Records --------------------------------------------------------------------------------------------------------
 
 
 def summary(plan: Plan) -> str:
     """Which file gave what, as a table and a few lines."""
+    lines = [f"{row[0]:<16}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in _count_keys(plan)]
+    return "\n".join([*lines, *_summarize(plan)])
+
+
+def _count_keys(plan: Plan) -> list[tuple[str, ...]]:
+    """How many keys of each file were used or not, and why not; first a row of titles."""
     accounted = plan.accounted
     used, superseded = Counter(), Counter()
     for origin in accounted.origins.values():
         used[origin.file] += len(origin.keys)
-    by = Counter()
-    for origin, name in accounted.superseded:
+    for origin, _ in accounted.superseded:
         superseded[origin.file] += len(origin.keys)
-        by[origin.file, accounted.origins[name].file] += len(origin.keys)
     rows = [("file", "tensors", "used", "superseded", "alias", "left over", "ignored")]
     for source in plan.sources:
-        slot = source.file.slot
-        keys = {key for key in source.shapes}
-        counts = [
+        slot, keys = source.file.slot, set(source.shapes)
+        total, *parts = [
             len(keys),
             used[slot],
             superseded[slot],
@@ -268,31 +342,36 @@ def summary(plan: Plan) -> str:
             sum(file == slot for file, *_ in accounted.leftovers),
             sum(file == slot and key in keys for file, key in accounted.ignored),
         ]
-        if counts[0] != sum(counts[1:]):
-            raise AssertionError(f"{slot}: {counts[0]} tensors, but {sum(counts[1:])} are accounted for")
-        rows.append((slot, *map(str, counts)))
-    lines = [f"{row[0]:<16}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
-    lines += [f"{count} of {old} are superseded by {new}" for (old, new), count in sorted(by.items())]
+        assert total == sum(parts), f"{slot}: {total} tensors, but {sum(parts)} are accounted for"
+        rows.append((slot, *map(str, [total, *parts])))
+    return rows
+
+
+def _summarize(plan: Plan) -> list[str]:
+    accounted = plan.accounted
+    by = Counter()
+    for origin, name in accounted.superseded:
+        by[origin.file, accounted.origins[name].file] += len(origin.keys)
+    lines = [f"{count} of {old} are superseded by {new}" for (old, new), count in sorted(by.items())]
     reasons = Counter((file, reason) for file, _, reason in accounted.leftovers)
     lines += [f"{count} of {file} are left over: {reason}" for (file, reason), count in sorted(reasons.items())]
     for source in plan.sources:
         lines += [
-            f"{source.file.slot} also has the {why}: not used" for why in source.checkpoint.trainer_state.values()
+            f"{source.file.slot} also has the {title}: not used" for title in source.checkpoint.trainer_state.values()
         ]
     lines += [f"{file}: {key}: ignored, as asked" for file, key in accounted.ignored]
-    lines += [f"--ignore {pattern}: no key needed it" for pattern in plan.idle_patterns]
+    lines += [f"ignore pattern {pattern}: no key needed it" for pattern in plan.unused_patterns]
     if accounted.zeros:
         lines.append(f"{len(accounted.zeros)} parameters are in no file and zero: {next(iter(ZEROS.values()))}")
     if accounted.new:
         parts = sorted({name.split(".")[1] for name in accounted.new})
         lines.append(f"{len(accounted.new)} parameters are in no file and new, for training: {', '.join(parts)}")
     model = sum(name in plan.expected for name in accounted.origins) + len(accounted.zeros) + len(accounted.new)
-    lines.append(f"{model} tensors of the model, each from one place; {len(accounted.lora)} LoRA factors")
-    return "\n".join(lines)
+    return [*lines, f"{model} tensors of the model, each from one place; {len(accounted.lora)} LoRA factors"]
 
 
 def provenance(plan: Plan, command: list[str], settings: dict) -> dict:
-    """Where everything comes from, for people who want to repeat it; of paths the last part only."""
+    """Where everything comes from, so that the conversion can be repeated; paths are shortened to their last part."""
     files = {}
     for source in tqdm(plan.sources, desc="sha256", unit="file", disable=None):
         paths = source.checkpoint.files

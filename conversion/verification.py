@@ -1,7 +1,7 @@
-"""Does a folder compute here what it computed where it was made? `minigpt3d verify`.
+"""Check that a model computes here what it computed where it was made (`minigpt3d verify`).
 
-The model is loaded in a fresh process in which this package cannot be imported, as its users load it. A fixed cloud and
-prompt go through it; what comes out is summed up in a few numbers, which lie in `verification.json`.
+The model is loaded as users load it: in a fresh process in which this package cannot be imported. A fixed cloud and prompt
+go through it, and the outputs are summarized in a few numbers, the digest, which `verification.json` stores.
 """
 
 import json
@@ -11,13 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from minigpt3d.files import write_json
+from minigpt3d.hub import find_model
+from minigpt3d.messages import one_line
+
 
 VERIFICATION_FILE = "verification.json"
 DIGEST_LENGTH = 8
-ADAPTER_DIR, BASE_DIR = "adapter", "base"
-# Of the digest's scale (its root mean square): what rounding may explain. The way from cloud to vectors is computed in
-# float32, the language model in its own dtype. On the household model eager attention instead of sdpa moves the
-# features by 3e-7, the logits by 3e-7, 3e-4 and 3e-3 in float32, float16 and bfloat16; deeper models round more.
+# Differences that rounding can explain, relative to the digest's scale (its root mean square). Everything before the
+# language model is computed in float32, the language model in its own dtype. On the household model, eager attention
+# instead of sdpa moves the features by 3e-7, and the logits by 3e-7, 3e-4 and 3e-3 in float32, float16 and bfloat16;
+# deeper models round more.
 FEATURE_TOLERANCE = 1e-4
 LOGIT_TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 
@@ -48,7 +52,7 @@ if sys.argv[2]:
 model.eval()
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 
-# A torus knot, coloured along its length: the same cloud everywhere, without a random number.
+# A torus knot, colored along its length: the same cloud everywhere, without random numbers.
 t = np.linspace(0, 2 * np.pi, processor.feature_extractor.num_points, endpoint=False)
 radius = 2 + np.cos(3 * t)
 coord = np.stack([radius * np.cos(2 * t), np.sin(3 * t), radius * np.sin(2 * t)], axis=1)
@@ -96,40 +100,30 @@ print(json.dumps({
 
 
 class KilledError(ValueError):
-    """The process that computed the digest was killed, most likely for want of memory: nothing is known of the model."""
+    """The process that computed the digest was killed, most likely for lack of memory; the model may be correct."""
 
 
 def compute(model: str | Path) -> dict:
-    """The digest of a model, computed here, without this package.
+    """The digest of a model, computed here without this package.
 
     Args:
-        model: a folder, the folder above `base/` and `adapter/`, or a Hub id. Its code is run.
+        model: folder or Hub id of a model or an adapter. Its code is run.
 
     Raises:
         KilledError: the process was killed.
         ValueError: it cannot be loaded or run.
     """
-    name, adapter = str(model), ""
-    if (folder := Path(model)).is_dir():
-        name = str(folder.resolve())
-        for place in (folder, folder / ADAPTER_DIR):
-            if not (folder / "config.json").exists() and (place / "adapter_config.json").exists():
-                config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-                base = folder / BASE_DIR if place != folder else config["base_model_name_or_path"]
-                name, adapter = str(Path(base).resolve() if Path(base).is_dir() else base), str(place.resolve())
+    files = find_model(model)
+    base = str(Path(files.base).resolve()) if Path(files.base).is_dir() else files.base
+    adapter = str(files.adapter.resolve()) if files.adapter else ""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with tempfile.TemporaryDirectory() as elsewhere:
-        # Code of a folder that is being made must not stay in the cache under the name of another.
-        environment["HF_MODULES_CACHE"] = elsewhere
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, name, adapter],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        # A folder that is being written has a temporary name; its code must not stay in the cache under it.
+        environment["HF_MODULES_CACHE"] = folder
+        command = [sys.executable, "-c", _PROGRAM, base, adapter]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode < 0:
-        raise KilledError(f"{model}: loading was killed (signal {-done.returncode}), most likely for want of memory")
+        raise KilledError(f"{model}: loading was killed (signal {-done.returncode}), most likely for lack of memory")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"{model}: cannot be loaded without the package: {reason}")
@@ -137,36 +131,32 @@ def compute(model: str | Path) -> dict:
 
 
 def differences(computed: dict, stored: dict) -> list[str]:
-    """What differs by more than rounding: one line each."""
-    found = []
+    """What differs by more than rounding, one line each."""
+    lines = []
     if computed["parameters"] != stored["parameters"]:
-        found.append(f"parameters: {computed['parameters']:,} here, {stored['parameters']:,} stored")
+        lines.append(f"parameters: {computed['parameters']:,} here, {stored['parameters']:,} stored")
     for part, tolerance in (("features", FEATURE_TOLERANCE), ("logits", LOGIT_TOLERANCES[stored["dtype"]])):
         scale = stored[part][0]
         error = max(abs(here - there) for here, there in zip(computed[part], stored[part], strict=True))
         if not error <= tolerance * scale:
-            found.append(
+            lines.append(
                 f"{part}: off by {error:.2g} on a scale of {scale:.2g}, rounding explains {tolerance * scale:.2g}"
             )
-    return found
+    return lines
 
 
 def to_text(computed: dict) -> str:
-    """The digest for people."""
-    return "\n".join(
-        [
-            f"{computed['parameters']:,} parameters, {computed['dtype']}",
-            *(f"{part:<10}" + " ".join(f"{value:.5f}" for value in computed[part]) for part in ("features", "logits")),
-            f"text      {computed['text']!r}",
-        ]
-    )
+    """The digest as a few lines."""
+    parts = [f"{part:<10}" + " ".join(f"{value:.5f}" for value in computed[part]) for part in ("features", "logits")]
+    first = f"{computed['parameters']:,} parameters, {computed['dtype']}"
+    return "\n".join([first, *parts, f"text      {computed['text']!r}"])
 
 
 def read_stored(model: str | Path) -> dict | None:
-    """`verification.json` of a folder or Hub id; None where there is none.
+    """`verification.json` of a folder or Hub id; None if it has none.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file was not written by `store`.
     """
     from transformers.utils import cached_file
 
@@ -180,11 +170,10 @@ def read_stored(model: str | Path) -> dict | None:
             raise ValueError("a digest of another length")
         stored["text"], stored["versions"].items()
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: not written by `minigpt3d convert --verify` ({error!r}). Remove it.") from error
+        raise ValueError(f"{path}: not a stored verification ({one_line(error)}). Remove it.") from error
     return stored
 
 
 def store(model_dir: Path, computed: dict):
-    (model_dir / VERIFICATION_FILE).write_text(
-        json.dumps(computed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    """Write `verification.json`."""
+    write_json(model_dir / VERIFICATION_FILE, computed)

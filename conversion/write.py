@@ -1,10 +1,9 @@
-"""Write a conversion: tensors stream through one at a time, into shards that are written as they fill.
+"""Write a planned conversion: tensors are read one at a time, into shards that are written as they fill.
 
-What is written is what `release` accounted for. A folder appears whole or not at all.
+The folder appears complete or not at all.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,18 +14,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minigpt3d.files import write_json, written_whole
-from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, check_model_dir, write_all_but_weights
+from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, BASE_DIR, STAGE_FILE, check_model_dir, write_all_but_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
-from .lora import lora_config
-from .names import STAGE_3_TENSORS, STAGE_4_TENSORS
-from .release import PEFT_PREFIX, Plan, provenance
+from .lora import PEFT_PREFIX, lora_config
+from .names import STAGE_3_TENSORS, STAGE_4_TENSORS, matches
+from .release import Plan, provenance
 
 
-SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is much of what a conversion needs
+SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is most of the memory that a conversion needs
 MAPPED_SIZE = 3 * 10**8  # bytes of the inputs that stay in memory at a time
 PROVENANCE_FILE = "provenance.json"
-BASE_DIR = "base"
 
 
 def write_release(
@@ -37,15 +35,15 @@ def write_release(
     command: Iterable[str] = (),
     before_rename: Callable[[Path], None] = lambda folder: None,
 ):
-    """Write the folder, whole or not at all.
+    """Write the folder. Its model card is the caller's to write, in `before_rename`.
 
     Args:
         plan: from `make_plan`.
         output_dir: a new folder, or a model's, which is replaced.
         dtype: of the weights; an adapter's are float32.
         lora: "merge" adds the products to their weights; "keep" writes `base/` and a PEFT `adapter/`.
-        command: the command line, for the record.
-        before_rename: called with the finished folder while it still has its temporary name.
+        command: the command line, for provenance.json.
+        before_rename: called with the complete folder while it still has its temporary name.
 
     Raises:
         ValueError: there is no LoRA to keep, or a value does not fit the dtype.
@@ -53,7 +51,7 @@ def write_release(
     """
     output_dir = check_model_dir(output_dir, [source.checkpoint.path for source in plan.sources])
     if lora == "keep" and not plan.accounted.lora:
-        raise ValueError("--lora keep: there are no LoRA factors in these files. Use --lora merge.")
+        raise ValueError('`lora` is "keep", but there are no LoRA factors in these files; use "merge".')
     adapter_config = make_adapter_config(plan, output_dir / BASE_DIR) if lora == "keep" else None
     _check_space(plan, output_dir, dtype, adapter_config is not None)
     settings = {"dtype": str(dtype).removeprefix("torch."), "lora": lora, "router_type": plan.config.router_type}
@@ -70,11 +68,11 @@ def write_release(
         write_weights(folder, plan, dtype, merge_lora=lora == "merge")
         write_json(folder / PROVENANCE_FILE, record)
         if adapter_config is not None:
-            write_adapter(partial / ADAPTER_DIR, plan, adapter_config)
-            write_stage(partial / ADAPTER_DIR, plan)
-            write_json(partial / ADAPTER_DIR / PROVENANCE_FILE, record)
+            adapter = partial / ADAPTER_DIR
+            write_adapter(adapter, plan, adapter_config)
+            write_json(adapter / PROVENANCE_FILE, record)
             for name in ("LICENSE", "NOTICE"):
-                shutil.copyfile(folder / name, partial / ADAPTER_DIR / name)
+                shutil.copyfile(folder / name, adapter / name)
         before_rename(partial)
 
 
@@ -91,12 +89,12 @@ def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool
     if needed > free:
         raise OSError(
             f"{output_dir.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB. Free some space, "
-            "or give --out on another disk."
+            "or write to another disk."
         )
 
 
 def write_weights(folder: Path, plan: Plan, dtype: torch.dtype, merge_lora: bool):
-    """`model.safetensors`, or shards and their index, in at most a shard's memory."""
+    """Write `model.safetensors`, or shards and their index, with at most one shard in memory."""
     read = plan.reader()
     with torch.device("meta"):
         shapes = {
@@ -135,12 +133,12 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite. Its file is damaged; download it again.")
         largest = tensor.abs().max().item()
-        raise ValueError(f"{name} holds {largest:.3g}, too large for {dtype}. Use --dtype bfloat16 or float32.")
+        raise ValueError(f"{name} holds {largest:.3g}, too large for {dtype}. Use a `dtype` of bfloat16 or float32.")
     return cast
 
 
 def make_adapter_config(plan: Plan, base: Path):
-    """The PEFT configuration: LoRA as in the files, and whole every module of which the stages train a parameter.
+    """The PEFT configuration: LoRA as in the files, and in full every module of which the stages train a parameter.
 
     Raises:
         ImportError: peft is not installed.
@@ -148,17 +146,17 @@ def make_adapter_config(plan: Plan, base: Path):
     read, patterns = plan.reader(), STAGE_3_TENSORS
     if plan.config.router_type != "none":
         patterns += STAGE_4_TENSORS
-    trained = [name for name in plan.expected if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    trained = [name for name in plan.expected if matches(name, patterns)]
     modules = sorted({name.rpartition(".")[0] for name in trained})
     shapes = {name: read(name).shape for name in plan.accounted.lora}
-    # Without "model.", like the LoRA targets: the ends of the names fit the model with its head and the one without.
+    # Without "model.", as for the LoRA targets (see `lora_config`).
     modules = [module.removeprefix("model.") for module in modules]
     options = {"modules_to_save": modules, "base_model_name_or_path": str(base), "inference_mode": True}
     return lora_config(shapes, plan.scale, **options)
 
 
 def write_adapter(folder: Path, plan: Plan, adapter_config):
-    """A PEFT adapter: LoRA factors, and beside them the modules that the stages train, in float32."""
+    """Write a PEFT adapter: LoRA factors and the modules that the stages train, in float32; stage.json if a stage made it."""
     read, modules = plan.reader(), {f"model.{module}" for module in adapter_config.modules_to_save}
     names = [*plan.accounted.lora, *(name for name in plan.expected if name.rpartition(".")[0] in modules)]
     tensors = {f"{PEFT_PREFIX}{name}": _cast(read(name), torch.float32, name) for name in names}
@@ -166,12 +164,7 @@ def write_adapter(folder: Path, plan: Plan, adapter_config):
     adapter_config.save_pretrained(folder)
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     plan.release()
-
-
-def write_stage(folder: Path, plan: Plan):
-    """stage.json, if the files are of a stage: by it the next stage knows what it starts from."""
-    slots = [source.file.slot for source in plan.sources]
-    stage = {"stage4": "IV", "stage3": "III"}.get(slots[-1])
-    if stage is not None:
-        run = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
-        (folder / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
+    stage = {"stage4": "IV", "stage3": "III"}.get(plan.sources[-1].file.slot)
+    if stage is not None:  # the next stage reads what it starts from
+        facts = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
+        write_json(folder / STAGE_FILE, facts)

@@ -1,4 +1,4 @@
-"""Clouds of training data: read from `.npy`, pack into bytes, augment."""
+"""Clouds of training data: read from `.npy`, pack into bytes, augment at random."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 
 
 def point_cloud_path(data_dir: str | Path, object_id: str) -> Path:
+    """The file of an object's cloud, as PointLLM names it."""
     return Path(data_dir) / f"{object_id}_8192.npy"
 
 
@@ -25,12 +26,12 @@ def read_point_cloud(data_dir: str | Path, object_id: str) -> np.ndarray:
     if not np.isfinite(cloud).all():
         raise ValueError(f"object_id {object_id!r}: {path} holds NaN or infinite values.")
     if cloud[:, 3:].min() < 0 or cloud[:, 3:].max() > 1:
-        raise ValueError(f"object_id {object_id!r}: {path} must have colours in [0, 1], got some outside.")
+        raise ValueError(f"object_id {object_id!r}: {path} must have colors in [0, 1], got some outside.")
     return cloud.astype(np.float32)
 
 
 def encode_cloud(cloud: np.ndarray) -> tuple[bytes, bytes]:
-    """(N, 6), xyz in [-1, 1] and rgb in [0, 1] → 6 bytes a point of coordinates, 3 of colours."""
+    """(N, 6), xyz in [-1, 1] and rgb in [0, 1] → 6 bytes a point of coordinates, 3 of colors."""
     coord = np.round((cloud[:, :3].astype(np.float64) + 1) * 32767.5)
     return coord.astype("<u2").tobytes(), np.round(cloud[:, 3:] * 255).astype(np.uint8).tobytes()
 
@@ -44,20 +45,20 @@ def decode_cloud(coord: bytes, color: bytes) -> np.ndarray:
 
 
 def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A cloud as it might have come out of another scan, at random: the same object, so the same answers hold.
+    """A random variant of a cloud, as another scan of the same object could give, so that the same answers hold.
 
-    The proportions change by up to 15 % along each axis; the object turns about the up axis y, half of the time by no
-    more than 15°, since most objects stand straight; points are off by up to 1 % of the size; half of the clouds miss up
-    to a third of their points on one side, as scans do; one in four has fewer points; both are filled up by repeating.
-    Colours stay, as answers speak of them. The encoder has seen the very objects that the stages train on: without all
-    this it knows them too well, and what comes next learns nothing about objects that it does not.
+    The proportions change by up to 15 % along each axis. The object turns about the up axis y, half of the time by at most
+    15°, since most objects stand straight. Points move by up to 1 % of the size. Half of the clouds lose up to a third of
+    their points on one side, as scans do; one in four has fewer points; both are filled up by repeating points. Colors
+    stay, because answers mention them. Without augmentation the encoder overfits: it was pretrained on the same objects
+    that the stages train on.
 
     Args:
-        point_cloud: (N, 6) float32, xyz and rgb; it is left as it is.
-        rng: where the chances come from.
+        point_cloud: (N, 6) float32, xyz and rgb; it is not changed.
+        rng: source of randomness.
 
     Returns:
-        (N, 6) float32, not normalised again.
+        (N, 6) float32, not normalized again.
     """
     coord, color = point_cloud[:, :3], point_cloud[:, 3:]
     coord = (coord - coord.mean(0)) * rng.uniform(0.85, 1.15, size=3)

@@ -1,17 +1,14 @@
-"""Conversations about objects, in the schema of the PointLLM release: read, check, take apart."""
+"""Conversations about objects, in the schema of the PointLLM release: read and check them."""
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt3d.processing_minigpt3d import clean_question
 
-
-# Two clouds of the release whose colours are broken; the authors leave them out too.
+POINT_PLACEHOLDER = "<point>"
+# Two clouds of the release with broken colors; the authors leave them out too.
 CORRUPT_OBJECT_IDS = {"6760e543e1d645d5aaacd3803bcae524", "b91c0711149d460a8004f9c06d3b7f38"}
-
-
 # The release's `conversation_type` → our name of the source. A record without a type is a brief description.
 SOURCES = {
     "simple_description": "brief",
@@ -21,12 +18,9 @@ SOURCES = {
 }
 
 
-POINT_PLACEHOLDER = "<point>"
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One object and what is said about it: `rounds` holds (question, answer) pairs."""
+    """One conversation about an object: `rounds` holds (question, answer) pairs."""
 
     object_id: str
     rounds: tuple[tuple[str, str], ...]
@@ -60,44 +54,46 @@ def _read_list(path: Path) -> list:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error}). --annotations takes PointLLM's JSON lists.") from error
+        raise ValueError(f"{path}: not a JSON file ({error}). `annotations` are PointLLM's JSON lists.") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a JSON list of records, got a {type(records).__name__}.")
     return records
 
 
 def to_sample(record, where: str) -> tuple[str, Sample]:
-    """Check one record and take it apart: (source, sample).
+    """Check one record, and return its source and its conversation.
 
     Raises:
         ValueError: it is out of schema; the message begins with its `object_id` and `where`.
     """
+    # Not at the top: it imports transformers, which the rest of this module does not need.
+    from minigpt3d.processing_minigpt3d import clean_question
+
     if not isinstance(record, dict) or not isinstance(record.get("object_id"), str):
         raise ValueError(f"{where}: expected an object with a string 'object_id', got {str(record)[:80]!r}.")
     object_id = record["object_id"]
     where = f"object_id {object_id!r} ({where})"
+    conversation_type = record.get("conversation_type", "simple_description")
+    if conversation_type not in SOURCES:
+        raise ValueError(f"{where}: conversation_type must be one of {', '.join(SOURCES)}, got {conversation_type!r}.")
+    source, texts = SOURCES[conversation_type], _check_turns(record.get("conversations"), where)
+    questions = [text.replace(POINT_PLACEHOLDER, "").strip() for text in texts[::2]]
+    if source != "multi_round":  # the authors clean the questions of single rounds, and no answers
+        questions = [clean_question(question) for question in questions]
+    return source, Sample(object_id, tuple(zip(questions, texts[1::2], strict=True)))
 
-    kind = record.get("conversation_type", "simple_description")
-    if kind not in SOURCES:
-        raise ValueError(f"{where}: conversation_type must be one of {', '.join(SOURCES)}, got {kind!r}.")
-    source = SOURCES[kind]
 
-    turns = record.get("conversations")
+def _check_turns(turns, where: str) -> list[str]:
+    """The texts of a conversation, question and answer in turn."""
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise ValueError(f"{where}: 'conversations' must be a list of question and answer in turn, got {turns!r:.80}.")
     for turn, speaker in zip(turns, ("human", "gpt") * (len(turns) // 2), strict=True):
         if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
             raise ValueError(f"{where}: expected {{'from': '{speaker}', 'value': text}}, got {turn!r:.80}.")
-    values = [turn["value"] for turn in turns]
-    if values[0].count(POINT_PLACEHOLDER) != 1 or any(POINT_PLACEHOLDER in value for value in values[1:]):
-        raise ValueError(
-            f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question; got {values!r:.120}."
-        )
-
-    questions = [value.replace(POINT_PLACEHOLDER, "").strip() for value in values[::2]]
-    if source != "multi_round":  # the authors clean the questions of single rounds, and no answers
-        questions = [clean_question(question) for question in questions]
-    return source, Sample(object_id, tuple(zip(questions, values[1::2], strict=True)))
+    texts = [turn["value"] for turn in turns]
+    if texts[0].count(POINT_PLACEHOLDER) != 1 or any(POINT_PLACEHOLDER in text for text in texts[1:]):
+        raise ValueError(f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question; got {texts!r:.120}.")
+    return texts
 
 
 def to_messages(sample: Sample) -> list[dict]:
@@ -108,12 +104,3 @@ def to_messages(sample: Sample) -> list[dict]:
         messages.append({"role": "user", "content": [*point_cloud, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row to be: its object, the file of its cloud, and PointLLM's `conversations`."""
-
-    object_id: str
-    path: str
-    conversations: list[dict]

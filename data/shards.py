@@ -1,11 +1,11 @@
-"""Training data as Parquet shards: small, shuffled once, ready for `load_dataset(..., streaming=True)`. `minigpt3d pack`.
+"""Pack training data as Parquet shards: small, shuffled once, ready for `load_dataset(..., streaming=True)`.
 
     OUT/README.md                                  dataset card, so that the Hub and `datasets` find the sources
-    OUT/packed.json                                what is in it: rows of every shard, sizes, what was broken
+    OUT/packed.json                                the manifest: rows of every shard, sizes, broken clouds
     OUT/{source}/train-00000-of-00042.parquet      rows of one source, in an order drawn by the seed
 
 A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a point, [-1, 1] in 65536 steps), `color`
-(uint8, three a point, [0, 1] in 256 steps) and `conversations` as in PointLLM's annotations. Clouds are normalised
+(uint8, three a point, [0, 1] in 256 steps) and `conversations` as in PointLLM's annotations. Clouds are normalized
 before they are packed, as the model's processor does anyway.
 """
 
@@ -22,46 +22,139 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minigpt3d.files import write_json, write_text, written_file
+from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .clouds import decode_cloud, encode_cloud, point_cloud_path
-from .records import CORRUPT_OBJECT_IDS, SOURCES, Entry, read_records
+from .records import CORRUPT_OBJECT_IDS, SOURCES, read_records, to_sample
 from .sources import MANIFEST_FILE, ROWS_PER_GROUP
+from .tables import read_table
 
 
 NUM_POINTS = 8192
 ROWS_PER_SHARD = 512
-# A data set of a few hundred objects still has a shard for each sample of a batch (see `stream`), but none of few rows.
+# A small data set still has a shard for each sample of a batch (see `training.stream`), but none of very few rows.
 LEAST_SHARDS, LEAST_ROWS = 32, 8
 PLAN_FILE = "plan.json"
 
 
-# ---- What is packed -------------------------------------------------------------------------------------------------
+# ---- Entries --------------------------------------------------------------------------------------------------------
 
 
-def release_entries(data_dir: Path, annotations: list[Path]) -> dict[str, list[Entry]]:
+@dataclass(frozen=True)
+class Entry:
+    """What becomes a row: an object, the file of its cloud, and PointLLM's `conversations`."""
+
+    object_id: str
+    path: str
+    conversations: list[dict]
+
+
+def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry]]:
     """Entries by source of a release in PointLLM's layout; the two known corrupt objects are left out.
 
     Raises:
         ValueError: as `read_records`; or there is no folder of clouds.
     """
-    if not data_dir.is_dir():
-        raise ValueError(f"--data {data_dir} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
+    if not data.is_dir():
+        raise ValueError(f"`data` {data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
     entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
     for source, sample, record in read_records(annotations):
         if sample.object_id not in CORRUPT_OBJECT_IDS:
-            path = str(point_cloud_path(data_dir, sample.object_id))
+            path = str(point_cloud_path(data, sample.object_id))
             entries[source].append(Entry(sample.object_id, path, record["conversations"]))
     return entries
 
 
-# ---- Packing --------------------------------------------------------------------------------------------------------
+def table_entries(path: Path) -> dict[str, list[Entry]]:
+    """Entries by source of a table of files and captions or conversations.
+
+    A `.csv` has the columns `file` and `caption`, and may have `object_id`. A line of JSON is `{"file": …, "caption": …}` or
+    `{"file": …, "conversations": […]}`. Files are found relative to `path`. A caption answers "What is this?".
+    Conversations are PointLLM's; without `conversation_type` they are single_round or multi_round by their length.
+    `object_id` is the file's name if not given.
+
+    Raises:
+        ValueError: a line out of schema, with its number.
+    """
+    entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
+    for where, row in read_table(path, {"file", "caption"}):
+        record = _to_record(row, where)
+        source, sample = to_sample(record, where)
+        entries[source].append(Entry(sample.object_id, str(path.parent / row["file"]), record["conversations"]))
+    return entries
+
+
+def _to_record(row, where: str) -> dict:
+    """A row of a table in PointLLM's schema."""
+    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+        raise ValueError(f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}")
+    record = {"object_id": Path(row["file"]).stem} | row
+    if ("caption" in record) == ("conversations" in record):
+        raise ValueError(f"{where}: expected either a 'caption' or 'conversations', and no empty ones.")
+    if "caption" in record:
+        if not isinstance(record["caption"], str) or not record["caption"].strip():
+            raise ValueError(f"{where}: 'caption' must be a text, got {record['caption']!r:.80}.")
+        turns = [{"from": "human", "value": "<point>\nWhat is this?"}, {"from": "gpt", "value": record["caption"]}]
+        return record | {"conversations": turns, "conversation_type": "simple_description"}
+    rounds = len(record["conversations"]) // 2 if isinstance(record["conversations"], list) else 0
+    return {"conversation_type": "multi_round" if rounds > 1 else "single_round"} | record
+
+
+# ---- Pack -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shard:
     path: Path
     entries: list[Entry]
+
+
+def pack(
+    entries: dict[str, list[Entry]],
+    output_dir: Path,
+    seed: int = 0,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    max_broken: float = 0.01,
+    num_workers: int | None = None,
+    reading: dict | None = None,
+) -> dict:
+    """Write the data set; returns its manifest.
+
+    An interrupted run is resumed: finished shards are kept in `OUT.partial`, which becomes `OUT` at the end.
+
+    Args:
+        entries: by source.
+        output_dir: a new folder.
+        seed: of the order.
+        rows_per_shard: largest length of a shard.
+        max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
+        num_workers: processes; by default one for each core.
+        reading: `up_axis` and `missing_color` of the files, see `load_point_cloud`.
+
+    Raises:
+        ValueError: there is nothing to pack, too many clouds are broken, or `OUT.partial` is of another run.
+        ImportError: pyarrow is not installed.
+    """
+    _pyarrow()
+    output_dir, reading = output_dir.resolve(), reading or {}
+    if not any(entries.values()):
+        raise ValueError("there is nothing to pack: the annotations hold no conversations.")
+    if output_dir.exists():
+        raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shards = list(plan_shards(partial, entries, seed, rows_per_shard))
+    check_plan(partial, shards, [seed, NUM_POINTS, reading])
+    facts = _write_shards(shards, reading, max_broken, num_workers)
+    manifest = _manifest(shards, facts, seed) | {"reading": reading}
+    write_json(partial / MANIFEST_FILE, manifest)
+    write_text(partial / "README.md", dataset_card(manifest))
+    (partial / PLAN_FILE).unlink()
+    for left_over in partial.rglob("*.tmp"):  # of a killed run
+        left_over.unlink()
+    partial.rename(output_dir)
+    return manifest
 
 
 def plan_shards(folder: Path, entries: dict[str, list[Entry]], seed: int, rows_per_shard: int) -> Iterator[Shard]:
@@ -76,124 +169,79 @@ def plan_shards(folder: Path, entries: dict[str, list[Entry]], seed: int, rows_p
             yield Shard(path, [rows[i] for i in part])
 
 
-def pack(
-    entries: dict[str, list[Entry]],
-    output_dir: Path,
-    seed: int = 0,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    max_broken: float = 0.01,
-    num_workers: int | None = None,
-    reading: dict | None = None,
-) -> dict:
-    """Write the data set; returns its manifest.
-
-    A run that was stopped goes on: finished shards in `OUT.partial` are kept. `OUT` appears when all is done.
-
-    Args:
-        entries: by source.
-        output_dir: a new folder.
-        seed: of the order.
-        rows_per_shard: largest length of a shard.
-        max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
-        num_workers: processes; by default one for each core.
-        reading: `up_axis` and `missing_color` of the files, see `load_point_cloud`.
+def check_plan(partial: Path, shards: list[Shard], settings: list):
+    """Write down what is packed in the temporary folder, or compare it with what an interrupted run wrote there.
 
     Raises:
-        ValueError: there is nothing to pack, too much is broken, or `OUT.partial` is of another run.
-        ImportError: pyarrow is not installed.
-    """
-    _pyarrow()
-    output_dir = output_dir.resolve()
-    total = sum(map(len, entries.values()))
-    if not total:
-        raise ValueError("there is nothing to pack: the annotations hold no conversations.")
-    if output_dir.exists():
-        raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shards = list(plan_shards(partial, entries, seed, rows_per_shard))
-    write = functools.partial(write_shard, reading=reading or {})
-    _check_plan(partial, shards, [seed, NUM_POINTS, reading or {}])
-    reports = {}
-    waiting = []
-    for shard in shards:
-        shard.path.parent.mkdir(parents=True, exist_ok=True)
-        if shard.path.exists():
-            reports[shard.path] = read_report(shard.path)
-        else:
-            waiting.append(shard)
-    with (
-        tqdm(total=total, desc="packing", unit="object", disable=None) as progress,
-        ProcessPoolExecutor(num_workers or os.cpu_count()) as pool,
-    ):
-        progress.update(sum(len(s.entries) for s in shards) - sum(len(s.entries) for s in waiting))
-        for shard, report in zip(waiting, pool.map(write, waiting), strict=True):
-            reports[shard.path] = report
-            progress.update(len(shard.entries))
-            broken = [line for each in reports.values() for line in each["broken"]]
-            if len(broken) > max_broken * total:
-                pool.shutdown(cancel_futures=True)
-                listed = "\n  ".join(broken[:5])
-                raise ValueError(
-                    f"{len(broken)} of {total} clouds are missing or broken, more than --max-broken {max_broken:g}:\n  "
-                    f"{listed}\nIf that is to be expected, raise --max-broken; what is packed so far is kept."
-                )
-    manifest = _manifest(shards, reports, seed) | {"reading": reading or {}}
-    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(dataset_card(manifest), encoding="utf-8")
-    (partial / PLAN_FILE).unlink()
-    partial.rename(output_dir)
-    return manifest
-
-
-def _check_plan(partial: Path, shards: list[Shard], settings: list):
-    """
-    Raises:
-        ValueError: shards of another plan lie in the temporary folder.
+        ValueError: the temporary folder holds shards of another plan.
     """
     digest = hashlib.sha256(json.dumps(settings).encode())
     for shard in shards:
         digest.update(shard.path.name.encode())
         for entry in shard.entries:
             digest.update(json.dumps([entry.object_id, entry.path, entry.conversations]).encode())
-    plan = {"sha256": digest.hexdigest()}
-    path = partial / PLAN_FILE
+    plan, path = {"sha256": digest.hexdigest()}, partial / PLAN_FILE
     if path.exists() and json.loads(path.read_text()) != plan:
         raise ValueError(f"{partial} was begun with other data or settings. Finish it with those, or remove it.")
     partial.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan))
+    write_json(path, plan)
+
+
+def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_workers: int | None) -> dict[Path, dict]:
+    """Write the shards that are not there yet; returns the facts of all of them."""
+    total = sum(len(shard.entries) for shard in shards)
+    facts = {shard.path: read_facts(shard.path) for shard in shards if shard.path.exists()}
+    waiting = [shard for shard in shards if shard.path not in facts]
+    write = functools.partial(write_shard, reading=reading)
+    with (
+        tqdm(total=total, desc="packing", unit="object", disable=None) as progress,
+        ProcessPoolExecutor(num_workers or os.cpu_count()) as pool,
+    ):
+        progress.update(total - sum(len(shard.entries) for shard in waiting))
+        for shard, facts[shard.path] in zip(waiting, pool.map(write, waiting), strict=True):
+            progress.update(len(shard.entries))
+            broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
+            if len(broken) > max_broken * total:
+                pool.shutdown(cancel_futures=True)
+                listed = "\n  ".join(broken[:5])
+                raise ValueError(
+                    f"{len(broken)} of {total} clouds are missing or broken, more than `max_broken` {max_broken:g}:\n  "
+                    f"{listed}\nIf that is expected, raise `max_broken`; what is packed so far is kept."
+                )
+    return facts
 
 
 def write_shard(shard: Shard, reading: dict) -> dict:
-    """Read, pack and write the rows of one shard; returns its report, which the file holds too."""
+    """Read, pack and write the rows of one shard; returns its facts, which the file holds too."""
     pa, pq = _pyarrow()
     columns: dict[str, list] = {"object_id": [], "coord": [], "color": [], "conversations": []}
-    broken, error = [], 0.0
+    broken, max_error = [], 0.0
     for entry in shard.entries:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 cloud = load_point_cloud(entry.path, NUM_POINTS, **reading)
-        except Exception as problem:  # whatever a reader stumbles over in one file must not end the run
-            broken.append(f"object_id {entry.object_id!r}: {' '.join(str(problem).split())[:200]}")
+        except Exception as error:  # a reader may raise anything; one file must not end the run
+            broken.append(f"object_id {entry.object_id!r}: {' '.join(str(error).split())[:200]}")
             continue
         coord, color = encode_cloud(cloud)
-        error = max(error, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max()))
+        max_error = max(max_error, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max()))
         for name, value in zip(columns, (entry.object_id, coord, color, entry.conversations), strict=True):
             columns[name].append(value)
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
     schema = pa.schema(
         [("object_id", pa.string()), ("coord", pa.binary()), ("color", pa.binary()), ("conversations", pa.list_(turn))]
     )
-    report = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": error}
-    table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(report)})
-    temporary = shard.path.with_name(shard.path.name + ".tmp")
-    pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
-    temporary.rename(shard.path)
-    return report
+    facts = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": max_error}
+    table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(facts)})
+    shard.path.parent.mkdir(parents=True, exist_ok=True)
+    with written_file(shard.path) as temporary:
+        pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
+    return facts
 
 
-def read_report(path: Path) -> dict:
-    """What `write_shard` noted in a shard.
+def read_facts(path: Path) -> dict:
+    """What `write_shard` returned when it wrote the shard.
 
     Raises:
         ValueError: the file is no such shard.
@@ -203,14 +251,25 @@ def read_report(path: Path) -> dict:
         return json.loads(pq.read_schema(path).metadata[b"minigpt3d"])
     except Exception as error:
         raise ValueError(
-            f"{path}: not a shard of `minigpt3d pack`, or damaged ({error}). Remove it and go on."
+            f"{path}: not a packed shard, or damaged ({one_line(error)}). Remove it and run it again."
         ) from error
 
 
-def _manifest(shards: list[Shard], reports: dict[Path, dict], seed: int) -> dict:
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "Packed data needs pyarrow, which comes with datasets: pip install 'minigpt3d[train]'"
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _manifest(shards: list[Shard], facts: dict[Path, dict], seed: int) -> dict:
     sources: dict[str, list[int]] = {}
     for shard in shards:
-        sources.setdefault(shard.path.parent.name, []).append(reports[shard.path]["rows"])
+        sources.setdefault(shard.path.parent.name, []).append(facts[shard.path]["rows"])
     rows = sum(map(sum, sources.values()))
     size = sum(shard.path.stat().st_size for shard in shards)
     return {
@@ -218,13 +277,14 @@ def _manifest(shards: list[Shard], reports: dict[Path, dict], seed: int) -> dict
         "seed": seed,
         "rows": rows,
         "bytes_per_row": round(size / max(rows, 1)),
-        "max_coord_error": max(report["max_coord_error"] for report in reports.values()),
-        "broken": [line for shard in shards for line in reports[shard.path]["broken"]],
+        "max_coord_error": max(of_shard["max_coord_error"] for of_shard in facts.values()),
+        "broken": [line for shard in shards for line in facts[shard.path]["broken"]],
         "shards": sources,
     }
 
 
 def dataset_card(manifest: dict) -> str:
+    """README.md of the data set."""
     configs = "".join(
         f"- config_name: {source}\n  data_files:\n  - split: train\n    path: {source}/train-*.parquet\n"
         for source in manifest["shards"]
@@ -247,14 +307,3 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     return str(
         api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", commit_message="minigpt3d pack")
     )
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "Packed data needs pyarrow, which comes with datasets: pip install 'minigpt3d[train]'"
-        ) from error
-    return pyarrow, pyarrow.parquet

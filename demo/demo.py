@@ -1,6 +1,6 @@
-"""`make demo`: three real objects, what the bundled model says about them, and a picture of each cloud beside its answers.
+"""`make demo`: describe three real objects with the bundled model, and draw each cloud beside the answers.
 
-The objects lie in demo/objects, the model in checkpoints/household; the pictures go to demo/pictures.
+The objects are in demo/objects, the model is in checkpoints/household; the pictures go to demo/pictures.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d import PointCloudToTextPipeline, load_point_cloud
-from minigpt3d.hub import load_model
+from minigpt3d.hub import BUNDLED_MODEL, load_model
 
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    sys.exit('demo: its pictures need matplotlib, which is not installed. Install it: pip install "minigpt3d[demo]"')
+    sys.exit('demo: matplotlib is not installed, and the pictures need it: pip install "minigpt3d[demo]"')
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,12 +26,12 @@ QUESTIONS = ("What is this?", "What color is it?", "Caption this 3D model in det
 
 
 def ask(describe: PointCloudToTextPipeline, cloud: np.ndarray) -> list[tuple[str, str]]:
-    """Each of `QUESTIONS` with its answer, about one cloud."""
-    return [(question, describe(cloud, prompt=question)[0]["generated_text"]) for question in QUESTIONS]
+    """Each of `QUESTIONS` with its answer, about one cloud (N, 6), y up."""
+    return [(question, describe(cloud, prompt=question, up_axis="y")[0]["generated_text"]) for question in QUESTIONS]
 
 
 def draw(cloud: np.ndarray, title: str, answers: list[tuple[str, str]], path: Path):
-    """Write a picture: the cloud (N, 6), y up, in its own colours, and to its right what was said about it."""
+    """Write a picture: the cloud (N, 6), y up, in its colors, and to its right the questions and answers."""
     figure = Figure(figsize=(8, 4), facecolor="#eeeeee")
     axes = figure.add_axes((0.0, 0.0, 0.5, 1.0), projection="3d", facecolor="none")
     x, y, z = cloud[:, :3].T
@@ -43,24 +43,24 @@ def draw(cloud: np.ndarray, title: str, answers: list[tuple[str, str]], path: Pa
     for question, answer in answers:
         lines += [*textwrap.wrap(f"› {question}", 46), *textwrap.wrap(answer, 46), ""]
     figure.text(0.52, 0.5, "\n".join(lines), va="center", fontsize=9, family="monospace", parse_math=False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # no version in it: the same answers, the same file
+    figure.savefig(
+        path, dpi=100, metadata={"Software": None}
+    )  # no version, so that the same answers give the same file
 
 
 def main():
     parser = argparse.ArgumentParser(description="Describe the objects of demo/objects and draw them.")
-    parser.add_argument("--model", default=ROOT / "checkpoints" / "household", type=Path, help="folder of a model")
+    parser.add_argument("--model", default=BUNDLED_MODEL, type=Path, help="folder of a model")
     parser.add_argument("--objects", default=ROOT / "demo" / "objects", type=Path, help="folder of objects")
-    parser.add_argument("--pictures", default=ROOT / "demo" / "pictures", type=Path, help="folder to write to")
+    parser.add_argument("--pictures", default=ROOT / "demo" / "pictures", type=Path, help="folder to write")
     args = parser.parse_args()
     if not (args.model / "config.json").exists():
-        sys.exit(
-            f"demo: there is no model in {args.model}. Get it with git, or rebuild it: make household LIBRARIES=…"
-        )
+        sys.exit(f"demo: there is no model in {args.model}. Check it out, or rebuild it: make household LIBRARIES=…")
     objects = sorted(path for path in args.objects.rglob("*") if path.suffix in SUFFIXES)
     if not objects:
         sys.exit(f"demo: there are no objects in {args.objects}; expected files ending in {', '.join(SUFFIXES)}.")
     try:
-        model, processor = load_model(str(args.model))
+        model, processor = load_model(args.model)
     except ValueError as error:
         sys.exit(f"demo: {error}")
     describe = PointCloudToTextPipeline(model=model, processor=processor)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt3d.data.tables import read_own_lines
+from minigpt3d.data.tables import read_table
 
 from .plan import Evaluation
 from .suites import SEEING
@@ -52,7 +52,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict, str | None]]:
         for number, line in enumerate(content["results"], start=1):
             yield f"{path}, result {number}", line, content.get("prompt")
     else:
-        for where, line in read_own_lines(path, {"object_id", "answer"}):
+        for where, line in read_table(path, {"object_id", "answer"}):
             yield where, line, None
 
 

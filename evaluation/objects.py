@@ -20,7 +20,7 @@ import numpy as np
 from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_cloud
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
-from minigpt3d.data.tables import LINES_SUFFIXES, OTHER_TABLES, read_own_lines
+from minigpt3d.data.tables import TABLE_SUFFIXES, UNREADABLE_SUFFIXES, read_table
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .options import EvaluateOptions
@@ -295,7 +295,7 @@ def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObjec
             f"`data` {data}: a folder without {MANIFEST_FILE}. Give a .csv or .jsonl that names your files and says what "
             "they show, or what `minigpt3d pack` wrote."
         )
-    if not path.exists() and path.suffix.lower() in (*LINES_SUFFIXES, *OTHER_TABLES):  # no data set on the Hub
+    if not path.exists() and path.suffix.lower() in (*TABLE_SUFFIXES, *UNREADABLE_SUFFIXES):  # no data set on the Hub
         raise ValueError(f"`data` {data}: there is no such file.")
     if not path.is_file() and reading:
         raise ValueError(
@@ -319,7 +319,7 @@ OWN_COLUMNS = ("file", "label", "caption", "color", "object_id")
 
 def _read_lines(path: Path, reading: dict) -> list[EvalObject]:
     objects, spelling, unknown = [], {}, {}
-    for where, line in read_own_lines(path, {"file"}):
+    for where, line in read_table(path, {"file"}):
         facts = {name: line.get(name) for name in ("label", "caption", "color")} if isinstance(line, dict) else {}
         unknown |= dict.fromkeys(name for name in line if name not in OWN_COLUMNS) if facts else {}
         if not facts or not isinstance(line.get("file"), str) or not any(facts.values()):

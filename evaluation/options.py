@@ -7,8 +7,6 @@ from typing import Literal
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
 from minigpt3d.messages import one_line
 
-from .suites import JUDGE_PROMPTS, SUITES
-
 
 # What `data` must be. The household's objects are in the package.
 DATA = {
@@ -26,7 +24,9 @@ JUDGE_OPTIONS = ("judge_url", "judge_prompt", "judge_cache", "judge_max_tokens",
 class EvaluateOptions:
     """What is evaluated and how; see the help of each field."""
 
-    suite: str = option("benchmark, see below", positional=True, choices=tuple(SUITES), metavar="SUITE")
+    suite: Literal["modelnet40", "objaverse", "caption", "household", "own"] = option(
+        "objects and questions, see below", positional=True, metavar="SUITE"
+    )
     out: Path = option("folder for answers, scores and report", metavar="DIR")
     model: str | None = option("folder or Hub id (default: the bundled model)", None)
     answers: Path | None = option("score the answers in this file instead of asking a model", None, metavar="FILE")
@@ -58,12 +58,9 @@ class EvaluateOptions:
         group="decoding",
         metavar="TEXT",
         action="append",
-        nargs=None,
     )
     batch_size: int = option("objects per batch", 16, group="decoding", type=positive_int, metavar="N")
-    seed: int = option(
-        "seed of sampling, corruptions, shuffling and intervals (default: 0)", 0, group="decoding", type=natural_int
-    )
+    seed: int = option("seed of sampling, corruptions, shuffling and intervals", 0, group="decoding", type=natural_int)
     device: str | None = option(
         "cpu, cuda, cuda:1, mps (default: the accelerator if there is one)", None, group="decoding"
     )
@@ -100,7 +97,6 @@ class EvaluateOptions:
         group="judge",
         metavar="METRIC=FILE",
         action="append",
-        nargs=None,
     )
     judge_cache: Path | None = option(
         "folder of replies, which runs may share (default: judge/ in the output folder)",
@@ -188,6 +184,8 @@ class EvaluateOptions:
         Raises:
             ValueError: an item is not METRIC=FILE, or its file cannot be read.
         """
+        from .suites import JUDGE_PROMPTS  # here, so that the command line's --help needs no numpy
+
         prompts = {}
         for item in self.judge_prompt:
             name, _, path = item.partition("=")

@@ -4,24 +4,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 
+from minigpt3d.model_card.words import interval, number, same_judge
+
 from .statistics import CONFIDENCE, SIGNIFICANT
 from .suites import METRICS, SEEING, SUITES, Metric
-
-
-# >>> For model_card, until it needs nothing of evaluation: it is imported below, and imports these.
-FEW = 20
-
-
-def is_gain(test: dict) -> bool:
-    return test["gain"]
-
-
-def prompt_hash(results: dict, metric: str) -> str | None:
-    return results["judge"]["prompts"].get(METRICS[metric].prompt)
-
-
-# <<<
-from minigpt3d.model_card.words import interval, number, same_judge  # noqa: E402
 
 
 SCHEMA = 2

@@ -1,8 +1,8 @@
-"""Values that know where they stand, so that a text can be asked where each of its numbers comes from.
+"""Values with their source, so that the source of every number in a text can be listed.
 
-A `Fact` is a value and its place, as in `results.json#/scores/0/value` (a file, and a JSON pointer into it: RFC 6901). What
-is taken out of a fact is a fact with a place of its own. Printed, a fact stands between marks; `take_marks` makes them a
-list of sources, and `find_unsourced` finds the numbers that stand outside of all marks: somebody typed them.
+A `Fact` is a value and its place, as in `results.json#/scores/0/value` (a file and a JSON pointer: RFC 6901). A part of a
+fact is a fact, too. In a text, a fact is printed between marks: `take_marks` turns the marks into a list of sources, and
+`find_unsourced` finds the numbers outside of marks.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-# Around a fact's place and its text; of Unicode's private use, so that they are in no text of people.
+# Around a fact's place and its text; from Unicode's private use area, so that no other text contains them.
 _OPEN, _BETWEEN, _CLOSE = "\ue000", "\ue001", "\ue002"
 _MARK = re.compile(f"[{_OPEN}{_BETWEEN}{_CLOSE}]")
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}]*?){_BETWEEN}([^{_OPEN}]*?){_CLOSE}")
@@ -22,8 +22,8 @@ class Fact:
     """A value and its place.
 
     Args:
-        raw: the value, as JSON has it.
-        place: `FILE#/POINTER`, or for a value that is computed, of what and how.
+        raw: the value, as in JSON.
+        place: `FILE#/POINTER`; for a computed value, a description of how it is computed.
     """
 
     def __init__(self, raw: Any, place: str):
@@ -40,13 +40,13 @@ class Fact:
         return (self[key] for key in range(len(self.raw)))
 
     def items(self) -> Iterator[tuple["Fact", "Fact | None"]]:
-        """Of an object: its keys are facts, too."""
+        """Keys and values of an object; the keys are facts, too."""
         for key in self.raw:
             value = self[key]
             yield Fact(key, value.place if value is not None else self.place), value
 
     def says(self, text: str) -> "Fact":
-        """The same fact in other words."""
+        """The same place with another text."""
         return Fact(text, self.place)
 
     def __contains__(self, key) -> bool:
@@ -70,33 +70,40 @@ class Fact:
 
 
 def read_fact(path: Path, name: str | None = None) -> Fact | None:
-    """A JSON file, under a public name; None where there is none.
+    """A JSON file; None if it does not exist.
+
+    Args:
+        name: of the file in places (default: its name).
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file holds no JSON object.
     """
     if not path.is_file():
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}). Write it again with the command that made it.") from error
+        raise ValueError(f"{path}: expected JSON, got {error}. Write the file again with its command.") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(raw).__name__}.")
     return Fact(raw, name or path.name)
 
 
 def take_marks(marked: str) -> tuple[str, list[dict[str, str]]]:
-    """The text without marks, and what of it holds numbers, in its order: `{"text", "source"}`."""
+    """Split a text with marks.
+
+    Returns:
+        The text without marks, and the facts in it that hold numbers, in order: `{"text", "source"}`.
+    """
     sources = [{"text": text, "source": place} for place, text in _MARKED.findall(marked) if _NUMBER.search(text)]
     return _MARKED.sub(r"\2", marked), sources
 
 
-# ---- Numbers that nobody vouches for --------------------------------------------------------------------------------
+# ---- Numbers without a source ---------------------------------------------------------------------------------------
 
-# What holds digits and states no quantity.
+# Digits that state no quantity.
 _NOT_PROSE = (
-    r"\A---\n.*?\n---\n",  # metadata: names, and the model-index, which `minigpt3d.evaluation` makes of the results
+    r"\A---\n.*?\n---\n",  # metadata: names, and the model-index, which is made from results.json
     r"^(`{3,})[^`\n]*\n.*?^\1$",  # code, commands, BibTeX, the tables of a conversion
     r"\]\([^)\n]*\)",  # a link's target
     r"https?://\S+",
@@ -110,10 +117,10 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def find_unsourced(marked: str) -> list[str]:
-    """The numbers in prose and tables that stand outside of marks, each with the words around it that are no facts."""
+    """The numbers in prose and tables that are outside of marks, each with the words around it."""
     text = _MARKED.sub(" ", marked)
     for pattern in _NOT_PROSE:
         text = re.sub(pattern, " ", text, flags=re.DOTALL | re.MULTILINE)
-    text = _CODE.sub(lambda code: code[1] if _NUMBER_ALONE.search(code[1]) else " ", text)
-    around = [text[max(0, found.start() - 30) : found.end() + 30] for found in _NUMBER.finditer(text)]
-    return [" ".join(words.split()) for words in around]
+    text = _CODE.sub(lambda match: match[1] if _NUMBER_ALONE.search(match[1]) else " ", text)
+    contexts = [text[max(0, match.start() - 30) : match.end() + 30] for match in _NUMBER.finditer(text)]
+    return [" ".join(context.split()) for context in contexts]

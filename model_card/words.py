@@ -1,10 +1,11 @@
-"""Scores and names as people read them: numbers in their units, intervals, Markdown."""
+"""Scores and names for people: numbers in their units, intervals, Markdown."""
 
 import re
+from pathlib import Path
 
 
 def scaled(value: float, unit: str) -> float:
-    """Shares as per cent, all else as it is."""
+    """A share as a percentage, other scores unchanged."""
     return 100 * value if unit == "share" else value
 
 
@@ -14,36 +15,36 @@ def number(value: float, unit: str) -> str:
 
 
 def interval(low: float, high: float, unit: str) -> str:
-    """Its ends in the same unit: "(61.5–79.0)"."""
+    """The ends of an interval in the unit: "(61.5–79.0)"."""
     digits = 2 if unit == "count" else 1
     return f"({scaled(low, unit):.{digits}f}–{scaled(high, unit):.{digits}f})"
 
 
-def with_interval(score: dict) -> str:
-    """A score with its 95 % interval: "71.0 % (61.5–79.0)"."""
-    return f"{number(score['value'], score['unit'])} {interval(score['low'], score['high'], score['unit'])}"
-
-
 def escaped(text: str) -> str:
-    """As Markdown shows it, on one line: what a model, a judge or a folder is called becomes no markup.
+    """Escape Markdown in the name of a model, judge or folder, and put it on one line.
 
-    An address may become a link to itself, as it is written.
+    A URL may still become a link to itself.
     """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    text = _MARKUP.sub(lambda found: "\\" + found[0], text)
-    return re.sub(r"\A(\d+)([.)])(?= )", r"\1\\\2", text)  # no list
+    text = _MARKUP.sub(lambda match: "\\" + match[0], text)
+    return re.sub(r"\A(\d+)([.)])(?= )", r"\1\\\2", text)  # else a numbered list
 
 
-# An underscore within a word is none, nor are #, >, + and - but at the start.
+# An underscore within a word is no markup; #, >, + and - are markup at the start only.
 _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|\A[#>]|\A[+-](?= )|\A-(?=--)")
 
 
 def same_judge(name: str | None) -> str | None:
-    """What a model's name is compared by: without the folder or owner before it, letter case and kind of dash."""
+    """A model's name for comparisons: without folder or owner, in lower case, with one kind of dash."""
     return name and name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace(" ", "-")
 
 
+def public_path(path: Path) -> str:
+    """A path for a published command: a relative one stays, of others only the last part, since the rest describes a disk."""
+    return path.resolve().name if path.is_absolute() or ".." in path.parts else str(path)
+
+
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first the head."""
+    """A Markdown table of rows of cells; the first row is the head."""
     head, *body = ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
     return "\n".join([head, "|" + "-|" * len(rows[0]), *body])

@@ -67,5 +67,5 @@ def tiny_processor(tiny_tokenizer):
 
 @pytest.fixture
 def point_clouds() -> torch.Tensor:
-    """(3, 128, 6): normalised clouds of the goldens."""
+    """(3, 128, 6): normalized clouds of the goldens."""
     return load_file(GOLDEN_DIR / "full.encode_pc.io.safetensors")["points"]

@@ -59,7 +59,7 @@ class Stage:
         steps_per_epoch, epochs: their product is the length of the stage in optimizer steps.
         router_type: routing of the query experts; "none" uses expert 0 alone; None: as the model has it.
         language_lora, qformer_lora: sizes of the LoRA factors, in the language model and in the Q-Former.
-        augment: whether clouds are rotated, scaled and thinned out at random (see `data.augment`).
+        augment: whether clouds are rotated, scaled and thinned out at random (see `data.clouds.augment`).
         max_text_length: tokens kept behind the first prompt of a conversation.
         betas, weight_decay: AdamW's; the decay acts on tensors with two or more dimensions only.
     """

@@ -26,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minigpt3d.conversion import lora_config
-from minigpt3d.conversion.lora import lora_targets, peft_scale, read_lora_config
-from minigpt3d.conversion.release import PEFT_PREFIX
+from minigpt3d.conversion.lora import PEFT_PREFIX, lora_targets, peft_scale, read_lora_config
 from minigpt3d.files import sha256, written_whole
 from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE, ModelFiles
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration

@@ -1,9 +1,9 @@
-"""Grouping a point cloud: farthest point sampling, then the nearest neighbours of each centre. Paper: §3.1.1.
+"""Grouping a point cloud: farthest point sampling, then the nearest neighbors of each center. Paper: §3.1.1.
 
-Both are exact. On a CPU the sampling runs coordinate by coordinate and the neighbours come from a k-d tree (scipy, where
-it is installed); on a GPU the sampling is one Triton kernel and the neighbours come from the distance matrix.
+Both are exact. On a CPU the sampling runs coordinate by coordinate and the neighbors come from a k-d tree (scipy, if
+installed); on a GPU the sampling is one Triton kernel and the neighbors come from the distance matrix.
 
-Shapes: B clouds, N points, G groups, K neighbours.
+Shapes: B clouds, N points, G groups, K neighbors.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 try:
     from scipy.spatial import cKDTree
-except ImportError:  # slower, same neighbours
+except ImportError:  # slower, same neighbors
     cKDTree = None
 
 try:
@@ -25,10 +25,10 @@ except ImportError:  # no GPU build of torch
 def farthest_point_sampling(
     coord: torch.Tensor, num_samples: int, start: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Choose points one after the other, each the farthest from all chosen so far.
+    """Choose points one by one, each the farthest from all chosen so far.
 
-    The authors start at a random point in every forward, in evaluation too; here the start is the first point unless
-    another is given, so that the same cloud always gives the same groups. Of equally far points the first is taken.
+    The authors start at a random point in every forward pass, even in evaluation; here the start is the first point
+    by default, so that the same cloud always gives the same groups. Of equally far points the first is chosen.
 
     Args:
         coord: (B, N, 3) float coordinates.
@@ -44,7 +44,7 @@ def farthest_point_sampling(
     batch_size, num_points, _ = coord.shape
     if num_samples > num_points:
         raise ValueError(
-            f"a cloud of {num_points} points cannot give {num_samples} distinct centres. Pass more points "
+            f"a cloud of {num_points} points cannot give {num_samples} distinct centers. Pass more points "
             "(the processor repeats a small cloud up to its num_points) or lower point_config.num_groups."
         )
     start = torch.as_tensor(0 if start is None else start, device=coord.device).expand(batch_size).long()
@@ -82,7 +82,7 @@ if triton is not None:
     def _farthest_point_sampling_kernel(
         planes, distance, indices, start, num_points, num_samples, BLOCK: tl.constexpr
     ):
-        """One program per cloud; the whole loop runs on the device."""
+        """One program per cloud; the complete loop runs on the device."""
         row = tl.program_id(0)
         stride = tl.num_programs(0) * num_points
         x = planes + row * num_points
@@ -119,7 +119,7 @@ def _farthest_point_sampling_triton(planes: torch.Tensor, num_samples: int, star
 
 
 def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
-    """The points nearest to each centre, the centre itself among them, in no particular order.
+    """The points nearest to each center, the center itself among them, in no particular order.
 
     Args:
         coord: (B, N, 3) float coordinates.
@@ -130,11 +130,11 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
         (B, G, K) int64 indices into N.
 
     Raises:
-        ValueError: fewer points than neighbours.
+        ValueError: fewer points than neighbors.
     """
     if num_neighbors > coord.shape[1]:
         raise ValueError(
-            f"a cloud of {coord.shape[1]} points has no {num_neighbors} neighbours. Pass more points (the processor "
+            f"a cloud of {coord.shape[1]} points has no {num_neighbors} neighbors. Pass more points (the processor "
             "repeats a small cloud up to its num_points) or lower point_config.group_size."
         )
     coord, center = coord.detach().float(), center.detach().float()
@@ -153,7 +153,7 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
 def group(
     point_clouds: torch.Tensor, num_groups: int, group_size: int, fps_start: torch.Tensor | int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split each cloud into overlapping neighbourhoods around centres spread evenly over it.
+    """Split each cloud into overlapping neighborhoods around centers spread evenly over it.
 
     Args:
         point_clouds: (B, N, C) with xyz in the first three channels.
@@ -162,7 +162,7 @@ def group(
         fps_start: see `farthest_point_sampling`.
 
     Returns:
-        neighborhood (B, G, K, C), xyz relative to the centre and the other channels as they are; center (B, G, 3).
+        neighborhood (B, G, K, C), xyz relative to the center and the other channels as they are; center (B, G, 3).
     """
     coord = point_clouds[..., :3]
     indices = farthest_point_sampling(coord, num_groups, fps_start)

@@ -4,7 +4,7 @@
                                                 │                           │ keys, values
                                              router ─ query experts ─ Q-Former ─ language projection ─ LLM ─ text
 
-Shapes: B clouds, N points, G groups, K neighbours, Q query tokens, E experts, S experts used per cloud, T text tokens,
+Shapes: B clouds, N points, G groups, K neighbors, Q query tokens, E experts, S experts used per cloud, T text tokens,
 D width (of whichever part the line is in), H heads, V vocabulary.
 """
 
@@ -45,10 +45,10 @@ def fold_batch_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> tuple[torch.Tens
 
 
 class MiniPointNet(nn.Module):
-    """Embed each neighbourhood: a point-wise MLP, a max over the group, again both with the group's maximum beside.
+    """Embed each neighborhood: a point-wise MLP and a max over the group, twice; the second MLP also reads the first max.
 
     The authors' 1×1 convolutions are written as matrix products over points, BatchNorm (always with its running
-    statistics) folded in, and the half of the third layer that reads the group's maximum is applied once per group.
+    statistics) folded in. The half of the third layer that reads the group's maximum is applied once per group.
     """
 
     def __init__(self, config: MiniGPT3DPointConfig):
@@ -61,7 +61,7 @@ class MiniPointNet(nn.Module):
         self.linear_4 = nn.Linear(512, config.group_embedding_size)
 
     def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
-        """(B, G, K, C) → (B, G, D). The order of the neighbours does not matter."""
+        """(B, G, K, C) → (B, G, D). The order of the neighbors does not matter."""
         points = neighborhood.flatten(0, 1)  # (B*G, K, C)
         points = nn.functional.linear(points, *fold_batch_norm(self.linear_1, self.norm_1)).relu_()
         points = self.linear_2(points)  # (B*G, K, 256)
@@ -75,7 +75,7 @@ class MiniPointNet(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned embedding of the groups' centres: Linear 3→128, GELU, Linear 128→D."""
+    """Learned embedding of the groups' centers: Linear 3→128, GELU, Linear 128→D."""
 
     def __init__(self, config: MiniGPT3DPointConfig):
         super().__init__()
@@ -144,7 +144,7 @@ class PointBertBlock(GradientCheckpointingLayer):
 
 
 class PointBert(PreTrainedModel):
-    """The 3D encoder: neighbourhoods become tokens, a transformer relates them. Paper: §3.1.1."""
+    """The 3D encoder: neighborhoods become tokens, a transformer relates them. Paper: §3.1.1."""
 
     config: MiniGPT3DPointConfig
     config_class = MiniGPT3DPointConfig
@@ -174,7 +174,7 @@ class PointBert(PreTrainedModel):
             init.normal_(module.cls_position, std=self.config.initializer_range)
 
     def encode_groups(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-        """Neighbourhoods (B, G, K, C) around centres (B, G, 3) → (B, 1+G, D), the cls token first."""
+        """Neighborhoods (B, G, K, C) around centers (B, G, 3) → (B, 1+G, D), the cls token first."""
         tokens = self.group_projection(self.mini_pointnet(neighborhood))  # (B, G, D)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+G, D)
         position = self.position_embedding(center)  # (B, G, D)
@@ -184,11 +184,11 @@ class PointBert(PreTrainedModel):
         return self.norm(tokens)
 
     def forward(self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None) -> torch.Tensor:
-        """(B, N, C) float32 → (B, 1+G, D), the cls token first; all tokens go on to the Q-Former.
+        """(B, N, C) float32 → (B, 1+G, D), the cls token first. The Q-Former reads all of them.
 
         Args:
-            point_clouds: xyz centred on the mean with largest norm 1, then rgb in [0, 1].
-            fps_start: index of the first centre, one or (B,); 0 by default, where the authors draw it at random.
+            point_clouds: xyz centered on the mean with largest norm 1, then rgb in [0, 1].
+            fps_start: index of the first center, one or (B,); 0 by default, where the authors draw it at random.
         """
         # Distances need the full precision of the coordinates, whatever the model's dtype.
         neighborhood, center = group(point_clouds.float(), self.config.num_groups, self.config.group_size, fps_start)
@@ -221,7 +221,7 @@ class PointProjection(nn.Module):
 
 
 class QueryTokens(nn.Module):
-    """One expert: its query tokens. A module, because PEFT saves modules and passes over bare parameters."""
+    """One expert: its query tokens. A module, because PEFT saves modules and skips bare parameters."""
 
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__()
@@ -251,11 +251,11 @@ class QueryExpertRouter(nn.Module):
         """(B, 1+G, D) → chosen experts (B, S) int64 and their weights (B, S), most probable first."""
         num_experts, router_type = self.config.num_query_experts, self.config.router_type
         if router_type == "none" and not isinstance(self.linear_1, nn.Linear):
-            router_type = "sparse"  # PEFT has put stage IV's router onto a base from before stage IV
+            router_type = "sparse"  # PEFT has put stage IV's router on a base that has none
         if router_type in ("sparse", "soft"):
             probabilities = self.get_logits(point_features).softmax(-1, dtype=torch.float32)  # (B, E)
             num_used = self.config.num_experts_per_cloud if router_type == "sparse" else num_experts
-            weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S); as they are, not renormalised
+            weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S); as they are, not renormalized
             return experts, weights.to(point_features.dtype)
         num_used = num_experts if router_type == "constant" else 1  # "none" is expert 0 alone
         experts = torch.arange(num_used, device=point_features.device).expand(len(point_features), -1)
@@ -265,8 +265,8 @@ class QueryExpertRouter(nn.Module):
 def block_diagonal_mask(num_blocks: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
     """Additive attention mask (1, 1, S*Q, S*Q) under which each of S blocks of Q tokens sees itself alone."""
     block = torch.arange(num_blocks, device=like.device).repeat_interleave(block_size)
-    apart = block[:, None] != block[None]
-    return torch.zeros_like(apart, dtype=like.dtype).masked_fill_(apart, torch.finfo(like.dtype).min)[None, None]
+    hidden = block[:, None] != block[None]
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class LanguageProjection(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Phi-2 as TinyGPT-V changed it (paper: §3.1.3): what differs from transformers' Phi
+# Phi-2 as TinyGPT-V changed it (paper: §3.1.3): the differences from transformers' Phi
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +308,7 @@ class MiniGPT3DPhiAttention(PhiAttention):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) → (B, T, D) and the attention weights where the implementation gives them."""
+        """(B, T, D) → (B, T, D) and the attention weights, if the implementation returns them."""
         qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # (B, T, H, 3, D/H)
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # each (B, H, T, D/H)
         query, key = self.q_layernorm(query), self.k_layernorm(key)
@@ -357,20 +357,20 @@ class MiniGPT3DPhiModel(PhiModel):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The whole
+# The complete model
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class MiniGPT3DCausalLMOutputWithPast(ModelOutput):
-    """What a language model returns, and what the clouds became.
+    """Output of the language model, and the vectors of the clouds.
 
     Args:
-        loss: scalar, where labels were given.
+        loss: scalar, if labels were given.
         logits: (B, T, V).
         past_key_values: the cache.
-        hidden_states, attentions: of the language model, where asked for.
-        point_features: (clouds, Q, D_text), where clouds were given.
+        hidden_states, attentions: of the language model, if requested.
+        point_features: (clouds, Q, D_text), if clouds were given.
     """
 
     loss: torch.Tensor | None = None
@@ -383,19 +383,19 @@ class MiniGPT3DCausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class MiniGPT3DModelOutputWithPast(BaseModelOutputWithPast):
-    """A decoder's output; `point_features` (clouds, Q, D_text) is what the clouds became."""
+    """A decoder's output, and the vectors of the clouds, `point_features` (clouds, Q, D_text)."""
 
     point_features: torch.Tensor | None = None
 
 
 def pin_qformer_attention(config: MiniGPT3DConfig):
-    """The Q-Former runs eager or sdpa attention, whatever the rest runs: the others take no block-diagonal mask."""
+    """Keep the Q-Former on eager or sdpa attention: other implementations take no block-diagonal mask."""
     if config.qformer_config._attn_implementation not in (None, "eager"):
         config.qformer_config._attn_implementation = "sdpa"
 
 
 class MiniGPT3DPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation."""
+    """Loading, saving and initialization."""
 
     config: MiniGPT3DConfig
     config_class = MiniGPT3DConfig
@@ -420,7 +420,7 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
 
 
 class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
-    """MiniGPT-3D from cloud and text to the language model's last hidden states. Paper: figure 2."""
+    """From cloud and text to the language model's last hidden states. Paper: figure 2."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -449,7 +449,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         """Mixture of query experts: each chosen expert's queries go through the Q-Former, the outputs are mixed.
 
         All of a cloud's experts share one Q-Former call, and with it the cross-attention's keys and values; a
-        block-diagonal mask keeps them apart, so the result equals one call per expert. Paper: §3.2.
+        block-diagonal mask separates them, so the result equals one call per expert. Paper: §3.2.
 
         Args:
             point_features: (B, 1+G, D_point) from the 3D encoder.
@@ -472,17 +472,17 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
     def get_point_features(
         self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """What the language model reads in place of a cloud.
+        """Compute the vectors that the language model reads in place of a cloud.
 
         Args:
-            point_clouds: (B, N, 6) float32, xyz centred on the mean with largest norm 1, then rgb in [0, 1].
-            fps_start: index of the first centre, one or (B,); 0 by default.
+            point_clouds: (B, N, 6) float32, xyz centered on the mean with largest norm 1, then rgb in [0, 1].
+            fps_start: index of the first center, one or (B,); 0 by default.
 
         Returns:
             (B, Q, D_text).
 
         Raises:
-            ValueError: a tensor of another shape.
+            ValueError: the tensor has another shape.
         """
         num_channels = self.config.point_config.num_channels
         if point_clouds.ndim != 3 or point_clouds.shape[-1] != num_channels:
@@ -494,7 +494,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         return self.language_projection(self.get_query_output(point_features))
 
     def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the point vectors go: (B, T) bool."""
+        """Find the placeholders that point vectors replace: (B, T) bool."""
         token_id = self.config.point_token_id
         if input_ids is not None:
             return input_ids == token_id
@@ -504,10 +504,10 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, point_features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Where the point vectors go, once it is sure that they fit: (B, T, 1) bool.
+        """Find the placeholders, and check that there is one for each point vector: (B, T, 1) bool.
 
         Raises:
-            ValueError: other than one placeholder for each vector, with both counts in the message.
+            ValueError: more or fewer placeholders than vectors, with both counts.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds)
         num_clouds = 0 if point_features is None else len(point_features)
@@ -517,7 +517,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             lambda: (
                 f"the text holds {int(mask.sum())} point placeholders, but {num_clouds} point clouds of "
                 f"{self.config.num_query_tokens} vectors each need {num_vectors}. Pass as many point_clouds as the "
-                "text has <point> marks; MiniGPT3DProcessor writes the right number."
+                "text has <point> marks; MiniGPT3DProcessor writes the right number of placeholders."
             ),
         )
         return mask[..., None]
@@ -528,7 +528,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         point_clouds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text and clouds as the language model reads them: embeddings (B, T, D), point features or None."""
+        """Embed text and clouds as the language model reads them: (B, T, D), and point features or None."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -572,18 +572,18 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
 
 
 def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
-    """The head that the backbone's own causal language model has: with a bias (Phi) or without (Llama).
+    """Build the head of the backbone's own causal language model: with a bias (Phi) or without (Llama).
 
     Raises:
-        ValueError: a backbone that does more to its logits than one linear layer.
+        ValueError: the backbone computes its logits by more than one linear layer.
     """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(text_config, name, None) not in (None, 1, 1.0):
             raise ValueError(
-                f"text_config.{name} is {getattr(text_config, name)}: {text_config.model_type} changes its logits behind "
-                "its head, which MiniGPT-3D does not. Choose a backbone with a plain head, such as Phi, Llama or Qwen3."
+                f"text_config.{name} is {getattr(text_config, name)}: {text_config.model_type} changes its logits after "
+                "its head, which MiniGPT-3D does not support. Choose a backbone with a plain head, such as Phi, Llama or Qwen3."
             )
-    with torch.device("meta"):  # of interest is its shape alone
+    with torch.device("meta"):  # only its shape matters
         if text_config.model_type == MiniGPT3DPhiConfig.model_type:
             bias = True
         else:
@@ -598,9 +598,9 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         super().__init__(config)
         self.model = MiniGPT3DModel(config)
         self.lm_head = build_lm_head(config.text_config)
-        embedding = self.get_input_embeddings()  # its name is the backbone's own
+        embedding = self.get_input_embeddings()  # its name depends on the backbone
         name = next(name for name, module in self.named_modules() if module is embedding)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # where text_config ties them
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # applies if text_config ties them
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -639,17 +639,17 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         Args:
             input_ids: (B, T) int64; each cloud is `num_query_tokens` placeholders (`config.point_token_id`).
             attention_mask: (B, T), 0 at padding.
-            point_clouds: (clouds in the batch, N, 6) float32 in the order of their placeholders, xyz centred with
+            point_clouds: (clouds in the batch, N, 6) float32 in the order of their placeholders, xyz centered with
                 largest norm 1, rgb in [0, 1].
-            labels: (B, T) int64, -100 where no loss is wanted; shifted by the loss itself.
-            position_ids: (B, T); plain counting by default, whatever the mask (generation counts from the mask).
+            labels: (B, T) int64, -100 at positions without loss; the loss function shifts them.
+            position_ids: (B, T); by default 0, 1, 2 … regardless of the mask (generation counts from the mask).
             past_key_values: cache of an earlier call.
             inputs_embeds: (B, T, D_text) instead of `input_ids`.
-            logits_to_keep: only the last so many positions get logits; 0 means all. A mask (B, T) bool picks positions of
-                each row, K in all: the logits are (1, K, V) then, and the loss is theirs.
+            logits_to_keep: number of last positions that get logits; 0 for all. A mask (B, T) bool selects positions of
+                each row, K in all: logits are then (1, K, V), and the loss is over these positions.
 
         Raises:
-            ValueError: placeholders and clouds that do not match, or clouds of a wrong shape.
+            ValueError: placeholders and clouds do not match, or clouds have a wrong shape.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -666,8 +666,8 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             if labels is not None:
                 kwargs["shift_labels"] = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:][logits_to_keep]
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_states = hidden_states[:, kept]  # (B, T, D_text)
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, positions]  # (B, T, D_text)
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
@@ -682,7 +682,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, point_clouds=None, **kwargs):
-        """For beams and several answers: a row's clouds go with each of its copies, however many it has."""
+        """Copy a row's clouds with the row, for beams and several answers; rows may have any number of clouds."""
         if point_clouds is not None and expand_size > 1:
             embeds = kwargs.get("inputs_embeds")
             mask = self.model.find_placeholders(None if embeds is not None else input_ids, embeds)
@@ -702,7 +702,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict:
-        """The clouds go in with the prompt; afterwards they are in the cache."""
+        """Pass the clouds together with the prompt; afterwards they are in the cache."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

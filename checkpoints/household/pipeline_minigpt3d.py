@@ -27,7 +27,7 @@ def _is_chat(item: Any) -> bool:
 
 
 class PointCloudToTextPipeline(Pipeline):
-    """Answer a question about a 3D object, or go on with a conversation about one.
+    """Answer a question about a 3D object, or continue a conversation about one.
 
     ```python
     >>> from transformers import pipeline
@@ -39,7 +39,7 @@ class PointCloudToTextPipeline(Pipeline):
     [[{'generated_text': 'Brown.'}], [{'generated_text': 'White.'}]]
     ```
 
-    Decoding is greedy and ends at `###`, which is not part of the text.
+    Decoding is greedy and ends at `###`, which is removed.
     """
 
     _load_processor = True
@@ -50,51 +50,61 @@ class PointCloudToTextPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # A batch is padded by the base class, as this says; an answer must follow its question without a gap.
+        # The base class pads batches on this side: an answer must follow its question without a gap.
         self.processor.tokenizer.padding_side = "left"
 
     def __call__(self, inputs: Any, **kwargs) -> list[dict[str, str]] | list[list[dict[str, str]]]:
         """Describe objects.
 
         Args:
-            inputs: one input or a list (or a generator, or a `torch.utils.data.Dataset`) of them. An input is what the
-                processor reads as a point cloud (a path, an array or a tensor (N, 3 or 6), a trimesh object), or a chat: a list of
+            inputs: one input or a list (or a generator, or a `torch.utils.data.Dataset`) of them. An input is whatever
+                `load_point_cloud` reads (a path, an array or a tensor (N, 3 or 6), a trimesh object), or a chat: a list of
                 messages whose content holds `{"type": "point_cloud", "point_cloud": …}` and
                 `{"type": "text", "text": …}`.
-            prompt (`str`, *optional*): the question about each object that is not a chat; "What is this?" by default.
-            batch_size (`int`, *optional*): inputs that are answered together, 1 by default.
+            prompt (`str`, *optional*): the question about each input that is no chat; "What is this?" by default.
+            up_axis (`str`, *optional*): the axis that points up in the inputs, "x", "y" or "z"; by default the processor's.
+                Pass "y" for clouds that have been turned already.
+            missing_color (`str` or three numbers, *optional*): for points without color: "black", "gray", "white" or
+                (r, g, b) in [0, 1]; by default the processor's.
+            batch_size (`int`, *optional*): inputs per batch, 1 by default.
             kwargs: any argument of `generate`, here or in `pipeline(…)`: `max_new_tokens` (150 by default), `num_beams`,
                 `do_sample`, `streamer` …
 
         Returns:
-            For one input a list of `{"generated_text": str}`, as many as `num_return_sequences`; for a list of inputs a
-            list of such lists.
+            A list of `num_return_sequences` dicts `{"generated_text": str}`; for a list of inputs a list of such lists.
 
         Raises:
-            ValueError: an input that cannot be read, a `prompt` beside a chat, or one that is no text.
+            ValueError: an input cannot be read, `prompt` is given with a chat, or it is no text.
         """
         if _is_chat(inputs):
-            inputs = {"messages": inputs}  # in a dict, or the base class takes its messages for a batch
+            inputs = {"messages": inputs}  # a bare list would be read as a batch
         elif isinstance(inputs, (list, tuple)):
             if not inputs:
                 return []
             inputs = [{"messages": item} if _is_chat(item) else item for item in inputs]
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, prompt: str | None = None, **generate_kwargs) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self,
+        prompt: str | None = None,
+        up_axis: str | None = None,
+        missing_color: str | tuple[float, float, float] | None = None,
+        **generate_kwargs,
+    ) -> tuple[dict, dict, dict]:
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(
-                f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Ask different questions in chats or one by one."
+                f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Pass chats to ask different questions."
             )
-        return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
+        preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color}
+        return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}
 
-    def preprocess(self, inputs: Any, prompt: str | None = None) -> dict[str, Any]:
+    def preprocess(self, inputs: Any, prompt: str | None = None, **reading) -> dict[str, Any]:
         """One input → `input_ids` (1, T), `attention_mask` (1, T) and `point_clouds`, a list of one (C, N, 6) or of none."""
         messages = self._messages(inputs, prompt)
         encoded = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, tokenize=True, return_dict=True, return_tensors="pt", **reading
         )
-        # A list, because what collates a batch would keep the first cloud of each chat only.
+        # A list: collating would keep only the first cloud of each chat.
         clouds = encoded.pop("point_clouds", None)
         return {**encoded, "point_clouds": [] if clouds is None else [clouds]}
 
@@ -118,7 +128,7 @@ class PointCloudToTextPipeline(Pipeline):
                 f"got a dict with the keys {sorted(map(str, inputs))}."
             )
         if prompt is not None:
-            raise ValueError(f"{TASK}: a chat brings its own questions; leave out prompt, got {prompt!r}.")
+            raise ValueError(f"{TASK}: a chat has questions already; leave out prompt, got {prompt!r}.")
         return [dict(message) for message in messages]
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
@@ -135,7 +145,7 @@ class PointCloudToTextPipeline(Pipeline):
         return {"answers": sequences[:, prompt_length:].unflatten(0, (batch_size, -1))}
 
     def _generation_arguments(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The caller's arguments of `generate`, with an end for the answer: `###`, and a number of tokens if none is set."""
+        """Add to the arguments of `generate` what ends an answer: `###`, and a number of tokens if none is set."""
         arguments = dict(generate_kwargs)
         config = arguments.get("generation_config") or self.model.generation_config
         stops = arguments.get("stop_strings") or config.stop_strings or []
@@ -144,29 +154,29 @@ class PointCloudToTextPipeline(Pipeline):
             ends["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         if "generation_config" not in arguments:
             return arguments | ends
-        config = copy.deepcopy(config)  # generate takes a configuration or arguments, not both
+        config = copy.deepcopy(config)  # generate takes a configuration or arguments, but not both
         config.update(**ends)
         return arguments | {"generation_config": config}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
-        """New tokens of one input, (1, num_return_sequences, T) → texts without their `###`."""
+        """New tokens of one input, (1, num_return_sequences, T) → texts without `###`."""
         texts = self.processor.tokenizer.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
         return [{"generated_text": text.split(END_OF_ANSWER)[0].strip()} for text in texts]
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer while it is made: neither the prompt nor the `###` behind it."""
+    """Prints an answer during generation, without the prompt and the final `###`."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        # Text is handed over in words, so the mark comes whole, behind the last of them.
+        # Text arrives in complete words, so the mark is never split.
         super().on_finalized_text(text.split(END_OF_ANSWER)[0], stream_end)
 
 
 def _flatten(nested: Iterable) -> Iterable[torch.Tensor]:
-    """The tensors in a list, or in the list of lists that a batch of such lists is collated to."""
+    """The tensors in nested lists."""
     for item in nested:
         if isinstance(item, torch.Tensor):
             yield item
@@ -175,7 +185,7 @@ def _flatten(nested: Iterable) -> Iterable[torch.Tensor]:
 
 
 def register():
-    """Make the task known where the package is installed, so that it needs no `trust_remote_code`."""
+    """Register the task, so that it needs no `trust_remote_code` where the package is installed."""
     if TASK not in PIPELINE_REGISTRY.supported_tasks:
         PIPELINE_REGISTRY.register_pipeline(
             TASK, pipeline_class=PointCloudToTextPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"

@@ -40,17 +40,16 @@ def closed_set_accuracy(
         replies: the judge's reply per object; None without a judge.
     """
     check_pairs(predictions, references)
-    check_texts("references", references)
     _check_classes(classes, references)
     if judge is None:
         if prompt is not None:
-            raise ValueError("`prompt` is for a judge, and there is none: give `judge` too, or leave out `prompt`.")
+            raise ValueError("`prompt` is given, but there is no judge: give `judge` too, or leave out `prompt`")
         name_class = class_namer(classes, aliases or {})
         predicted, replies = [name_class(answer) for answer in predictions], [None] * len(predictions)
         unparsed = predicted.count(None)
     else:
         if aliases is not None:
-            raise ValueError("A judge knows other names by itself: leave out `aliases` or `judge`.")
+            raise ValueError("a judge recognizes other names by itself: leave out `aliases` or `judge`")
         numbered = "\n".join(f"{number}: {name}" for number, name in enumerate(classes))
         rows = [{"answer": answer, "classes": numbered} for answer in predictions]
         replies = ask_judge(judge, PROMPTS["closed_set_accuracy"] if prompt is None else prompt, rows)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
-from .checks import check_pairs, check_texts
+from .checks import check_pairs
 from .prompts import PROMPTS, ask_judge
 
 
@@ -99,6 +99,5 @@ def hallucination(
 
 def _ask(name, predictions, references, judge, prompt) -> list[str | None]:
     check_pairs(predictions, references)
-    check_texts("references", references)
     rows = [{"answer": answer, "reference": text} for answer, text in zip(predictions, references, strict=True)]
     return ask_judge(judge, PROMPTS[name] if prompt is None else prompt, rows)

@@ -31,7 +31,7 @@ def caption_overlap(
         ImportError: nltk or rouge-score is missing.
         LookupError: nltk does not find WordNet, which METEOR needs.
     """
-    check_pairs(predictions, references)
+    check_pairs(predictions, references, several_references=True)
     unknown = [score for score in scores if score not in SCORES]
     if isinstance(scores, str) or unknown or not scores:
         raise ValueError(f"`scores` must be a list of one or more of {', '.join(SCORES)}, got {scores!r}.")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .checks import check_pairs, check_texts
+from .checks import check_pairs
 
 
 POOLINGS = ("sentence-transformers", "pooler_output")
@@ -36,7 +36,6 @@ def sentence_similarity(
         ImportError: sentence-transformers is missing.
     """
     check_pairs(predictions, references)
-    check_texts("references", references)
     if pooling not in POOLINGS:
         raise ValueError(f"`pooling` must be {' or '.join(POOLINGS)}, got {pooling!r}.")
     encode = _load_pooler(encoder) if pooling == "pooler_output" else _load_sentence_transformer(encoder)

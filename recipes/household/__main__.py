@@ -1,13 +1,12 @@
-"""The whole recipe of `checkpoints/household`, on two cores in at most 90 minutes: `make household LIBRARIES="…"`.
+"""Run the complete recipe of `checkpoints/household`, on two cores in at most 90 minutes: `make household LIBRARIES="…"`.
 
     python -m minigpt3d.recipes.household A.sh3f B.sh3f [--work_dir build/household] [--output_dir checkpoints/household]
 
-Steps: build the data and pack it; pre-train encoder, Q-Former and language model; stages I to IV by `training/stage1.py` to
-`stage4.py`; score every stage; write the checkpoint with its model card. A step whose result is there is not done
-again, so a run that was stopped goes on where it was; remove the work directory to start afresh.
+Steps: build and pack the data; pre-train encoder, Q-Former and language model; train stages I to IV; score every stage;
+write the checkpoint with its model card. A step whose result exists is skipped, so a stopped run resumes; remove the work
+directory to start again.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,157 +14,166 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from minigpt3d.conversion import save_pretrained, verification as verify
+from minigpt3d.arguments import option
+from minigpt3d.conversion import verification
 from minigpt3d.data.shards import pack, release_entries
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+from minigpt3d.files import write_json, written_whole
+from minigpt3d.hub import load_model, save_pretrained
 
 from .build_data import SOURCES, build
+from .command_line import run_command
 from .heldout import write_heldout
 from .recipe_card import write_model_card
 from .stage_scores import evaluate_models, to_table
 
 
 STAGES = ("I", "II", "III", "IV")
-_REPOSITORY = Path(__file__).resolve().parents[2]
+# By default glibc returns every large tensor to the system and allocates it anew: 0.97 instead of 0.66 s per encoder step.
+_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+_LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+           "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "2", "--module")  # fmt: skip
 
 
-class Recipe:
-    """Carries out steps that are not done yet, and notes how long each took."""
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Options of the command."""
+
+    libraries: list[Path] = option("Sweet Home 3D furniture libraries, .sh3f", positional=True, metavar="FILE.sh3f")
+    work_dir: Path = option("folder for data and stages", default=Path("build/household"), metavar="DIR")
+    output_dir: Path = option("folder for the checkpoint", default=Path("checkpoints/household"), metavar="DIR")
+    held_out_library: str | None = option(
+        "stem of a library to score on instead of training on it", default=None, metavar="STEM"
+    )
+    max_steps: int | None = option(
+        "maximum steps of every training, and generated objects, to try the recipe out", default=None
+    )
+
+
+class Steps:
+    """Runs steps whose result does not exist yet, and keeps their times in times.json.
+
+    Args:
+        work_dir: folder of the results.
+    """
 
     def __init__(self, work_dir: Path):
-        self.work_dir = work_dir
         work_dir.mkdir(parents=True, exist_ok=True)
         self.times_file = work_dir / "times.json"
-        self.times = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        self.times = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}  # minutes
 
-    def step(self, name: str, result: Path, action: Callable[[], object]):
-        """Do `action` unless `result` exists; the action makes it appear, as a whole, at its end."""
+    def run(self, name: str, result: Path, action: Callable[[], object]):
+        """Call `action` unless `result` exists, which must appear, complete, at its end."""
         if result.exists():
-            print(f"== {name}: {result} is there", flush=True)
+            print(f"== {name}: {result} exists", flush=True)
             return
         print(f"== {name}", flush=True)
         started = time.perf_counter()
         action()
         self.times[name] = round((time.perf_counter() - started) / 60, 2)
-        self.times_file.write_text(json.dumps(self.times, indent=1))
+        write_json(self.times_file, self.times)
         print(f"== {name}: {self.times[name]} minutes", flush=True)
 
 
-def run_module(*command: str | Path):
-    """Run a Python program of ours in a process of its own.
+def run_module(*command: str | Path | int):
+    """Run a Python module in a process of its own, offline and on the CPU.
 
     Raises:
-        SystemExit: it failed; its own message stands above.
+        SystemExit: it failed; its own message is above.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    # glibc would give every large tensor back and fetch it anew: 0.97 against 0.66 seconds a step of the encoder.
-    environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | _MALLOC
     completed = subprocess.run([sys.executable, "-m", *map(str, command)], env=environment, check=False)
     if completed.returncode:
-        raise SystemExit(f"error: {' '.join(map(str, command[:4]))} … ended with code {completed.returncode}.")
-
-
-def pack_data(data_dir: Path, output_dir: Path):
-    """The training objects as the stages read them."""
-    pack(
-        release_entries(data_dir / "clouds", [data_dir / f"{source}.json" for source in SOURCES.values()]), output_dir
-    )
+        module = next(str(word) for word in command if str(word).startswith("minigpt3d."))
+        raise SystemExit(f"error: {module} ended with code {completed.returncode}.")
 
 
 def train_stage(number: int, init: Path, packed: Path, output_dir: Path, max_steps: int | None):
-    script = _REPOSITORY / "training" / f"stage{number}.py"
     options = ["--recipe", "household", "--init", init, "--data", packed, "--output_dir", output_dir]
     options += ["--num_workers", 1, "--resume", "auto"]
     if max_steps:
         options += ["--max_steps", max_steps]
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 2]
-    run_module(*launch, script, *options)
+    run_module(*_LAUNCH, f"minigpt3d.training.stage{number}", *options)
+
+
+def pack_data(data_dir: Path, output_dir: Path):
+    """Pack the training objects."""
+    annotations = [data_dir / f"{source}.json" for source in SOURCES.values()]
+    pack(release_entries(data_dir / "clouds", annotations), output_dir)
 
 
 def export(source: Path, output_dir: Path):
-    """The last stage's model in half precision, without what only training needs, with what it computes (`verify`)."""
-    model = MiniGPT3DForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    whole = output_dir.with_name(output_dir.name + ".unverified")
-    save_pretrained(model.half(), MiniGPT3DProcessor.from_pretrained(source), whole)
-    verify.store(whole, verify.compute(whole))
-    whole.rename(output_dir)
+    """Write the last stage's model in half precision, without training files, with the result that `verify` expects."""
+    model, processor = load_model(source, dtype=torch.float32)
+    with written_whole(output_dir) as partial:
+        save_pretrained(model.half(), processor, partial)
+        verification.store(partial, verification.compute(partial))
+
+
+def run_recipe(options: RecipeOptions):
+    """Run all steps.
+
+    Raises:
+        ValueError: a library is missing or unreadable.
+        SystemExit: a training failed.
+    """
+    if missing := [str(path) for path in options.libraries if not path.is_file()]:
+        raise ValueError(f"no such file: {', '.join(missing)}. Give paths of .sh3f libraries.")
+    steps = Steps(options.work_dir)
+    data, stages, checkpoint = train(options, steps)
+    scores_file, reports = options.work_dir / "scores.json", options.work_dir / "reports"
+    heldout = options.work_dir / "heldout.parquet"
+    steps.run("held-out objects", heldout, lambda: write_heldout(data, heldout))
+    steps.run(
+        "scores",
+        scores_file,
+        lambda: write_json(scores_file, evaluate_models(data, heldout, stages | {"shipped": checkpoint}, reports)),
+    )
+    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+    with written_whole(options.output_dir) as partial:
+        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+    pretraining = json.loads((options.work_dir / "base" / "pretrain.json").read_text(encoding="utf-8"))
+    write_model_card(options.output_dir, data, scores, reports / "shipped", steps.times, pretraining)
+    print(to_table(scores))
+    print(f"\n{options.output_dir} is done; minutes: {json.dumps(steps.times)}, sum {sum(steps.times.values()):.1f}")
+
+
+def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], Path]:
+    """Build the data and train.
+
+    Returns:
+        The folders of the data, of every stage by name, and of the exported checkpoint.
+    """
+    data, packed, base, checkpoint = (options.work_dir / name for name in ("data", "packed", "base", "checkpoint"))
+    # report.json is written last, and so is pretrain.json.
+    steps.run("data", data / "report.json", lambda: build(options.libraries, data, options.held_out_library))
+    steps.run("packing", packed, lambda: pack_data(data, packed))
+    pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]
+    if options.max_steps:
+        for name in ("encoder_steps", "qformer_steps", "language_steps", "num_procedural"):
+            pretrain += [f"--{name}", options.max_steps]
+    steps.run("encoder, Q-Former and language model", base / "pretrain.json", lambda: run_module(*pretrain))
+    stages, init = {}, base
+    for number, stage in enumerate(STAGES, start=1):
+        folder = stages[stage] = options.work_dir / f"stage{number}"
+        steps.run(
+            f"stage {stage}",
+            folder,
+            lambda number=number, init=init, folder=folder: train_stage(
+                number, init, packed, folder, options.max_steps
+            ),
+        )
+        init = folder
+    steps.run("export", checkpoint, lambda: export(stages["IV"], checkpoint))
+    return data, stages, checkpoint
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="python -m minigpt3d.recipes.household",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("libraries", type=Path, nargs="+", help="Sweet Home 3D furniture libraries, .sh3f")
-    parser.add_argument("--work_dir", type=Path, default=Path("build/household"), help="for data and stages")
-    parser.add_argument("--output_dir", type=Path, default=Path("checkpoints/household"), help="for the checkpoint")
-    parser.add_argument("--held_out_library", help="stem of a library to score on instead of training on it")
-    parser.add_argument("--max_steps", type=int, help="at most so many steps in every training, to try the recipe out")
-    args = parser.parse_args(argv)
-    missing = [str(path) for path in args.libraries if not path.is_file()]
-    if missing:
-        raise SystemExit(f"error: no such file: {', '.join(missing)}. Give paths of .sh3f libraries.")
-
-    recipe = Recipe(args.work_dir)
-    data, packed, base = (args.work_dir / name for name in ("data", "packed", "base"))
-    scores = args.work_dir / "scores.json"
-    stages = {stage: args.work_dir / f"stage{number}" for number, stage in enumerate(STAGES, start=1)}
-    try:
-        recipe.step(
-            "data",
-            data / "report.json",  # written last
-            lambda: build(args.libraries, data, args.held_out_library),
-        )
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    recipe.step("packing", packed, lambda: pack_data(data, packed))
-    pretrain_options = ["--data", data, "--output_dir", base]
-    if args.max_steps:
-        for name in ("encoder", "qformer", "language"):
-            pretrain_options += [f"--{name}_steps", args.max_steps]
-    recipe.step(
-        "encoder, Q-Former and language model",
-        base / "pretrain.json",  # written last
-        lambda: run_module("minigpt3d.recipes.household.pretrain", *pretrain_options),
-    )
-    init = base
-    for number, stage in enumerate(STAGES, start=1):
-        recipe.step(
-            f"stage {stage}",
-            stages[stage],
-            lambda number=number, init=init, stage=stage: train_stage(
-                number, init, packed, stages[stage], args.max_steps
-            ),
-        )
-        init = stages[stage]
-    checkpoint = args.work_dir / "checkpoint"
-    recipe.step("export", checkpoint, lambda: export(stages["IV"], checkpoint))
-
-    heldout, reports = args.work_dir / "heldout.parquet", args.work_dir / "reports"
-    recipe.step("held-out objects", heldout, lambda: write_heldout(data, heldout))
-
-    def score():
-        found = evaluate_models(data, heldout, stages | {"shipped": checkpoint}, reports)
-        scores.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    recipe.step("scores", scores, score)
-    found = json.loads(scores.read_text(encoding="utf-8"))
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial)
-    shutil.rmtree(args.output_dir, ignore_errors=True)
-    partial.rename(args.output_dir)
-    pretraining = json.loads((base / "pretrain.json").read_text())
-    write_model_card(args.output_dir, data, found, reports / "shipped", recipe.times, pretraining)
-    print(to_table(found))
-    print(f"\n{args.output_dir} is done; minutes: {json.dumps(recipe.times)}, in all {sum(recipe.times.values()):.1f}")
+    run_command(run_recipe, RecipeOptions, __doc__, "minigpt3d.recipes.household", argv)
 
 
 if __name__ == "__main__":

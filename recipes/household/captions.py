@@ -1,7 +1,7 @@
-"""What is said about an object: short and long descriptions, questions and answers, all of it checkable.
+"""Texts about an object: short and long descriptions, questions and answers.
 
-Everything comes from the object's name, category, shape and colours. The word for its kind stands in every answer to
-"What is this?", so that the answer can be scored; wording is drawn by chance from a few patterns.
+They follow from the object's name, category, shape and colors. Every answer to "What is this?" contains the word for its
+kind, so that it can be scored; wording is drawn at random from a few patterns.
 """
 
 from dataclasses import dataclass
@@ -68,14 +68,14 @@ _SIDES = ("width", "height", "depth")
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be said about one cloud.
+    """Facts about one cloud, from which its texts are made.
 
     Args:
-        noun: word for its kind as an answer uses it, or its name where it is of no kind.
-        name: the catalogue's name in lower case, without colours and numbers.
+        noun: word for its kind in answers; its name if it has no known kind.
+        name: name in the catalog, in lower case, without colors and numbers.
         kind: a key of `KINDS`, or None.
-        category: the catalogue's.
-        colors: its main colour first, then the others that at least a sixth of the points have.
+        category: category in the catalog.
+        colors: its main color, then other colors of at least a sixth of the points.
         extent: (3,) width, height, depth of its bounding box, in any unit.
     """
 
@@ -103,21 +103,23 @@ def get_facts(name: str, category: str, cloud: np.ndarray) -> Facts:
 
 
 def brief(facts: Facts, rng: np.random.Generator) -> str:
+    """A short description: kind and color."""
     thing = with_article(f"{facts.colors[0]} {facts.noun}")
     return _pick(rng, f"This is {thing}.", f"This is {thing}.", f"{thing[0].upper()}{thing[1:]}.", f"It is {thing}.")
 
 
 def what_is_this(facts: Facts) -> str:
+    """The answer to "What is this?"."""
     return f"This is {with_article(f'{facts.colors[0]} {facts.noun}')}."
 
 
 def color_answer(facts: Facts) -> str:
-    """The main colour alone: taught to name a second one, so small a model says "mostly white, with some white"."""
+    """The main color alone: trained to name a second one, so small a model says "mostly white, with some white"."""
     return f"It is {facts.colors[0]}."
 
 
 def shape_answer(facts: Facts) -> str:
-    """Its proportions, in words that the bounding box decides."""
+    """Its proportions in words, from the bounding box."""
     width, height, depth = facts.extent
     side = max(width, depth)
     if height > 2 * side:
@@ -145,7 +147,7 @@ def place_answer(facts: Facts) -> str | None:
 
 
 def detailed(facts: Facts, rng: np.random.Generator) -> str:
-    """Kind and colour, then shape, place and use."""
+    """A long description: kind and color, then shape, place and use."""
     thing = with_article(f"{facts.colors[0]} {facts.noun}")
     sentences = [_pick(rng, f"This is {thing}.", f"This is {thing}.", f"The object is {thing}.")]
     sentences.append(_pick(rng, f"It is {shape_answer(facts)}.", f"Its shape is {shape_answer(facts)}."))
@@ -160,7 +162,7 @@ def detailed(facts: Facts, rng: np.random.Generator) -> str:
 
 
 def questions(facts: Facts, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about the object with their answers, in random order, without the two that every object gets."""
+    """Questions with answers, in random order, without those about name and color, which every object has."""
     pairs = [
         (
             _pick(rng, "What shape is it?", "Describe its proportions.", "How is it proportioned?"),
@@ -186,7 +188,7 @@ def questions(facts: Facts, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def keywords(facts: Facts, rng: np.random.Generator) -> list[str]:
-    """The facts as a few words in random order, now and then with one missing."""
+    """The facts as a few words in random order; each is missing with probability 0.08."""
     words = [facts.colors[0], facts.noun, shape_answer(facts)]
     words += [f"some {color}" for color in facts.colors[1:]]
     words += [place_answer(facts) or "", facts.name]

@@ -1,4 +1,4 @@
-"""Sweet Home 3D's furniture libraries (`.sh3f`): a zip with a catalogue of properties, models and their textures."""
+"""Read Sweet Home 3D's furniture libraries (`.sh3f`): zip archives of a catalog, models and their textures."""
 
 import re
 import zipfile
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 
-# Guards against archives made to fill a disk: more than any real model needs.
+# Limits against zip bombs, above what any real model needs.
 MAX_MODEL_BYTES = 500_000_000
 MAX_COMPRESSION_RATIO = 2_000
 _MODEL_SUFFIXES = (".obj", ".dae", ".3ds", ".glb", ".gltf", ".stl", ".ply", ".off")
@@ -18,15 +18,15 @@ _CATALOG = "PluginFurnitureCatalog.properties"
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece of furniture as its catalogue describes it.
+    """One piece of furniture in a catalog.
 
     Args:
         object_id: unique among the libraries read together; letters, digits and dashes.
-        name, category, creator, license: as the catalogue has them.
+        name, category, creator, license: from the catalog.
         library: stem of the library's file name.
         model: path of the model inside the archive.
-        size: width, height and depth in centimetres, along x, y (up) and z.
-        rotation: (3, 3), to be applied to the model's coordinates.
+        size: width, height and depth in centimeters, along x, y (up) and z.
+        rotation: (3, 3), of the model's coordinates.
     """
 
     object_id: str
@@ -65,7 +65,7 @@ class FurnitureLibrary:
     """An open `.sh3f` file.
 
     Raises:
-        ValueError: not a zip, or a zip without a catalogue.
+        ValueError: not a zip, or a zip without a catalog.
     """
 
     def __init__(self, path: str | Path):
@@ -87,7 +87,7 @@ class FurnitureLibrary:
         self.archive.close()
 
     def pieces(self) -> Iterator[Piece]:
-        """The catalogue's entries that have a name and a model, in its order."""
+        """The catalog's entries that have a name and a model, in its order."""
         get = self.properties.get
         numbers = sorted(int(key[6:]) for key in self.properties if re.fullmatch(r"model#\d+", key))
         license_name = re.sub(r"\s+", " ", get("license", "")) or "not stated"
@@ -95,8 +95,8 @@ class FurnitureLibrary:
             name = get(f"name#{number}")
             if not name:
                 continue
-            own_id = get(f"id#{number}", f"{number}").rsplit("#", 1)[-1]
-            slug = re.sub(r"[^a-z0-9]+", "-", f"{self.path.stem}-{own_id}".lower()).strip("-")
+            piece_id = get(f"id#{number}", f"{number}").rsplit("#", 1)[-1]
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{self.path.stem}-{piece_id}".lower()).strip("-")
             yield Piece(
                 object_id=slug,
                 name=name,
@@ -110,10 +110,13 @@ class FurnitureLibrary:
             )
 
     def extract(self, piece: Piece, folder: str | Path) -> Path:
-        """Write the model with everything that lies beside it into `folder`: the path of the model's file.
+        """Write the model and the files beside it, such as textures, into `folder`.
+
+        Returns:
+            The path of the model's file.
 
         Raises:
-            ValueError: the model is missing, or too large to be honest.
+            ValueError: the model is missing or suspiciously large, or a path leads out of the folder.
         """
         folder = Path(folder)
         if PurePosixPath(piece.model).suffix.lower() != ".zip":
@@ -131,14 +134,14 @@ class FurnitureLibrary:
         names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
         if model not in names:
             raise ValueError(f"the archive has no file {model}.")
-        if not prefix:  # models at the top of an archive lie among everything else
+        if not prefix:  # a model at the top of an archive: leave out all other folders
             names = [name for name in names if "/" not in name]
         written = dict(zip(names, self._extract_members(archive, names, folder), strict=True))
         return written[model]
 
     @staticmethod
     def _extract_members(archive: zipfile.ZipFile, names: list[str], folder: Path) -> list[Path]:
-        """Members by name; a name that leads out of the folder is refused, and so is a zip bomb."""
+        """Write members by name; zip bombs and names that lead out of the folder are refused."""
         paths = []
         members = [archive.getinfo(name) for name in names]
         total = sum(member.file_size for member in members)

@@ -1,16 +1,15 @@
-"""What the paper takes ready-made, trained first: the 3D encoder, the Q-Former, the tokenizer and the language model.
+"""Train what the paper takes ready-made: the tokenizer, the language model, the 3D encoder and the Q-Former.
 
     python -m minigpt3d.recipes.household.pretrain --data DIR --output_dir BASE
 
-Order: a byte-level tokenizer from the captions; the encoder and the Q-Former together, by telling kind, noun, category
-and colours of objects, then the Q-Former anew behind the frozen encoder (heads are thrown away afterwards, as is the
-projection between the two, which is what stage I trains); the language model, on text alone. The result is a folder that
-`training/stage1.py --init` takes.
+Order: a byte-level tokenizer from the captions; the language model, on text alone; the encoder and the Q-Former together,
+by classifying kind, noun, category and colors of objects; the Q-Former again behind the frozen encoder. The heads are
+discarded, and so is the projection between encoder and Q-Former, which stage I trains. The result is a folder for
+`training/stage1.py --init`.
 
-Shapes: B objects, G groups, K neighbours, D width.
+Shapes: B objects, G groups, K neighbors, D width, Q queries, V views, M objects with their views.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -25,10 +24,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from minigpt3d.arguments import option
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
+from minigpt3d.files import write_json
+from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, MiniPointNet
 from minigpt3d.processing_minigpt3d import (
     MiniGPT3DPointCloudProcessor,
@@ -37,17 +38,33 @@ from minigpt3d.processing_minigpt3d import (
     prepare_tokenizer,
 )
 
-from .build_data import NUM_POINTS
+from .build_data import NUM_POINTS, read_metadata
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
+from .command_line import run_command
 from .procedural import make_object
 from .views import augment_views, color_shares, group_views
 
 
-# 64 groups of 16 neighbours see every one of 1024 points about once, at an eighth of the paper's density.
+# 64 groups of 16 neighbors see every one of 1024 points about once, at an eighth of the paper's density.
 CLOUD_POINTS = 1024
 NUM_QUERY_TOKENS = 8
 VOCABULARY = 1200
 CONTEXT = 320
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """Options of the command."""
+
+    data: Path = option("folder that build_data wrote", metavar="DIR")
+    output_dir: Path = option("folder for the model, from which stage I starts", metavar="DIR")
+    encoder_steps: int = option("steps of encoder and Q-Former", default=2400)
+    qformer_steps: int = option("steps of the Q-Former alone", default=700)
+    batch_size: int = option("views per step of encoder and Q-Former", default=48)
+    num_procedural: int = option("generated objects beside the real ones", default=1500)
+    language_steps: int = option("steps of the language model", default=450)
+    seed: int = option("seed", default=0)
+    threads: int = option("threads of torch; 1 where other programs use the cores", default=2)
 
 
 def make_config(vocab_size: int, point_token_id: int, end_token_id: int) -> MiniGPT3DConfig:
@@ -101,7 +118,7 @@ def make_config(vocab_size: int, point_token_id: int, end_token_id: int) -> Mini
 
 @dataclass(frozen=True)
 class Object:
-    """An object of the release: its line of metadata.jsonl and its cloud (8192, 6)."""
+    """An object of the release, with its cloud (8192, 6)."""
 
     name: str
     kind: str | None
@@ -110,10 +127,10 @@ class Object:
     cloud: np.ndarray
 
 
-def read_objects(data_dir: Path) -> list[Object]:
+def read_release(data_dir: Path) -> list[Object]:
+    """The objects of a release."""
     objects = []
-    for line in (data_dir / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_metadata(data_dir):
         is_validation = row["split"] == "validation"
         folder = data_dir / ("validation" if is_validation else "clouds")
         cloud = np.load(folder / f"{row['object_id']}_{NUM_POINTS}.npy")
@@ -127,7 +144,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
 
 
 class MovingAverage:
-    """Exponential moving average of a module's parameters, younger at the start."""
+    """Exponential moving average of a module's parameters, over fewer steps at the start."""
 
     def __init__(self, module: nn.Module, decay: float = 0.998):
         self.module, self.decay, self.steps = module, decay, 0
@@ -142,6 +159,7 @@ class MovingAverage:
 
 
 def adamw(module: nn.Module, weight_decay: float = 0.05) -> torch.optim.AdamW:
+    """AdamW; weight decay on tensors with two or more dimensions only."""
     decayed = [p for p in module.parameters() if p.ndim >= 2]
     others = [p for p in module.parameters() if p.ndim < 2]
     return torch.optim.AdamW(
@@ -179,7 +197,7 @@ class EncoderTraining(nn.Module):
 
 @torch.no_grad()
 def calibrate(mini_pointnet: MiniPointNet, neighborhood: torch.Tensor):
-    """Set the BatchNorms' running statistics from data, once: they are never updated, in training or later."""
+    """Set the BatchNorms' running statistics from data, once: they are never updated."""
     points = mini_pointnet.linear_1(neighborhood.flatten(0, 2))  # (B*G*K, 128)
     _set_statistics(mini_pointnet.norm_1, points)
     points = mini_pointnet.norm_1.eval()(points).relu()
@@ -196,13 +214,13 @@ def _set_statistics(norm: nn.BatchNorm1d, values: torch.Tensor):
 WEIGHTS = {"kind": 1.0, "noun": 0.5, "category": 0.3, "color": 0.5}
 OTHER_SHARE = 0.25  # of the views, objects of no kind
 PROCEDURAL_SHARE = 0.3
-KEPT_GROUPS = 0.75  # of a view, drawn at each step: less to compute, and no group can be leant on
+KEPT_GROUPS = 0.75  # of a view, drawn at each step: faster, and the model cannot rely on single groups
 QFORMER_LR = 2e-3
 
 
 @dataclass
 class Views:
-    """Grouped views of all objects, real and made up, with their targets and how often each object is drawn."""
+    """Grouped views of all objects, real and generated, with targets and probabilities."""
 
     neighborhoods: list[torch.Tensor]  # (V, G, K, 6) each
     centers: list[torch.Tensor]  # (V, G, 3) each
@@ -213,11 +231,11 @@ class Views:
     generator: torch.Generator
 
     def reseed(self, seed: int):
-        """Draw anew, so that a training does not depend on how long the one before it was."""
+        """Reset the random state, so that a training does not depend on the length of the one before it."""
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
     def batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Some groups of augmented views: neighbourhoods (B, G, K, 6), centres (B, G, 3) and targets (B, 3)."""
+        """A random part of the groups of augmented views: neighborhoods (B, G, K, 6), centers (B, G, 3), targets (B, 3)."""
         chosen = self.rng.choice(len(self.targets), batch_size, p=self.weights)
         numbers = [int(self.rng.integers(len(self.centers[index]))) for index in chosen]
         picked = list(zip(chosen, numbers, strict=True))
@@ -229,7 +247,7 @@ class Views:
 
 
 def make_views(config: MiniGPT3DPointConfig, objects: list[Object], num_procedural: int, seed: int) -> Views:
-    """Group every object a few times; validation objects once, and they are never drawn."""
+    """Group every object a few times; validation objects once, with probability 0."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     procedural = [make_object(rng) for _ in tqdm(range(num_procedural), desc="procedural objects", unit="")]
     nouns = sorted({head_noun(o.name) for o in objects if not o.is_validation} | {name for name, _, _ in procedural})
@@ -257,24 +275,39 @@ def make_views(config: MiniGPT3DPointConfig, objects: list[Object], num_procedur
         targets.append((kinds.index(kind), nouns.index(noun), -100))
         weights.append(1.0)
     targets, weights = torch.tensor(targets), np.array(weights)  # (M, 3), (M,)
-    is_real = np.arange(len(targets)) < len(objects)
-    is_other = (targets[:, 0] == len(kinds) - 1).numpy()
+    weights = balance(weights, targets[:, 0].numpy(), len(objects), len(kinds))
+    sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
+    return Views(neighborhoods, centers, targets, weights, sizes, rng, generator)
+
+
+def balance(weights: np.ndarray, kinds: np.ndarray, num_real: int, num_kinds: int) -> np.ndarray:
+    """Probabilities of objects: fixed shares of real, generated and other objects, rare kinds above their frequency.
+
+    Args:
+        weights: (M,) 1 for training objects, 0 for validation objects; the first `num_real` are real.
+        kinds: (M,) indices; the last index is "other".
+
+    Returns:
+        (M,), with sum 1.
+    """
+    is_real, is_other = np.arange(len(kinds)) < num_real, kinds == num_kinds - 1
+    procedural_share = PROCEDURAL_SHARE if num_real < len(kinds) else 0
+    weights = weights.copy()
     for part, share in (
         (is_real & is_other, OTHER_SHARE),
-        (~is_real, PROCEDURAL_SHARE if num_procedural else 0),
-        (is_real & ~is_other, 1 - OTHER_SHARE - (PROCEDURAL_SHARE if num_procedural else 0)),
+        (~is_real, procedural_share),
+        (is_real & ~is_other, 1 - OTHER_SHARE - procedural_share),
     ):
-        counts = np.bincount(targets[part, 0], weights[part], minlength=len(kinds))
-        weights[part] /= np.sqrt(np.maximum(counts[targets[part, 0]], 1))  # rare kinds more often than they occur
+        counts = np.bincount(kinds[part], weights[part], minlength=num_kinds)
+        weights[part] /= np.sqrt(np.maximum(counts[kinds[part]], 1))
         weights[part] *= share / max(weights[part].sum(), 1e-9)
-    sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
-    return Views(neighborhoods, centers, targets, weights / weights.sum(), sizes, rng, generator)
+    return weights / weights.sum()
 
 
 def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
-    """Train point encoder, query tokens and Q-Former in place; returns how well the heads do on validation objects."""
+    """Train point encoder, query tokens and Q-Former in place; returns the accuracy of the heads on validation objects."""
     for module in model.point_encoder.modules():
-        if isinstance(module, nn.Linear):  # transformers' small initial weights would hide where the groups are
+        if isinstance(module, nn.Linear):  # transformers' initial weights are too small: positions have no effect
             module.reset_parameters()
     training = EncoderTraining(model, views.head_sizes)
     first = views.rng.choice(len(views.targets), 64, p=views.weights)
@@ -283,9 +316,9 @@ def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, st
 
 
 def train_qformer(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
-    """Train query tokens and Q-Former in place behind the frozen encoder, from larger weights than they had beside it.
+    """Train query tokens and Q-Former in place behind the frozen encoder, from new, larger weights.
 
-    Beside it they learned too late: its kinds stood at 0.64 when theirs stood at 0.54 (validation objects).
+    Trained together with the encoder they lag behind: 0.54 of the kinds right against its 0.64 (validation objects).
     """
     model.point_encoder.requires_grad_(False)
     for module in model.qformer.modules():
@@ -340,7 +373,7 @@ def _loss(logits: dict[str, torch.Tensor], targets: torch.Tensor, shares: torch.
 
 @torch.no_grad()
 def score_heads(training: EncoderTraining, objects: list[Object], views: Views) -> dict:
-    """Kind and main-colour accuracy of both heads on the objects of a kind: validation, and training for comparison."""
+    """Kind and main-color accuracy of both heads on validation objects, and on training objects for comparison."""
     scores = {}
     for suffix, is_validation in (("", True), ("_train", False)):
         chosen = [i for i, o in enumerate(objects) if o.is_validation == is_validation and o.kind is not None]
@@ -350,7 +383,7 @@ def score_heads(training: EncoderTraining, objects: list[Object], views: Views) 
         color = torch.stack([color_shares(torch.from_numpy(objects[i].cloud[None, None, :, 3:]))[0] for i in chosen])
         outputs = training(neighborhood, torch.stack([views.centers[i][0] for i in chosen]))
         for part, logits in zip(("encoder", "qformer"), outputs, strict=True):
-            kind = logits["kind"][:, :-1].argmax(-1)  # "something else" is no answer
+            kind = logits["kind"][:, :-1].argmax(-1)  # "other" is never an answer
             hits = {"kind": kind == views.targets[chosen, 0], "color": logits["color"].argmax(-1) == color.argmax(-1)}
             scores |= {f"{part}_{name}{suffix}": round(hit.float().mean().item(), 3) for name, hit in hits.items()}
     return scores
@@ -360,10 +393,10 @@ def score_heads(training: EncoderTraining, objects: list[Object], views: Views) 
 
 
 class TextSource:
-    """Conversations about things that exist or might: real names and shapes, in any colours.
+    """Conversations about objects of the release, half of them in random colors.
 
-    What stands in the place of the cloud is a list of keywords, so that the language model learns to answer from what
-    is between `<PC>` and `</PC>`. Stage I and II put vectors there instead.
+    A list of keywords replaces the cloud, so that the language model learns to answer from what is between `<PC>` and
+    `</PC>`. Stages I and II put vectors there.
     """
 
     def __init__(self, objects: list[Object], rng: np.random.Generator):
@@ -372,7 +405,7 @@ class TextSource:
         self.named = [facts for facts in self.facts if facts.kind]
 
     def conversation(self) -> list[dict]:
-        """Chat messages; single rounds have their questions cleaned or not, as both occur in training and use."""
+        """Chat messages. Half of the single rounds have cleaned questions: both forms occur in training and use."""
         pool = self.named if self.rng.random() < 0.75 else self.facts
         facts = pool[self.rng.integers(len(pool))]
         if self.rng.random() < 0.5:
@@ -438,87 +471,69 @@ def train_language_model(
 
 
 def encode_text(processor: MiniGPT3DProcessor, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-    """Conversations without clouds in the chat format, right-padded: input_ids, attention_mask, labels (B, T)."""
+    """Conversations without clouds, right-padded: input_ids, attention_mask, labels (B, T)."""
     batch = processor.encode_training(conversations, [])
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
-# ---- The whole ------------------------------------------------------------------------------------------------------
+# ---- All parts ------------------------------------------------------------------------------------------------------
 
 
-def pretrain(
-    data_dir: Path,
-    output_dir: Path,
-    encoder_steps: int,
-    qformer_steps: int,
-    batch_size: int,
-    num_procedural: int,
-    language_steps: int,
-    seed: int = 0,
-) -> dict:
-    """Write a model's folder whose encoder, Q-Former and language model are trained, and return scores and times."""
-    torch.manual_seed(seed)
-    objects = read_objects(data_dir)
-    texts = TextSource(objects, np.random.default_rng(seed))
-    tokenizer = train_tokenizer(texts)
-    feature_extractor = MiniGPT3DPointCloudProcessor(num_points=CLOUD_POINTS)
-    processor = MiniGPT3DProcessor(feature_extractor, tokenizer, num_query_tokens=NUM_QUERY_TOKENS)
-    config = make_config(len(tokenizer), processor.point_token_id, tokenizer.eos_token_id)
-    model = MiniGPT3DForConditionalGeneration(config)
-    started = time.perf_counter()
+def pretrain(options: PretrainOptions) -> dict:
+    """Train the parts and write the model's folder.
+
+    Returns:
+        Number of parameters, scores, and minutes of each training; also written as pretrain.json.
+    """
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    objects = read_release(options.data)
+    texts = TextSource(objects, np.random.default_rng(options.seed))
+    model, processor = make_model(train_tokenizer(texts))
     report = {"parameters": sum(p.numel() for p in model.parameters())}
-    report["language_loss"] = train_language_model(model, processor, texts, language_steps, batch_size=32)
-    report["language_minutes"] = (time.perf_counter() - started) / 60
     started = time.perf_counter()
-    views = make_views(config.point_config, objects, num_procedural, seed)
-    train_encoder(model.model, objects, views, encoder_steps, batch_size)
-    report["encoder_minutes"] = (time.perf_counter() - started) / 60
+    report["language_loss"] = train_language_model(model, processor, texts, options.language_steps, batch_size=32)
+    report["language_minutes"] = _minutes_since(started)
     started = time.perf_counter()
-    torch.manual_seed(seed + 1)
-    views.reseed(seed + 1)
-    report |= train_qformer(model.model, objects, views, qformer_steps, batch_size)
-    report["qformer_minutes"] = (time.perf_counter() - started) / 60
+    views = make_views(model.config.point_config, objects, options.num_procedural, options.seed)
+    train_encoder(model.model, objects, views, options.encoder_steps, options.batch_size)
+    report["encoder_minutes"] = _minutes_since(started)
+    started = time.perf_counter()
+    torch.manual_seed(options.seed + 1)
+    views.reseed(options.seed + 1)
+    report |= train_qformer(model.model, objects, views, options.qformer_steps, options.batch_size)
+    report["qformer_minutes"] = _minutes_since(started)
     reset_projection(model.model)
     for expert in model.model.query_experts[1:]:
         expert.load_state_dict(model.model.query_experts[0].state_dict())
-    model.eval()
-    save_pretrained(model, processor, output_dir)
-    (Path(output_dir) / "pretrain.json").write_text(json.dumps(report, indent=1) + "\n")
+    save_pretrained(model.eval(), processor, options.output_dir)
+    write_json(options.output_dir / "pretrain.json", report)
     return report
 
 
+def _minutes_since(started: float) -> float:
+    return (time.perf_counter() - started) / 60
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> tuple[MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor]:
+    """A model with random weights, and its processor."""
+    feature_extractor = MiniGPT3DPointCloudProcessor(num_points=CLOUD_POINTS)
+    processor = MiniGPT3DProcessor(feature_extractor, tokenizer, num_query_tokens=NUM_QUERY_TOKENS)
+    config = make_config(len(tokenizer), processor.point_token_id, tokenizer.eos_token_id)
+    return MiniGPT3DForConditionalGeneration(config), processor
+
+
 def reset_projection(model: MiniGPT3DModel):
-    """Fresh weights for the point projection: stage I trains it, and what was learned before it is thrown away."""
+    """New random weights for the point projection, which stage I trains."""
     for layer in (model.point_projection.linear_1, model.point_projection.linear_2):
         layer.reset_parameters()
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder for the model, which stage I starts from"
-    )
-    parser.add_argument("--encoder_steps", type=int, default=2400)
-    parser.add_argument("--qformer_steps", type=int, default=700)
-    parser.add_argument("--batch_size", type=int, default=48, help="views in a step of encoder and Q-Former")
-    parser.add_argument("--num_procedural", type=int, default=1500, help="made-up objects beside the real ones")
-    parser.add_argument("--language_steps", type=int, default=450)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="of torch; 1 where other programs use the cores")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    report = pretrain(
-        args.data,
-        args.output_dir,
-        args.encoder_steps,
-        args.qformer_steps,
-        args.batch_size,
-        args.num_procedural,
-        args.language_steps,
-        args.seed,
-    )
-    print(json.dumps(report, indent=1))
+    def action(options: PretrainOptions):
+        print(json.dumps(pretrain(options), indent=1))
+
+    run_command(action, PretrainOptions, __doc__, "minigpt3d.recipes.household.pretrain", argv)
 
 
 if __name__ == "__main__":

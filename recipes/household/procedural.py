@@ -1,7 +1,7 @@
-"""Made-up furniture from boxes, cylinders and spheres, with random proportions and materials: more shapes to learn from.
+"""Generated furniture from boxes, cylinders and spheres with random proportions and materials.
 
-Real libraries hold a few dozen objects of a kind; these give the encoder some idea of how far proportions may vary.
-They are used for nothing but the encoder's pre-training: no caption and no score comes from them.
+Real libraries hold a few dozen objects of a kind; generated ones show the encoder how far proportions vary. They are used
+in the encoder's pre-training only, not in captions or scores.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 
 NUM_POINTS = 2048
-Part = tuple[str, np.ndarray, np.ndarray, int]  # shape, centre (3,), size (3,), material
+Part = tuple[str, np.ndarray, np.ndarray, int]  # shape, center (3,), size (3,), material
 
 
 class _Builder:
@@ -27,11 +27,11 @@ class _Builder:
         return bool(self.rng.random() < probability)
 
     def add(self, shape: str, x: float, y: float, z: float, w: float, h: float, d: float, material: int = 0):
-        """A part with its centre at x, z, its lowest point at y, and its size."""
+        """Add a part with center x, z, lowest point y and size w, h, d."""
         self.parts.append((shape, np.array([x, y + h / 2, z]), np.array([w, h, d]), material))
 
     def legs(self, w: float, h: float, d: float, material: int = 1):
-        """Four legs, a column on a foot, or two side panels under a top of this size."""
+        """Add four legs, a column on a foot, or two side panels under a top of this size."""
         style, t = self.rng.integers(5), self.u(0.02, 0.05)
         if style <= 2:
             shape = "cylinder" if style else "box"
@@ -410,12 +410,12 @@ _MAKERS: dict[str, tuple[Callable[[_Builder], str], ...]] = {
     "toilet": (_toilet,),
     "appliance": (_stove, _fridge, _washing_machine),
 }
-# Materials 3 to 6 have a colour by nature: leaves, pots, wood, skin.
+# Materials 3 to 6 have natural colors: leaves, pots, wood, skin.
 _NATURAL = {3: (0.2, 0.45, 0.15), 4: (0.6, 0.35, 0.2), 5: (0.4, 0.27, 0.15), 6: (0.85, 0.65, 0.5)}
 
 
 def make_object(rng: np.random.Generator) -> tuple[str, str, np.ndarray]:
-    """One object: noun, kind, and its cloud (2048, 6) float32, normalised, y up."""
+    """One object: noun, kind, and its cloud (2048, 6) float32, normalized, y up."""
     kind = list(_MAKERS)[rng.integers(len(_MAKERS))]
     builder = _Builder(rng)
     makers = _MAKERS[kind]
@@ -469,7 +469,7 @@ def _sample(shape: str, size: np.ndarray, count: int, rng: np.random.Generator) 
     elif shape == "disc":
         radius = np.sqrt(rng.random(count))
         unit = np.stack([radius * cos, radius * sin, np.sign(unit[:, 2])], axis=1)
-    else:  # wheels and rings turn about x
+    else:  # wheels and rings; their axis is x
         radius = np.sqrt(rng.random(count)) if shape == "wheel" else rng.uniform(0.85, 1.0, count)
         unit = np.stack([np.sign(unit[:, 0]), radius * cos, radius * sin], axis=1)
     return unit * size / 2

@@ -1,4 +1,4 @@
-"""Which objects are held out: by name and by base model, so that no validation object has a twin in training."""
+"""Hold objects out by name and by base model, so that no validation object has a variant in training."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 
-# Words that tell variants of one thing apart, not things.
+# Words that distinguish variants of one object.
 _VARIANT_WORDS = frozenset(
     "small large little big double triple quadruple high low lower upper short long old new modern classic "
     "black white gray grey red orange yellow green blue purple pink brown left right open opened "
@@ -18,7 +18,7 @@ _SAME_SHAPE = 0.85
 
 
 def normalized_name(name: str) -> str:
-    """A name without numbers, colours, sizes and plural: "Concept Sedan 02" and "Concept sedans" are one."""
+    """A name without numbers, colors, sizes and plural: "Concept Sedan 02" and "Concept sedans" are equal."""
     words = re.findall(r"[^\W\d_]+", name.lower())
     kept = [word for word in words if word not in _VARIANT_WORDS] or words
     return " ".join(word.removesuffix("s") for word in kept)
@@ -33,14 +33,14 @@ def occupancy(coord: np.ndarray) -> np.ndarray:
 
 
 def group_objects(names: list[str], kinds: list[str | None], coords: list[np.ndarray]) -> list[int]:
-    """Number the groups of objects that must stay on one side of a split.
+    """Number the groups of objects that must not be separated by a split.
 
-    Two objects belong together if their normalised names are equal, or if they are of the same kind and fill nearly
-    the same voxels (intersection over union of at least 0.85).
+    Two objects are in one group if their normalized names are equal, or if they have the same kind and fill nearly the
+    same voxels (intersection over union of at least 0.85).
 
     Args:
         names, kinds: of each object.
-        coords: (N, 3) of each object, centred, largest norm 1.
+        coords: (N, 3) of each object, centered, largest norm 1.
 
     Returns:
         One group number per object.
@@ -72,11 +72,18 @@ def group_objects(names: list[str], kinds: list[str | None], coords: list[np.nda
 def choose_validation(
     names: list[str], kinds: list[str | None], groups: list[int], share: float = 0.25, other_share: float = 0.1
 ) -> list[bool]:
-    """Whole groups for validation, about `share` of each kind, in an order drawn from their names alone.
+    """Choose groups for validation, in an order that depends on their names only.
 
-    Objects of no kind of the table are not scored by kind; `other_share` of them is held out.
+    A group of more than a quarter of the objects that its kind should hold out (all objects named just "Chair") stays in
+    training.
 
-    A group larger than a quarter of what its kind should give (all things called just "Chair") stays in training.
+    Args:
+        names, kinds, groups: of each object.
+        share: of each kind, about.
+        other_share: of the objects of no known kind, which are not scored by kind.
+
+    Returns:
+        For each object whether it is held out.
     """
     members = defaultdict(list)
     for index, group in enumerate(groups):
@@ -88,11 +95,11 @@ def choose_validation(
         kind = max(set(kind_votes), key=lambda k: (kind_votes.count(k), str(k)))
         by_kind[kind].append(group)
     for kind, kind_groups in by_kind.items():
-        wanted = max(3, round((share if kind else other_share) * sum(len(group) for group in kind_groups)))
+        target = max(3, round((share if kind else other_share) * sum(len(group) for group in kind_groups)))
         kind_groups.sort(key=lambda group: hashlib.sha256(min(names[i] for i in group).encode()).digest())
         taken = 0
         for group in kind_groups:
-            if taken < wanted and len(group) <= max(2, wanted // 4) and len(group) + taken <= wanted + 1:
+            if taken < target and len(group) <= max(2, target // 4) and len(group) + taken <= target + 1:
                 taken += len(group)
                 for index in group:
                     held_out[index] = True

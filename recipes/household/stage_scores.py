@@ -1,6 +1,6 @@
 """Score models of the household recipe on its held-out objects, as `minigpt3d evaluate household --greedy` does.
 
-Beside the models stands the majority answer: the most common kind and color of the training objects, said of every object.
+The baseline is the majority answer: the most common kind and color of the training objects, for every object.
 """
 
 import json
@@ -11,11 +11,13 @@ from minigpt3d.evaluation.objects import read_household
 from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.results import Results
 from minigpt3d.evaluation.run import evaluate
+from minigpt3d.evaluation.statistics import CONFIDENCE
+from minigpt3d.files import write_text
 
 from .build_data import read_metadata
 
 
-# Columns of the table: the question in evaluation/suites.py, and the metric.
+# Columns of the table: a question of evaluation/suites.py and a metric.
 COLUMNS = {
     "kind": ("what", "closed_set_accuracy"),
     "color": ("what", "color_accuracy"),
@@ -25,19 +27,19 @@ MAJORITY = "majority"
 
 
 def evaluate_models(data_dir: Path, heldout: Path, models: dict[str, Path], out: Path) -> dict:
-    """Scores of the models and of the majority answer; the whole reports stay in `out`, in a folder for each.
+    """Scores of the models and of the majority answer; the reports stay in `out`, in a folder for each.
 
     Args:
         data_dir: the release that the models were trained on.
-        heldout: what `write_heldout` wrote of it.
+        heldout: its held-out objects, as `write_heldout` writes them.
         models: folders by name.
 
     Returns:
-        `{"objects", "majority": {"answer", COLUMN: {"value", "low", "high"}},
+        `{"objects", "confidence", "majority": {"answer", COLUMN: {"value", "low", "high"}},
         "models": {name: {"seeing": {COLUMN: …}, "blind": {COLUMN: …}, "by_kind": {kind: "3/4"}}}}`
     """
     shared = {"suite": "household", "data": str(heldout)}
-    summary = {"objects": len(read_household(heldout)), "majority": {}, "models": {}}
+    summary = {"objects": len(read_household(heldout)), "confidence": CONFIDENCE, "majority": {}, "models": {}}
     for name, folder in models.items():
         command = f"minigpt3d evaluate household --model {folder.name} --greedy --data {heldout.name} --out {name}"
         options = EvaluateOptions(out=out / name, model=str(folder), greedy=True, device="cpu", **shared)
@@ -63,14 +65,14 @@ def majority_answer(data_dir: Path) -> str:
 
 
 def write_majority(text: str, heldout: Path, path: Path) -> Path:
-    """One answer to all questions about all objects, as another program's answers."""
+    """Write a file of answers with one text for all questions about all objects."""
     lines = [
-        {"object_id": each.object_id, "question": question, "answer": text}
-        for each in read_household(heldout)
+        {"object_id": item.object_id, "question": question, "answer": text}
+        for item in read_household(heldout)
         for question in ("what", "color")
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -85,13 +87,13 @@ def select_scores(results: Results, condition: str) -> dict:
 
 
 def hits_by_kind(objects_file: Path) -> dict[str, str]:
-    """ "13/16" by kind: how often the answer names it."""
+    """ "13/16" by kind: right answers and objects."""
     question, metric = COLUMNS["kind"]
     hits: dict[str, list[float]] = {}
     for line in map(json.loads, objects_file.read_text(encoding="utf-8").splitlines()):
         if line["question"] == question and line["condition"] == "seeing":
             hits.setdefault(line["label"], []).append(line["scores"][metric])
-    return {kind: f"{sum(found):.0f}/{len(found)}" for kind, found in sorted(hits.items())}
+    return {kind: f"{sum(values):.0f}/{len(values)}" for kind, values in sorted(hits.items())}
 
 
 def to_table(summary: dict) -> str:

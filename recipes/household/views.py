@@ -1,10 +1,10 @@
-"""Grouped views of clouds, prepared once, and their augmentation as tensors: what the encoder is pre-trained on.
+"""Grouped views of clouds and their augmentation, for the pre-training of the encoder.
 
-Farthest point sampling and neighbour search cost more than the network itself, and neither rotation nor colour
-changes them. So each object is grouped a few times from different random subsets of its points, and every batch turns,
-stretches, jitters and recolours the finished neighbourhoods.
+Farthest point sampling and neighbor search cost more than the network, and rotation and color do not change them. So each
+object is grouped a few times from random subsets of its points, and every batch rotates, stretches, jitters and recolors
+the groups.
 
-Shapes: B views, G groups, K neighbours.
+Shapes: B views, G groups, K neighbors.
 """
 
 import numpy as np
@@ -19,10 +19,10 @@ from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 def group_views(
     cloud: np.ndarray, config: MiniGPT3DPointConfig, num_points: int, num_views: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group random subsets of a cloud; the first view is the cloud as the processor hands it to the model.
+    """Group random subsets of a cloud; the first view equals the input of inference.
 
     Args:
-        cloud: (N, 6), normalised.
+        cloud: (N, 6), normalized.
         config: for the number and size of the groups.
         num_points: P, points that the model reads.
         num_views: V.
@@ -40,7 +40,7 @@ def group_views(
 
 
 def color_shares(color: torch.Tensor) -> torch.Tensor:
-    """(B, G, K, 3) colours → (B, 11) share of the points with each name."""
+    """(B, G, K, 3) colors → (B, 11) share of the points with each name."""
     index = torch.from_numpy(color_indices(color.numpy())).flatten(1)  # (B, G*K)
     return (
         torch.zeros(len(index), len(COLORS)).scatter_add_(1, index, torch.ones(1).expand(index.shape)) / index.shape[1]
@@ -50,16 +50,16 @@ def color_shares(color: torch.Tensor) -> torch.Tensor:
 def augment_views(
     neighborhood: torch.Tensor, center: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn, stretch, jitter and recolour views; their shape and thus their kind stays.
+    """Rotate, stretch, jitter and recolor views without changing their kind.
 
-    Half of the views turn about the up axis y by at most 15°, the others by any angle; a quarter are mirrored; each
-    axis is stretched by up to 15 %; half get new colours part by part, 12 % lose them (black), and the light changes a
-    little.
+    Half of the views rotate about the up axis y by at most 15°, the others by any angle; a quarter are mirrored; each axis
+    is stretched by up to 15 %; half get new colors part by part, 12 % lose theirs (black), and brightness changes by up to
+    10 %.
 
     Args:
-        neighborhood: (B, G, K, 6), xyz relative to the centre and rgb.
+        neighborhood: (B, G, K, 6), xyz relative to the center and rgb.
         center: (B, G, 3).
-        generator: where the chances come from.
+        generator: source of randomness.
 
     Returns:
         neighborhood and center.
@@ -72,9 +72,7 @@ def augment_views(
     angle = (uniform(batch_size) * 2 - 1) * torch.where(uniform(batch_size) < 0.5, torch.pi / 12, torch.pi)
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros(batch_size), torch.ones(batch_size)
     matrix = torch.stack([cos, zero, -sin, zero, one, zero, sin, zero, cos], dim=1).view(-1, 3, 3)
-    tilt = (
-        torch.randn(batch_size, 3, 3, generator=generator) * 0.03
-    )  # nobody's up axis is exact, nor is a scan's shape
+    tilt = torch.randn(batch_size, 3, 3, generator=generator) * 0.03  # up axes and shapes of scans are not exact
     stretch = torch.diag_embed(1 + 0.15 * (uniform(batch_size, 3) * 2 - 1))
     stretch[:, 0] *= torch.where(uniform(batch_size, 1) < 0.25, -1.0, 1.0)
     matrix = stretch @ (matrix + tilt)  # (B, 3, 3)
@@ -95,13 +93,13 @@ def augment_views(
 
 
 def recolor(color: torch.Tensor, chosen: torch.Tensor, generator: torch.Generator, num_parts: int = 4) -> torch.Tensor:
-    """New colours for the parts of the chosen clouds: points that look alike stay alike, texture and shading stay.
+    """New colors for the parts of the chosen clouds; similar points stay similar, and texture and shading remain.
 
     Args:
         color: (B, ..., 3) in [0, 1].
         chosen: (B,) bool.
-        generator: where the chances come from.
-        num_parts: colours drawn from each cloud; every point follows the nearest of them.
+        generator: source of randomness.
+        num_parts: colors drawn from each cloud; every point follows the nearest of them.
     """
     batch_size, flat = len(color), color.flatten(1, -2)  # (B, P, 3)
     drawn = torch.randint(flat.shape[1], (batch_size, num_parts), generator=generator)
@@ -120,7 +118,7 @@ _PALETTE = torch.tensor(
 
 
 def random_colors(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """(..., 3) colours: a basic one and some deviation, or any colour at all."""
+    """(..., 3) colors: a named color with some deviation, or any color at all."""
     basic = _PALETTE[torch.randint(len(_PALETTE), shape, generator=generator)]
     basic = basic + 0.12 * torch.randn(*shape, 3, generator=generator)
     anything = torch.rand(*shape, 3, generator=generator)

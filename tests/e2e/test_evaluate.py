@@ -1122,35 +1122,6 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
         read_own(str(tmp_path / "packed"), reading)
 
 
-@pytest.mark.parametrize(
-    "word, shown",
-    [
-        ("/srv/alice/out", "out"),
-        ("--out=/srv/alice/out", "--out=out"),
-        ("--data=~/objects/mine.csv", "--data=mine.csv"),
-        ("../../alice/a=b/mine.csv", "mine.csv"),
-        ("caption_score=/srv/alice/p.txt", "caption_score=p.txt"),
-        ("http://user:secret@host:8000/v1?api_key=secret", "http://host:8000/v1"),
-        ("--judge-url=https://user:secret@host/v1#secret", "--judge-url=https://host/v1"),
-        ("build/report", "build/report"),
-        ("This is a {}. = so", "'This is a {}. = so'"),
-        ("--limit=10", "--limit=10"),
-        ("--data=/srv/alice/date=2026/mine.csv", "--data=mine.csv"),
-        ("--judge-prompt=caption_score=/srv/al=ice/p.txt", "--judge-prompt=caption_score=p.txt"),
-        ("/srv/run=3/out", "out"),
-        ("./../../alice/out", "out"),
-        ("data/run=3/out", "data/run=3/out"),
-        ("--judge-url=HTTP://user:secret@host/v1?key=secret", "--judge-url=http://host/v1"),
-        ("http://user:secret@host/v1\n", "http://host/v1"),
-        ("http://[bad", "URL"),
-        ("--data=file:///srv/alice/mine.csv", "--data=mine.csv"),
-    ],
-)
-def test_what_a_report_shows_of_a_command(word, shown):
-    """It is published: nothing of somebody's disk, no password, no key."""
-    assert minigpt3d_cli.shown_command(["evaluate", word]) == f"minigpt3d evaluate {shown}"
-
-
 def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     (tmp_path / "results.json").write_text("{}")

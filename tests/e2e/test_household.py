@@ -1,6 +1,9 @@
-"""The household recipe: reading furniture libraries, kinds and colours, the split, captions, and a build from start to end."""
+"""The household recipe: furniture libraries, kinds and colors, the split, captions, the data release and the scores."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,12 +13,13 @@ import pytest
 import torch
 from ways_in import make_processor, make_seeing_model
 
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.clouds import read_point_cloud
 from minigpt3d.data.records import read_annotations
 from minigpt3d.evaluation.vocabulary.colors import COLORS, color_indices, first_color, main_color, names_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, kind_of, names_kind, with_article
+from minigpt3d.hub import load_model, save_pretrained
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.recipes.household.__main__ import main
 from minigpt3d.recipes.household.build_data import NUM_POINTS, build
 from minigpt3d.recipes.household.captions import annotate, get_facts, what_is_this
 from minigpt3d.recipes.household.heldout import write_heldout
@@ -46,7 +50,7 @@ f 4 8 5 1
 
 
 def make_library(path, names, extra: dict[str, bytes] | None = None):
-    """A `.sh3f` with one box for each name, each of another size and colour; "Broken" has no faces."""
+    """A `.sh3f` with one box for each name, each of another size and color; "Broken" has no faces."""
     rng = np.random.default_rng(len(names))
     lines = ["# made for a test", "id=Test", "name=Test", "license=CC0"]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -75,7 +79,7 @@ def make_library(path, names, extra: dict[str, bytes] | None = None):
     return path
 
 
-# ---- What counts as a right answer -----------------------------------------------------------------------------------
+# ---- Kinds and colors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -99,14 +103,14 @@ def test_kind_of_a_name(name, kind):
     assert (kind_of(name) or (None,))[0] == kind
 
 
-def test_kinds_have_nouns_of_their_own():
+def test_no_noun_belongs_to_two_kinds():
     assert len(KINDS) >= 14
     nouns = [noun for row in KINDS.values() for nouns in row.values() for noun in nouns]
     assert len(nouns) == len(set(nouns))
     for kind, row in KINDS.items():
         for answer in row:
-            said = f"This is a brown {answer}."
-            assert [other for other in KINDS if names_kind(said, other)] == [kind]
+            text = f"This is a brown {answer}."
+            assert [other for other in KINDS if names_kind(text, other)] == [kind]
 
 
 def test_names_kind_takes_whole_words_and_plurals():
@@ -140,7 +144,7 @@ def test_main_color_is_the_most_frequent():
     assert set(np.unique(color_indices(np.random.default_rng(0).random((5000, 3))))) == set(range(len(COLORS)))
 
 
-def test_first_color_counts():
+def test_first_color_of_an_answer():
     assert first_color("It is mostly grey, with some red.") == "gray"
     assert names_color("A Red chair, blue inside", "red") and not names_color("A red and blue chair", "blue")
     assert first_color("A chair.") is None and first_color("It is redder.") is None
@@ -149,7 +153,7 @@ def test_first_color_counts():
 # ---- Libraries -------------------------------------------------------------------------------------------------------
 
 
-def test_properties_are_javas():
+def test_java_properties():
     text = "# c\na=1\nb : two \\\n   words\nname#1=H\\u00f4i \\= An\n\n!x\nempty="
     assert read_properties(text) == {"a": "1", "b": "two words", "name#1": "Hôi = An", "empty": ""}
 
@@ -176,7 +180,7 @@ def test_zip_slip_and_bombs_are_refused(tmp_path):
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_what_is_no_library_is_said(tmp_path):
+def test_files_that_are_no_library_are_refused(tmp_path):
     (tmp_path / "no.sh3f").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="not a furniture library"):
         FurnitureLibrary(tmp_path / "no.sh3f")
@@ -185,7 +189,7 @@ def test_what_is_no_library_is_said(tmp_path):
 # ---- Split -----------------------------------------------------------------------------------------------------------
 
 
-def test_names_without_variants_are_one():
+def test_names_of_variants_are_equal():
     assert normalized_name("Concept Sedan 02") == normalized_name("White concept sedans")
     assert normalized_name("Small") == "small"
 
@@ -208,7 +212,7 @@ def test_no_group_is_split():
     }
 
 
-# ---- What is said ----------------------------------------------------------------------------------------------------
+# ---- Captions --------------------------------------------------------------------------------------------------------
 
 
 def test_captions_name_kind_and_color():
@@ -218,10 +222,10 @@ def test_captions_name_kind_and_color():
         facts = get_facts(f"Small red {noun if noun != 'appliance' else 'oven'} 3", "Kitchen", cloud)
         records = annotate("x", facts, 4, rng)
         for record in records:
-            question, said = (turn["value"] for turn in record["conversations"][:2])
+            question, answer = (turn["value"] for turn in record["conversations"][:2])
             assert question.startswith("<point>\n")
             if record["conversation_type"] in ("simple_description", "detailed_description", "multi_round"):
-                assert names_kind(said, facts.kind) and names_color(said, facts.colors[0])
+                assert names_kind(answer, facts.kind) and names_color(answer, facts.colors[0])
         assert {r["conversation_type"] for r in records} == {
             "simple_description", "detailed_description", "single_round", "multi_round"
         }  # fmt: skip
@@ -233,7 +237,7 @@ def test_articles():
     ]  # fmt: skip
 
 
-# ---- Views and made-up objects ---------------------------------------------------------------------------------------
+# ---- Views and generated objects -------------------------------------------------------------------------------------
 
 
 def test_views_keep_shapes_and_stay_in_range(tiny_config):
@@ -257,7 +261,7 @@ def test_recoloring_leaves_the_others_alone():
 # ---- The build -------------------------------------------------------------------------------------------------------
 
 
-def test_build_is_whole_and_repeatable(tmp_path, capsys):
+def test_build_is_complete_and_repeatable(tmp_path):
     names = [f"{kind} chair" for kind in ("Oak", "Iron", "Beach", "Deck", "Osaka")] + [
         "Broken",
         "Stapler",
@@ -271,8 +275,8 @@ def test_build_is_whole_and_repeatable(tmp_path, capsys):
     train = {row["object_id"] for row in rows if row["split"] == "train"}
     annotations = [tmp_path / "one" / f"{name}.json" for name in ("brief", "detailed", "single_round", "multi_round")]
     samples = read_annotations(annotations)
-    said = {sample.object_id.rsplit("-r", 1)[0] for group in samples.values() for sample in group}
-    assert said == train and all(samples.values())
+    annotated = {sample.object_id.rsplit("-r", 1)[0] for group in samples.values() for sample in group}
+    assert annotated == train and all(samples.values())
     for sample in samples["brief"]:
         cloud = read_point_cloud(tmp_path / "one" / "clouds", sample.object_id)
         assert cloud.shape == (8192, 6) and names_color(sample.rounds[0][1], main_color(cloud[:, 3:]))
@@ -282,11 +286,11 @@ def test_build_is_whole_and_repeatable(tmp_path, capsys):
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
     with pytest.raises(ValueError, match="used twice"):
         build([library, library], tmp_path / "three")
-    with pytest.raises(ValueError, match="held_out_library must be one of Test"):
+    with pytest.raises(ValueError, match="`held_out_library` must be one of Test"):
         build([library], tmp_path / "three", held_out_library="Other")
 
 
-def test_clouds_are_those_of_inference(tmp_path):
+def test_clouds_equal_those_of_inference(tmp_path):
     library = make_library(tmp_path / "Test.sh3f", ["Hall table", "Oak table"])
     build([library], tmp_path / "data", held_out_library="Test", num_workers=1)
     with FurnitureLibrary(library) as opened:
@@ -312,7 +316,6 @@ def write_release(folder: Path, kinds_and_colors: list[tuple[str, str, str]]) ->
 
 
 def test_models_and_the_majority_answer_are_scored(tmp_path):
-    """What is counted is evaluation's matter (tests/test_evaluate.py); here: of which objects, and beside what."""
     things = [("train", "lamp", "red")] * 2 + [("train", "chair", "blue"), ("train", "", "blue")]
     things += [("validation", "chair", "red"), ("validation", "lamp", "red"), ("validation", "", "red")]
     data = write_release(tmp_path / "data", things)
@@ -334,5 +337,38 @@ def test_models_and_the_majority_answer_are_scored(tmp_path):
     assert (tmp_path / "reports" / "IV" / "report.html").is_file()
 
 
-def test_answers_name_kinds():
+def test_brief_answers_name_the_kind():
     assert names_kind(what_is_this(get_facts("Desk lamp", "Lights", np.zeros((8, 6)))), "lamp")
+
+
+# ---- The complete recipe ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_complete_recipe_with_few_steps(tmp_path):
+    names = [f"{adjective} {noun}" for noun in ("chair", "table") for adjective in "Oak Iron Beach Deck Osaka".split()]
+    library, output_dir = make_library(tmp_path / "Test.sh3f", names), tmp_path / "household"
+    command = [sys.executable, "-m", "minigpt3d.recipes.household", library, "--work-dir", tmp_path / "work"]
+    command += ["--output_dir", output_dir, "--max_steps", "1"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+    def run() -> str:
+        result = subprocess.run(
+            list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    assert "majority answer" in run()
+    scores = json.loads((output_dir / "scores.json").read_text())
+    assert list(scores["models"]) == ["I", "II", "III", "IV", "shipped"] and scores["objects"] > 0
+    assert json.loads((output_dir / "evaluation" / "results.json").read_text())["suite"] == "household"
+    assert "| libraries | 1 |" in (output_dir / "README.md").read_text()
+    assert "A. Maker" in (output_dir / "CREATORS.md").read_text()
+    load_model(output_dir)
+    assert run().count(" exists") == 10  # the second run skips all steps but the writing of the checkpoint
+
+
+def test_missing_library_is_reported(tmp_path):
+    with pytest.raises(SystemExit, match="error: no such file: .*none.sh3f"):
+        main([str(tmp_path / "none.sh3f")])

@@ -1,7 +1,7 @@
-"""A folder that our save function wrote, read through transformers' Auto classes and pipelines.
+"""A saved folder, read through transformers' Auto classes and pipelines.
 
-Once in a fresh process where the package cannot be imported, so that the folder's own code must do; once here, where
-it is installed and nothing asks for `trust_remote_code`.
+Once in a fresh process where the package cannot be imported, so that the folder's own code is used; once here, where
+the package is installed and `trust_remote_code` is not needed.
 """
 
 import json
@@ -23,7 +23,7 @@ from minigpt3d.conversion import save_pretrained
 QUESTION = "What color is it?"
 AUTO_CLASSES = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor)
 
-# argv: the model's folder, a cloud. Prints what came of them as JSON.
+# argv: the model's folder, a cloud, a question. Prints results as JSON.
 FRESH_PROCESS = """
 import json, sys
 
@@ -83,7 +83,7 @@ def cloud(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(folder, cloud) -> dict:
-    """What the installed package makes of the folder, without `trust_remote_code`."""
+    """Results of the installed package, without `trust_remote_code`."""
     loaded = {auto.__name__: auto.from_pretrained(folder) for auto in AUTO_CLASSES}
     content = [{"type": "point_cloud", "point_cloud": str(cloud)}, {"type": "text", "text": QUESTION}]
     chat = [{"role": "user", "content": content}]
@@ -100,7 +100,7 @@ def installed(folder, cloud) -> dict:
 
 @pytest.fixture(scope="module")
 def fresh(folder, cloud, tmp_path_factory) -> dict:
-    """What a process without the package makes of it, in another working directory and with an empty cache."""
+    """Results of a process without the package, in another working directory and with an empty cache."""
     cwd = tmp_path_factory.mktemp("elsewhere")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -110,6 +110,7 @@ def fresh(folder, cloud, tmp_path_factory) -> dict:
         env=environment,
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,17 +140,48 @@ def test_pipelines_where_the_package_is_absent(fresh):
     assert fresh["general"] == fresh["answer"][0]["generated_text"]
 
 
-def test_installed_classes_are_taken_without_the_flag(installed):
+def test_installed_classes_are_used_without_trust_remote_code(installed):
     assert all(type(item).__module__.startswith("minigpt3d.") for item in installed["loaded"].values())
     assert type(installed["describe"]) is minigpt3d.PointCloudToTextPipeline
 
 
-def test_both_compute_the_same(installed, fresh):
+def test_remote_code_and_package_compute_the_same(installed, fresh):
     torch.testing.assert_close(installed["features"].flatten(), torch.tensor(fresh["features"]))
     torch.testing.assert_close(installed["logits"], torch.tensor(fresh["logits"]))
     assert installed["answer"] == fresh["answer"]
 
 
-def test_installed_classes_win_with_the_flag_too(folder, cloud, installed):
+def test_installed_pipeline_reads_the_folder_with_trust_remote_code(folder, cloud, installed):
     describe = pipeline("point-cloud-to-text", model=str(folder), device="cpu", trust_remote_code=True)
     assert describe(cloud, prompt=QUESTION, max_new_tokens=8) == installed["answer"]
+
+
+REGISTERED = """
+import sys
+import minigpt3d
+from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, pipelines
+
+assert type(AutoConfig.from_pretrained(sys.argv[1])) is CONFIG_MAPPING["minigpt3d"] is minigpt3d.MiniGPT3DConfig
+assert type(AutoProcessor.from_pretrained(sys.argv[1])) is minigpt3d.MiniGPT3DProcessor
+assert pipelines.check_task("point-cloud-to-text")[1]["impl"] is minigpt3d.PointCloudToTextPipeline
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers, minigpt3d",
+        "import minigpt3d.pipeline_minigpt3d",
+        "import importlib, minigpt3d; importlib.reload(minigpt3d); import transformers; importlib.reload(minigpt3d)",
+    ],
+    ids=["after transformers", "a module that imports transformers", "before transformers, reloaded"],
+)
+def test_classes_are_registered_in_any_order_of_imports(folder, tmp_path, imports):
+    done = subprocess.run(
+        [sys.executable, "-c", imports + REGISTERED, str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr

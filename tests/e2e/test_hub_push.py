@@ -1,6 +1,6 @@
-"""Pushed by the Hub's real clients and read back by them: a model, packed data, an adapter. The Hub is one on loopback.
+"""A model, packed data and an adapter are pushed by the Hub's real clients and read back by them, on a Hub on loopback.
 
-The clients read their environment once, at import, and this process is offline: one fresh process pushes, one reads.
+The clients read their environment once, at import, and this process is offline, so one new process pushes and one reads.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_double import serve
-from release_files import write_release
+from release_files import release_options, write_release_files
 from tiny_model import make_tiny_config
 from ways_in import make_cloud
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 HOUSEHOLD = ROOT / "checkpoints" / "household"
 MODEL, DATA, BASE, ADAPTER = "org/minigpt3d-household", "org/chairs", "org/tiny-base", "org/tiny-adapter"
 
-# argv: the folders of model, data, base and adapter. Prints what came of them as JSON.
+# argv: the folders of model, data, base and adapter. Prints the results of the client's calls as JSON.
 PUSH = f"""
 import json, sys
 from pathlib import Path
@@ -93,7 +93,7 @@ for dataset in ("{DATA}", str(data)):
 print(json.dumps(result))
 """
 
-# argv: the folders of model, base and adapter, a mesh, a cloud. Prints for the folders, then for the Hub, what comes of them.
+# argv: the folders of model, base and adapter, a mesh, a cloud. Prints what is computed with the folders, then with the Hub.
 READ = f"""
 import json, sys
 import numpy as np
@@ -124,18 +124,18 @@ results[-1]["class"] = type(loaded).__module__
 print(json.dumps(results))
 """
 
-# Prints for a model and an adapter what an evaluation says that it evaluated.
+# Prints for a model and an adapter what the results of an evaluation say about the model.
 EVALUATE = f"""
 import json
 from minigpt3d.cli.main import main
 
-found = {{}}
+models = {{}}
 for model in ("{MODEL}", "{ADAPTER}"):
     out = model.replace("/", "-")
     options = ["--limit", "2", "--greedy", "--metrics", "closed_set_accuracy", "--device", "cpu"]
     assert main(["evaluate", "household", "--model", model, "--out", out, *options]) == 0
-    found[model] = json.load(open(f"{{out}}/results.json"))["model"]
-print(json.dumps(found))
+    models[model] = json.load(open(f"{{out}}/results.json"))["model"]
+print(json.dumps(models))
 """
 
 
@@ -154,7 +154,7 @@ def data(tmp_path_factory):
         np.save(folder / f"chair{i}.npy", rng.uniform(size=(8192, 6)).astype(np.float32))
         lines.append(json.dumps({"file": f"chair{i}.npy", "caption": f"Chair {i}."}))
     (folder / "chairs.jsonl").write_text("\n".join(lines))
-    packing.pack(packing.own_entries(folder / "chairs.jsonl"), folder / "packed", num_workers=1)
+    packing.pack(packing.table_entries(folder / "chairs.jsonl"), folder / "packed", num_workers=1)
     return folder / "packed"
 
 
@@ -162,16 +162,15 @@ def data(tmp_path_factory):
 def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     make_tiny_config().to_json_file(folder / "config.json")
-    released = write_release(folder / "release")
-    paths = [str(word) for slot, path in released.items() for word in ("--" + slot.replace("_", "-"), path)]
+    files = release_options(write_release_files(folder / "release"))
     options = ["--config", str(folder / "config.json"), "--dtype", "float32", "--lora", "keep"]
-    assert main(["convert", *paths, "--out", str(folder / "model"), *options]) == 0
+    assert main(["convert", *files, "--out", str(folder / "model"), *options]) == 0
     return folder / "model"
 
 
 @pytest.fixture(scope="module")
 def run(hub, tmp_path_factory):
-    """Run a script in a fresh process that takes our Hub for the real one; returns what it prints as JSON."""
+    """Run a script in a new process that uses our Hub as the real one; returns what it prints as JSON."""
     home = tmp_path_factory.mktemp("home")
     environment = os.environ | {
         "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0",
@@ -180,7 +179,7 @@ def run(hub, tmp_path_factory):
 
     def run(script: str, *arguments):
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -190,7 +189,7 @@ def run(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pushed(hub, run, data, kept):
     hub.fail_next(1, 401, "/repos/create")
-    hub.fail_next(1, 500, "/preupload/")  # here the client tries again
+    hub.fail_next(1, 500, "/preupload/")  # the client retries this one
     hub.fail_next(1, 500, "/commit/")
     return run(PUSH, HOUSEHOLD, data, kept / "base", kept / "adapter")
 
@@ -206,33 +205,35 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_model_is_pushed_whole(pushed, hub):
+def test_a_model_is_pushed_completely(pushed, hub):
     assert pushed["whoami"] == "somebody"
     assert pushed["created"] == [f"{hub.address}/{MODEL}"] * 2
-    there = contents(Path(pushed["snapshot"]))
-    assert there.pop(".gitattributes") and there == contents(HOUSEHOLD)
+    snapshot = contents(Path(pushed["snapshot"]))
+    assert snapshot.pop(".gitattributes") and snapshot == contents(HOUSEHOLD)
     assert pushed["info"] == [True, pushed["commits"][0], ["model.safetensors"]]
     weights = (HOUSEHOLD / "model.safetensors").read_bytes()
     assert pushed["weights"] == [len(weights), hashlib.sha256(weights).hexdigest()]
 
 
-def test_a_tag_keeps_what_a_second_commit_changes(pushed):
+def test_a_tag_keeps_its_commit(pushed):
     first, second = pushed["commits"]
-    assert pushed["again"] == first != second, "what is there already is no new commit"
+    assert pushed["again"] == first != second, "a push without changes makes no commit"
     assert pushed["refs"] == {"main": second, "v1": first, "old": first}
     before = (HOUSEHOLD / "README.md").read_text()
     assert pushed["readme"] == {"main": "Better.", "v1": before, first: before}
     assert pushed["stale"] == ["HfHubHTTPError", 412] and pushed["taken"] == ["HfHubHTTPError", 409]
 
 
-def test_a_push_that_breaks_off_is_repeated(pushed, hub):
+def test_an_interrupted_push_is_repeated(pushed, hub):
     assert pushed["refused"] == ["HfHubHTTPError", 401]
     assert pushed["broken off"] == ["HfHubHTTPError", 500] and pushed["left"] == [".gitattributes"]
     sha256 = pushed["weights"][1]
-    assert [method for method, path, *_ in hub.requests if sha256 in path].count("PUT") == 1, "weights go up once"
+    assert [method for method, path, *_ in hub.requests if sha256 in path].count("PUT") == 1, (
+        "weights are uploaded once"
+    )
 
 
-def test_what_is_not_there_is_named(pushed):
+def test_what_is_missing_is_named(pushed):
     assert pushed["a stranger"] == ["RepositoryNotFoundError", 401]
     errors = ["RepositoryNotFoundError", "RevisionNotFoundError", "RemoteEntryNotFoundError"]
     assert pushed["nothing there"] == [[name, 404] for name in errors]
@@ -261,10 +262,10 @@ def test_model_pipeline_and_adapter_answer_from_the_hub_as_from_folders(read):
     assert from_hub == from_folders
     assert from_hub["answer"] == "This is a brown chair."
     assert from_hub["with adapter"] != from_hub["without adapter"]
-    assert code.startswith("transformers_modules.org."), "the code came from the Hub too"
+    assert code.startswith("transformers_modules.org."), "the code comes from the Hub too"
 
 
 def test_an_evaluation_names_the_commit_on_the_hub(run, pushed):
-    found = run(EVALUATE)
-    assert found[MODEL]["name"] == MODEL and found[MODEL]["fingerprint"] == pushed["commits"][1][:16]
-    assert found[ADAPTER]["name"] == ADAPTER and len(found[ADAPTER]["fingerprint"]) == 16
+    models = run(EVALUATE)
+    assert models[MODEL]["name"] == MODEL and models[MODEL]["fingerprint"] == pushed["commits"][1][:16]
+    assert models[ADAPTER]["name"] == ADAPTER and len(models[ADAPTER]["fingerprint"]) == 16

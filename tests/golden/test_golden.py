@@ -1,8 +1,10 @@
 """Parity with the authors' code: every tensor in tests/golden, in float32.
 
 The goldens were made by the authors' repository in its own environment (golden/MANIFEST.json names commit and versions).
-Where a golden holds one of the faults that we do not copy, the test says so.
+A test says where a golden contains a fault of the authors' that this code does not copy.
 """
+
+import copy
 
 import pytest
 import torch
@@ -39,21 +41,35 @@ def load_part(golden, file: str, part: str, prefix: str = "", config=None):
     return model
 
 
-def full_model(golden, router_type="sparse", lora="merge") -> MiniGPT3DForConditionalGeneration | PeftModel:
-    """The golden full model, LoRA merged into the weights or beside them as a PEFT adapter."""
-    config = make_tiny_config(router_type=router_type)
-    model = MiniGPT3DForConditionalGeneration(config).eval()
-    converted = convert_state_dict(golden("full.state"), config, merge_lora=lora == "merge")
-    if lora == "merge":
-        model.load_state_dict(converted)
-        return model
+@pytest.fixture(scope="module")
+def full_models(golden) -> dict[str, MiniGPT3DForConditionalGeneration | PeftModel]:
+    """The golden full model: LoRA merged into the weights, or beside them as a PEFT adapter."""
+    config = make_tiny_config()
+    merged = MiniGPT3DForConditionalGeneration(config).eval()
+    merged.load_state_dict(convert_state_dict(golden("full.state"), config))
+
+    converted = convert_state_dict(golden("full.state"), config, merge_lora=False)
     adapter = {name: tensor for name, tensor in converted.items() if ".lora_" in name}
-    model.load_state_dict({name: tensor for name, tensor in converted.items() if name not in adapter})
-    model = get_peft_model(model, lora_config(converted)).eval()
+    base = MiniGPT3DForConditionalGeneration(make_tiny_config()).eval()
+    base.load_state_dict({name: tensor for name, tensor in converted.items() if name not in adapter})
+    model = get_peft_model(base, lora_config(converted)).eval()
     report = set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in adapter.items()})
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if "lora_" in key]
-    return model
+    return {"merge": merged, "adapter": model}
+
+
+@pytest.fixture
+def full_model(full_models):
+    """`full_model("sparse", "adapter")` → that model with this router, all of it trainable, without gradients."""
+
+    def prepare(router_type: str = "sparse", lora: str = "merge"):
+        model = full_models[lora]
+        model.config.router_type = router_type
+        model.zero_grad()
+        return model.requires_grad_(True)
+
+    return prepare
 
 
 # Point encoder
@@ -61,7 +77,7 @@ def full_model(golden, router_type="sparse", lora="merge") -> MiniGPT3DForCondit
 
 @pytest.mark.parametrize("run", ["force0", "rand"])
 def test_point_encoder(golden, run):
-    """The authors draw the first centre at random; the run's own start is passed in."""
+    """The authors draw the first center at random; the run's own start is passed in."""
     expected = {k.removeprefix(f"{run}."): v for k, v in golden("point_encoder.io").items() if k.startswith(run)}
     points = golden("point_encoder.io")["points"]
     model = load_part(golden, "point_encoder.state", "model.point_encoder", prefix="pc_encoder.")
@@ -76,7 +92,7 @@ def test_point_encoder(golden, run):
     assert torch.equal(neighbors, expected["knn_idx_sorted"])
 
     neighborhood, center = group(points, 16, 8, start)
-    # The order of neighbours is nobody's business: both sides sorted, row by row.
+    # The order of neighbors does not matter: compare both sides sorted.
     for row, (ours, theirs) in enumerate(
         zip(neighborhood.flatten(0, 1), expected["neighborhood_sorted"].flatten(0, 1), strict=True)
     ):
@@ -97,7 +113,7 @@ def test_point_encoder(golden, run):
 
 
 def test_grouping_falls_back_to_the_distance_matrix(golden, monkeypatch):
-    """Without scipy the neighbours come from torch, and are the same."""
+    """Without scipy the neighbors come from torch, and are the same."""
     monkeypatch.setattr("minigpt3d.grouping_minigpt3d.cKDTree", None)
     expected = golden("point_encoder.io")
     neighbors = nearest_neighbors(expected["points"][..., :3], expected["force0.centers"], 8)
@@ -130,7 +146,7 @@ def test_qformer(golden, variant):
         relative_close(state, expected[f"hidden_{layer}"])
     masked = qformer(**inputs, encoder_attention_mask=expected["masked_encoder_attention_mask"])
     relative_close(masked.last_hidden_state, expected["masked_last_hidden_state"])
-    relative_close(qformer(**inputs).last_hidden_state, expected["last_hidden_state"])  # all seen: no mask needed
+    relative_close(qformer(**inputs).last_hidden_state, expected["last_hidden_state"])  # no mask: all is seen
 
 
 # Phi
@@ -138,7 +154,7 @@ def test_qformer(golden, variant):
 
 @pytest.fixture
 def phi(golden):
-    """The whole model, fed with embeddings: then only its language model computes."""
+    """The complete model, fed with embeddings, so that only its language model computes."""
     config = make_tiny_config()
     model = MiniGPT3DForConditionalGeneration(config).eval()
     for part in ("model.language_model", "lm_head"):
@@ -197,9 +213,9 @@ def test_phi_generation(golden, phi):
 
 @pytest.mark.parametrize("lora", ["merge", "adapter"])
 @pytest.mark.parametrize("router_type", ["none", "sparse", "soft", "constant"])
-def test_point_features(golden, router_type, lora):
+def test_point_features(golden, full_model, router_type, lora):
     expected = golden("full.encode_pc.io")
-    model = full_model(golden, router_type, lora)
+    model = full_model(router_type, lora)
     inner = model.model if lora == "merge" else model.base_model.model.model
     features = inner.point_encoder(expected["points"])
     relative_close(features, expected["none.pc_feature"])
@@ -210,9 +226,9 @@ def test_point_features(golden, router_type, lora):
     relative_close(model.get_point_features(expected["points"]), expected[f"{router_type}.inputs_llama"])
 
 
-def test_router(golden):
+def test_router(golden, full_model):
     expected = golden("full.encode_pc.io")
-    inner = full_model(golden).model
+    inner = full_model().model
     features = inner.point_encoder(expected["points"])
     relative_close(torch.cat([features[:, 0], features[:, 1:].amax(1)], dim=-1), expected["sparse.pc_global_feature"])
     logits = inner.router.get_logits(features)
@@ -261,21 +277,19 @@ def training_inputs(golden, processor, case: str):
 
 @pytest.mark.parametrize("lora", ["merge", "adapter"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients(golden, tiny_processor, case, lora):
+def test_loss_and_gradients(golden, full_model, tiny_processor, case, lora):
     results, expected = golden("full.loss.json")["results"][case], golden("full.loss.io")
-    model = full_model(golden, case.split(".")[1], lora)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model = full_model(case.split(".")[1], lora)
     inputs, points = training_inputs(golden, tiny_processor, case)
-    inputs["point_clouds"] = points  # bit for bit those of the golden: normalising again moves the last digit
+    inputs["point_clouds"] = points  # bit for bit those of the golden: normalizing again moves the last digit
     width = inputs["input_ids"].shape[1]
     reference = expected.get(f"{case}.attention_mask")
     if reference is not None:
-        # The authors pad prompts and answers apart, so that their rows can end in more padding than any row needs.
+        # The authors pad prompts and answers separately, so that their batch can be wider than its longest row.
         assert (reference[:, width:] == 0).all() and (expected[f"{case}.targets"][:, width:] == -100).all()
         assert torch.equal(inputs["labels"], expected[f"{case}.targets"][:, :width])
         reference = reference[:, :width].long()
-        # The authors hold prompt and answers apart: the first prompt without its bos, then all that follows it.
+        # The authors keep the first prompt, without its bos, separate from all that follows it.
         for row, labels in enumerate(inputs["labels"]):
             prompt = int(expected[f"{case}.cond_attention"][row].sum())
             assert prompt + 1 == (labels != -100).nonzero()[0]
@@ -310,7 +324,7 @@ def test_loss_and_gradients(golden, tiny_processor, case, lora):
         )
         gradients[name] = parameter.grad
     for name, norm in results["grad_norms"].items():
-        if lora == "merge" and "lora_" in name:  # it is part of its weight
+        if lora == "merge" and "lora_" in name:  # merged into its weight
             continue
         gradient = gradients[name]
         if norm is None:
@@ -337,15 +351,16 @@ RUNS = [
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_generation(golden, tiny_processor, run):
+def test_generation(golden, full_model, tiny_processor, run):
     """The benchmark's prompt, through our template and processor.
 
     The authors' ids begin with a bos that is never fed to the model but counts towards min_length, so their
     min_length n is our min_new_tokens n-1.
     """
     expected, runs = golden("full.generate.io"), golden("full.generate.json")["runs"]
-    recorded, model = runs[run], full_model(golden)
+    recorded, model = runs[run], full_model()
     if "eos_bump" in run:
+        model = copy.deepcopy(model)
         model.lm_head.bias.data[292] += runs["greedy_eos_bump"]["lm_head_bias_added_at_eos"]
     points = golden("full.encode_pc.io")["points"][:2]
     conversations = [
@@ -390,7 +405,7 @@ def test_generation(golden, tiny_processor, run):
     assert [a.strip() for a in answers] == [a.strip() for a in recorded["answers"]]
 
 
-# The state dict, both ways
+# The state dict in both directions
 
 
 def test_every_key_is_accounted_for(golden):
@@ -453,7 +468,7 @@ def test_a_wrong_state_dict_is_refused(golden, change, message):
 
 
 def test_phi_config_is_the_golden_one(golden):
-    """The manifest's Phi settings, so that a change of ours cannot pass unseen."""
+    """The tests' Phi has the settings of the manifest."""
     settings = golden("MANIFEST.json")["files"]["phi.state.safetensors"]["config"]
     config = tiny_phi_config()
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "resid_pdrop"):

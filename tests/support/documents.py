@@ -1,4 +1,4 @@
-"""Snippets and commands of README and docs: find them, run them, compare their output."""
+"""Snippets, commands and references of README.md and docs/: find them, run them, compare their output."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,64 +16,69 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-
-
-README = ROOT / "README.md"
-
-
-TIMEOUT = 300  # seconds per command
-
-
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TIMEOUT = 600  # seconds per command
+PROGRAMS = {"minigpt3d": "minigpt3d.cli"}  # installed commands and the modules that run them
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONIOENCODING": "utf-8",
+    "COLUMNS": "200",  # --help wraps no option
 }
-
-
 FENCE = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\s*\n)?"
+    r"(?:<!-- (?P<mark>slow|not run: [^\n]+?) -->\s*\n)?"
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$",
     re.M | re.S,
 )
 
-
-# Reads a JSON list of snippets, runs them in one namespace, writes the JSON list of what each printed.
+# Reads a JSON list of [namespace, code], runs them in this process, and writes a JSON list of [output, error or null].
 RUNNER = """
 import contextlib, io, json, sys, traceback
-namespace = {"__name__": "__main__"}
-outputs = []
-for title, code in json.load(sys.stdin):
-    output = io.StringIO()
+namespaces, results = {}, []
+for name, title, code in json.load(sys.stdin):
+    output, error = io.StringIO(), None
     try:
         with contextlib.redirect_stdout(output):
-            exec(compile(code, title, "exec"), namespace)
+            exec(compile(code, title, "exec"), namespaces.setdefault(name, {"__name__": "__main__"}))
+    except SystemExit as end:
+        error = None if end.code in (0, None) else f"exit code {end.code}"
     except BaseException:
-        traceback.print_exc()
-        sys.exit(f"{title} failed")
-    outputs.append(output.getvalue())
-json.dump(outputs, sys.stdout)
+        error = traceback.format_exc()
+    results.append((output.getvalue(), error))
+json.dump(results, sys.stdout)
 """
 
 
 @dataclass
 class Block:
-    """A fenced block: its language, code, line in the document, why it is not run, and the output shown for it."""
+    """A fenced block.
+
+    Args:
+        language, code: as written.
+        document, line: where it starts.
+        mark: None, "slow", or "not run: REASON".
+        output: the text block right behind it.
+    """
 
     language: str
     code: str
+    document: str
     line: int
-    reason: str | None = None
+    mark: str | None = None
     output: str | None = None
 
     @property
     def title(self) -> str:
-        return f"README.md, {self.language} block at line {self.line}"
+        return f"{self.document}:{self.line}"
+
+    @property
+    def is_run(self) -> bool:
+        return not (self.mark or "").startswith("not run")
 
 
-def read_blocks(text: str) -> list[Block]:
+def read_blocks(text: str, document: str = "") -> list[Block]:
     """All fenced blocks in order; a text block right behind another becomes its output."""
     blocks, end = [], None
     for match in FENCE.finditer(text):
@@ -82,9 +88,18 @@ def read_blocks(text: str) -> list[Block]:
             blocks[-1].output = code
         else:
             line = text.count("\n", 0, match.start("language")) + 1
-            blocks.append(Block(match["language"], code, line, match["reason"]))
+            blocks.append(Block(match["language"], code, document, line, match["mark"]))
         end = match.end()
     return blocks
+
+
+def all_blocks() -> list[Block]:
+    """The blocks of every document."""
+    return [
+        block
+        for path in DOCUMENTS
+        for block in read_blocks(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    ]
 
 
 def same_output(shown: str, real: str) -> bool:
@@ -98,20 +113,30 @@ def assert_output(block: Block, real: str):
         assert same_output(block.output, real), f"{block.title} shows\n{block.output}\nbut printed\n{real}"
 
 
-def run_python(blocks: list[Block], cwd: Path = ROOT):
-    """Run all in one fresh process; compare the outputs."""
-    for block in blocks:
-        compile(block.code, block.title, "exec")
-    blocks = [block for block in blocks if not block.reason]
-    if not blocks:
-        return
-    snippets = json.dumps([(block.title, block.code) for block in blocks])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=snippets, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True
+# ---- Run ------------------------------------------------------------------------------------------------------------
+
+
+def run_snippets(snippets: list[tuple[str, str, str]], cwd: Path) -> list[tuple[str, str | None]]:
+    """Run Python code in one fresh process.
+
+    Args:
+        snippets: namespace, title and code of each.
+        cwd: working directory.
+
+    Returns:
+        What each printed, and its error or None.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(snippets),
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=len(snippets) * TIMEOUT,
     )
-    assert done.returncode == 0, done.stderr
-    for block, output in zip(blocks, json.loads(done.stdout), strict=True):
-        assert_output(block, output)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 def read_commands(code: str) -> list[str]:
@@ -120,75 +145,183 @@ def read_commands(code: str) -> list[str]:
     return [line.removeprefix("$ ") for line in lines if line]
 
 
-@lru_cache
-def options_of(script: str) -> str:
-    """The --help of a script of ours."""
-    done = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def check_launch(words: list[str]):
-    """A training launch: its script exists and knows every option that follows it."""
-    scripts = [word for word in words if word.endswith(".py")]
-    assert scripts and (ROOT / scripts[0]).is_file(), f"no such script: {' '.join(words)}"
-    arguments = words[words.index(scripts[0]) + 1 :]
-    for option in (word.split("=")[0] for word in arguments if word.startswith("--")):
-        assert re.search(rf"{re.escape(option)}\b", options_of(scripts[0])), f"{scripts[0]} knows no {option}"
-
-
-def check_make(words: list[str]):
-    if shutil.which("make") is None:
-        pytest.skip("no make")
-    done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def run_command(command: str, scratch: Path) -> str | None:
-    """Run one command, or check it where running would install, train for hours or recurse.
-
-    Returns:
-        What it printed, or None where it was only checked.
-    """
+def as_module(command: str) -> tuple[str, list[str]] | None:
+    """Module or script of a command that is a Python program of ours, and its arguments; None for any other command."""
     words = shlex.split(command)
-    if words[:2] == ["make", "demo"] and shutil.which("make"):
-        # An environment that is up to date and runs this very Python.
-        python = scratch / "bin" / "python"
-        python.parent.mkdir(exist_ok=True)
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        python.chmod(0o755)
-        (scratch / ".installed").touch()
-        command = f"make --no-print-directory demo VENV={shlex.quote(str(scratch))}"
-    elif words[0] == "make":
-        return check_make(words)
-    elif words[0] in ("git", "cd", "source", ".") or words[:3] in (
-        ["python", "-m", "venv"],
-        ["python3", "-m", "venv"],
-    ):
+    if words[:2] == ["accelerate", "launch"]:
+        index = next((i for i, word in enumerate(words) if word == "-m" or word.endswith(".py")), len(words))
+        words = ["python", *words[index:]]
+    if words[0] in PROGRAMS:
+        return PROGRAMS[words[0]], words[1:]
+    if words[:2] == ["python", "-m"] and words[2].startswith("minigpt3d"):
+        return words[2], words[3:]
+    if words[0] == "python" and words[1:] and words[1].endswith(".py"):
+        return words[1], words[2:]
+    return None
+
+
+def as_python(command: str) -> str | None:
+    """Code that does what a command of ours does, so that commands can share a process; None for any other command."""
+    program = as_module(command)
+    if program is None:
         return None
-    elif words[:2] == ["pip", "install"]:
-        for word in words[2:]:
-            assert not word.endswith(".txt") or (ROOT / word).is_file(), f"no such file: {word}"
-        return None
-    elif words[:2] == ["accelerate", "launch"]:
-        return check_launch(words)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command.replace("build/", f"{scratch}/")],
-        cwd=ROOT,
+    target, arguments = program
+    code = f"import runpy, sys\nsys.argv = {[target, *arguments]!r}\n"
+    if not target.endswith(".py"):
+        return f"{code}runpy.run_module({target!r}, run_name='__main__')"
+    folder = str(Path(target).parent)  # where a script's own imports are looked up
+    run = f"runpy.run_path({target!r}, run_name='__main__')"
+    return f"{code}sys.path.insert(0, {folder!r})\ntry:\n    {run}\nfinally:\n    sys.path.remove({folder!r})"
+
+
+def is_launch(command: str) -> bool:
+    return shlex.split(command)[:2] == ["accelerate", "launch"]
+
+
+def make_workspace(folder: Path):
+    """A folder where documents' commands run: links to the checkout, and copies of what commands write to."""
+    for path in ROOT.iterdir():
+        if path.name in ("checkpoints", "demo"):
+            shutil.copytree(path, folder / path.name)
+        elif not path.name.startswith(".") and path.name not in ("build", "dist"):
+            (folder / path.name).symlink_to(path)
+
+
+def run_shell(command: str, cwd: Path) -> str:
+    """Run a command, and return what it printed."""
+    process = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=cwd,
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout.replace(f"{scratch}/", "build/")
+    assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+    return process.stdout
 
 
-def run_bash(block: Block, scratch: Path):
-    outputs = [run_command(command, scratch) for command in read_commands(block.code)]
-    if block.output is not None:
-        assert None not in outputs, f"{block.title} shows an output, but holds a command that is not run"
-        assert_output(block, "".join(outputs))
+@lru_cache
+def run_other(command: str, cwd: Path) -> str | None:
+    """Run a command that is no Python program of ours, or check it where running would install, test or recurse; once.
+
+    Returns:
+        What it printed, or None where it was only checked.
+    """
+    words = shlex.split(command)
+    if words[0] == "make":
+        return run_make(words[1:], cwd)
+    if words[:2] == ["pip", "install"]:
+        for word in words[2:]:
+            assert not word.endswith(".txt") or (ROOT / word).is_file(), f"no such file: {word}"
+        return None
+    if words[0] in ("git", "cd", "source", "."):
+        return None
+    return run_shell(command, cwd)
+
+
+def run_make(targets: list[str], cwd: Path) -> str | None:
+    """`make demo` in this environment; of other targets only that they exist."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    if targets != ["demo"]:
+        process = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return None
+    python = cwd / "environment" / "bin" / "python"  # an environment that is up to date and runs this very Python
+    if not python.exists():
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        (cwd / "environment" / ".installed").touch()
+    return run_shell("make --no-print-directory demo VENV=environment", cwd)
+
+
+# ---- Check ----------------------------------------------------------------------------------------------------------
+
+
+def help_command(command: str) -> str | None:
+    """The command that prints the options of a command of ours; None for any other command."""
+    program = as_module(command)
+    if program is None:
+        return None
+    target, arguments = program
+    subcommand = arguments[:1] if target == PROGRAMS["minigpt3d"] else []
+    return shlex.join(["python", *([] if target.endswith(".py") else ["-m"]), target, *subcommand, "--help"])
+
+
+def options_of(command: str) -> list[str]:
+    """The options that a command of ours is given."""
+    _, arguments = as_module(command)
+    return [word.split("=")[0] for word in arguments if word.startswith("--")]
+
+
+def has_option(help_text: str, option: str) -> bool:
+    """Whether a help text lists an option, with dashes or underscores."""
+    spellings = {option, option.replace("_", "-"), "--" + option[2:].replace("-", "_")}
+    return any(re.search(rf"{re.escape(spelling)}(?![\w-])", help_text) for spelling in spellings)
+
+
+def assert_options(command: str, help_text: str):
+    unknown = [option for option in options_of(command) if not has_option(help_text, option)]
+    assert not unknown, f"{command}: unknown {', '.join(unknown)}"
+
+
+def mentioned_options(text: str) -> set[str]:
+    """The options in backticks, outside of blocks."""
+    codes = re.findall(r"`([^`\n]+)`", without_blocks(text))
+    return {option for code in codes for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+
+
+# ---- References -----------------------------------------------------------------------------------------------------
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(FENCE, "", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    """Links and pictures of a document that lead nowhere in this checkout."""
+    text = without_blocks(path.read_text(encoding="utf-8"))
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    return broken
+
+
+def unknown_references(text: str) -> list[str]:
+    """Paths and names in backticks that are not in this checkout.
+
+    `training/loop.py` and `training/` must exist; `training/loop.py::train` must define `train`. Paths outside the
+    checkout's folders are not looked at, unless they name a Python file.
+    """
+    unknown = []
+    for word in re.findall(r"`([\w./-]+(?:::\w+)?)`", without_blocks(text)):
+        file, _, name = word.partition("::")
+        in_checkout = "/" in file and (ROOT / file.split("/")[0]).is_dir()
+        if not (in_checkout or file.endswith(".py")):
+            continue
+        path = ROOT / file
+        if not path.exists() or (name and not defines(path.read_text(encoding="utf-8"), name)):
+            unknown.append(word)
+    return unknown
+
+
+def defines(code: str, name: str) -> bool:
+    return re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}\b.*=", code, re.M) is not None
+
+
+def unique(items: Iterable) -> list:
+    return list(dict.fromkeys(items))

@@ -1,9 +1,9 @@
-"""A Hub on loopback that takes and serves models and data sets, for the real `huggingface_hub` client.
+"""A Hub on loopback that stores and serves models and data sets, for the real `huggingface_hub` client.
 
-The client finds it with `HF_ENDPOINT` at `hub.address` and `HF_HUB_DISABLE_XET=1` in the environment before its import.
-As on the Hub, each commit has an id and stays readable, writing and private repositories need a token (any will do), and
-large files lie on another host, which must see no token. Other than the Hub: no Xet, no pull requests, no spaces, lists
-come in one page, and the metadata of a card are always valid.
+The client uses it if the environment has `HF_ENDPOINT=hub.address` and `HF_HUB_DISABLE_XET=1` before its import. As on the
+Hub, each commit has an id and stays readable, writing and private repositories need a token (any will do), and large files
+are on another host, which must get no token. Unlike the Hub, it has no Xet, no pull requests and no spaces, lists come in
+one page, and the metadata of a card are always valid.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 class Refused(Exception):
-    """By `code` the client tells a missing repository, revision and file from each other."""
+    """The client tells by `code` whether a repository, a revision or a file is missing."""
 
     def __init__(self, status: int, code: str = "", **extra):
         self.answer = Answer(json.dumps({"error": code} | extra).encode(), {"X-Error-Code": code}, status)
@@ -67,7 +67,7 @@ class Repository:
 
 
 class Hub:
-    """What is on the Hub, what was asked of it (`requests`), and what it is to refuse (`fail_next`)."""
+    """The repositories on the Hub, the requests that it got, and the ones that it will refuse (`fail_next`)."""
 
     def __init__(self, address: str, other: dict[str, bytes]):
         self.address, self.other = address, other
@@ -112,7 +112,7 @@ class Hub:
 
     def route(self, request: Request, url: str, body: bytes) -> Answer:
         """/api/models/org/name/…, /org/name/resolve/… and /org/name.git/…, or with datasets."""
-        # Revisions and paths may hold a slash as %2F, so the address is split before it is unquoted.
+        # Revisions and paths may contain a slash as %2F, so the address is split before it is unquoted.
         parts, query = [unquote(part) for part in urlsplit(url).path[1:].split("/")], parse_qs(urlsplit(url).query)
         match parts:
             case ["api", "whoami-v2"]:
@@ -137,8 +137,8 @@ class Hub:
                 recursive = query.get("recursive", [""])[0].lower() == "true"
                 return as_json(tree(repository.files(revision), "/".join(folder), recursive))
             case ["paths-info", revision]:
-                wanted = parse_qs(body.decode()).get("paths", [])
-                return as_json([entry for entry in tree(repository.files(revision)) if entry["path"] in wanted])
+                paths = parse_qs(body.decode()).get("paths", [])
+                return as_json([entry for entry in tree(repository.files(revision)) if entry["path"] in paths])
             case ["refs"]:
                 return as_json(references(repository))
             case ["resolve", revision, *path]:
@@ -158,18 +158,17 @@ class Hub:
                 return add_name(repository.tags, json.loads(body)["tag"], repository.revision(revision))
         raise Refused(404, "EntryNotFound")
 
-    def create(self, wanted: dict) -> Answer:
-        kind, repo_id = (
-            f"{wanted.get('type', 'model')}s",
-            f"{wanted.get('organization') or 'somebody'}/{wanted['name']}",
-        )
+    def create(self, settings: dict) -> Answer:
+        kind = f"{settings.get('type', 'model')}s"
+        repo_id = f"{settings.get('organization') or 'somebody'}/{settings['name']}"
         if (kind, repo_id) in self.repositories:  # with exist_ok the client reads the address from the refusal
             raise Refused(409, url=self.repositories[kind, repo_id].url)
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # as newer or older clients say
+        # Newer clients send a visibility, older ones whether it is private.
+        private = settings.get("visibility") == "private" or bool(settings.get("private"))
         return as_json({"url": self.add(kind, repo_id, FIRST_FILES, private).url})
 
     def upload(self, large: dict) -> dict:
-        """Where a large file is to be put; nowhere if it is there."""
+        """The address for uploading a large file; none if the Hub has it."""
         href = f"{self.store_address}/store/{large['oid']}"
         return large if large["oid"] in self.store else large | {"actions": {"upload": {"href": href}}}
 
@@ -225,9 +224,9 @@ def is_large(path: str, size: int) -> bool:
 
 
 def describe(path: str, content: bytes) -> dict:
-    """A file, by the names that trees have for things and by those of informations."""
+    """A file's entry, with the names that trees use and those that repository information uses."""
     entry = {"type": "file", "path": path, "rfilename": path, "size": len(content)}
-    if is_large(path, len(content)):  # git has a pointer in its place
+    if is_large(path, len(content)):  # git stores a pointer instead
         sha256 = hashlib.sha256(content).hexdigest()
         content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
         entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": entry["size"], "pointerSize": len(content)}
@@ -267,7 +266,7 @@ def add_name(names: dict[str, str], name: str, revision: str) -> Answer:
 
 
 def upload_mode(file: dict, files: dict[str, bytes]) -> dict:
-    """How the client is to send a file; by `oid` it sees that what it has is there already, and sends nothing."""
+    """How the client must send a file; it sends nothing if its file has this `oid`."""
     mode = {"path": file["path"], "uploadMode": "lfs" if is_large(file["path"], file["size"]) else "regular"}
     entry = describe(file["path"], files[file["path"]]) if file["path"] in files else {"oid": None}
     return mode | {"shouldIgnore": False, "oid": entry.get("lfs", entry)["oid"]}
@@ -314,7 +313,7 @@ def serve(
     other: dict[str, bytes] | None = None,
     datasets: dict[str, dict[str, bytes]] | None = None,
 ):
-    """A `Hub` that answers, with models and data sets (id → path → content) and other files (path → content) on it."""
+    """A running `Hub` with models and data sets (id → path → content) and other files (path → content)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.hub = hub = Hub(f"http://127.0.0.1:{server.server_port}", other or {})
     for kind, repositories in (("models", models), ("datasets", datasets)):

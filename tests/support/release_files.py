@@ -1,10 +1,9 @@
 """The golden model as the authors would have released it: six files, split as their runner splits them.
 
-Values that a later stage trains are random in the earlier files, so that taking the wrong one shows.
+Values that a later stage trains are random in the earlier files, so that a test sees if the wrong one is taken.
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import GOLDEN_DIR, make_tiny_config
 
-from minigpt3d.conversion import our_name
+from minigpt3d.conversion.names import FILES, matches, our_name
 from minigpt3d.training.stages import STAGE_3, STAGE_4
 
 
@@ -20,17 +19,13 @@ PHI = "llama_model.base_model.model."
 ADDED_NORMS = (".q_layernorm.weight", ".k_layernorm.weight", ".post_layernorm.weight")
 
 
-def golden_state() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN_DIR / "full.state.safetensors")
-
-
 def trained_by(stage, key: str) -> bool:
     name = our_name(key)
-    return name is not None and any(re.fullmatch(pattern, name) for pattern in stage.trainable)
+    return name is not None and matches(name, stage.trainable)
 
 
 def split_qkv(key: str, tensor: torch.Tensor, num_heads: int) -> dict[str, torch.Tensor]:
-    """The authors' (heads, 3, head_dim) as the official q, k and v."""
+    """The authors' fused matrix (heads, 3, head_dim) as the official q, k and v."""
     parts = tensor.unflatten(0, (num_heads, 3, -1))
     return {
         key.replace("query_key_value", f"{n}_proj"): parts[:, i].flatten(0, 1).contiguous()
@@ -40,16 +35,16 @@ def split_qkv(key: str, tensor: torch.Tensor, num_heads: int) -> dict[str, torch
 
 def release_contents(state: dict[str, torch.Tensor] | None = None) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors of each slot's file, by the keys in it."""
-    state = state or golden_state()
+    state = state or load_file(GOLDEN_DIR / "full.state.safetensors")
     generator = torch.Generator().manual_seed(0)
     older = lambda key: torch.randn(state[key].shape, generator=generator)  # noqa: E731
-    files = {slot: {} for slot in ("phi", "blip2", "point_encoder", "tinygpt_v", "stage3", "stage4")}
+    files = {file.slot: {} for file in FILES}
     for key, tensor in state.items():
         in_3, in_4 = trained_by(STAGE_3, key), trained_by(STAGE_4, key)
         is_buffer = "running_" in key or "num_batches" in key or "position_ids" in key
         before = older(key) if in_3 or in_4 else tensor
         if key.startswith(PHI) and ".lora_" not in key and not key.endswith(ADDED_NORMS):
-            # The golden's biases of the q and k norms are not zero, so a file must give them; in the release none does.
+            # The golden's biases of the q and k norms are not zero, so a file must hold them; in the release none does.
             files["phi"][key.removeprefix(PHI)] = before
         elif key.startswith(PHI) or key.startswith("llama_proj"):
             files["tinygpt_v"][key] = before
@@ -70,36 +65,44 @@ def release_contents(state: dict[str, torch.Tensor] | None = None) -> dict[str, 
     return files
 
 
-def write_release(folder: Path, contents: dict | None = None, phi: str = "fused") -> dict[str, Path]:
+def write_release_files(folder: Path, contents: dict | None = None, phi: str = "fused") -> dict[str, Path]:
     """Write the files; returns the path of each slot.
 
     Args:
-        phi: "fused" safetensors in one file, or "official": q, k and v apart in two `.bin` shards.
+        contents: as of `release_contents`, which is the default.
+        phi: "fused" safetensors in one file, or "official": separate q, k and v in two `.bin` shards.
     """
     contents = contents or release_contents()
     paths = {slot: folder / f"{slot}.pth" for slot in contents} | {"phi": folder / "Phi_2"}
     paths["phi"].mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(GOLDEN_DIR / "tokenizer" / name, paths["phi"] / name)
-    config = make_tiny_config().text_config
-    theirs = {"architectures": ["PhiForCausalLM"], "num_attention_heads": 4, "partial_rotary_factor": 0.5}
-    (paths["phi"] / "config.json").write_text(json.dumps(theirs | {"model_type": "phi", "layer_norm_eps": 1e-05}))
+    settings = {"architectures": ["PhiForCausalLM"], "num_attention_heads": 4, "partial_rotary_factor": 0.5}
+    (paths["phi"] / "config.json").write_text(json.dumps(settings | {"model_type": "phi", "layer_norm_eps": 1e-05}))
     if phi == "fused":
         save_file(contents["phi"], paths["phi"] / "model.safetensors")
     else:
-        tensors = {}
-        for key, tensor in contents["phi"].items():
-            fused = "query_key_value" in key
-            tensors |= split_qkv(key, tensor, config.num_attention_heads) if fused else {key: tensor}
-        halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
-        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
-        for name, half in zip(names, halves, strict=True):
-            torch.save(half, paths["phi"] / name)
-        index = {"weight_map": {key: name for name, half in zip(names, halves, strict=True) for key in half}}
-        (paths["phi"] / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        write_official_phi(paths["phi"], contents["phi"])
     for slot, tensors in contents.items():
         if slot != "phi":
             container = "base_model" if slot == "point_encoder" else "model"
             extra = {"optimizer": {"state": {0: torch.ones(2)}}, "epoch": 2} if slot == "stage4" else {}
             torch.save({container: tensors} | extra, paths[slot])
     return paths
+
+
+def write_official_phi(folder: Path, fused: dict[str, torch.Tensor]):
+    """Two `.bin` shards with separate q, k and v."""
+    num_heads, tensors = make_tiny_config().text_config.num_attention_heads, {}
+    for key, tensor in fused.items():
+        tensors |= split_qkv(key, tensor, num_heads) if "query_key_value" in key else {key: tensor}
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, shard in shards.items():
+        torch.save(shard, folder / name)
+    index = {"weight_map": {key: name for name, shard in shards.items() for key in shard}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def release_options(paths: dict[str, Path]) -> list[str]:
+    """The options of `minigpt3d convert` for files."""
+    return [str(word) for slot, path in paths.items() for word in ("--" + slot.replace("_", "-"), path)]

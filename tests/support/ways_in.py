@@ -1,4 +1,4 @@
-"""What the tests of pipeline, command line and Hub folder share: a tiny model that sees, and clouds to show it."""
+"""A tiny model whose answers depend on the cloud, its processor, and clouds."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def make_processor() -> MiniGPT3DProcessor:
 
 
 def make_cloud(seed: int, num_points: int = 200) -> np.ndarray:
-    """(N, 6): a box of its own proportions and colour for each seed."""
+    """(N, 6): a box, whose proportions and color depend on the seed."""
     rng = np.random.default_rng(seed)
     xyz = rng.uniform(-1, 1, (num_points, 3)) * rng.uniform(0.2, 1, 3)
     return np.concatenate([xyz, np.tile(rng.uniform(0, 1, 3), (num_points, 1))], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare agrees; times are not looked at."""
+"""The benchmarks run, and what they compare agrees. Times are not checked."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @contextmanager
 def loaded(name: str):
-    """A benchmark as a module; those beside it can be imported while it is there."""
+    """A benchmark as a module, with its folder on the import path."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -71,7 +71,7 @@ def test_a_difference_ends_the_run(encode, monkeypatch):
         encode.run(model, encode.make_point_clouds(batch_size=2, num_points=128), repeats=1)
 
 
-def test_clouds_are_normalised(encode):
+def test_clouds_are_normalized(encode):
     point_clouds = encode.make_point_clouds(batch_size=2, num_points=500)
     assert point_clouds.shape == (2, 500, 6)
     assert torch.allclose(point_clouds[..., :3].mean(1), torch.zeros(2, 3), atol=1e-6)
@@ -87,7 +87,7 @@ def test_clouds_are_normalised(encode):
         (["--model", "nope"], "there is no folder nope"),
     ],
 )
-def test_mistakes_are_told(generate, arguments, message, capsys):
+def test_wrong_arguments_are_reported(generate, arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         generate.main(arguments)
     assert message in f"{end.value.code} {capsys.readouterr().err}"

@@ -21,8 +21,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minigpt3d.evaluation import judges
-from minigpt3d.evaluation.judges import ATTEMPTS, EndpointJudge, JudgeError, LocalJudge
+from minigpt3d.evaluation.judges import (
+    MAX_TOKENS,
+    EndpointJudge,
+    JudgeError,
+    LocalJudge,
+    endpoint as endpoint_module,
+    local,
+)
+from minigpt3d.evaluation.judges.endpoint import ATTEMPTS
 
 
 KEY = "sk-do-not-show-me"
@@ -125,7 +132,13 @@ def environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith("OPENAI_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(EndpointJudge, "first_wait", 0.001)
+    set_waits(monkeypatch, 0.001, 0.002)
+
+
+def set_waits(monkeypatch, first: float, longest: float):
+    """Set the openai client's waits before its retries: the first, doubled up to the longest."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", first)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", longest)
 
 
 @pytest.fixture
@@ -224,9 +237,9 @@ def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge
     endpoint.answer = lambda request, nth: answer
     judge = make_judge()
     assert judge(["a"]) == judge(["a"]) == [reply]
-    assert len(endpoint.requests) == 1 and judge.usage["calls"] == judge.usage["cached"] == 1
+    assert len(endpoint.requests) == 1 and judge.sum_up()["replies"] == 1
     (entry,) = read_entries(tmp_path / "cache")
-    assert entry["reply"] == reply and judge.usage["cut"] == (entry["finish_reason"] == "length")
+    assert entry["reply"] == reply and judge.sum_up()["cut"] == (entry["finish_reason"] == "length")
     endpoint.answer = lambda request, nth: completion("mended")
     is_final = entry["finish_reason"] in ("length", "content_filter") or (reply or "").strip()
     assert make_judge()(["a"]) == [reply if is_final else "mended"]
@@ -281,7 +294,7 @@ def test_results_name_the_endpoint_that_replied(endpoint, make_judge):
     make_judge()(["a", "b"])
     judge = make_judge(url=elsewhere)
     judge(["a", "b"])
-    assert judge.sum_up()["endpoint"] == endpoint.host and judge.usage["calls"] == 0
+    assert judge.sum_up()["endpoint"] == endpoint.host
     other = make_judge(url=endpoint.url.replace("127.0.0.1", "localhost"))
     other(["a", "c"])
     assert other.sum_up()["endpoint"] == f"{endpoint.host}, {endpoint.host.replace('127.0.0.1', 'localhost')}"
@@ -294,11 +307,12 @@ def test_usage_adds_up_over_calls(endpoint, make_judge):
     judge(["a", "b", "a"])
     judge(["b", "c", "d"])
     assert judge.name == "a-model"
-    assert judge.usage == {
-        "calls": 4, "cached": 1, "failed": 0, "cut": 4, "prompt_tokens": 600, "completion_tokens": 60,
-        "cost": pytest.approx((600 * 2 + 60 * 10) / 1e6),
-    }  # fmt: skip
-    assert make_judge().usage["cost"] is None  # no price
+    facts = judge.sum_up()
+    assert (facts["replies"], facts["cut"], facts["prompt_tokens"], facts["completion_tokens"]) == (4, 4, 600, 60)
+    assert facts["cost"] == pytest.approx((600 * 2 + 60 * 10) / 1e6)
+    without_price = make_judge()
+    without_price(["a"])
+    assert without_price.sum_up()["cost"] is None
 
 
 @pytest.mark.parametrize(("tokens", "known"), [(None, (None, None)), ((None, 4), (None, 8)), ((10, None), (20, None))])
@@ -308,8 +322,9 @@ def test_unknown_tokens_make_the_sum_unknown(endpoint, make_judge, tokens, known
     for prompt in "bac":
         judge([prompt])
     expected = tuple(None if total is None else total * 3 // 2 for total in known)
-    assert (judge.usage["prompt_tokens"], judge.usage["completion_tokens"]) == expected
-    assert judge.usage["cost"] is None and judge.usage["calls"] == 3
+    facts = judge.sum_up()
+    assert (facts["prompt_tokens"], facts["completion_tokens"]) == expected
+    assert facts["cost"] is None and facts["replies"] == 3
 
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
@@ -320,7 +335,7 @@ def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_
     make_judge(concurrency=2, timeout=5)(prompts)
     again = make_judge()
     assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == 2
-    assert (again.usage["calls"], again.usage["cached"], again.usage["prompt_tokens"]) == (0, 2, 0)
+    assert again.sum_up()["replies"] == 2
     for count, changes in enumerate(({"model": "other"}, {"max_tokens": 9}, {"cache_dir": tmp_path / "other"}), 2):
         assert make_judge(**changes)(prompts) == replies_to(prompts)
         assert len(endpoint.requests) == 2 * count
@@ -331,7 +346,7 @@ def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_
 def test_entries_say_what_was_asked_and_hold_no_key(endpoint, make_judge, tmp_path):
     make_judge()(["a"])
     (entry,) = read_entries(tmp_path / "cache")
-    settings = {"temperature": 0, "seed": 0, "max_tokens": judges.MAX_TOKENS}
+    settings = {"temperature": 0, "seed": 0, "max_tokens": MAX_TOKENS}
     assert entry == {
         "key": {"kind": "chat completions", "model": "a-model", "settings": settings, "prompt": "a"},
         "reply": "reply to a", "date": date.today().isoformat(), "finish_reason": "stop", "served_model": "served",
@@ -397,7 +412,7 @@ def test_a_killed_run_goes_on_without_asking_twice(endpoint, make_judge, tmp_pat
     judge = make_judge()
     assert judge(prompts) == replies_to(prompts)
     assert endpoint.asked() == {prompt: 2 if prompt in in_flight else 1 for prompt in prompts}
-    assert (judge.usage["calls"], judge.usage["cached"]) == (5, 7)
+    assert judge.sum_up()["replies"] == 12
 
 
 # ---- Servers that are busy, broken or silent ------------------------------------------------------------------------
@@ -426,11 +441,11 @@ def test_retry_after_is_respected_by_all_threads(endpoint, make_judge):
 def test_retry_after_as_a_date_or_nonsense():
     date = datetime.now(timezone.utc) + timedelta(seconds=60)
     for value in (format_datetime(date, usegmt=True), format_datetime(date.astimezone(timezone(timedelta(hours=9))))):
-        assert 50 < judges._retry_after({"retry-after": value}) <= 60
+        assert 50 < endpoint_module._retry_after({"retry-after": value}) <= 60
     past = format_datetime(datetime.now(timezone.utc) - timedelta(seconds=60), usegmt=True)
     for headers in ({}, *({"retry-after": value} for value in (past, "", "soon", "-3", "nan", "Mon, 99 Foo 2026"))):
-        assert judges._retry_after(headers) == 0
-    assert judges._retry_after({"retry-after": "2.5"}) == 2.5
+        assert endpoint_module._retry_after(headers) == 0
+    assert endpoint_module._retry_after({"retry-after": "2.5"}) == 2.5
 
 
 def test_a_server_that_asks_for_hours_is_not_waited_for(endpoint, make_judge):
@@ -441,14 +456,14 @@ def test_a_server_that_asks_for_hours_is_not_waited_for(endpoint, make_judge):
 
 
 def test_waits_double(endpoint, make_judge, monkeypatch):
-    monkeypatch.setattr(EndpointJudge, "first_wait", 0.01)
+    set_waits(monkeypatch, 0.01, 0.08)
     endpoint.answer = lambda request, nth: refusal(500, "oops")
     with pytest.raises(JudgeError):
         make_judge()(["a"])
     times = [request.time for request in endpoint.requests]
     waits = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
     assert len(waits) == ATTEMPTS - 1
-    assert all(wait >= 0.005 * 2**i for i, wait in enumerate(waits))  # half of each may be jitter
+    assert all(wait >= 0.75 * min(0.01 * 2**i, 0.08) for i, wait in enumerate(waits))  # a quarter may be jitter
 
 
 @pytest.mark.parametrize(
@@ -477,13 +492,13 @@ def test_a_passing_trouble_is_asked_again(endpoint, make_judge, trouble):
     judge = make_judge()
     assert judge(["a"]) == ["at last"]
     assert len(endpoint.requests) == 3
-    assert (judge.usage["calls"], judge.usage["failed"], judge.usage["prompt_tokens"]) == (1, 0, 10)
+    assert (judge.sum_up()["replies"], judge.sum_up()["prompt_tokens"]) == (1, 10)
 
 
 def test_a_silent_server_is_asked_again(endpoint, make_judge):
     endpoint.answer = lambda request, nth: endpoint.over.wait() if nth == 1 else completion("at last")
     begin = time.monotonic()
-    with pytest.warns(UserWarning, match="Request timed out.* It is asked again, up to 7 times"):
+    with pytest.warns(UserWarning, match=rf"no reply within 0.3 s.* up to {ATTEMPTS} times"):
         assert make_judge(timeout=0.3)(["a"]) == ["at last"]
     assert 0.3 <= endpoint.requests[1].time - begin < 5
 
@@ -498,13 +513,13 @@ def test_a_stray_failure_ends_the_run_after_all_others_and_the_same_call_goes_on
         judge(prompts)
     assert str(caught.value) == (
         f'{endpoint.url} did not reply to 1 of 5 prompts; the last: HTTP 500 {{"error": {{"message": "cannot do a"}}}} '
-        f"({ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to go on from there."
+        f"({ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to resume."
     )
     assert endpoint.asked() == {"a": ATTEMPTS, "b": 1, "c": 1, "d": 1, "e": 1}
     del endpoint.answer
     assert judge(prompts) == replies_to(prompts)
     assert endpoint.asked() == {"a": ATTEMPTS + 1, "b": 1, "c": 1, "d": 1, "e": 1}
-    assert (judge.usage["calls"], judge.usage["cached"], judge.usage["failed"]) == (5, 4, 1)
+    assert judge.sum_up()["replies"] == 5
 
 
 def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
@@ -515,17 +530,19 @@ def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
 
 @pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
 def test_a_broken_server_is_given_up(endpoint, make_judge, concurrency, in_vain):
-    endpoint.answer = lambda request, nth: Answer(b"<html>no API here</html>")
+    def slow_page(request, nth):
+        time.sleep(0.01)  # so that the main thread can stop the others before they try the next prompt in vain, too
+        return Answer(b"<html>no API here</html>")
+
+    endpoint.answer = slow_page
     with (
-        pytest.warns(
-            UserWarning, match="no chat completion came.*no API here.* It is asked again, up to 7 times"
-        ) as told,
+        pytest.warns(UserWarning, match=f"no chat completion came.*no API here.* up to {ATTEMPTS} times") as told,
         pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
     # Each thread may have begun with one more.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
-    assert len(told) == 1
+    assert len(told) == 1, [str(warning.message) for warning in told]
 
 
 def test_no_server_at_all(endpoint, make_judge):
@@ -549,7 +566,7 @@ def test_no_server_at_all(endpoint, make_judge):
         (401, {}, "Set the environment variable OPENAI_API_KEY"),
         (402, {}, "Top up the account"),
         (403, {}, "Set the environment variable OPENAI_API_KEY"),
-        (404, {}, "Check the model's name, and the URL: that of most servers ends in /v1"),
+        (404, {}, "Check the model's name and the URL.*ends in /v1"),
         (429, {"code": "insufficient_quota"}, "Top up the account"),
     ],
 )
@@ -606,21 +623,24 @@ def test_settings_that_are_refused_are_left_out_or_renamed(endpoint, make_judge,
     assert again.sum_up()["sampled"] == (20 if "temperature" in refused else 0)
 
 
-def test_a_refusal_ends_the_waits_of_others(endpoint, make_judge, monkeypatch):
-    monkeypatch.setattr(EndpointJudge, "first_wait", 20.0)
+def test_a_refusal_ends_the_waits_of_others(endpoint, make_judge):
     three_wait = threading.Barrier(4)
 
     def one_refuses(request, nth):
         three_wait.wait(10)
         time.sleep(0.2 if request.prompt == "3" else 0)
-        return refusal(401, "no") if request.prompt == "3" else refusal(500, "oops")
+        return (
+            refusal(401, "no")
+            if request.prompt == "3"
+            else refusal(429, "busy")._replace(headers={"Retry-After": "20"})
+        )
 
     endpoint.answer = one_refuses
     judge, begin = make_judge(concurrency=4), time.monotonic()
     with pytest.raises(JudgeError, match="refuses to judge with 'a-model': HTTP 401"):
         judge([str(i) for i in range(40)])
     assert time.monotonic() - begin < 5
-    assert len(endpoint.requests) == 4 and judge.usage["failed"] == 0
+    assert len(endpoint.requests) == 4
 
 
 def test_replies_on_their_way_at_a_refusal_are_kept(endpoint, make_judge, tmp_path):
@@ -641,12 +661,11 @@ def test_replies_on_their_way_at_a_refusal_are_kept(endpoint, make_judge, tmp_pa
     with pytest.raises(JudgeError, match="1 of 4 replies are kept"):
         judge(["slow", "b", "c", "d"])
     assert len(endpoint.requests) == 2
-    assert (judge.usage["calls"], judge.usage["prompt_tokens"]) == (1, 10)
     assert [entry["reply"] for entry in read_entries(tmp_path / "cache")] == ["came late"]
 
 
 def test_ctrl_c_waits_for_no_silent_server(endpoint, make_judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "GRACE", 0.5)
+    monkeypatch.setattr(endpoint_module, "GRACE", 0.5)
 
     def interrupt(request, nth):
         if len(endpoint.requests) == 3:
@@ -693,19 +712,19 @@ def test_blanks_around_a_key_do_no_harm(endpoint, make_judge, monkeypatch):
 
 @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "127.0.0.1:8000", "ftp://x/v1", "http://", "/v1"])
 def test_urls_are_checked(make_judge, url):
-    with pytest.raises(ValueError, match="A judge's URL looks like http://127.0.0.1:8000/v1, got"):
+    with pytest.raises(ValueError, match="`url` must look like http://127.0.0.1:8000/v1, got"):
         make_judge(url=url)
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"requests_per_minute": 0}, {"requests_per_minute": -1}])
 def test_limits_are_checked(make_judge, options):
-    with pytest.raises(ValueError, match="concurrency must be 1 or more, requests_per_minute above 0"):
+    with pytest.raises(ValueError, match="`(concurrency|requests_per_minute)` must be (at least 1|above 0)"):
         make_judge(**options)
 
 
 @pytest.mark.parametrize("prompts", ["a text", ["a", None], [["a"]]])
 def test_prompts_are_checked(endpoint, make_judge, prompts):
-    with pytest.raises(ValueError, match="A judge takes a list of prompts, each a text; got"):
+    with pytest.raises(ValueError, match="`prompts` must be a list of texts, got"):
         make_judge()(prompts)
     assert not endpoint.requests
 
@@ -721,14 +740,14 @@ PROMPTS = [
     "What is this?",
     "No.",
 ]
-MAX_TOKENS = 12
+LOCAL_MAX_TOKENS = 12
 
 
 def greedy(model, tokenizer, prompt: str) -> list[int]:
     """The tokens of the reply, by one whole forward pass for each."""
     ids = tokenizer(f"<user>{prompt}<end><assistant>", return_tensors="pt").input_ids
     start, ends = ids.shape[1], model.generation_config.eos_token_id
-    while ids.shape[1] < start + MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
+    while ids.shape[1] < start + LOCAL_MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     return ids[0, start:].tolist()
 
@@ -768,13 +787,14 @@ def chat_model(tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_local_replies_are_greedy_whatever_the_batch(chat_model, tmp_path, batch_size):
     folder, expected = chat_model
-    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=batch_size, max_tokens=MAX_TOKENS)
+    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=batch_size, max_tokens=LOCAL_MAX_TOKENS)
     assert judge(PROMPTS + PROMPTS[:1]) == [expected[prompt][0] for prompt in PROMPTS + PROMPTS[:1]]
     cut = sum(is_cut for _, is_cut, _ in expected.values())
     assert 0 < cut < len(PROMPTS) and len({reply for reply, _, _ in expected.values()}) > 3
     assert judge.name == "tiny-llama"
-    assert judge.usage == {
-        "calls": len(PROMPTS), "cached": 0, "failed": 0, "cut": cut,
+    assert judge.sum_up() == {
+        "replies": len(PROMPTS), "cut": cut, "sampled": 0, "date": date.today().isoformat(), "endpoint": None,
+        "served_models": [],
         "prompt_tokens": sum(len(prompt.encode()) + 3 for prompt in PROMPTS),
         "completion_tokens": sum(tokens for _, _, tokens in expected.values()), "cost": None,
     }  # fmt: skip
@@ -782,7 +802,7 @@ def test_local_replies_are_greedy_whatever_the_batch(chat_model, tmp_path, batch
 
 def test_local_replies_are_kept_as_they_come(chat_model, tmp_path, monkeypatch):
     folder, expected = chat_model
-    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=2, max_tokens=MAX_TOKENS)
+    judge = LocalJudge(folder, tmp_path, "cpu", batch_size=2, max_tokens=LOCAL_MAX_TOKENS)
     generate, batches = judge._generate, []
 
     def killed_at_the_third(prompts):
@@ -794,20 +814,22 @@ def test_local_replies_are_kept_as_they_come(chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "_generate", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         judge(PROMPTS)
-    again = LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)
+    again = LocalJudge(folder, tmp_path, "cpu", max_tokens=LOCAL_MAX_TOKENS)
+    generate, asked = again._generate, []
+    monkeypatch.setattr(again, "_generate", lambda prompts: asked.extend(prompts) or generate(prompts))
     assert again(PROMPTS) == [expected[prompt][0] for prompt in PROMPTS]
-    assert (again.usage["calls"], again.usage["cached"]) == (2, 4)
+    assert sorted([*asked, *batches[0], *batches[1]]) == sorted(PROMPTS)
 
     def no_weights(*args, **options):
         raise AssertionError("The weights are loaded though there is nothing to ask.")
 
-    monkeypatch.setattr(judges.AutoModelForCausalLM, "from_pretrained", no_weights)
-    assert LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)(PROMPTS) == again(PROMPTS)
+    monkeypatch.setattr(local.AutoModelForCausalLM, "from_pretrained", no_weights)
+    assert LocalJudge(folder, tmp_path, "cpu", max_tokens=LOCAL_MAX_TOKENS)(PROMPTS) == again(PROMPTS)
     with pytest.raises(AssertionError):  # other settings
-        LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS - 1)(PROMPTS)
+        LocalJudge(folder, tmp_path, "cpu", max_tokens=LOCAL_MAX_TOKENS - 1)(PROMPTS)
     os.utime(folder / "config.json", ns=(0, 0))
     with pytest.raises(AssertionError):  # another content
-        LocalJudge(folder, tmp_path, "cpu", max_tokens=MAX_TOKENS)(PROMPTS)
+        LocalJudge(folder, tmp_path, "cpu", max_tokens=LOCAL_MAX_TOKENS)(PROMPTS)
 
 
 def test_half_an_emoji_is_asked_of_a_local_judge(chat_model, tmp_path):
@@ -816,12 +838,14 @@ def test_half_an_emoji_is_asked_of_a_local_judge(chat_model, tmp_path):
 
 
 def test_what_is_no_chat_model_is_refused(chat_model, tmp_path):
-    with pytest.raises(ValueError, match=r"No judge at '.*nothing': expected a folder or the Hub id of a chat model"):
+    with pytest.raises(
+        ValueError, match=r"`model` '.*nothing' cannot be loaded: expected a folder or the Hub id of a chat model"
+    ):
         LocalJudge(tmp_path / "nothing", tmp_path)
-    with pytest.raises(ValueError, match=r"No judge at 'gpt-4o': .*one behind an endpoint needs a URL"):
+    with pytest.raises(ValueError, match=r"`model` 'gpt-4o' cannot be loaded: .*`url`.*endpoint"):
         LocalJudge("gpt-4o", tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(chat_model[0])
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="base has no chat template, so it is no chat model"):
+    with pytest.raises(ValueError, match="base has no chat template"):
         LocalJudge(tmp_path / "base", tmp_path)

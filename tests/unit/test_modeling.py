@@ -1,4 +1,4 @@
-"""What must hold of the network beyond the goldens."""
+"""Properties of the network that the goldens do not cover."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_batch_of_clouds_equals_one_by_one(point_clouds, router_type):
 
 
 @pytest.mark.parametrize("router_type", ["sparse", "soft", "constant"])
-def test_experts_together_equal_experts_apart(point_clouds, router_type):
+def test_experts_together_equal_experts_one_by_one(point_clouds, router_type):
     """One masked Q-Former call over all chosen experts, against one call per cloud and expert."""
     model = make_tiny_model(make_tiny_config(router_type=router_type)).model
     features = model.point_encoder(point_clouds)
@@ -122,7 +122,7 @@ def test_save_and_load_is_identity(backbone_model, point_clouds, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_trainable_parameter_gets_a_gradient(backbone_model, point_clouds, checkpointing):
-    """With the soft router, under which every expert takes part. Frozen norms and statistics aside, that is all."""
+    """With the soft router, which uses every expert."""
     backbone_model.config.router_type = "soft"
     if checkpointing:
         backbone_model.gradient_checkpointing_enable()
@@ -192,8 +192,8 @@ def test_half_precision(tmp_path, point_clouds, dtype):
     assert model.generate(**make_inputs(point_clouds), **GREEDY).shape == (3, 23)
 
 
-def test_the_qformer_keeps_to_attention_that_takes_its_mask(tiny_model, monkeypatch):
-    """flash attention and the like are for encoder and language model alone."""
+def test_the_qformer_keeps_an_attention_that_takes_its_mask(tiny_model, monkeypatch):
+    """Only encoder and language model use flash attention and the like."""
     monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda self, name: _set_everywhere(self, name))
     tiny_model.set_attn_implementation("flash_attention_2")
     assert tiny_model.config.qformer_config._attn_implementation == "sdpa"
@@ -225,7 +225,7 @@ def test_backbones_that_change_their_logits_are_refused():
 
 
 def test_device_map(tmp_path, point_clouds):
-    """`device_map` needs blocks that are not split; on a CPU it can at least place everything."""
+    """`device_map` needs the names of blocks that are not split."""
     make_tiny_model().save_pretrained(tmp_path)
     model = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, device_map="cpu")
     assert torch.equal(model.get_point_features(point_clouds), make_tiny_model().get_point_features(point_clouds))
@@ -234,7 +234,7 @@ def test_device_map(tmp_path, point_clouds):
 
 
 def test_a_new_model_from_a_config_computes(point_clouds):
-    """Nothing is left uninitialised."""
+    """Nothing is left uninitialized."""
     torch.manual_seed(0)
     model = MiniGPT3DForConditionalGeneration(make_tiny_config()).eval()
     assert model(**make_inputs(point_clouds)).logits.isfinite().all()
@@ -242,13 +242,13 @@ def test_a_new_model_from_a_config_computes(point_clouds):
 
 
 def test_generation_stops_at_the_end_sign(tiny_processor, point_clouds):
-    """`###` ends the answer, in each row for itself; the rest of the row is padding."""
+    """`###` ends each row's answer; the rest of the row is padding."""
     model = make_tiny_model()
     end = tiny_processor.tokenizer("###", add_special_tokens=False)["input_ids"]
     head = model.get_output_embeddings()
     head.weight.data.zero_()
     head.bias.data.zero_()
-    head.bias.data[end[0]] = 1.0  # the model writes `#`, or whatever begins `###`, for ever
+    head.bias.data[end[0]] = 1.0  # the model writes `#`, or whatever begins `###`, forever
     inputs = make_inputs(point_clouds)
     arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 292, "eos_token_id": 292}
     unstopped = model.generate(**inputs, **arguments)
@@ -261,7 +261,7 @@ def test_generation_stops_at_the_end_sign(tiny_processor, point_clouds):
     assert new.shape[1] <= 3
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_generation_stops_at_the_end_sign(tiny_processor, point_clouds):
         (lambda i: i.update(inputs_embeds=torch.zeros(1)), "exactly one of input_ids and inputs_embeds"),
     ],
 )
-def test_mistakes_are_named(tiny_model, point_clouds, change, message):
+def test_wrong_inputs_are_refused(tiny_model, point_clouds, change, message):
     inputs = make_inputs(point_clouds)
     change(inputs)
     with pytest.raises(ValueError, match=message):
@@ -306,7 +306,7 @@ def test_config_round_trip(tmp_path):
 
 
 def test_default_config_is_the_paper(golden):
-    """All parameters but LoRA's, at full size, as the authors count them."""
+    """The number of parameters without LoRA, at full size, as the authors count them."""
     with torch.device("meta"):
         model = MiniGPT3DForConditionalGeneration(MiniGPT3DConfig())
     facts = golden("trainable_full.json")
@@ -324,7 +324,7 @@ def test_sampled_points_are_distinct_and_exact():
     assert all(len(set(row.tolist())) == 500 for row in indices)
     assert indices[:, 0].tolist() == [3, 490]
     indices = farthest_point_sampling(coord, 64)
-    for row in range(2):  # by the definition, without the running minimum
+    for row in range(2):  # by definition, without the running minimum
         chosen = [0]
         for _ in range(63):
             chosen.append(torch.cdist(coord[row], coord[row, chosen]).amin(1).argmax().item())
@@ -337,9 +337,9 @@ def test_repeated_points_do_not_break_grouping():
     assert nearest_neighbors(coord, coord[:, :4], 32).sort(-1).values.equal(torch.arange(32).expand(1, 4, 32))
 
 
-def test_grouping_mistakes_are_named():
+def test_wrong_grouping_is_refused():
     coord = torch.rand(1, 8, 3)
     with pytest.raises(ValueError, match="fps_start must be between 0 and 7"):
         farthest_point_sampling(coord, 4, 8)
-    with pytest.raises(ValueError, match="has no 9 neighbours"):
+    with pytest.raises(ValueError, match="has no 9 neighbors"):
         nearest_neighbors(coord, coord, 9)

@@ -1,4 +1,4 @@
-"""`PointCloudToTextPipeline`: what goes in, what comes out, and where an answer ends."""
+"""`PointCloudToTextPipeline`: inputs, outputs, and where an answer ends."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipelin
 
 
 def make_chat(cloud, *texts: str) -> list[dict]:
-    """Question, answer, question … about one cloud."""
+    """A chat about one cloud: question, answer, question …"""
     messages = []
     for i, text in enumerate(texts):
         content = [{"type": "text", "text": text}]
@@ -29,14 +29,19 @@ def make_pipeline(model, **arguments) -> PointCloudToTextPipeline:
     return PointCloudToTextPipeline(model=model, processor=make_processor(), device="cpu", **arguments)
 
 
+@pytest.fixture(scope="module")
+def model():
+    return make_seeing_model()
+
+
 @pytest.fixture
-def describe() -> PointCloudToTextPipeline:
-    return make_pipeline(make_seeing_model(), max_new_tokens=8)
+def describe(model) -> PointCloudToTextPipeline:
+    return make_pipeline(model, max_new_tokens=8)
 
 
 @pytest.fixture
 def ending() -> PointCloudToTextPipeline:
-    """Writes `#` for ever, if nobody stops it."""
+    """Writes `#` until it is stopped."""
     ending = make_pipeline(make_seeing_model(), max_new_tokens=20)
     (token, *_) = ending.processor.tokenizer("#", add_special_tokens=False)["input_ids"]
     head = ending.model.get_output_embeddings()
@@ -51,7 +56,7 @@ def text_of(output: list[dict[str, str]]) -> str:
     return output[0]["generated_text"]
 
 
-def test_one_input_of_every_kind_gives_one_answer(describe, clouds, tmp_path):
+def test_one_input_of_each_type_gives_one_answer(describe, clouds, tmp_path):
     np.save(tmp_path / "cloud.npy", clouds[0])
     answer = text_of(describe(clouds[0]))
     assert answer
@@ -59,13 +64,13 @@ def test_one_input_of_every_kind_gives_one_answer(describe, clouds, tmp_path):
         assert text_of(describe(same)) == answer
 
 
-def test_a_list_gives_a_list_whatever_the_batch(describe, clouds):
+def test_a_list_gives_a_list_for_any_batch_size(describe, clouds):
     alone = [describe(cloud) for cloud in clouds]
     assert describe(clouds) == alone
     assert describe(clouds, batch_size=2) == alone
     assert list(describe(cloud for cloud in clouds)) == alone
     assert describe([]) == []
-    assert len({text_of(answer) for answer in alone}) > 1  # the clouds were looked at
+    assert len({text_of(answer) for answer in alone}) > 1  # answers depend on the clouds
 
 
 def test_questions_of_unequal_length_in_one_batch(describe, clouds):
@@ -79,11 +84,27 @@ def test_a_prompt_is_a_chat_of_one_turn(describe, clouds):
     assert describe(clouds[0]) == describe(make_chat(clouds[0], "What is this?"))
 
 
+def test_reading_options_of_a_call(describe, clouds, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        describe.model, "generate", lambda **inputs: seen.append(inputs["point_clouds"]) or inputs["input_ids"]
+    )
+    bare = clouds[0][:, :3]
+    describe(bare)
+    describe(bare, up_axis="z", missing_color="white")
+    describe(make_chat(bare, "What?"), up_axis="z", missing_color=(1.0, 1.0, 1.0))
+    describe.processor.feature_extractor.up_axis = "z"
+    describe(bare, up_axis="y")
+    plain, turned, chat, kept = seen
+    assert torch.equal(turned[..., 1], plain[..., 2]) and (turned[..., 3:] == 1).all()
+    assert torch.equal(chat, turned) and torch.equal(kept, plain)
+
+
 def test_a_chat_of_several_turns(describe, clouds):
     chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
     before = repr(chat)
     assert text_of(describe(chat)) != text_of(describe(make_chat(clouds[0], "What color is it?")))
-    assert repr(chat) == before  # the caller's messages are left alone
+    assert repr(chat) == before  # the caller's messages are not changed
 
 
 def test_chats_and_files_mixed(describe, clouds):
@@ -109,11 +130,11 @@ def test_arguments_of_generate(describe, clouds):
     assert len(text_of(describe(clouds[0], max_new_tokens=2))) < len(text_of(describe(clouds[0])))
     config = GenerationConfig(max_new_tokens=2, pad_token_id=describe.processor.tokenizer.pad_token_id)
     assert make_pipeline(describe.model)(clouds[0], generation_config=config) == describe(clouds[0], max_new_tokens=2)
-    assert config.stop_strings is None  # the caller's own is left alone
+    assert config.stop_strings is None  # the caller's configuration is not changed
 
 
 def test_an_answer_ends_at_its_mark(ending, clouds):
-    """Three `#`, and no fourth: the mark stops the generation and is cut off."""
+    """Three `#` and no fourth: the mark stops the generation and is removed."""
     steps = []
     ending.model.register_forward_hook(lambda *_: steps.append(1))
     assert ending(clouds[0]) == [{"generated_text": ""}]
@@ -156,7 +177,7 @@ def test_inputs_that_are_refused(describe, inputs, arguments, message):
 
 
 def test_image_text_to_text_takes_the_same_chat(describe, clouds):
-    """transformers' own pipeline for chats with something to look at."""
+    """transformers' pipeline for chats with images works too."""
     general = pipeline("image-text-to-text", model=describe.model, processor=describe.processor, device="cpu")
     chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
     (output,) = general(text=chat, max_new_tokens=8, return_full_text=False)

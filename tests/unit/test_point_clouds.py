@@ -1,4 +1,4 @@
-"""Point clouds: every format, colour, sampling, normalisation, and every kind of bad input with its own message."""
+"""Point clouds: formats, colors, sampling, normalization, and a message for each kind of bad input."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from pypcd4 import Encoding, PointCloud
 
-from minigpt3d import point_cloud_minigpt3d
+from minigpt3d import readers_minigpt3d
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, PointCloudError, load_point_cloud
 
 
@@ -59,7 +59,7 @@ def write_pcd(path, coord, color, encoding):
     cloud.save(path, encoding)
     if (
         encoding == Encoding.ASCII
-    ):  # pypcd4 prints ten decimals, which lose the bits of a packed colour; PCL prints digits
+    ):  # pypcd4 prints ten decimals, which lose the bits of a packed color; PCL prints digits
         head = path.read_text().partition("DATA ascii\n")[0]
         rows = (" ".join(f"{value:.9g}" for value in row) for row in np.column_stack([coord, packed]))
         path.write_text(head + "DATA ascii\n" + "\n".join(rows) + "\n")
@@ -150,7 +150,7 @@ def test_vertices_without_faces_are_points(tmp_path):
         assert (cloud[:, 3:] == 1).all()
 
 
-def test_masked_points_are_left_out():
+def test_masked_points_are_dropped():
     coord, color = make_cloud(100)
     array = np.concatenate([coord, color], axis=1)
     mask = np.zeros(array.shape, bool)
@@ -160,7 +160,7 @@ def test_masked_points_are_left_out():
 
 
 def test_ascii_ply_reads_as_binary_does_without_plyfile(tmp_path, monkeypatch):
-    """plyfile takes ten times as long for text."""
+    """plyfile would take ten times as long for text."""
     coord, color = make_cloud()
     write_ply(tmp_path / "binary.ply", coord, color // 128, text=False)  # bytes of 0 and 1 are still bytes
     write_ply(tmp_path / "ascii.ply", coord, color // 128, text=True)
@@ -189,7 +189,7 @@ def box(color=None, by="vertex") -> trimesh.Trimesh:
 
 
 def on_box_surface(cloud: np.ndarray) -> bool:
-    """Whether a normalised sample of the 1 × 2 × 4 box lies on its surface, up to the sample's own mean and norm."""
+    """Whether a normalized sample of the 1 × 2 × 4 box lies on its surface, up to the sample's own mean and norm."""
     coord = cloud[:, :3]
     half = (coord.max(0) - coord.min(0)) / 2
     middle = (coord.max(0) + coord.min(0)) / 2
@@ -229,7 +229,7 @@ def write_3mf(path, mesh):
         archive.writestr("3D/3dmodel.model", model)
 
 
-def test_area_decides_how_many_points_a_face_gets():
+def test_faces_are_sampled_by_area():
     cloud = load_point_cloud(trimesh.creation.box(extents=(1, 2, 4)), num_points=20000)
     coord = cloud[:, :3] / (cloud[:, 2].max() - cloud[:, 2].min()) * 4
     on_end = np.isclose(np.abs(coord[:, 2]), 2, atol=0.03).mean()  # two faces of 2, of 28 in all
@@ -271,7 +271,7 @@ def write_obj(folder, texture=True, texture_file=True):
 
 
 def thirds(cloud: np.ndarray) -> list[np.ndarray]:
-    """Colours in x of 0–0.5, 0.5–1 and 1–2 of `write_obj`, borders left out."""
+    """Colors in x of 0–0.5, 0.5–1 and 1–2 of `write_obj`, borders left out."""
     x = cloud[:, 0]
     x = (x - x.min()) / (x.max() - x.min()) * 2
     return [cloud[(low + 0.05 < x) & (x < high - 0.05), 3:] for low, high in ((0, 0.5), (0.5, 1), (1, 2))]
@@ -393,7 +393,7 @@ print(hashlib.sha256(load_point_cloud(sys.argv[1]).tobytes()).hexdigest())
     assert done.stdout.splitlines()[-2:] == ["[]", here]
 
 
-# Colours
+# Colors
 
 
 @pytest.mark.parametrize(
@@ -402,10 +402,10 @@ print(hashlib.sha256(load_point_cloud(sys.argv[1]).tobytes()).hexdigest())
         (np.array([0.0, 0.5, 1.0]), [0, 0.5, 1]),
         (np.array([0.0, 51.0, 255.0]), [0, 0.2, 1]),
         (np.array([0, 51, 255], np.uint8), [0, 0.2, 1]),
-        (np.array([0, 1, 1], np.uint8), [0, 1 / 255, 1 / 255]),  # bytes are bytes, however dark
+        (np.array([0, 1, 1], np.uint8), [0, 1 / 255, 1 / 255]),  # bytes, however dark
         (np.array([0, 13107, 65535], np.uint16), [0, 0.2, 1]),
         (np.array([0, 51, 255], np.int64), [0, 0.2, 1]),
-        (np.array([-1e-8, 0.5, 1.0000001]), [0, 0.5, 1]),  # what interpolation leaves
+        (np.array([-1e-8, 0.5, 1.0000001]), [0, 0.5, 1]),  # rounding of interpolation
         (np.array([-1e-3, 0.5, 1.001]), [0, 0.5, 1]),
         (np.array([-1e-8, 51, 255.0001]), [0, 0.2, 1]),
     ],
@@ -438,7 +438,7 @@ def test_missing_color_is_black_by_default():
     assert not load_point_cloud(make_cloud()[0])[:, 3:].any()
 
 
-def test_las_whose_colors_nobody_filled_in(tmp_path):
+def test_las_with_colors_that_are_all_zero(tmp_path):
     coord, color = make_cloud()
     write_las(tmp_path / "scan.las", coord, color * 0)
     assert (load_point_cloud(tmp_path / "scan.las", 200, missing_color="white")[:, 3:] == 1).all()
@@ -477,17 +477,17 @@ def test_as_many_points_keep_their_order():
     np.testing.assert_allclose(load_point_cloud(coord, 128)[:, :3], normalized(coord), atol=1e-6)
 
 
-def test_a_scan_of_millions_of_points_takes_seconds(tmp_path):
+def test_a_scan_of_millions_of_points_is_read_within_seconds(tmp_path):
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).random((2_000_000, 6), np.float32))
     start = time.perf_counter()
     check(load_point_cloud(tmp_path / "scan.npy"), 8192)
     assert time.perf_counter() - start < 5
 
 
-# Normalisation
+# Normalization
 
 
-def test_normalization_is_the_authors(golden):
+def test_normalization_equals_the_authors(golden):
     facts = golden("data_facts.io")
     for stored, expected in (
         ("pc_norm.input", "pc_norm.output"),
@@ -495,16 +495,16 @@ def test_normalization_is_the_authors(golden):
         ("dataset.single_round.stored", "dataset.single_round.pc"),
     ):
         cloud, expected = facts[stored].clone(), facts[expected]
-        scaled = bool(cloud[:, 3:].min() < 0)
-        if scaled:  # colours are left alone by theirs; ours refuses these
+        out_of_range = bool(cloud[:, 3:].min() < 0)
+        if out_of_range:  # the authors keep colors out of range; this reader refuses them
             cloud[:, 3:] = 0
         ours = load_point_cloud(cloud, num_points=len(cloud))
         np.testing.assert_allclose(ours[:, :3], expected[:, :3], atol=1e-6)
-        if not scaled:
+        if not out_of_range:
             np.testing.assert_allclose(ours[:, 3:], expected[:, 3:], atol=1e-7)
 
 
-def test_modelnet_is_black(golden):
+def test_modelnet_clouds_are_black(golden):
     facts = golden("data_facts.io")
     ours = load_point_cloud(facts["modelnet.input"][:, :3], num_points=48)  # its other columns are normals
     np.testing.assert_allclose(ours, facts["modelnet.output_color"], atol=1e-6)
@@ -516,7 +516,7 @@ def test_normalization_ignores_translation_and_scale(shift, scale):
     coord = make_cloud(300)[0].astype(np.float64)
     expected = load_point_cloud(coord, 300)
     if scale < 1:
-        shift = np.multiply(shift, scale)  # what is left of the shape behind a shift is a matter of double precision
+        shift = np.multiply(shift, scale)  # double precision limits the shape that a shift leaves
     np.testing.assert_allclose(load_point_cloud(coord * scale + shift, 300), expected, atol=1e-6)
 
 
@@ -543,7 +543,7 @@ def test_up_axis_becomes_y_without_a_mirror(axis):
         np.testing.assert_array_equal(turned, plain)
 
 
-# Bad input, each with its own message
+# Bad input
 
 
 def refused(source, *words, **arguments):
@@ -652,7 +652,7 @@ def test_points_without_extent(tmp_path):
 )
 def test_colors_out_of_range(tmp_path, color):
     np.savez(tmp_path / "cloud.npz", points=make_cloud(9)[0], colors=color)
-    refused(tmp_path / "cloud.npz", "colours are out of range", f"{color.min():g}", "0 to 255")
+    refused(tmp_path / "cloud.npz", "colors are out of range", f"{color.min():g}", "0 to 255")
 
 
 def test_unknown_extensions_missing_files_and_folders(tmp_path):
@@ -678,19 +678,19 @@ def all_files(folder) -> list:
 
 
 def test_truncated_files(tmp_path):
-    """Half a file is an error, except where every line stands for itself."""
+    """Half a file is an error, also in text formats once a row has other columns."""
     lines = {".xyz", ".txt", ".csv"}
     for path in all_files(tmp_path):
-        whole = path.read_bytes()
+        content = path.read_bytes()
         if path.suffix in lines:
-            path.write_bytes(whole[: len(whole) // 2] + b" 1 2 3 4 5 6 7 8\n")
+            path.write_bytes(content[: len(content) // 2] + b" 1 2 3 4 5 6 7 8\n")
         else:
-            path.write_bytes(whole[: len(whole) // 2])
+            path.write_bytes(content[: len(content) // 2])
         refused(path)
 
 
 @pytest.mark.parametrize("name", ["ascii.pcd", "binary.pcd", "ascii.ply", "binary.ply"])
-def test_files_that_end_behind_a_whole_row(tmp_path, name):
+def test_files_that_end_after_a_complete_row(tmp_path, name):
     path, short = tmp_path / name, tmp_path / f"short.{name}"
     WRITERS[name](path, *make_cloud(5))
     WRITERS[name](short, *make_cloud(2))
@@ -698,7 +698,7 @@ def test_files_that_end_behind_a_whole_row(tmp_path, name):
     promise = re.match(header, path.read_bytes())[0]
     path.write_bytes(promise + re.sub(header, b"", short.read_bytes(), count=1))
     refused(path, "truncated or corrupt")
-    if name != "binary.ply":  # plyfile has words of its own
+    if name != "binary.ply":  # plyfile has another message
         refused(path, "header says 5", "but 2 follow")
 
 
@@ -734,7 +734,7 @@ def npy_header(shape: tuple) -> bytes:
     return stream.getvalue()
 
 
-def test_headers_that_promise_too_much(tmp_path):
+def test_headers_that_promise_more_than_the_file_holds(tmp_path):
     promise = npy_header((10**12, 6))
     (tmp_path / "cloud.npy").write_bytes(promise + bytes(240))
     refused(tmp_path / "cloud.npy", "header says (1000000000000, 6)", "truncated or corrupt")
@@ -753,8 +753,8 @@ def test_headers_that_promise_too_much(tmp_path):
 
 
 def test_zip_bombs(tmp_path, monkeypatch):
-    """40 MB of zeros in 40 kB, under a limit of 10 MB: refused before anything is unpacked."""
-    monkeypatch.setattr(point_cloud_minigpt3d, "MAX_UNPACKED_BYTES", 10_000_000)
+    """40 MB of zeros in 40 kB, with a limit of 10 MB, are refused before anything is unpacked."""
+    monkeypatch.setattr(readers_minigpt3d, "MAX_UNPACKED_BYTES", 10_000_000)
     np.savez_compressed(tmp_path / "cloud.npz", points=np.zeros((10_000_000, 1), np.float32))
     with zipfile.ZipFile(tmp_path / "mesh.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("3D/3dmodel.model", bytes(40_000_000))
@@ -771,12 +771,12 @@ def test_zip_bombs(tmp_path, monkeypatch):
 
 
 def test_zip_bombs_by_their_ratio(tmp_path, monkeypatch):
-    """5 MB in 5 kB are too much; in a tenth of their size, or below the floor, they are not."""
+    """5 MB from 5 kB are refused; from a tenth of their size, or below the floor, they are read."""
     zeros = np.zeros((200_000, 6), np.float32)
     zeros[0] = 1
     np.savez_compressed(tmp_path / "bomb.npz", points=zeros)
     check(load_point_cloud(tmp_path / "bomb.npz", 500_000), 500_000)
-    monkeypatch.setattr(point_cloud_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
+    monkeypatch.setattr(readers_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
     refused(tmp_path / "bomb.npz", "would unpack to 4,800,128 bytes", "zip bomb")
     zeros[:40_000, :3] = make_cloud(40_000)[0]
     np.savez_compressed(tmp_path / "cloud.npz", points=zeros)

@@ -1,4 +1,4 @@
-"""Text: the authors' prompts to the character and token, labels, batches, and what does not fit."""
+"""Text: the authors' prompts to the character and token, labels, batches, and errors."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_training_prompt_to_the_character(tiny_processor):
     assert tiny_processor.apply_chat_template([chat, chat[:1]]) == [expected, expected.removesuffix("A chair.###")]
 
 
-def test_every_round_has_its_own_marks(tiny_processor):
+def test_every_round_has_its_marks(tiny_processor):
     chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("No.")]
     expected = f"{BOS}[INST] <PC><point></PC> What?  [/INST]A chair.###{BOS}[INST] Is it new?  [/INST]No.###"
     assert tiny_processor.apply_chat_template(chat) == expected
@@ -124,25 +124,25 @@ def golden_conversations(golden, kind: str) -> list[list[dict]]:
     ("case", "max_text_length"), [("single", 1024), ("multi", 1024), ("single_trunc", 12), ("multi_trunc", 15)]
 )
 def test_ids_labels_and_mask_are_the_authors(tiny_processor, golden, case, max_text_length):
-    """Their batches are embeddings; here each text embedding is found in the table again.
+    """Their batches are embeddings; each text embedding is compared with its row of the embedding table.
 
     A known fault of theirs (DESIGN.md §5): bos has mask 0 inside multi-round batches, because bos = pad. Ours is 1 there.
     """
     expected = golden("full.loss.io")
     conversations = golden_conversations(golden, case.removesuffix("_trunc"))
     inputs = tiny_processor.encode_training(conversations, max_text_length=max_text_length)
-    # Theirs are as wide as the longest prompt plus the longest rest; what they have beyond our width is empty.
+    # Theirs are as wide as the longest prompt plus the longest remainder: beyond our width they are padding.
     width = inputs["input_ids"].shape[1]
-    targets, theirs = expected[f"{case}.sparse.targets"], expected[f"{case}.sparse.attention_mask"].long()
-    assert (targets[:, width:] == -100).all() and (theirs[:, width:] == 0).all()
+    targets, reference = expected[f"{case}.sparse.targets"], expected[f"{case}.sparse.attention_mask"].long()
+    assert (targets[:, width:] == -100).all() and (reference[:, width:] == 0).all()
     assert torch.equal(inputs["labels"], targets[:, :width])
 
-    mask, theirs = inputs["attention_mask"], theirs[:, :width]
+    mask, reference = inputs["attention_mask"], reference[:, :width]
     if case.startswith("multi"):
         later_bos = (inputs["input_ids"] == tiny_processor.tokenizer.bos_token_id) & (mask == 1)
         later_bos[:, 0] = False
-        theirs = torch.where(later_bos, 1, theirs)
-    assert torch.equal(mask, theirs)
+        reference = torch.where(later_bos, 1, reference)
+    assert torch.equal(mask, reference)
 
     table = golden("full.state")["llama_model.base_model.model.model.embed_tokens.weight"]
     is_text = mask.bool() & (inputs["input_ids"] != tiny_processor.point_token_id)
@@ -179,21 +179,21 @@ def test_labels_are_the_answers_and_their_ends_only(tiny_processor):
     assert (inputs["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
 
 
-def test_training_clouds_are_normalised_and_in_order(tiny_processor):
+def test_training_clouds_are_normalized_and_in_order(tiny_processor):
     chats = [[user("What?", cloud(seed)), assistant("A chair.")] for seed in (1, 2)]
-    given = [
+    without_sources = [
         [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": "What?"}]}, chat[1]]
         for chat in chats
     ]
     inputs = tiny_processor.encode_training(chats)
     assert inputs["point_clouds"].shape == (2, 128, 6) and inputs["point_clouds"].dtype == torch.float32
-    same = tiny_processor.encode_training(given, [cloud(1), cloud(2)])
+    same = tiny_processor.encode_training(without_sources, [cloud(1), cloud(2)])
     assert all(torch.equal(inputs[name], same[name]) for name in inputs)
     torch.testing.assert_close(inputs["point_clouds"][..., :3].norm(dim=-1).max(1).values, torch.ones(2))
 
 
 def test_training_pads_to_the_longest_row_and_no_further(tiny_processor):
-    """One long question and one long answer: their sum is nobody's length."""
+    """One long question and one long answer: no row is as long as their sum."""
     chats = [[user("what " * 20, cloud()), assistant("A.")], [user("Hm?", cloud()), assistant("a chair " * 10)]]
     mask = tiny_processor.encode_training(chats)["attention_mask"]
     assert mask.shape[1] == mask.sum(1).max()
@@ -227,11 +227,11 @@ def test_batches_are_padded_on_the_left(tiny_processor):
     assert (batch["attention_mask"][1] == 0).any()
 
 
-def test_prompts_tokenise_as_training_does(tiny_processor):
+def test_prompts_are_tokenized_as_in_training(tiny_processor):
     chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("(No)")]
-    whole = tiny_processor.encode_training([chat])["input_ids"][0]
+    training = tiny_processor.encode_training([chat])["input_ids"][0]
     prompt = tiny_processor.apply_chat_template(chat[:3], **TENSORS)["input_ids"][0]
-    assert torch.equal(prompt, whole[: len(prompt)])
+    assert torch.equal(prompt, training[: len(prompt)])
 
 
 def test_calling_with_text_and_clouds(tiny_processor, tmp_path):
@@ -261,12 +261,16 @@ def test_calling_with_text_and_clouds(tiny_processor, tmp_path):
     )
 
 
-def test_up_axis_of_a_call_goes_before_the_processors(tiny_processor):
+def test_reading_options_of_a_call_override_the_processors(tiny_processor):
     plain = tiny_processor(point_clouds=cloud(), return_tensors="pt")["point_clouds"]
     turned = tiny_processor(point_clouds=cloud(), up_axis="z", return_tensors="pt")["point_clouds"]
     torch.testing.assert_close(turned[..., 1], plain[..., 2])
     chat = tiny_processor.apply_chat_template([user("What?", cloud())], up_axis="z", **TENSORS)
     torch.testing.assert_close(chat["point_clouds"], turned)
+    tiny_processor.feature_extractor.up_axis = "z"
+    assert torch.equal(tiny_processor(point_clouds=cloud(), up_axis="y", return_tensors="pt")["point_clouds"], plain)
+    bare = tiny_processor(point_clouds=cloud()[:, :3], missing_color=(1, 0.5, 0))["point_clouds"]
+    assert (bare[..., 3:] == (1, 0.5, 0)).all()
 
 
 def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
@@ -274,7 +278,7 @@ def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
     assert tiny_processor.post_process_image_text_to_text([ids]) == ["[INST] a  [/INST]b###[INST] c  [/INST]d"]
 
 
-# What does not fit
+# Errors
 
 
 def test_placeholders_and_clouds_must_match(tiny_processor):
@@ -288,7 +292,7 @@ def test_placeholders_and_clouds_must_match(tiny_processor):
         tiny_processor.encode_training([[user("What?", cloud()), assistant("A chair.")]], [cloud(), cloud()])
 
 
-def test_more_text_than_the_context(tiny_processor):
+def test_text_longer_than_the_context(tiny_processor):
     long = user("what " * 3000, cloud())
     with pytest.raises(ValueError, match="tokens with 6 for each cloud, but the context has 2048.*truncation=True"):
         tiny_processor.apply_chat_template([long], **TENSORS)
@@ -311,7 +315,7 @@ def test_no_room_for_the_cloud(tiny_processor):
         tiny_processor.apply_chat_template([user("a", cloud())], truncation=True, max_length=5, **TENSORS)
 
 
-def test_nothing_and_pictures(tiny_processor):
+def test_empty_inputs_and_images_are_refused(tiny_processor):
     with pytest.raises(ValueError, match="Nothing to process"):
         tiny_processor()
     with pytest.raises(ValueError, match="got images"):
@@ -327,7 +331,7 @@ def test_nothing_and_pictures(tiny_processor):
         tiny_processor.encode_training([])
 
 
-def test_paddings_that_are_none(tiny_processor):
+def test_unknown_paddings_are_refused(tiny_processor):
     for padding in ("nonsense", None):
         with pytest.raises(ValueError, match=f"padding must be one of .*'do_not_pad', got {padding!r}"):
             tiny_processor(text="a", padding=padding)
@@ -360,7 +364,7 @@ def test_any_fast_tokenizer(tmp_path, make):
     assert torch.equal(loaded.encode_training([chat])["input_ids"], inputs["input_ids"])
 
 
-def test_preparing_twice_is_once(tiny_tokenizer):
+def test_preparing_a_tokenizer_twice_changes_nothing(tiny_tokenizer):
     before, length = tiny_tokenizer.backend_tokenizer.to_str(), len(tiny_tokenizer)
     assert prepare_tokenizer(tiny_tokenizer) is tiny_tokenizer
     assert tiny_tokenizer.backend_tokenizer.to_str() == before and len(tiny_tokenizer) == length
@@ -369,13 +373,13 @@ def test_preparing_twice_is_once(tiny_tokenizer):
     assert tiny_tokenizer.decode([293], skip_special_tokens=True) == ""
 
 
-def test_marks_are_cut_off_from_what_follows(tiny_tokenizer):
-    apart = [tiny_tokenizer(text)["input_ids"] for text in ("[INST] a  [/INST]", "] b.###", "# c")]
-    assert tiny_tokenizer("[INST] a  [/INST]] b.#### c")["input_ids"] == sum(apart, [])
+def test_no_token_spans_a_mark_and_what_follows(tiny_tokenizer):
+    parts = [tiny_tokenizer(text)["input_ids"] for text in ("[INST] a  [/INST]", "] b.###", "# c")]
+    assert tiny_tokenizer("[INST] a  [/INST]] b.#### c")["input_ids"] == sum(parts, [])
     assert END_OF_ANSWER == "###"
 
 
-def test_tokenizers_that_cannot_serve():
+def test_unsuitable_tokenizers_are_refused():
     backend = train(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(special_tokens=["<unk>"]))
     with pytest.raises(ValueError, match="neither pad nor eos token"):
         prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
@@ -403,10 +407,10 @@ def test_save_and_load(tiny_processor, tmp_path):
         loaded.save_pretrained(tmp_path / "again")
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path, trust_remote_code=True)
     assert (extractor.num_points, extractor.up_axis, list(extractor.missing_color)) == (128, "z", [0.1, 0.2, 0.3])
-    for name in ("processing_minigpt3d.py", "point_cloud_minigpt3d.py"):
-        assert (tmp_path / "again" / name).exists()
+    for name in ("processing", "point_cloud", "readers", "meshes"):
+        assert (tmp_path / "again" / f"{name}_minigpt3d.py").exists()
 
 
-def test_the_golden_tokenizer_is_left_alone():
+def test_the_golden_tokenizer_is_not_changed():
     plain = AutoTokenizer.from_pretrained(GOLDEN_DIR / "tokenizer")
     assert POINT_TOKEN not in plain.get_vocab()

@@ -1,0 +1,107 @@
+"""`minigpt3d pack`: make training data of point clouds or meshes and their texts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt3d.arguments import natural_int, option, positive_int
+from minigpt3d.messages import one_line
+
+from .console import CommandError, complain, line_by_line
+from .inference import ReadingOptions
+
+
+HELP = "make training data of point clouds or meshes and their texts"
+DESCRIPTION = (
+    "Pack training data as Parquet shards, which the training stages stream from disk or from the Hub. The same command "
+    "resumes a run that was stopped."
+)
+EPILOG = (
+    'A line of objects.jsonl: {"file": "chair.glb", "caption": "A red chair."}, or with "conversations" as in PointLLM\'s '
+    'annotations instead of "caption".'
+)
+
+
+@dataclass(kw_only=True)
+class Options(ReadingOptions):
+    data: Path | None = option("folder of PointLLM's point clouds, {object_id}_8192.npy", default=None, metavar="DIR")
+    annotations: list[Path] = option("PointLLM's annotations of these clouds", default=[], metavar="JSON")
+    from_: Path | None = option(
+        "your own objects instead: a .csv with the columns file and caption, or lines of JSON",
+        default=None,
+        metavar="FILE",
+    )
+    out: Path = option("folder to write", metavar="DIR")
+    seed: int = option("seed of the order, which is shuffled once", default=0, type=natural_int)
+    max_broken: float = option(
+        "share of point clouds that may be missing or broken; they are skipped and listed",
+        default=0.01,
+        metavar="SHARE",
+    )
+    num_workers: int | None = option(
+        "number of processes (default: one for each core)", default=None, type=positive_int, metavar="N"
+    )
+    push_to_hub: str | None = option("upload the result as this dataset", default=None, metavar="OWNER/NAME")
+    private: bool = option("create the repository as private", default=False)
+
+
+def run(options: Options, argv: list[str]) -> int:
+    """Pack the data; returns the exit code."""
+    check(options)
+    from minigpt3d.data import shards
+
+    if options.from_ is not None:
+        entries = shards.table_entries(options.from_)
+    else:
+        entries = shards.release_entries(options.data, options.annotations)
+    with line_by_line():
+        manifest = shards.pack(
+            entries,
+            options.out,
+            options.seed,
+            max_broken=options.max_broken,
+            num_workers=options.num_workers,
+            reading=options.reading,
+        )
+    for line in manifest["broken"]:
+        complain(f"skipped: {line}")
+    sources = ", ".join(f"{source} {sum(rows):,}" for source, rows in manifest["shards"].items())
+    print(
+        f"{options.out}: {manifest['rows']:,} rows ({sources}) of {manifest['bytes_per_row']:,} bytes, largest error of "
+        f"coordinates {manifest['max_coord_error']:.1e}; {len(manifest['broken'])} skipped"
+    )
+    if options.push_to_hub is not None:
+        print(upload(options))
+    return 0
+
+
+def check(options: Options):
+    """
+    Raises:
+        CommandError: options that exclude each other, or one that is missing.
+    """
+    given = (options.data is not None, bool(options.annotations), options.from_ is not None)
+    if given not in ((True, True, False), (False, False, True)):
+        raise CommandError("give --data and --annotations, or --from")
+    if not 0 <= options.max_broken <= 1:
+        raise CommandError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
+    if options.reading and options.from_ is None:
+        raise CommandError(
+            "--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither"
+        )
+
+
+def upload(options: Options) -> str:
+    """Upload the packed data; returns the address.
+
+    Raises:
+        CommandError: the upload failed; the data stay on disk.
+    """
+    from minigpt3d.data.shards import push
+
+    try:
+        return push(options.out, options.push_to_hub, options.private)
+    except Exception as error:  # the network can fail in many ways
+        retry = f"hf upload {options.push_to_hub} {options.out} --repo-type dataset"
+        raise CommandError(
+            f"{options.out} was not uploaded: {one_line(error)} (it is on disk; try again: {retry})"
+        ) from error

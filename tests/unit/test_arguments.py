@@ -1,0 +1,101 @@
+"""Command lines made from dataclasses: parsers, defaults, both spellings, and flags in messages."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from minigpt3d.arguments import (
+    add_options,
+    normalize,
+    number_between,
+    option,
+    positive_int,
+    read_options,
+    with_flags,
+)
+
+
+@dataclass(kw_only=True)
+class Options:
+    path: Path = option("file", positional=True, metavar="FILE")
+    output_dir: Path = option("folder")
+    from_: str | None = option("a keyword", default=None)
+    seed: int = option("seed", default=0)
+    rate: float = option("rate", default=0.5)
+    dry_run: bool = option("dry run", default=False)
+    kinds: list[Literal["a", "b"]] = option("kinds", default=[])
+    ignore: list[str] = option("patterns", default=[], action="append", group="filters")
+    limits: list[int] | None = option("two numbers", default=None, nargs=2)
+    count: int | None = option("count", default=None, type=positive_int)
+    command: list[str] = field(default_factory=list)  # no option
+
+
+def make_parser(separator: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="x")
+    add_options(parser, Options, separator)
+    return parser
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+@pytest.mark.parametrize("typed", ["-", "_"])
+def test_options_are_read_in_both_spellings(separator, typed):
+    argv = (
+        f"x.ply --output{typed}dir out --from y --dry{typed}run --kinds a b --ignore p --ignore q --limits 1 2".split()
+    )
+    options = read_options(Options, make_parser(separator).parse_args(normalize(argv, separator)))
+    assert options == Options(
+        path=Path("x.ply"),
+        output_dir=Path("out"),
+        from_="y",
+        dry_run=True,
+        kinds=["a", "b"],
+        ignore=["p", "q"],
+        limits=[1, 2],
+    )
+
+
+def test_what_is_not_given_keeps_its_default():
+    options = read_options(Options, make_parser("-").parse_args(["x", "--output-dir", "y"]))
+    assert (options.seed, options.rate, options.dry_run, options.kinds, options.count) == (0, 0.5, False, [], None)
+    options.ignore.append("p")
+    assert read_options(Options, make_parser("-").parse_args(["x", "--output-dir", "y"])).ignore == []
+
+
+@pytest.mark.parametrize(
+    "argv", [["x"], ["x", "--output-dir", "y", "--kinds", "c"], ["x", "--output-dir", "y", "--count", "0"]]
+)
+def test_a_wrong_command_line_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        make_parser("-").parse_args(argv)
+    assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_groups():
+    text = " ".join(make_parser("_").format_help().split())
+    assert "seed (default: 0)" in text and "rate (default: 0.5)" in text
+    assert "dry run (default" not in text and "kinds (default" not in text and "--command" not in text
+    assert "filters: --ignore IGNORE" in text
+
+
+def test_only_names_of_options_are_normalized():
+    argv = ["--data_dir=my_data", "my_file", "--a-b_c", "_x", "--", "--my_file"]
+    assert normalize(argv, "-") == ["--data-dir=my_data", "my_file", "--a-b-c", "_x", "--", "--my_file"]
+    assert normalize(["--data-dir", "my-data"], "_") == ["--data_dir", "my-data"]
+
+
+def test_flags_replace_arguments_in_messages():
+    message = "`output_dir` and `from_` are needed, `other` and output_dir are not"
+    names = ["output_dir", "from_"]
+    assert with_flags(message, names, "-") == "--output-dir and --from are needed, `other` and output_dir are not"
+    assert with_flags(message, names, "_").startswith("--output_dir and --from")
+    assert with_flags(message, [], "-") == message
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "1e999", "many"])
+def test_numbers_out_of_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 2"):
+        number_between(0, 2)(text)
+    assert number_between(0, 2)("0.5") == 0.5

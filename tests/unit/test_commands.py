@@ -1,0 +1,155 @@
+"""The command line of `minigpt3d`: options, help, exit codes and errors, without a model."""
+
+import subprocess
+import sys
+
+import pytest
+
+from minigpt3d.cli import describe, main as cli
+from minigpt3d.cli.console import ShowWarnings, printable
+from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
+
+
+# Renaming or dropping one of these breaks somebody's scripts.
+OPTIONS = {
+    "describe": "device json max-new-tokens missing-color model prompt up-axis",
+    "chat": "device max-new-tokens missing-color model up-axis",
+    "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
+    "tinygpt-v verify yes",
+    "verify": "trust-remote-code",
+    "pack": "annotations data from max-broken missing-color num-workers out private push-to-hub seed up-axis",
+    "evaluate": "annotations answers batch-size data device dtype greedy judge judge-cache judge-concurrency "
+    "judge-max-tokens judge-price judge-prompt judge-rpm judge-timeout judge-url limit metrics missing-color model out "
+    "phrase robustness s-bert seed simcse template up-axis",
+    "compare": "",
+    "card": "ablation co2 model-id results",
+}
+
+
+def options_of(command: str) -> dict:
+    """Actions of a command's parser by name."""
+    subparsers = next(action for action in cli.build_parser()._actions if isinstance(action.choices, dict))
+    return {action.dest: action for action in subparsers.choices[command]._actions}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_option_is_there(command):
+    flags = {flag for action in options_of(command).values() for flag in action.option_strings}
+    assert flags == {"-h", "--help"} | {f"--{name}" for name in OPTIONS[command].split()}
+    assert set(cli.COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_option_has_help(command, capsys):
+    assert all(action.help for action in options_of(command).values())
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0 and f"usage: minigpt3d {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["describe", "--help"], ["evaluate", "--help"], ["paint", "x"]])
+def test_help_and_mistyped_commands_import_nothing_heavy(arguments):
+    program = """
+import sys
+from minigpt3d.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = {"torch", "transformers", "numpy", "scipy", "trimesh", "huggingface_hub"} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+    assert "usage: minigpt3d" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["describe"], ["paint", "x"], ["describe", "x", "--max-new-tokens", "0"]])
+def test_a_wrong_command_line_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: minigpt3d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        *((["describe", "x", f"--max-new-tokens={text}"], "--max-new-tokens") for text in ("abc", "-1", "2.5")),
+        (["evaluate", "household", "--out", "y", "--seed", "-1"], "--seed"),
+        (["pack", "--out", "y", "--seed", "-1"], "--seed"),
+        *(
+            (["evaluate", "own", "--out", "y", "--judge", "m", "--judge-price", "0", text], "--judge-price")
+            for text in ("-1", "nan", "inf", "1e999", "cheap")
+        ),
+    ],
+)
+def test_numbers_out_of_range(arguments, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_defaults_are_those_of_the_code():
+    """Help must not import what has them, so they are written twice."""
+    assert options_of("describe")["max_new_tokens"].help.endswith(f"(default: {DEFAULT_MAX_NEW_TOKENS})")
+    assert describe.Options(paths=[]).max_new_tokens == DEFAULT_MAX_NEW_TOKENS
+
+
+def fail_with(error: BaseException):
+    def run(options, argv):
+        raise error
+
+    return run
+
+
+def test_underscores_are_accepted(monkeypatch):
+    calls = []
+    monkeypatch.setattr(describe, "run", lambda options, argv: calls.append((options, argv)) or 0)
+    argv = ["describe", "my_file", "--max_new_tokens", "7"]
+    assert cli.main(argv) == 0
+    ((options, typed),) = calls
+    assert options.max_new_tokens == 7 and [path.name for path in options.paths] == ["my_file"]
+    assert typed == argv
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("`max_new_tokens`\nis `odd`"), cli.CommandError("`max_new_tokens` is `odd`")]
+)
+def test_errors_name_the_option(error, monkeypatch, capsys):
+    monkeypatch.setattr(describe, "run", fail_with(error))
+    assert cli.main(["describe", "x"]) == 1
+    assert capsys.readouterr().err == "minigpt3d: --max-new-tokens is `odd`\n"
+
+
+def test_missing_files_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(describe, "run", fail_with(FileNotFoundError(2, "No such file", "x.ply")))
+    assert cli.main(["describe", "x.ply"]) == 1
+    assert capsys.readouterr().err == "minigpt3d: x.ply: No such file\n"
+
+
+def test_an_interrupt_is_quiet(monkeypatch, capfd):
+    monkeypatch.setattr(describe, "run", fail_with(KeyboardInterrupt()))
+    assert cli.main(["describe", "x"]) == 130
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(describe, "run", fail_with(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["describe", "x"])
+
+
+def test_a_warning_for_users_is_printed_once_on_one_line(capsys):
+    shown = []
+    show = ShowWarnings(lambda *arguments: shown.append(arguments))
+    for _ in range(2):
+        show(UserWarning("two\nlines"), UserWarning, "file.py", 1)
+        show(DeprecationWarning("old"), DeprecationWarning, "file.py", 1)
+    assert capsys.readouterr().err == "minigpt3d: warning: two lines\n"
+    assert len(shown) == 2
+
+
+def test_names_that_are_not_utf8_are_printable():
+    assert printable("a\udcff.npy") == "a\\udcff.npy"
+    assert printable("Möbel.npy") == "Möbel.npy"

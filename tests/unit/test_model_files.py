@@ -1,0 +1,185 @@
+"""Names of models, where their files are, which folders may be replaced, and files that appear complete or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minigpt3d.files import sha256, write_json, write_text, written_file, written_whole
+from minigpt3d.hub import check_model_dir, find_model, is_hub_id, public_name, write_code
+
+
+def write_config(folder, model_type="minigpt3d"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def write_adapter_config(folder, base):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    return folder
+
+
+# ---- Names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("me/model-1.0", True), ("model", False), ("a/b/c", False), ("/a/b", False), ("a b/c", False)],
+)
+def test_is_hub_id(name, expected):
+    assert is_hub_id(name) is expected
+
+
+def test_public_name_hides_local_paths(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name(tmp_path / "models" / "mine") == public_name("models/mine") == "mine"
+    assert public_name("/gone/model") == public_name("../model") == "model"
+    assert public_name("me/model") == "me/model"
+
+
+def test_names_and_folders_need_no_torch():
+    program = "import sys, minigpt3d.hub, minigpt3d.data.records, minigpt3d.conversion.names; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert not {"torch", "transformers"} & set(done.stdout.split())
+
+
+# ---- Files of a model ------------------------------------------------------------------------------------------------
+
+
+def test_find_a_complete_model(tmp_path):
+    write_config(tmp_path)
+    write_json(tmp_path / "stage.json", {"stage": "IV"})
+    files = find_model(tmp_path)
+    assert (files.base, files.adapter, files.stage) == (str(tmp_path), None, {"stage": "IV"})
+
+
+def test_find_an_adapter_and_the_base_that_it_names(tmp_path):
+    base = write_config(tmp_path / "base model")
+    adapter = write_adapter_config(tmp_path / "adapter", base)
+    assert (find_model(adapter).base, find_model(adapter).adapter) == (str(base), adapter)
+    write_adapter_config(adapter, "me/model")
+    assert find_model(adapter).base == "me/model"
+    write_adapter_config(adapter, "/gone/base")
+    with pytest.raises(ValueError, match="base model /gone/base"):
+        find_model(adapter)
+
+
+def test_a_base_beside_its_adapter_is_found_wherever_the_folder_moves(tmp_path):
+    base = write_config(tmp_path / "base")
+    adapter = write_adapter_config(tmp_path / "adapter", "/written/elsewhere/base")
+    write_json(adapter / "stage.json", {"stage": "III"})
+    files = find_model(tmp_path)
+    assert (files.base, files.adapter, files.stage) == (str(base), adapter, {"stage": "III"})
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        find_model(tmp_path)
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        find_model(tmp_path / "nothing")
+
+
+def test_write_code_copies_the_flat_files(tmp_path):
+    write_code(tmp_path)
+    assert {"configuration_minigpt3d.py", "modeling_minigpt3d.py"} <= {path.name for path in tmp_path.iterdir()}
+
+
+# ---- Folders that may be replaced ------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_or_a_models_may_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_model_dir("new/model") == tmp_path / "new" / "model"
+    assert check_model_dir(write_config(tmp_path / "model")) == tmp_path / "model"
+    write_config(tmp_path / "kept" / "base")
+    assert check_model_dir(tmp_path / "kept") == tmp_path / "kept"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({".git/HEAD": "ref"}, "holds .git"),
+        ({"history.jsonl": ""}, "holds history.jsonl"),
+        ({"config.json": '{"model_type": "phi"}'}, "other files than a model"),
+        ({"config.json": "{"}, "other files than a model"),
+    ],
+)
+def test_a_folder_with_irreplaceable_files_is_refused(content, message, tmp_path):
+    folder = write_config(tmp_path / "model")
+    for name, text in content.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_model_dir(folder)
+
+
+def test_other_peoples_files_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="other files than a model"):
+        check_model_dir(tmp_path / "thesis")
+    for folder in (tmp_path / "thesis" / "thesis.tex", tmp_path / "thesis" / "thesis.tex" / "out"):
+        with pytest.raises(ValueError, match="thesis.tex is a file"):
+            check_model_dir(folder)
+    monkeypatch.chdir(write_config(tmp_path / "model"))
+    with pytest.raises(ValueError, match="working directory"):
+        check_model_dir(tmp_path / "model")
+
+
+def test_a_folder_is_not_made_of_itself(tmp_path):
+    source = write_config(tmp_path / "phi")
+    for folder in (source, source / "inside", tmp_path):
+        with pytest.raises(ValueError, match="lie in each other"):
+            check_model_dir(folder, [source])
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_appears_completely_or_not_at_all(tmp_path):
+    path = tmp_path / "facts.json"
+    write_json(path, {"name": "größe"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "größe"}
+    with pytest.raises(RuntimeError), written_file(path) as temporary:
+        temporary.write_text("half of")
+        raise RuntimeError
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "größe"}
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with written_file(tmp_path / "a") as one, written_file(tmp_path / "a") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "one")]
+
+
+def test_a_folder_appears_completely_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    for text in ("first", "second"):
+        with written_whole(folder) as partial:
+            write_text(partial / "weights", text)
+    with pytest.raises(OSError, match="is full"), written_whole(folder) as partial:
+        write_text(partial / "weights", "third")
+        raise OSError(28, "No space left on device")
+    assert (folder / "weights").read_text() == "second" and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_is_restored_after_a_kill_between_two_renames(tmp_path):
+    folder = tmp_path / "model"
+    with written_whole(folder) as partial:
+        write_text(partial / "weights", "first")
+    folder.rename(tmp_path / ".model.minigpt3d-replaced")
+    with pytest.raises(RuntimeError), written_whole(folder):
+        raise RuntimeError
+    assert (folder / "weights").read_text() == "first"
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")
