@@ -20,11 +20,6 @@ def interval(low: float, high: float, unit: str) -> str:
     return f"({scaled(low, unit):.{digits}f}–{scaled(high, unit):.{digits}f})"
 
 
-def with_interval(score: dict) -> str:
-    """A score with its 95 % interval: "71.0 % (61.5–79.0)"."""
-    return f"{number(score['value'], score['unit'])} {interval(score['low'], score['high'], score['unit'])}"
-
-
 def escaped(text: str) -> str:
     """Escape Markdown in the name of a model, judge or folder, and put it on one line.
 
