@@ -22,7 +22,7 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class ReadingOptions:
-    """How files are read that do not say it themselves."""
+    """How to read files that lack an up axis or colors."""
 
     up_axis: Literal["x", "y", "z"] | None = option(
         "axis that points up in your files; they are rotated so that y points up (default: the model's setting, else no "
@@ -55,12 +55,9 @@ def load_pipeline(options: ModelOptions):
     try:
         return PointCloudToTextPipeline(model=model, processor=processor, device=options.device)
     except Exception as error:
-        raise device_error(options.device, error) from error
-
-
-def device_error(device: str | None, error: Exception) -> CommandError:
-    """The message for a device that cannot be used."""
-    return CommandError(f"cannot use the device {device}: {one_line(error)} (leave out --device)")
+        raise CommandError(
+            f"cannot use the device {options.device}: {one_line(error)} (leave out --device)"
+        ) from error
 
 
 def read_cloud(pipeline, path: Path, options: ReadingOptions):
