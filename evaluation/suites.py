@@ -5,8 +5,9 @@ One row per suite. Prompts and decoding are those of the paper's benchmarks: `DE
 
 from dataclasses import dataclass, replace
 
+from .vocabulary.articles import with_article
 from .vocabulary.colors import COLORS
-from .vocabulary.kinds import KINDS, with_article
+from .vocabulary.kinds import KINDS
 
 
 # min_length is 10 in the authors' code, where it counts new tokens only: they pass embeddings.

@@ -1,17 +1,15 @@
 """A judge behind an OpenAI-compatible endpoint: a paid one, or vLLM, llama.cpp, Ollama on a machine of one's own."""
 
 import json
-import multiprocessing
 import os
 import re
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from .cache import Reply
@@ -99,43 +97,50 @@ class EndpointJudge(Judge):
         )  # fmt: skip
 
     def _ask(self, prompts: list[str]) -> Iterator[Reply]:
-        if not prompts:
-            return
-        stop, failures, in_a_row = threading.Event(), [], 0
-
-        def outcome_of(prompt):
-            self._thread.stop = stop
-            try:
-                return self._ask_one(client, prompt)
-            except Exception as error:
-                if not isinstance(error, _NoReplyError):
-                    stop.set()  # here, or this thread would begin the next prompt
-                return error
-
-        # Its threads are daemons. Those of an executor keep the process from ending until the last request has timed out.
-        with self._make_client() as client, ThreadPool(min(self._concurrency, len(prompts))) as pool:
-            outcomes = pool.imap_unordered(outcome_of, prompts)
-            try:
-                for outcome in outcomes:
-                    if isinstance(outcome, Reply):
-                        in_a_row = 0
-                        yield outcome
-                    elif not isinstance(outcome, _NoReplyError):
-                        raise outcome
-                    elif not stop.is_set():  # else a refusal, which comes later, stopped it
-                        failures.append(outcome)
-                        in_a_row += 1
-                        if in_a_row == max(3, self._concurrency):
-                            break
-            finally:
-                stop.set()
-                end = time.monotonic() + GRACE  # replies that come until then are kept
-                with suppress(StopIteration, multiprocessing.TimeoutError):
-                    while True:
-                        outcomes.next(max(0, end - time.monotonic()))
+        todo, done, stop = SimpleQueue(), SimpleQueue(), threading.Event()
+        # Not an executor's threads: those keep the process from ending until the last request has timed out.
+        threads = [
+            threading.Thread(target=self._work, args=(todo, done, stop), daemon=True)
+            for _ in range(min(self._concurrency, len(prompts)))
+        ]
+        for prompt in [*prompts, *[None] * len(threads)]:
+            todo.put(prompt)
+        failures, in_a_row = [], 0
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in prompts:
+                outcome = done.get()
+                if isinstance(outcome, Reply):
+                    in_a_row = 0
+                    yield outcome
+                elif isinstance(outcome, _NoReplyError):
+                    failures.append(outcome)
+                    in_a_row += 1
+                    if in_a_row == max(3, self._concurrency):
+                        break
+                else:
+                    raise outcome
+        finally:
+            stop.set()
+            end = time.monotonic() + GRACE  # replies that come until then are kept
+            for thread in threads:
+                thread.join(max(0, end - time.monotonic()))
         if failures:
             missing = f"{len(failures)} of {len(prompts)} prompts"
             raise JudgeError(f"{self._shown_url} did not reply to {missing}; the last: {failures[-1]}.")
+
+    def _work(self, todo: SimpleQueue, done: SimpleQueue, stop: threading.Event):
+        """In a thread of its own: ask about the prompts of `todo` until None comes; put replies and errors into `done`."""
+        self._thread.stop = stop
+        with self._make_client() as client:
+            for prompt in iter(todo.get, None):
+                try:
+                    done.put(self._ask_one(client, prompt))
+                except Exception as error:
+                    done.put(error)  # before the errors of the threads that the next line stops
+                    if not isinstance(error, _NoReplyError):
+                        stop.set()  # here, or this thread would begin the next prompt
 
     def _ask_one(self, client: "openai.OpenAI", prompt: str) -> Reply:
         state, settings = self._thread, self._settings

@@ -1,22 +1,18 @@
-"""The main colour of a coloured point cloud, as one of eleven basic names, and the test whether an answer names it.
+"""The main color of a point cloud, one of eleven basic names, and a test whether an answer names it.
 
-Every point gets the name of its colour by fixed limits in hue, saturation and value; the name that most points have
-is the main colour. The limits between neighbours are matters of taste, so they are decided here, once:
+Each point gets a color name by fixed limits in hue, saturation and value; the name of most points is the main color. The limits
+between similar colors are a convention:
 
-    black    value below 0.20
-    white    nearly without hue, value from 0.80        gray   the same, in between
-    brown    hues from red to yellow that are dark or dull: wood, leather, cardboard, skin
-    pink     light reds and magentas                    orange, yellow, red: only where bright and saturated
+    black                  value below 0.20
+    white, gray            low saturation; white from value 0.80
+    brown                  dark or dull hues from red to yellow: wood, leather, cardboard, skin
+    pink                   light reds and magentas
+    orange, yellow, red    only where bright and saturated
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:  # numpy is imported by the functions that compute, so that importing the words stays cheap
-    import numpy as np
+import numpy as np
 
 
 COLORS = ("black", "white", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
@@ -25,9 +21,7 @@ OTHER_WORDS = {"grey": "gray", "violet": "purple", "magenta": "pink", "silver": 
 
 
 def color_indices(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) colours in [0, 1] → (...) int64 indices into `COLORS`."""
-    import numpy as np
-
+    """(..., 3) RGB in [0, 1] -> (...) int64 indices into `COLORS`."""
     rgb = np.asarray(rgb, dtype=np.float32)
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     value = rgb.max(-1)
@@ -56,19 +50,17 @@ def color_indices(rgb: np.ndarray) -> np.ndarray:
 
 
 def color_shares(rgb: np.ndarray) -> np.ndarray:
-    """(N, 3) colours in [0, 1] → (11,) share of the points with each name of `COLORS`."""
-    import numpy as np
-
+    """(N, 3) RGB in [0, 1] -> (11,) shares of the points with each name of `COLORS`."""
     return np.bincount(color_indices(rgb).ravel(), minlength=len(COLORS)) / max(1, rgb.size // 3)
 
 
 def main_color(rgb: np.ndarray) -> str:
-    """The name that most points have; the first of `COLORS` where two tie."""
+    """The name of most points of (N, 3) RGB in [0, 1]; if two tie, the first in `COLORS`."""
     return COLORS[int(color_shares(rgb).argmax())]
 
 
 def first_color(answer: str) -> str | None:
-    """The first colour that an answer names; None if it names none."""
+    """The first color that an answer names; None if it names none."""
     for word in re.findall(r"[a-z]+", answer.lower()):
         word = OTHER_WORDS.get(word, word)
         if word in _INDEX:
@@ -77,5 +69,5 @@ def first_color(answer: str) -> str | None:
 
 
 def names_color(answer: str, color: str) -> bool:
-    """Whether the first colour that the answer names is this one: naming them all does not help."""
+    """Whether this is the first color that the answer names. Only the first counts, so that naming all does not help."""
     return first_color(answer) == color

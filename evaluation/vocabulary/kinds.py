@@ -1,14 +1,14 @@
-"""What kind of thing an object is, from its name: a table of head nouns, and the test whether an answer names a kind.
+"""The kind of an object, from its catalog name: a table of head nouns, and a test whether an answer names a kind.
 
-The head noun of a catalogue name is the last of its words, before any "with" or comma, that the table knows:
-"Double window 3 panes" is a window, "Glass table" a table, "Sink cabinet" a cabinet. Nouns that stand last and
-make something else of the rest ("Flower box", "Table fan") are listed in `OTHER_NOUNS`.
+The head noun of a catalog name is its last word in the table, before any "with" or comma: "Double window 3 panes" is a window,
+"Glass table" a table, "Sink cabinet" a cabinet. `OTHER_NOUNS` has head nouns of other objects, such as "Flower box" and
+"Table fan".
 """
 
 import re
 
 
-# kind → noun that an answer uses → head nouns, in the singular, of catalogue names that are called so.
+# kind -> noun in an answer -> head nouns (singular) of catalog names for which an answer uses it
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "chair": {"chair": ("chair", "seat"), "armchair": ("armchair",), "stool": ("stool", "barstool")},
     "table": {"table": ("table",), "desk": ("desk",)},
@@ -50,18 +50,18 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
-# Standing behind a noun of the table, these make something else of it.
+# As the last noun of a name, these mean another object.
 OTHER_NOUNS = frozenset(
     "artwork bat bell bench blind board box brush bulb cover cushion curtain dispenser fan frame handle head holder "
     "house hut kettle knob mat mirror ottoman paper phone pot rack remote ring sheet shoe shutter slot stand switch "
     "toy trolley vase".split()
 )
-# Head nouns of names that in a sentence are more often a color, a wood, a part, an owner or something else.
+# Head nouns of names that in an answer more often mean a color, a wood, a part, an owner or something else.
 ONLY_IN_NAMES = frozenset(
     "acacia audi bamboo basin beech beetle birch blossom cedar child citroen cypress female fiat fir ford human leon light "
     "male maple oak palm peugeot pine poplar renault rose seat spruce vanity washing willow yamaha".split()
 )
-# Names that the rule would read wrongly.
+# Names for which the rule is wrong: kind and noun, or None for another object.
 EXCEPTIONS: dict[str, tuple[str, str] | None] = {
     "rocking horse": None,
     "clothes horse": None,
@@ -84,7 +84,7 @@ def _singular(word: str) -> str:
 
 
 def _head_words(name: str) -> list[str]:
-    """The words of a name that its head noun may be among, last first, in the singular."""
+    """The words of a name that may be its head noun, last first, in the singular."""
     head = re.split(r"\bwith\b|,|\bon\b|\s\d", name.lower())[0]
     return [_singular(word) for word in reversed(re.findall(r"[^\W\d_]+", head))]
 
@@ -93,7 +93,7 @@ _BY_NOUN = {noun: (kind, answer) for kind, row in KINDS.items() for answer, noun
 
 
 def kind_of(name: str) -> tuple[str, str] | None:
-    """Kind of an object with this name and the noun that an answer uses for it; None for something else."""
+    """The kind of an object with this name, and the noun that an answer uses for it; None for other objects."""
     name = name.lower().strip()
     if name in EXCEPTIONS:
         return EXCEPTIONS[name]
@@ -106,26 +106,19 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 
 def head_noun(name: str) -> str:
-    """The word that the kind hangs on, or the last word of the name."""
+    """The noun of a name that decides its kind; the last word if there is none."""
     words = _head_words(name)
     return next((word for word in words if word in _BY_NOUN or word in OTHER_NOUNS), (words or ["object"])[0])
 
 
 def answer_nouns(kind: str) -> list[str]:
-    """The nouns by which an answer in free words may name a kind."""
+    """The nouns by which a free answer may name a kind."""
     row = KINDS[kind]
     return [*row, *(noun for nouns in row.values() for noun in nouns if noun not in row and noun not in ONLY_IN_NAMES)]
 
 
 def names_kind(answer: str, kind: str) -> bool:
-    """Whether the answer names the kind: one of its words, in the singular or plural, is one of the kind's nouns."""
+    """Whether an answer names a kind: one of its words, singular or plural, is one of the kind's nouns."""
     words = re.findall(r"[^\W\d_]+", answer.lower())
-    nouns = {kind, *(noun for noun, (owner, _) in _BY_NOUN.items() if owner == kind)}
+    nouns = {kind, *(noun for noun, (noun_kind, _) in _BY_NOUN.items() if noun_kind == kind)}
     return any(word in nouns or _singular(word) in nouns for word in words)
-
-
-def with_article(words: str) -> str:
-    """ "a chair", "an orange lamp", and no article before what looks like a plural."""
-    if words.endswith("s") and not words.endswith(("ss", "us", "glass")):
-        return words
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minigpt3d.evaluation.vocabulary.articles import with_article
 from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
-from minigpt3d.evaluation.vocabulary.kinds import kind_of, names_kind, with_article
+from minigpt3d.evaluation.vocabulary.kinds import kind_of, names_kind
 
 
 USES = {

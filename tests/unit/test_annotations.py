@@ -57,7 +57,7 @@ def test_broken_annotations_name_the_object(content, message, tmp_path):
     [
         (np.zeros((8, 3)), r"shape \(points, 6\), got \(8, 3\)"),
         (np.full((8, 6), np.nan), "NaN"),
-        (np.full((8, 6), 255.0), r"colours in \[0, 1\]"),
+        (np.full((8, 6), 255.0), r"colors in \[0, 1\]"),
         (np.array([{}]), "cannot read"),
         (None, "cannot read"),
     ],

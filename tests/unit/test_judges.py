@@ -1,4 +1,4 @@
-"""Judges: behind an endpoint that misbehaves in every way known of, on loopback, and as a tiny chat model."""
+"""Judges: an endpoint on loopback that fails in every known way, and a tiny local chat model."""
 
 import json
 import os
@@ -177,7 +177,7 @@ def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
     assert make_judge(concurrency=4)(prompts) == replies_to(prompts)
 
 
-def test_what_is_sent(endpoint, make_judge, monkeypatch):
+def test_request_body_and_headers(endpoint, make_judge, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/not/there")
     make_judge("org/model", max_tokens=17)(["Größe 灯?"])
     (request,) = endpoint.requests
@@ -232,8 +232,8 @@ def test_requests_per_minute_are_kept(endpoint, make_judge):
         (completion("half an emoji: \ud83d"), "half an emoji: ?"),
     ],
 )
-def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge, tmp_path, answer, reply):
-    """A run asks once, whatever comes. The next one asks again where no text came for no reason, as of a broken server."""
+def test_replies_without_text_or_cut_off(endpoint, make_judge, tmp_path, answer, reply):
+    """A run asks once. The next run asks again if no text came without a reason, as from a broken server."""
     endpoint.answer = lambda request, nth: answer
     judge = make_judge()
     assert judge(["a"]) == judge(["a"]) == [reply]
@@ -248,14 +248,14 @@ def test_no_text_is_none_and_what_is_cut_off_stays_as_it_is(endpoint, make_judge
     )
 
 
-def test_thoughts_are_kept_and_not_read(endpoint, make_judge, tmp_path):
+def test_thoughts_are_cached_but_not_returned(endpoint, make_judge, tmp_path):
     """With or without the mark that begins one: some templates have it in the prompt."""
     quoted = 'F#the answer says "</think>T#the same"'
     replies = {
         "a": ("<think>\nF#? No.\n</think>\n\nT#the same", "T#the same"),
         "b": ("It may be.\n</think>T#so", "T#so"),
         "c": ("<think>F#", "<think>F#"),
-        "d": (quoted, quoted),  # nobody is right for what he makes a judge quote
+        "d": (quoted, quoted),  # an answer that a judge quotes must not change its verdict
         "e": (f"<think>{quoted}</think>F#no", f"<think>{quoted}</think>F#no"),
         "f": (" 85.5 # so </think> 3#", " 85.5 # so </think> 3#"),
     }
@@ -265,30 +265,30 @@ def test_thoughts_are_kept_and_not_read(endpoint, make_judge, tmp_path):
     assert len(endpoint.requests) == 6
     assert sorted(e["reply"] for e in read_entries(tmp_path / "cache")) == sorted(kept for kept, _ in replies.values())
     endpoint.answer = lambda request, nth: completion("<think>Hm.</think>\n" if nth == 1 else "T#")
-    assert [make_judge()(["g"]) for _ in range(3)] == [[""], ["T#"], ["T#"]]  # a thought alone says nothing
+    assert [make_judge()(["g"]) for _ in range(3)] == [[""], ["T#"], ["T#"]]  # a thought alone is no reply
 
 
-def test_half_an_emoji_is_asked_about(endpoint, make_judge):
+def test_half_an_emoji_is_replaced(endpoint, make_judge):
     assert make_judge()(["a \ud83d b"]) == ["reply to a ? b"]
 
 
-def test_the_sum_is_of_all_replies_whenever_they_came(endpoint, make_judge, tmp_path):
-    """As a run's results have it, that was stopped and went on the next day."""
+def test_sum_up_counts_cached_and_new_replies(endpoint, make_judge, tmp_path):
+    """A run that was stopped and resumed on the next day."""
     make_judge()(["a", "b"])
     for path in (tmp_path / "cache").iterdir():
         path.write_text(path.read_text().replace(date.today().isoformat(), "2026-01-31"))
     judge = make_judge(price=(1e6, 2e6))
     judge(["a", "b", "a"])
-    whole = {"replies": 2, "cut": 0, "sampled": 0, "date": "2026-01-31", "served_models": ["served"]}
-    whole |= {"endpoint": endpoint.host}
-    assert judge.sum_up() == whole | {"prompt_tokens": 20, "completion_tokens": 8, "cost": 36.0}
+    complete = {"replies": 2, "cut": 0, "sampled": 0, "date": "2026-01-31", "served_models": ["served"]}
+    complete |= {"endpoint": endpoint.host}
+    assert judge.sum_up() == complete | {"prompt_tokens": 20, "completion_tokens": 8, "cost": 36.0}
     judge(["a", "c"])
-    whole |= {"replies": 3, "date": f"2026-01-31 to {date.today().isoformat()}"}
-    assert judge.sum_up() == whole | {"prompt_tokens": 30, "completion_tokens": 12, "cost": 54.0}
+    complete |= {"replies": 3, "date": f"2026-01-31 to {date.today().isoformat()}"}
+    assert judge.sum_up() == complete | {"prompt_tokens": 30, "completion_tokens": 12, "cost": 54.0}
     assert make_judge().sum_up()["replies"] == 0
 
 
-def test_results_name_the_endpoint_that_replied(endpoint, make_judge):
+def test_sum_up_names_the_endpoint_that_replied(endpoint, make_judge):
     """And not the one that would have been asked."""
     elsewhere = "http://someone:secret@127.0.0.2:9/v1?token=secret"
     make_judge()(["a", "b"])
@@ -343,7 +343,7 @@ def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_
     assert endpoint.asked()["a "] == endpoint.asked()["A"] == 1 and len(endpoint.requests) == 10
 
 
-def test_entries_say_what_was_asked_and_hold_no_key(endpoint, make_judge, tmp_path):
+def test_fields_of_a_cache_entry(endpoint, make_judge, tmp_path):
     make_judge()(["a"])
     (entry,) = read_entries(tmp_path / "cache")
     settings = {"temperature": 0, "seed": 0, "max_tokens": MAX_TOKENS}
@@ -358,11 +358,11 @@ def test_damaged_entries_are_asked_again(endpoint, make_judge, tmp_path):
     prompts, cache = list("abcdefgh"), tmp_path / "cache"
     make_judge()(prompts)
     paths = {json.loads(path.read_text())["key"]["prompt"]: path for path in cache.iterdir()}
-    whole = json.loads(paths["e"].read_text())
+    complete = json.loads(paths["e"].read_text())
     damaged = {
         "a": b"", "b": paths["b"].read_bytes()[:-9], "c": b"[1, 2]", "d": b"\xff\xfe\x00",
-        "e": json.dumps(whole | {"reply": 3}).encode(), "f": json.dumps({"key": whole["key"]}).encode(),
-        "g": json.dumps(whole).encode(),  # of another prompt
+        "e": json.dumps(complete | {"reply": 3}).encode(), "f": json.dumps({"key": complete["key"]}).encode(),
+        "g": json.dumps(complete).encode(),  # of another prompt
     }  # fmt: skip
     for prompt, content in damaged.items():
         paths[prompt].write_bytes(content)
@@ -390,7 +390,7 @@ EndpointJudge("a-model", url, cache_dir, concurrency=2)(prompts)
 """
 
 
-def test_a_killed_run_goes_on_without_asking_twice(endpoint, make_judge, tmp_path):
+def test_killed_run_resumes_without_asking_twice(endpoint, make_judge, tmp_path):
     prompts, arrived = [str(i) for i in range(12)], threading.Semaphore(0)
 
     def seven_then_silence(request, nth):
@@ -432,8 +432,8 @@ def test_retry_after_is_respected_by_all_threads(endpoint, make_judge):
 
     endpoint.answer = busy
     assert make_judge(concurrency=2)(list("abcd")) == replies_to("abcd")
-    told = next(request.time for request in endpoint.requests if request.prompt == "b")  # a little after that
-    later = [request.time - told for request in endpoint.requests[2:]]
+    refused_at = next(request.time for request in endpoint.requests if request.prompt == "b")  # a little after that
+    later = [request.time - refused_at for request in endpoint.requests[2:]]
     assert {request.prompt for request in endpoint.requests[:2]} == {"a", "b"}
     assert len(later) == 3 and min(later) >= 1
 
@@ -448,7 +448,7 @@ def test_retry_after_as_a_date_or_nonsense():
     assert endpoint_module._retry_after({"retry-after": "2.5"}) == 2.5
 
 
-def test_a_server_that_asks_for_hours_is_not_waited_for(endpoint, make_judge):
+def test_long_retry_after_is_not_waited_for(endpoint, make_judge):
     endpoint.answer = lambda request, nth: refusal(429, "daily limit")._replace(headers={"Retry-After": "7200"})
     with pytest.raises(JudgeError, match=r"HTTP 429 .*daily limit.*it asks to wait 7200 s"):
         make_judge()(["a"])
@@ -487,7 +487,7 @@ def test_waits_double(endpoint, make_judge, monkeypatch):
         ),
     ],
 )  # fmt: skip
-def test_a_passing_trouble_is_asked_again(endpoint, make_judge, trouble):
+def test_temporary_errors_are_retried(endpoint, make_judge, trouble):
     endpoint.answer = lambda request, nth: trouble if nth < 3 else completion("at last")
     judge = make_judge()
     assert judge(["a"]) == ["at last"]
@@ -495,7 +495,7 @@ def test_a_passing_trouble_is_asked_again(endpoint, make_judge, trouble):
     assert (judge.sum_up()["replies"], judge.sum_up()["prompt_tokens"]) == (1, 10)
 
 
-def test_a_silent_server_is_asked_again(endpoint, make_judge):
+def test_silent_server_is_retried(endpoint, make_judge):
     endpoint.answer = lambda request, nth: endpoint.over.wait() if nth == 1 else completion("at last")
     begin = time.monotonic()
     with pytest.warns(UserWarning, match=rf"no reply within 0.3 s.* up to {ATTEMPTS} times"):
@@ -503,7 +503,7 @@ def test_a_silent_server_is_asked_again(endpoint, make_judge):
     assert 0.3 <= endpoint.requests[1].time - begin < 5
 
 
-def test_a_stray_failure_ends_the_run_after_all_others_and_the_same_call_goes_on(endpoint, make_judge, tmp_path):
+def test_single_failure_ends_the_run_after_all_others(endpoint, make_judge, tmp_path):
     prompts = list("abcde")
     endpoint.answer = lambda request, nth: (
         refusal(500, "cannot do a") if request.prompt == "a" else completion(f"reply to {request.prompt}")
@@ -529,20 +529,20 @@ def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
 
 
 @pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
-def test_a_broken_server_is_given_up(endpoint, make_judge, concurrency, in_vain):
+def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
     def slow_page(request, nth):
         time.sleep(0.01)  # so that the main thread can stop the others before they try the next prompt in vain, too
         return Answer(b"<html>no API here</html>")
 
     endpoint.answer = slow_page
     with (
-        pytest.warns(UserWarning, match=f"no chat completion came.*no API here.* up to {ATTEMPTS} times") as told,
+        pytest.warns(UserWarning, match=f"no chat completion came.*no API here.* up to {ATTEMPTS} times") as warned,
         pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
     # Each thread may have begun with one more.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
-    assert len(told) == 1, [str(warning.message) for warning in told]
+    assert len(warned) == 1, [str(warning.message) for warning in warned]
 
 
 def test_no_server_at_all(endpoint, make_judge):
@@ -601,7 +601,7 @@ def refuses(name: str, status: int) -> Answer:
         (["temperature"], 400, {"seed": 0, "max_tokens": 256}),
     ],
 )
-def test_settings_that_are_refused_are_left_out_or_renamed(endpoint, make_judge, refused, status, left):
+def test_refused_settings_are_left_out_or_renamed(endpoint, make_judge, refused, status, left):
     def old_names_only(request, nth):
         found = [name for name in refused if name in request.body]
         return refuses(found[0], status) if found else completion(f"reply to {request.prompt}")
@@ -610,15 +610,15 @@ def test_settings_that_are_refused_are_left_out_or_renamed(endpoint, make_judge,
     prompts = [str(i) for i in range(20)]
     judge = make_judge(concurrency=4)
     assert judge(prompts) == replies_to(prompts)
-    # Each of four threads is told at most once, and the limit on the reply's length is never dropped.
+    # Each of four threads is refused at most once per setting, and the limit on the reply's length is never dropped.
     assert len(endpoint.requests) <= 20 + 4 * len(refused)
     assert all({"max_tokens", "max_completion_tokens"} & request.body.keys() for request in endpoint.requests)
     sent = endpoint.requests[-1].body
     assert {name: sent[name] for name in sent.keys() - {"model", "messages"}} == left
-    told = len(endpoint.requests)
+    num_requests = len(endpoint.requests)
     judge(["one more"])
     again = make_judge()
-    assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == told + 1
+    assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == num_requests + 1
     # Without temperature 0 another run's replies would differ, which its results say, from the cache, too.
     assert again.sum_up()["sampled"] == (20 if "temperature" in refused else 0)
 
@@ -643,7 +643,7 @@ def test_a_refusal_ends_the_waits_of_others(endpoint, make_judge):
     assert len(endpoint.requests) == 4
 
 
-def test_replies_on_their_way_at_a_refusal_are_kept(endpoint, make_judge, tmp_path):
+def test_replies_in_flight_at_a_refusal_are_kept(endpoint, make_judge, tmp_path):
     refused = threading.Event()
 
     def one_is_slow(request, nth):
@@ -664,7 +664,7 @@ def test_replies_on_their_way_at_a_refusal_are_kept(endpoint, make_judge, tmp_pa
     assert [entry["reply"] for entry in read_entries(tmp_path / "cache")] == ["came late"]
 
 
-def test_ctrl_c_waits_for_no_silent_server(endpoint, make_judge, tmp_path, monkeypatch):
+def test_ctrl_c_does_not_wait_for_a_silent_server(endpoint, make_judge, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint_module, "GRACE", 0.5)
 
     def interrupt(request, nth):
@@ -697,14 +697,14 @@ def test_no_key_is_needed_and_no_other_is_sent(endpoint, make_judge):
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}…"])
-def test_a_key_that_is_none_is_not_shown(make_judge, monkeypatch, key):
+def test_malformed_key_is_not_shown(make_judge, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(ValueError, match="variable OPENAI_API_KEY holds no key") as caught:
         make_judge()
     assert KEY not in str(caught.value)
 
 
-def test_blanks_around_a_key_do_no_harm(endpoint, make_judge, monkeypatch):
+def test_blanks_around_a_key_are_removed(endpoint, make_judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     make_judge()(["a"])
     assert endpoint.requests[0].headers["Authorization"] == f"Bearer {KEY}"
@@ -744,7 +744,7 @@ LOCAL_MAX_TOKENS = 12
 
 
 def greedy(model, tokenizer, prompt: str) -> list[int]:
-    """The tokens of the reply, by one whole forward pass for each."""
+    """The tokens of the reply, by one complete forward pass for each."""
     ids = tokenizer(f"<user>{prompt}<end><assistant>", return_tensors="pt").input_ids
     start, ends = ids.shape[1], model.generation_config.eos_token_id
     while ids.shape[1] < start + LOCAL_MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
@@ -837,7 +837,7 @@ def test_half_an_emoji_is_asked_of_a_local_judge(chat_model, tmp_path):
     assert one == other
 
 
-def test_what_is_no_chat_model_is_refused(chat_model, tmp_path):
+def test_local_model_must_be_a_chat_model(chat_model, tmp_path):
     with pytest.raises(
         ValueError, match=r"`model` '.*nothing' cannot be loaded: expected a folder or the Hub id of a chat model"
     ):
