@@ -6,6 +6,7 @@ mistyped commands must not wait for that.
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from minigpt3d.arguments import add_options, read_options, with_flags
 from minigpt3d.messages import one_line
 
 
@@ -141,113 +143,10 @@ def add_evaluate(commands):
         "--annotations: its 200 objects), household (the bundled checkpoint's held-out objects), own (--data: a .csv or "
         ".jsonl with file and label, caption or color; or what `minigpt3d pack` wrote).",
     )
-    evaluate.add_argument("suite", choices=["modelnet40", "objaverse", "caption", "household", "own"], metavar="SUITE")
-    evaluate.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for answers, scores and report"
-    )
-    evaluate.add_argument(
-        "--model", help="folder or Hub id (default: checkpoints/household if it is there, else the Hub)"
-    )
-    evaluate.add_argument(
-        "--answers", type=Path, metavar="FILE", help="instead of a model: the answers of any other program, to score"
-    )
-    evaluate.add_argument("--data", metavar="PATH", help="the suite's objects, see below")
-    evaluate.add_argument(
-        "--annotations", type=Path, nargs="+", default=[], metavar="JSON", help="what is said of them"
-    )
-    add_reading(evaluate, "in your own files", "the model's own setting, else not turned")
-    evaluate.add_argument("--limit", type=positive_int, metavar="N", help="the first N objects only, to try it out")
-    evaluate.add_argument(
-        "--robustness",
-        action="store_true",
-        help="ask about corrupted clouds, too: eleven corruptions, five severities each",
-    )
-    decoding = evaluate.add_argument_group("decoding")
-    decoding.add_argument(
-        "--greedy", action="store_true", help="the most likely answer (default: 2 beams, sampled, as in the paper)"
-    )
-    decoding.add_argument(
-        "--template",
-        choices=["default", "benchmark"],
-        default="default",
-        help="default: the training prompt; benchmark: that of the authors' evaluation, to the character",
-    )
-    decoding.add_argument(
-        "--phrase",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="answer whose likelihood is taken for each class, with {} for its name, such as 'This is a {}.'; may be given "
-        "several times (default: the suite's)",
-    )
-    decoding.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="(default: 16)")
-    decoding.add_argument(
-        "--seed", type=natural_int, default=0, help="of sampling, corruptions and intervals (default: 0)"
-    )
-    decoding.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if there is one)")
-    decoding.add_argument(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="of the weights (default: as they are stored, but float32 on a CPU)",
-    )
-    scores = evaluate.add_argument_group("scores")
-    scores.add_argument(
-        "--metrics",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="these, and what --out has scored before (default: all that need no download)",
-    )
-    scores.add_argument("--s-bert", metavar="DIR_OR_ID", help="score s_bert, too, with this encoder")
-    scores.add_argument("--simcse", metavar="DIR_OR_ID", help="score simcse, too, with this encoder")
-    add_judge(evaluate.add_argument_group("judge"))
+    from minigpt3d.evaluation.options import EvaluateOptions
+
+    add_options(evaluate, EvaluateOptions)
     evaluate.set_defaults(run=run_evaluate)
-
-
-def add_judge(judge):
-    judge.add_argument(
-        "--judge",
-        metavar="MODEL",
-        help="model that judges: its name at --judge-url, else a folder or Hub id for transformers",
-    )
-    judge.add_argument(
-        "--judge-url",
-        metavar="URL",
-        help="OpenAI-compatible endpoint, such as http://localhost:8000/v1 (vLLM, llama.cpp, Ollama, ...); the key is read "
-        "from OPENAI_API_KEY",
-    )
-    judge.add_argument(
-        "--judge-prompt",
-        action="append",
-        default=[],
-        metavar="METRIC=FILE",
-        help="your own prompt for open_vocabulary_accuracy, caption_score or hallucination, with {answer} and {reference} to "
-        "fill in, or for closed_set_accuracy, with {answer} and {classes}; may be given several times",
-    )
-    judge.add_argument(
-        "--judge-cache", type=Path, metavar="DIR", help="shared between runs (default: judge/ in --out)"
-    )
-    judge.add_argument("--judge-concurrency", type=positive_int, metavar="N", help="requests at once (default: 8)")
-    judge.add_argument(
-        "--judge-max-tokens",
-        type=positive_int,
-        metavar="N",
-        help="of a reply (default: 256); one that thinks before it replies needs more",
-    )
-    judge.add_argument(
-        "--judge-timeout",
-        type=positive_int,
-        metavar="SECONDS",
-        help="after which a request without a reply is asked again (default: 120); a slow server's long replies need more",
-    )
-    judge.add_argument("--judge-rpm", type=positive_int, metavar="N", help="requests a minute, at most")
-    judge.add_argument(
-        "--judge-price",
-        type=price,
-        nargs=2,
-        metavar=("IN", "OUT"),
-        help="US dollars per million tokens, to tell the cost",
-    )
 
 
 def add_compare(commands):
@@ -718,76 +617,33 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
-ENDPOINT_OPTIONS = ("--judge-concurrency", "--judge-timeout", "--judge-rpm", "--judge-price")
-
-
-def check_evaluate(args: argparse.Namespace):
-    """
-    Raises:
-        CommandError: options that do not go together.
-    """
-    if args.model is not None and args.answers is not None:
-        raise CommandError("give --model or --answers, not both")
-    if args.judge is not None and not args.judge.strip():
-        raise CommandError("--judge is empty: expected a model's name")
-    for option in ("--robustness", "--greedy", "--phrase", "--device", "--dtype"):
-        if args.answers is not None and getattr(args, option[2:]):
-            raise CommandError(
-                f"{option} is for asking a model, and --answers are there already: leave it out. (Answers about corrupted "
-                'objects say so by their "condition", such as "jitter-3".)'
-            )
-    for option in ("--judge-url", "--judge-prompt", "--judge-cache", "--judge-max-tokens", *ENDPOINT_OPTIONS):
-        given = getattr(args, option[2:].replace("-", "_"))
-        if given and args.judge is None:
-            raise CommandError(f"{option} belongs to a judge: name it with --judge MODEL")
-        if given and args.judge_url is None and option in ENDPOINT_OPTIONS:
-            raise CommandError(f"{option} belongs to a judge behind an endpoint: give its --judge-url")
-    if args.answers is not None and not args.answers.is_file():
-        raise CommandError(
-            f"--answers {args.answers}: no such file (expected answers of another program, JSON or JSONL)"
-        )
-
-
 def run_evaluate(args: argparse.Namespace) -> int:
-    check_evaluate(args)
     try:
-        from minigpt3d.evaluation.run import BrokenObjectsError, Options, evaluate
-        from minigpt3d.hub import default_model, fingerprint_model
+        from minigpt3d.evaluation.objects import BrokenObjectsError
+        from minigpt3d.evaluation.options import EvaluateOptions
+        from minigpt3d.evaluation.run import evaluate
     except ImportError as error:
         raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
+    names = [field.name for field in dataclasses.fields(EvaluateOptions)]
 
-    judge_prompts = read_judge_prompts(args.judge_prompt)
-    name = str(args.answers or args.model or default_model())
-    options = Options(
-        suite=args.suite,
-        out=args.out,
-        model=Path(name).name if Path(name).exists() else name,
-        fingerprint=fingerprint_model(name),
-        data=args.data,
-        annotations=args.annotations,
-        reading=reading_of(args),
-        answers=args.answers,
-        limit=args.limit,
-        greedy=args.greedy,
-        template=args.template,
-        batch_size=args.batch_size,
-        phrases=args.phrase,
-        robustness=args.robustness,
-        metrics=args.metrics,
-        encoders={metric: given for metric, given in (("s_bert", args.s_bert), ("simcse", args.simcse)) if given},
-        judge=make_judge(args),
-        judge_prompts=judge_prompts,
-        seed=args.seed,
-        command=shown_command(args.argv),
-    )
+    def flagged(message: str) -> str:
+        return with_flags(message, names, "-")
+
+    quiet()
     try:
-        results = evaluate(options, lambda: load_for_evaluation(name, args), complain)
+        results = evaluate(
+            read_options(EvaluateOptions, args),
+            command=shown_command(args.argv),
+            report=lambda message: complain(flagged(message)),
+        )
     except BrokenObjectsError as error:
         raise CommandError(str(error)) from error  # line by line
+    except (ImportError, ValueError) as error:
+        raise CommandError(flagged(one_line(error))) from error
     except KeyboardInterrupt:
-        complain(f"stopped; what was answered is kept in {args.out}, and the same command goes on from there")
+        complain(f"stopped; the answers so far are kept in {args.out}, and the same command resumes there")
         raise
-    if results:  # the first process
+    if results is not None:  # the first process
         from minigpt3d.evaluation.report import score_table
 
         print(score_table(results))
@@ -813,74 +669,6 @@ def _shown(word: str) -> str:
     elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
         value = Path(value).name or value
     return option + value
-
-
-def read_judge_prompts(options: list[str]) -> dict[str, str]:
-    """`METRIC=FILE` → the file's text by metric.
-
-    Raises:
-        CommandError: an option is not of this form, or its file cannot be read.
-    """
-    from minigpt3d.evaluation.suites import JUDGE_PROMPTS
-
-    prompts = {}
-    for item in options:
-        name, _, path = item.partition("=")
-        if name not in JUDGE_PROMPTS or not path:
-            raise CommandError(f"--judge-prompt {item}: expected METRIC=FILE, with one of {', '.join(JUDGE_PROMPTS)}")
-        try:
-            prompts[name] = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"--judge-prompt {item}: cannot be read as UTF-8 text ({one_line(error)})") from error
-    return prompts
-
-
-def make_judge(args: argparse.Namespace):
-    """The judge that the options describe, or None."""
-    if args.judge is None:
-        return None
-    from minigpt3d.evaluation.judges import EndpointJudge, LocalJudge
-
-    cache = args.judge_cache or args.out / "judge"
-    limits = {
-        "max_tokens": args.judge_max_tokens,
-        "concurrency": args.judge_concurrency,
-        "timeout": args.judge_timeout,
-    }
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if args.judge_url is None:
-        return LocalJudge(args.judge, cache, args.device, **limits)
-    price = None if args.judge_price is None else tuple(args.judge_price)
-    try:
-        return EndpointJudge(
-            args.judge,
-            args.judge_url,
-            cache,
-            requests_per_minute=args.judge_rpm,
-            price=price,
-            **limits,
-        )
-    except ImportError as error:
-        raise CommandError(one_line(error)) from error
-
-
-def load_for_evaluation(name: str, args: argparse.Namespace):
-    """Model and processor, on the device of this process."""
-    import torch
-    from accelerate import PartialState
-
-    from minigpt3d.hub import load_model
-
-    quiet()
-    model, processor = load_model(name)
-    if args.up_axis is not None:
-        processor.feature_extractor.up_axis = None  # what it gets has been turned
-    try:
-        device = torch.device(args.device) if args.device else PartialState().device
-        dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else model.dtype
-        return model.to(device, dtype).eval(), processor
-    except Exception as error:
-        raise CommandError(f"cannot use the device {args.device}: {one_line(error)} (leave out --device)") from error
 
 
 def run_card(args: argparse.Namespace) -> int:

@@ -1,148 +1,192 @@
-"""Answers of a model: batched, on as many processes as Accelerate has, appended to files, resumed after any end.
+"""Ask a model: batched, on all processes of Accelerate, appended to files, resumed after any interruption.
 
-A job is a question under a condition; its objects are cut into batches, always the same ones. A batch's answers are
-appended in one write and drawn with a seed of its own, so a run that was killed goes on with the batches that are not
-there, and neither it nor the number of processes changes an answer.
+The objects of a job are cut into batches, always the same ones. The answers of a batch are appended in one write and
+sampled with a seed of their own, so a killed run resumes with the missing batches, and neither that nor the number of
+processes changes an answer.
 
 Shapes: B objects of a batch, N points, T tokens.
 """
 
+import hashlib
 import json
-import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import BatchFeature
 
+from minigpt3d.hub import load_model
+from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
-from .objects import EvalObject
+from .likelihood import class_log_likelihoods, encode_answers
+from .objects import EvalObject, check_clouds
+from .options import EvaluateOptions
+from .plan import Evaluation, Job
 from .progress import progress
-from .suites import Question
+from .run_folder import Lines, Settings, append_lines, line_key
+from .suites import DECODING, GREEDY
 
 
-ANSWERS_DIR = "answers"
+Work = Callable[[Job, list[EvalObject], list[np.ndarray], int], list[dict]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One question, asked about objects under one condition (see `conditions`)."""
+@dataclass
+class Asked:
+    """How the answers in a folder were given: their settings, and what the history of runs tells.
 
-    question: Question
-    condition: str
-    objects: tuple[EvalObject, ...]
+    Args:
+        history: see `RunFolder.record_run`; None on all processes but the first.
+    """
+
+    settings: Settings
+    history: dict | None
+    parameters: int | None = None
 
 
-# ---- Lines that survive ---------------------------------------------------------------------------------------------
+def keep_answers(plan: Evaluation, answers: list[dict], fingerprint: str, command: str) -> Asked:
+    """Put another program's answers into the folder."""
+    settings = _make_settings(plan, fingerprint)
+    if not PartialState().is_main_process:
+        return Asked(settings, None)
+    plan.folder.claim(settings)
+    part = plan.folder.answers.open(0)
+    part.unlink(missing_ok=True)
+    append_lines(part, answers)
+    return Asked(settings, plan.folder.record_run(command, None, asked=False))
 
 
-def read_lines(folder: Path) -> Iterator[dict]:
-    """All whole lines of the parts in a folder; one that was torn when a run was killed is passed over.
+def ask_model(plan: Evaluation, name: str, fingerprint: str, command: str) -> Asked:
+    """Put the missing answers of a model, and its likelihoods of classes, into the folder.
+
+    Args:
+        name: folder or Hub id of the model.
+    """
+    options, folder, suite = plan.options, plan.folder, plan.suite
+    settings = _make_settings(plan, fingerprint)
+    model, processor = load_for_evaluation(name, options)
+    settings.decoding = (GREEDY if options.greedy else DECODING) | {"max_new_tokens": suite.max_new_tokens}
+    settings.template, settings.batch_size = options.template, options.batch_size
+    settings.prompts = _hash_questions(plan, processor)
+    settings.phrases = None if suite.classes is None else list(suite.phrases)
+    settings.dtype, settings.device = str(model.dtype).removeprefix("torch."), model.device.type
+    asked = Asked(settings, None, model.num_parameters())
+    jobs, likelihood_jobs = plan.answer_jobs(), plan.likelihood_jobs()
+    if PartialState().is_main_process:
+        folder.claim(settings)
+        is_complete = _is_done(jobs, folder.answers) and _is_done(likelihood_jobs, folder.likelihoods)
+        device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
+        asked.history = folder.record_run(command, device, asked=not is_complete)
+    up_axis = "y" if options.up_axis else None  # then the objects have been turned when they were read
+
+    def answer(job: Job, objects: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
+        prompt = job.question.prompt
+        return generate(model, processor, clouds, prompt, options.template, settings.decoding, seed, up_axis)
+
+    run_batches(jobs, folder.answers, options.batch_size, options.seed, answer, "answers")
+    if likelihood_jobs:
+        take_likelihoods(plan, model, processor, up_axis)
+    return asked
+
+
+def _make_settings(plan: Evaluation, fingerprint: str) -> Settings:
+    is_main = PartialState().is_main_process
+    dataset = check_clouds(plan.objects.values()) if is_main else ""
+    return Settings(plan.suite.name, len(plan.objects), dataset, fingerprint, seed=plan.options.seed)
+
+
+def load_for_evaluation(
+    name: str, options: EvaluateOptions
+) -> tuple[MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor]:
+    """Model and processor, on the device of this process.
 
     Raises:
-        ValueError: a line is damaged.
+        ValueError: there is no such model, or the device cannot be used.
     """
-    for path in sorted(folder.glob("part-*.jsonl")):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: damaged ({error}). Delete the line, and the same command asks again."
-                ) from error
+    model, processor = load_model(name)
+    try:
+        device = torch.device(options.device) if options.device else PartialState().device
+        default = torch.float32 if device.type == "cpu" else model.dtype
+        return model.to(device, getattr(torch, options.dtype) if options.dtype else default).eval(), processor
+    except Exception as error:
+        raise ValueError(
+            f"`device` {options.device} cannot be used: {one_line(error)}. Leave it out for the default."
+        ) from error
 
 
-def open_part(folder: Path, process_index: int) -> Path:
-    """This process's part, without the line that a killed run may have torn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"part-{process_index}.jsonl"
-    if path.exists() and (torn := len(path.read_bytes().rpartition(b"\n")[2])):
-        os.truncate(path, path.stat().st_size - torn)
-    return path
+def _hash_questions(plan: Evaluation, processor: MiniGPT3DProcessor) -> str:
+    """Hash of the token ids of all questions, thus of template and tokenizer as far as they matter."""
+    ids = [
+        encode_answers(processor, question.prompt, ["a"], plan.options.template)[0]
+        for question in plan.suite.questions
+    ]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
-def append_lines(path: Path, lines: list[dict]):
-    """Append lines in one write, which is on disk when this returns."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with open(path, "ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def line_key(line: dict) -> tuple[str, str, str]:
-    """What a line is the answer to: question, condition and object."""
-    return line["question"], line["condition"], line["object_id"]
+def _is_done(jobs: list[Job], lines: Lines) -> bool:
+    keys = {(job.question.name, job.condition, each.object_id) for job in jobs for each in job.objects}
+    return keys <= lines.keys()
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
-def run_batches(
-    jobs: list[Job],
-    folder: Path,
-    batch_size: int,
-    seed: int,
-    work: Callable[[Job, list[EvalObject], list[np.ndarray], int], list[dict]],
-    what: str,
-):
-    """Do what is not done yet, this process its share.
+def run_batches(jobs: list[Job], lines: Lines, batch_size: int, seed: int, work: Work, what: str):
+    """Do what is missing, this process its share.
 
     Args:
-        folder: for the parts.
-        seed: of conditions that draw by chance, and of the batches.
-        work: (job, objects, clouds, seed of the batch) → a line for each object, without the three parts of its key.
+        lines: where the results go.
+        seed: of corruptions, and of the batches.
+        work: (job, objects, clouds, seed of the batch) → a line per object, without question, condition and object_id.
         what: for the progress bar.
     """
     state = PartialState()
     state.wait_for_everyone()
-    done = {line_key(line) for line in read_lines(folder)}
+    done = lines.keys()
     state.wait_for_everyone()  # nobody writes before everybody has read
-    part = open_part(folder, state.process_index)
+    part = lines.open(state.process_index)
     batches = [
         (job, list(job.objects[first : first + batch_size]), first)
         for job in jobs
         for first in range(0, len(job.objects), batch_size)
     ]
     missing = [
-        batch
-        for batch in batches
-        if any((batch[0].question.name, batch[0].condition, each.object_id) not in done for each in batch[1])
+        (job, objects, first)
+        for job, objects, first in batches
+        if any((job.question.name, job.condition, each.object_id) not in done for each in objects)
     ]
-    mine = missing[state.process_index :: state.num_processes]
+    own = missing[state.process_index :: state.num_processes]
+    # The bar counts all processes together, assuming that the others are as far as this one.
+    rounds = [missing[first : first + state.num_processes] for first in range(0, len(missing), state.num_processes)]
+    sizes = [sum(len(objects) for _, objects, _ in batches) for batches in rounds]
 
-    def load(batch) -> list[np.ndarray]:
+    def load(batch: tuple) -> list[np.ndarray]:
         job, objects, _ = batch
         return [apply(job.condition, each.read(), each.object_id, seed) for each in objects]
 
-    # Of all processes together: as far as this one is, so are the others.
-    rounds = [missing[first : first + state.num_processes] for first in range(0, len(missing), state.num_processes)]
-    sizes = [sum(len(objects) for _, objects, _ in batches) for batches in rounds]
     with (
-        ThreadPoolExecutor(1) as pool,  # the next batch's clouds are read while this one is worked on
+        ThreadPoolExecutor(1) as pool,  # reads the clouds of the next batch during this one
         progress(sum(sizes), what, "object", shown=state.is_main_process) as bar,
     ):
-        waiting = [pool.submit(load, batch) for batch in mine[:1]]
-        for number, (job, objects, first) in enumerate(mine):
+        waiting = [pool.submit(load, batch) for batch in own[:1]]
+        for number, (job, objects, first) in enumerate(own):
             clouds = waiting.pop().result()
-            waiting += [pool.submit(load, batch) for batch in mine[number + 1 : number + 2]]
+            waiting += [pool.submit(load, batch) for batch in own[number + 1 : number + 2]]
             key = {"question": job.question.name, "condition": job.condition}
             name = zlib.crc32(f"{job.question.name} {job.condition}".encode())
             batch_seed = int(np.random.SeedSequence([seed, name, first]).generate_state(1)[0])
-            before = time.perf_counter()
-            lines = work(job, objects, clouds, batch_seed)
-            key["seconds"] = round((time.perf_counter() - before) / len(objects) / state.num_processes, 4)
-            lines = [{"object_id": each.object_id} | key | line for each, line in zip(objects, lines, strict=True)]
-            append_lines(part, [line for line in lines if line_key(line) not in done])
+            start = time.perf_counter()
+            found = work(job, objects, clouds, batch_seed)
+            key["seconds"] = round((time.perf_counter() - start) / len(objects) / state.num_processes, 4)
+            found = [{"object_id": each.object_id} | key | line for each, line in zip(objects, found, strict=True)]
+            append_lines(part, [line for line in found if line_key(line) not in done])
             bar.set_postfix_str(f"{job.question.name}, {job.condition}", refresh=False)
             bar.update(sizes[number])
     state.wait_for_everyone()
@@ -150,9 +194,12 @@ def run_batches(
 
 # ---- Generation -----------------------------------------------------------------------------------------------------
 
+# The chat template needs a cloud, and the processor refuses to read a blind one; it is replaced afterwards.
+_STAND_IN = np.eye(2, 6, dtype=np.float32)
+
 
 def encode_question(
-    processor: MiniGPT3DProcessor, clouds: list[np.ndarray], prompt: str, template: str
+    processor: MiniGPT3DProcessor, clouds: list[np.ndarray], prompt: str, template: str, up_axis: str | None = None
 ) -> BatchFeature:
     """Inputs of the model for one question about each of B clouds: `input_ids`, `attention_mask` (B, T), `point_clouds`."""
     content = [{"type": "point_cloud", "point_cloud": _STAND_IN}, {"type": "text", "text": prompt}]
@@ -165,12 +212,8 @@ def encode_question(
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     )
-    inputs["point_clouds"] = read_clouds(processor, clouds)
+    inputs["point_clouds"] = read_clouds(processor, clouds, up_axis)
     return inputs
-
-
-# The chat template wants some cloud, and would not read a blind one.
-_STAND_IN = np.eye(2, 6, dtype=np.float32)
 
 
 @torch.inference_mode()
@@ -182,21 +225,23 @@ def generate(
     template: str,
     decoding: dict,
     seed: int,
+    up_axis: str | None = None,
 ) -> list[dict]:
     """Answers to one question about each of B clouds.
 
     Args:
         template: name of one of the processor's chat templates.
-        decoding: arguments of `generate`, `max_new_tokens` among them.
+        decoding: arguments of `generate`, with `max_new_tokens`.
         seed: of the sampling.
+        up_axis: of the clouds; None for the processor's own.
 
     Returns:
-        For each cloud `answer`, `tokens` (new ones, `###` among them and eos not) and `cut`: whether the limit ended it.
+        For each cloud `answer`, `tokens` (new ones, with `###` and without eos) and `cut`: whether the limit ended it.
     """
     tokenizer = processor.tokenizer
-    inputs = encode_question(processor, clouds, prompt, template)
+    inputs = encode_question(processor, clouds, prompt, template, up_axis)
     torch.manual_seed(seed)
-    # Only eos is an end token: were `###` one, too, as a model's own settings may have it, `min_new_tokens` would forbid it.
+    # Only eos is an end token here. If `###` were one too, as in a model's own settings, `min_new_tokens` would forbid it.
     output = model.generate(
         **inputs.to(model.device),
         **decoding,
@@ -214,19 +259,22 @@ def generate(
     return lines
 
 
-def generate_answers(
+def take_likelihoods(
+    plan: Evaluation,
     model: MiniGPT3DForConditionalGeneration,
     processor: MiniGPT3DProcessor,
-    jobs: list[Job],
-    out: Path,
-    template: str,
-    decoding: dict,
-    batch_size: int,
-    seed: int,
+    up_axis: str | None = None,
 ):
-    """Ask everything that is not answered yet (see `read_lines`)."""
+    """Compute what is missing of the likelihoods of all class names as the answer to the main question."""
+    options = plan.options
+    names = [name for names in plan.suite.classes.values() for name in names]
+    settings = {"template": options.template, "batch_size": max(1, options.batch_size // 4), "up_axis": up_axis}
 
-    def work(job: Job, objects: list[EvalObject], clouds: list[np.ndarray], batch_seed: int) -> list[dict]:
-        return generate(model, processor, clouds, job.question.prompt, template, decoding, batch_seed)
+    def work(job: Job, objects: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
+        sums, tokens = class_log_likelihoods(
+            model, processor, clouds, job.question.prompt, names, plan.suite.phrases, **settings
+        )
+        return [{"log_likelihood": row.tolist(), "tokens": tokens.tolist()} for row in sums]
 
-    run_batches(jobs, out / ANSWERS_DIR, batch_size, seed, work, "answers")
+    jobs = plan.likelihood_jobs()
+    run_batches(jobs, plan.folder.likelihoods, options.batch_size, options.seed, work, "likelihoods")

@@ -8,9 +8,8 @@ from PIL import Image
 
 from minigpt3d.model_card.words import scaled
 
-from .conditions import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
-from .results import as_corruption
-from .suites import METRICS
+from .results import Results, Score, as_corruption
+from .suites import BLIND, CONTROLS, METRICS, NO_COLOR, SEEING, SHUFFLED
 
 
 # Okabe and Ito's, which the color-blind tell apart; the same condition has the same color in every picture.
@@ -56,20 +55,20 @@ def _view(azimuth: float, elevation: float) -> np.ndarray:
     return np.stack([right, np.cross(toward, right), toward])
 
 
-def draw_scores(results: dict) -> bytes | None:
+def draw_scores(results: Results) -> bytes | None:
     """Every score of the objects as they are with its interval, and the controls below it; None if there is nothing.
 
     Counts of details have another scale and are left out.
     """
     conditions = [SEEING, *CONTROLS]
     rows = {}
-    for score in results["scores"]:
-        if score["condition"] in conditions and score["unit"] != "count":
-            rows.setdefault((score["question"], score["metric"]), {})[score["condition"]] = score
+    for score in results.scores:
+        if score.condition in conditions and score.unit != "count":
+            rows.setdefault(score.key, {})[score.condition] = score
     if not rows:
         return None
     shown = [condition for condition in conditions if any(condition in row for row in rows.values())]
-    names = [f"{METRICS[metric].title}\n{_short(results['questions'][question])}" for question, metric in rows]
+    names = [f"{METRICS[metric].title}\n{_short(results.questions[question])}" for question, metric in rows]
     figure = _figure(8, 1.1 + 0.62 * len(rows), layout="constrained")
     panel = figure.add_subplot()
     gap = 0.68 / max(len(shown), 3)
@@ -78,7 +77,7 @@ def draw_scores(results: dict) -> bytes | None:
             if condition not in row:
                 continue
             score, y = row[condition], height + (place - (len(shown) - 1) / 2) * gap
-            value, low, high = (scaled(score[key], score["unit"]) for key in ("value", "low", "high"))
+            value, low, high = (scaled(end, score.unit) for end in (score.value, score.low, score.high))
             first = condition == SEEING
             panel.plot([low, high], [y, y], color=COLORS[condition], linewidth=2.2 if first else 1.2, alpha=0.8)
             panel.plot(
@@ -89,7 +88,7 @@ def draw_scores(results: dict) -> bytes | None:
         panel.axhline(height - 0.5, color="#e5e5e5", linewidth=0.8)
     panel.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(min([0, *(scaled(s["low"], s["unit"]) for row in rows.values() for s in row.values())]), 109)
+    panel.set_xlim(min([0, *(scaled(s.low, s.unit) for row in rows.values() for s in row.values())]), 109)
     panel.set_xticks(range(0, 101, 20))
     panel.set_xlabel("per cent, or points of 100; lines are 95 % intervals", fontsize=8)
     handles = [
@@ -101,20 +100,20 @@ def draw_scores(results: dict) -> bytes | None:
     return _png(figure)
 
 
-def draw_robustness(scores: list[dict], title: str) -> bytes | None:
+def draw_robustness(scores: list[Score], title: str) -> bytes | None:
     """One metric over the severities of each corruption, a panel each; None if nothing was corrupted.
 
     Args:
         scores: of one question and metric, under all conditions.
     """
-    by_condition = {score["condition"]: score for score in scores}
+    by_condition = {score.condition: score for score in scores}
     curves = {}
     for condition, score in by_condition.items():
         if corruption := as_corruption(condition):
             curves.setdefault(corruption[0], []).append((corruption[1], score))
     if not curves:
         return None
-    unit = scores[0]["unit"]
+    unit = scores[0].unit
     columns = min(5, len(curves))
     lines = -(-len(curves) // columns)
     figure = _figure(max(4.5, 0.5 + 2.1 * columns), 1.2 + 1.75 * lines, layout="constrained")
@@ -124,12 +123,13 @@ def draw_robustness(scores: list[dict], title: str) -> bytes | None:
     for panel, (name, curve) in zip(panels, curves.items(), strict=False):
         for condition, style in ((SEEING, "-"), (BLIND, (0, (4, 3)))):
             if score := by_condition.get(condition):
-                value, low, high = (scaled(score[key], unit) for key in ("value", "low", "high"))
+                value, low, high = (scaled(end, unit) for end in (score.value, score.low, score.high))
                 panel.axhspan(low, high, color=COLORS[condition], alpha=0.1, linewidth=0)
                 panel.axhline(value, color=COLORS[condition], linewidth=1, linestyle=style, label=NAMES[condition])
         curve.sort(key=lambda point: point[0])
         x = [severity for severity, _ in curve]
-        value, low, high = (np.array([scaled(s[key], unit) for _, s in curve]) for key in ("value", "low", "high"))
+        ends = [[scaled(end, unit) for end in (score.value, score.low, score.high)] for _, score in curve]
+        value, low, high = np.array(ends).T
         panel.errorbar(
             x, value, [value - low, high - value], color=CORRUPTED, marker="o", markersize=4, linewidth=1.6,
             elinewidth=1, capsize=2, label="corrupted",

@@ -1,121 +1,166 @@
-"""Runs side by side, with the published scores that are their like: the same suite, prompt, metric and judge.
+"""Runs side by side, with published scores of the same suite, prompt, metric and judge.
 
 Scores of different judges are different measures and never stand in one table.
 """
 
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from minigpt3d.model_card.words import escaped, markdown_table, same_judge, with_interval
+from minigpt3d.model_card.words import escaped, interval, markdown_table, number, same_judge
 
-from .conditions import SEEING
-from .results import hash_prompt, judge_of, prompt_hash, read_run, values_of, variant_of
-from .score import default_prompt
+from .metrics import PROMPTS
+from .results import Results, ScoredAnswer, hash_prompt, values_of
+from .run_folder import RunFolder
 from .statistics import bootstrap, holm, in_words, paired_difference
 from .suites import METRICS
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
+JudgeKey = tuple[tuple[str, ...], str] | None  # see `Results.judge_of`
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    results: Results
+    answers: list[ScoredAnswer]
+
+    def prompt(self, question: str) -> str:
+        return self.results.questions[question].strip()
+
+    def values(self, question: str, metric: str) -> dict[str, float]:
+        return values_of(self.answers, question, metric)
+
+
+@dataclass
+class Cell:
+    """A score in a table: of a run's question (empty for a mean of several), or from a published `source`."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    question: str = ""
+    objects: int = 0
+    unparsed: int = 0
+    source: str = ""
+
+    def text(self, unit: str) -> str:
+        if self.source:  # as printed
+            return f"{self.value:.2f}{' %' if unit == 'share' else ''} (no interval)"
+        unparsed = f", {self.unparsed:,} of {self.objects:,} unparsed" if self.unparsed else ""
+        return f"{number(self.value, unit)} {interval(self.low, self.high, unit)}{unparsed}"
+
+
+@dataclass
+class Row:
+    """Scores by one metric, by column; `variant` as in `Results.variant_of`; several prompts: their mean."""
+
+    prompts: tuple[str, ...]
+    metric: str
+    variant: str | None
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return METRICS[self.metric].title + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def is_published(self) -> bool:
+        return any(cell.source for cell in self.cells.values())
+
+
+@dataclass
+class RunTest:
+    """A paired test between the runs `a` and `b`, with p corrected for the number of tests in its table (Holm)."""
+
+    row: Row
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    test: str
+    words: str = ""
+
+
+@dataclass
+class Table:
+    """Runs of one suite, as one judge scored them (None: without a judge)."""
+
+    suite: str
+    judge: str | None
+    runs: list[Run]
+    columns: list[str]
+    rows: list[Row]
+    tests: list[RunTest] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def compare(folders: list[str | Path]) -> str:
-    """The comparison as Markdown: see `tabulate`."""
-    return to_markdown(tabulate(folders))
+    """The comparison of finished runs as Markdown; see `tabulate`."""
+    return to_markdown(*tabulate(folders))
 
 
-def tabulate(folders: list[str | Path]) -> dict:
-    """What is alike in these runs.
-
-    Returns:
-        "runs": for each, its name here and how it was made; "tables": for each suite and judge (None: no judge)
-            "columns": names of runs, then of published models
-            "rows": {"prompts", "metric", "variant" (None: as by default), "unit", "cells": {column: {"value", "low", "high", …}}}; a row of several
-                prompts is their mean; a published cell has no "low" and "high", but its "source"
-            "tests": paired, between runs on the same objects, "p" corrected for their number (Holm), "words"
-            "notes": what sets the runs apart that a reader must know
+def tabulate(folders: list[str | Path]) -> tuple[list[Run], list[Table]]:
+    """The runs and a table for each suite and judge.
 
     Raises:
-        ValueError: no folder, one given twice, or one that is no finished run.
+        ValueError: no folder, one that is given twice, or one that is no finished run.
     """
     if not folders:
-        raise ValueError("There is nothing to compare: expected folders of finished runs, got none.")
+        raise ValueError("there is nothing to compare: expected folders of finished runs, got none.")
     folders = [Path(folder) for folder in folders]
-    read = [read_run(folder) for folder in folders]
-    names = _names(folders, [results for results, _ in read])
-    runs = {name: {"results": results, "rows": rows} for name, (results, rows) in zip(names, read, strict=True)}
-    keys = dict.fromkeys(
-        (run["results"]["suite"], judge_of(run["results"], score))
-        for run in runs.values()
-        for score in run["results"]["scores"]
-    )
-    return {
-        "runs": [{"name": name} | _facts(run["results"]) for name, run in runs.items()],
-        "tables": [
-            _table(suite, judge, runs) for suite, judge in sorted(keys, key=lambda key: (key[0], key[1] or ()))
-        ],
-    }
-
-
-def _names(folders: list[Path], results: list[dict]) -> list[str]:
-    """The shortest names that tell the runs apart."""
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"A run is given twice: {', '.join(map(str, folders))}. Give each folder once.")
-    names = [result["model"]["name"] for result in results]
+        raise ValueError(f"a run is given twice: {', '.join(map(str, folders))}. Give each folder once.")
+    contents = [RunFolder(folder).read() for folder in folders]
+    names = _names(folders, [results.model.name for results, _ in contents])
+    runs = [Run(name, *content) for name, content in zip(names, contents, strict=True)]
+    keys = {(run.results.suite, run.results.judge_of(score)) for run in runs for score in run.results.scores}
+    return runs, [_table(suite, judge, runs) for suite, judge in sorted(keys, key=lambda key: (key[0], key[1] or ()))]
+
+
+def _names(folders: list[Path], names: list[str]) -> list[str]:
+    """The shortest names that distinguish the runs."""
     for suffixes in ([folder.name for folder in folders], folders):
         counts = Counter(names)
         names = [f"{n} ({suffix})" if counts[n] > 1 else n for n, suffix in zip(names, suffixes, strict=True)]
     return names
 
 
-def _facts(results: dict) -> dict:
-    return {
-        key: results[key] for key in ("suite", "date", "model", "dataset", "decoding", "template", "seed", "judge")
-    }
+def _table(suite: str, judge: JudgeKey, runs: list[Run]) -> Table:
+    rows: dict[tuple, Row] = {}
+    columns, judge_name = {}, None
+    for run in (run for run in runs if run.results.suite == suite):
+        for score in run.results.seeing:
+            if run.results.judge_of(score) == judge:
+                judge_name = judge_name or score.judge
+                key = ((run.prompt(score.question),), score.metric, run.results.variant_of(score))
+                cell = Cell(score.value, score.low, score.high, score.question, score.objects, score.unparsed)
+                rows.setdefault(key, Row(*key)).cells[run.name] = cell
+                columns[run.name] = run
+    runs = list(columns.values())
+    published = _add_published(rows, suite, judge, runs)
+    table = Table(suite, judge and _name_judge(judge_name, *judge), runs, [*columns, *published], list(rows.values()))
+    _add_tests(table)
+    _add_notes(table)
+    return table
 
 
-def _table(suite: str, judge: tuple[tuple[str, ...], str] | None, runs: dict[str, dict]) -> dict:
-    rows, columns, spelling = {}, [], None
-    for name, run in runs.items():
-        if run["results"]["suite"] != suite:
-            continue
-        for score in run["results"]["scores"]:
-            if score["condition"] == SEEING and judge_of(run["results"], score) == judge:
-                spelling = spelling or score["judge"]
-                key = ((_prompt(run, score["question"]),), score["metric"], variant_of(run["results"], score))
-                row = rows.setdefault(key, {"unit": score["unit"], "cells": {}})
-                row["cells"][name] = score
-                columns += [name] if name not in columns else []
-    runs = {name: runs[name] for name in columns}
-    with_published = _add_published(rows, suite, judge, runs)
-    tests, notes = _tests(rows, runs)
-    return {
-        "suite": suite,
-        "judge": judge and _name_judge(spelling, *judge),
-        "columns": columns + with_published,
-        "rows": [
-            {"prompts": list(prompts), "metric": metric, "variant": variant, **row}
-            for (prompts, metric, variant), row in rows.items()
-        ],
-        "tests": tests,
-        "notes": notes + _notes(runs, judge is not None, [row[1] for row in rows if _is_published(rows[row])]),
-    }
+def _name_judge(name: str, served: tuple[str, ...], files: str) -> str:
+    """A judge's name, and what distinguishes it from others of that name."""
+    if served != (same_judge(name),):
+        return f"{name} (served by {', '.join(served)})"
+    return f"{name} (files {files})" if files else name
 
 
-def _name_judge(spelling: str, served: tuple[str, ...], files: str) -> str:
-    """Its name, and what tells it from others of that name."""
-    if served != (same_judge(spelling),):
-        return f"{spelling} (served by {', '.join(served)})"
-    return f"{spelling} (files {files})" if files else spelling
-
-
-def _add_published(
-    rows: dict, suite: str, judge: tuple[tuple[str, ...], str] | None, runs: dict[str, dict]
-) -> list[str]:
-    """Put the published scores into the rows that they are the like of, and return the names of their columns."""
+def _add_published(rows: dict[tuple, Row], suite: str, judge: JudgeKey, runs: list[Run]) -> list[str]:
+    """Put published scores into the rows that they are comparable with; returns the names of their columns."""
     published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
     columns = {}
     for line in published["rows"]:
@@ -124,152 +169,116 @@ def _add_published(
         prompts, metric = tuple(published["prompts"][prompt] for prompt in line["prompts"]), line["metric"]
         if len(prompts) > 1:
             _add_mean(rows, prompts, metric, runs)
-        if (prompts, metric, None) in rows:
+        if row := rows.get((prompts, metric, None)):
             for model, (value, source) in line["scores"].items():
-                cell = {"value": value, "source": published["sources"][source]}
-                rows[prompts, metric, None]["cells"][f"{model}, published"] = cell
+                row.cells[f"{model}, published"] = Cell(value, source=published["sources"][source])
                 columns[f"{model}, published"] = None
     return list(columns)
 
 
-def _prompt(run: dict, question: str) -> str:
-    return run["results"]["questions"][question].strip()
-
-
-def _add_mean(rows: dict, prompts: tuple[str, ...], metric: str, runs: dict[str, dict]):
-    """A row for the mean over several prompts, of the runs that answered them all about the same objects."""
-    for name, run in runs.items():
-        cells = [rows.get(((prompt,), metric, None), {"cells": {}})["cells"].get(name) for prompt in prompts]
-        if None in cells:
+def _add_mean(rows: dict[tuple, Row], prompts: tuple[str, ...], metric: str, runs: list[Run]):
+    """A row for the mean over several prompts, of runs that answered all of them about the same objects."""
+    key = (prompts, metric, None)
+    singles = [rows.get(((prompt,), metric, None), Row((prompt,), metric, None)) for prompt in prompts]
+    for run in runs:
+        if any(run.name not in single.cells for single in singles):
             continue
-        values = [values_of(run["rows"], cell["question"], metric) for cell in cells]
+        values = [run.values(single.cells[run.name].question, metric) for single in singles]
         if any(found.keys() != values[0].keys() for found in values):
             continue
         means = [np.mean([found[object_id] for found in values]) for object_id in sorted(values[0])]
-        low, high = bootstrap(means)
-        row = rows.setdefault((prompts, metric, None), {"unit": cells[0]["unit"], "cells": {}})
-        row["cells"][name] = {"value": float(np.mean(means)), "low": low, "high": high, "unit": cells[0]["unit"]}
+        rows.setdefault(key, Row(*key)).cells[run.name] = Cell(float(np.mean(means)), *bootstrap(means))
 
 
-def _tests(rows: dict, runs: dict[str, dict]) -> tuple[list[dict], list[str]]:
-    """Each pair of runs in each row, where the objects, and the judge's prompt, are the same; and why others are not."""
-    tests, notes = [], []
-    for (prompts, metric, variant), row in rows.items():
-        if len(prompts) > 1 or METRICS[metric].is_ratio:
+def _add_tests(table: Table):
+    """Test each pair of runs in each row, or note why they are not comparable."""
+    for row in table.rows:
+        if len(row.prompts) > 1 or METRICS[row.metric].is_ratio:
             continue
-        for names in combinations([name for name in runs if name in row["cells"]], 2):
-            cells, pair = [row["cells"][name] for name in names], [runs[name] for name in names]
-            a, b = (values_of(run["rows"], cell["question"], metric) for run, cell in zip(pair, cells, strict=True))
-            if a.keys() != b.keys() or len({run["results"]["dataset"]["fingerprint"] for run in pair}) > 1:
-                notes.append(f"{' and '.join(names)} are not of the same objects: their difference is not tested.")
-                continue
-            if cells[0]["judge"] and len({prompt_hash(run["results"], metric) for run in pair}) > 1:
-                notes.append(
-                    f"{METRICS[metric].title}: {' and '.join(names)} were judged with different prompts. That is another "
-                    "measure, and their difference is not tested."
+        for pair in combinations([run for run in table.runs if run.name in row.cells], 2):
+            names = [run.name for run in pair]
+            a, b = (run.values(row.cells[run.name].question, row.metric) for run in pair)
+            if a.keys() != b.keys() or len({run.results.dataset.fingerprint for run in pair}) > 1:
+                table.notes.append(f"{' and '.join(names)} have different objects: their difference is not tested.")
+            elif table.judge and len({run.results.prompt_hash(row.metric) for run in pair}) > 1:
+                table.notes.append(
+                    f"{METRICS[row.metric].title}: {' and '.join(names)} were judged with different prompts. These are "
+                    "different measures, so their difference is not tested."
                 )
-                continue
-            a, b = (np.array([found[object_id] for object_id in sorted(found)]) for found in (a, b))
-            tests.append(
-                {
-                    "prompt": prompts[0],
-                    "metric": metric,
-                    "variant": variant,
-                    "a": names[0],
-                    "b": names[1],
-                    "unit": row["unit"],
-                }
-                | paired_difference(a, b)
-            )
-    for test, p in zip(tests, holm([test["p"] for test in tests]) if tests else [], strict=True):
-        test["p"] = float(p)
-        test["words"] = in_words(*(test[key] for key in ("difference", "low", "high", "p", "unit", "a", "b")))
-    return tests, list(dict.fromkeys(notes))
+            else:
+                a, b = (np.array([values[object_id] for object_id in sorted(values)]) for values in (a, b))
+                table.tests.append(RunTest(row, *names, **paired_difference(a, b)))
+    for test, p in zip(table.tests, holm([test.p for test in table.tests]), strict=True):
+        test.p = p
+        unit = METRICS[test.row.metric].unit
+        test.words = in_words(test.difference, test.low, test.high, p, unit, test.a, test.b)
+    table.notes = list(dict.fromkeys(table.notes))
 
 
-def _is_published(row: dict) -> bool:
-    return any("source" in cell for cell in row["cells"].values())
+def _add_notes(table: Table):
+    """What differs between runs, and between them and the published scores."""
+    for what, field_name in (("decoding", "decoding"), ("chat template", "template")):
+        settings = [getattr(run.results, field_name) for run in table.runs]
+        if len({json.dumps(value, sort_keys=True) for value in settings if value is not None}) > 1:
+            table.notes.append(f"The runs differ in their {what}.")
+    published = [row.metric for row in table.rows if row.is_published]
+    if not published:
+        return
+    table.notes.append("Published scores come without intervals, so no difference from them is tested.")
+    if table.judge is not None:
+        names_by_prompt: dict[str, list[str]] = {}
+        for run in table.runs:
+            is_ours = any(_has_our_prompt(run.results, metric) for metric in published)
+            prompt = "this project's own prompt" if is_ours else "a prompt of the user's"
+            names_by_prompt.setdefault(prompt, []).append(run.name)
+        judged = ", ".join(f"{' and '.join(names)} with {prompt}" for prompt, names in names_by_prompt.items())
+        table.notes.append(
+            f"Published scores were judged with PointLLM's prompts, {judged}: only scores by the same prompt are the same "
+            "measure."
+        )
 
 
-def _notes(runs: dict[str, dict], is_judged: bool, published: list[str]) -> list[str]:
-    """What sets runs apart, and them from the published scores of these metrics."""
-    notes = []
-    for what, key in (("decoding", "decoding"), ("chat template", "template")):
-        known = [run["results"][key] for run in runs.values() if run["results"][key] is not None]
-        if len({json.dumps(value, sort_keys=True) for value in known}) > 1:
-            notes.append(f"The runs differ in their {what}.")
-    if published:
-        notes.append("Published scores come without intervals, so no difference from them is tested.")
-        if is_judged:
-            whose = {}
-            for name, run in runs.items():
-                is_ours = any(_has_our_rubric(run["results"], metric) for metric in published)
-                whose.setdefault("this project's own rubric" if is_ours else "a prompt of the user's", []).append(name)
-            told = ", ".join(f"{' and '.join(names)} with {prompt}" for prompt, names in whose.items())
-            notes.append(
-                f"Published scores were judged with PointLLM's prompts, {told}: only where the prompt is the same is the "
-                "score the same measure."
-            )
-    return notes
-
-
-def _has_our_rubric(results: dict, metric: str) -> bool:
-    """Whether the judge was asked for a score by the prompt that comes along."""
-    return prompt_hash(results, metric) == hash_prompt(default_prompt(METRICS[metric].module))
+def _has_our_prompt(results: Results, metric: str) -> bool:
+    return results.prompt_hash(metric) == hash_prompt(PROMPTS[METRICS[metric].prompt])
 
 
 # ---- As Markdown ----------------------------------------------------------------------------------------------------
 
 
-def to_markdown(comparison: dict) -> str:
-    """What `tabulate` returns, as people read it."""
-    head = ["run", "suite", "objects", "date", "template", "decoding", "judge"]
-    runs = [head] + [
-        [run["name"], run["suite"], f"{run['dataset']['objects']:,}", run["date"], run["template"] or "not known"]
-        + [", ".join(f"{k} {v}" for k, v in run["decoding"].items()) if run["decoding"] else "not known"]
-        + [f"{run['judge']['model']}, {run['judge']['date']}" if run["judge"] else "none"]
-        for run in comparison["runs"]
-    ]
-    parts = ["# Comparison", markdown_table(runs)]
-    for table in comparison["tables"]:
-        parts.append(
-            f"## {table['suite']}, {'judge ' + escaped(table['judge']) if table['judge'] else 'without a judge'}"
-        )
-        parts.append("Objects as they are; in brackets 95 % intervals.")
-        lines = [["prompt", "score", *table["columns"]]]
-        for row in table["rows"]:
-            cells = [_cell(row["cells"].get(column), row["unit"]) for column in table["columns"]]
-            prompts = " and ".join(f"“{prompt}”" for prompt in row["prompts"])
-            lines.append([f"mean of {prompts}" if len(row["prompts"]) > 1 else prompts, _title(row), *cells])
-        parts.append(markdown_table(lines))
-        if table["tests"]:
-            parts.append(f"Differences, p corrected for {len(table['tests'])} comparisons (Holm):")
-            parts.append(
-                "\n".join(
-                    f"- {escaped(_title(test))}, “{escaped(test['prompt'])}”: {escaped(test['words'])}"
-                    for test in table["tests"]
-                )
-            )
-        sources = {}
-        for row in table["rows"]:
-            for column, cell in row["cells"].items():
-                if "source" in cell:
-                    sources.setdefault(cell["source"], {})[column] = None
-        notes = table["notes"] + [f"{'; '.join(columns)}: {source}." for source, columns in sources.items()]
-        if notes:
-            parts.append("\n".join(f"- {escaped(note)}" for note in notes))
-    return "\n\n".join(parts) + "\n"
+def to_markdown(runs: list[Run], tables: list[Table]) -> str:
+    """What `tabulate` returns, for people."""
+    lines = [["run", "suite", "objects", "date", "template", "decoding", "judge"]]
+    for run in runs:
+        results = run.results
+        decoding = ", ".join(f"{name} {value}" for name, value in results.decoding.items()) if results.decoding else ""
+        judge = f"{results.judge.model}, {results.judge.date}" if results.judge else "none"
+        objects = f"{results.dataset.objects:,}"
+        lines.append([run.name, results.suite, objects, results.date, results.template or "not known"])
+        lines[-1] += [decoding or "not known", judge]
+    return (
+        "\n\n".join(["# Comparison", markdown_table(lines), *(part for table in tables for part in _parts(table))])
+        + "\n"
+    )
 
 
-def _title(row: dict) -> str:
-    """A metric's title, with what was chosen otherwise than by default."""
-    return METRICS[row["metric"]].title + (f" ({row['variant']})" if row["variant"] else "")
-
-
-def _cell(score: dict | None, unit: str) -> str:
-    if score is None:
-        return "–"
-    if "source" in score:  # as printed
-        return f"{score['value']:.2f}{' %' if unit == 'share' else ''} (no interval)"
-    unparsed = f", {score['unparsed']:,} of {score['objects']:,} unparsed" if score.get("unparsed") else ""
-    return with_interval(score) + unparsed
+def _parts(table: Table) -> list[str]:
+    parts = [f"## {table.suite}, {'judge ' + escaped(table.judge) if table.judge else 'without a judge'}"]
+    parts.append("Objects as they are; in brackets 95 % intervals.")
+    lines = [["prompt", "score", *table.columns]]
+    sources: dict[str, dict[str, None]] = {}
+    for row in table.rows:
+        prompts = " and ".join(f"“{prompt}”" for prompt in row.prompts)
+        cells = [row.cells[c].text(METRICS[row.metric].unit) if c in row.cells else "–" for c in table.columns]
+        lines.append([f"mean of {prompts}" if len(row.prompts) > 1 else prompts, row.title, *cells])
+        for column, cell in row.cells.items():
+            if cell.source:
+                sources.setdefault(cell.source, {})[column] = None
+    parts.append(markdown_table(lines))
+    if table.tests:
+        tests = [f"{test.row.title}, “{test.row.prompts[0]}”: {test.words}" for test in table.tests]
+        parts.append(f"Differences, p corrected for {len(tests)} comparisons (Holm):")
+        parts.append("\n".join(f"- {escaped(test)}" for test in tests))
+    notes = table.notes + [f"{'; '.join(columns)}: {source}." for source, columns in sources.items()]
+    if notes:
+        parts.append("\n".join(f"- {escaped(note)}" for note in notes))
+    return parts

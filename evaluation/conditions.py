@@ -26,10 +26,9 @@ from scipy.spatial.transform import Rotation
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
+from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED
 
-SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
-# What seeing is compared with, in words. Shuffled is no condition of a cloud: seeing answers are scored against another object.
-CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
+
 # Of `holes`: the share of the object's points that a hole takes.
 HOLE_SHARE = 0.05
 # Of `occlusion`: how far the scanner looks down, in degrees; how far away it is, the largest norm being 1; and the radius
@@ -245,18 +244,21 @@ def apply(condition: str, cloud: np.ndarray, object_id: str, seed: int = 0) -> n
     return load_point_cloud(changed, num_points=len(cloud))
 
 
-def read_clouds(processor: MiniGPT3DProcessor, clouds: list[np.ndarray]) -> torch.Tensor:
+def read_clouds(processor: MiniGPT3DProcessor, clouds: list[np.ndarray], up_axis: str | None = None) -> torch.Tensor:
     """Clouds as the model reads them: sampled and normalised by the processor, but for blind ones, which stay zero.
 
     Args:
         processor: of the model.
         clouds: B clouds (N, 6), of any number of points.
+        up_axis: of the clouds; None for the processor's own.
 
     Returns:
         (B, P, 6) float32.
     """
     reader = processor.feature_extractor
     blind = torch.zeros(reader.num_points, 6)
-    return torch.stack(
-        [reader(cloud, return_tensors="pt")["point_clouds"][0] if np.any(cloud) else blind for cloud in clouds]
-    )
+
+    def read(cloud: np.ndarray) -> torch.Tensor:
+        return reader(cloud, return_tensors="pt", up_axis=up_axis)["point_clouds"][0] if np.any(cloud) else blind
+
+    return torch.stack([read(cloud) for cloud in clouds])

@@ -41,6 +41,7 @@ def class_log_likelihoods(
     answers: Sequence[str] = (NAME_MARK,),
     template: str = "default",
     batch_size: int = 32,
+    up_axis: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihood of each class as the whole answer to a question about each cloud.
 
@@ -55,6 +56,7 @@ def class_log_likelihoods(
         template: name of one of the processor's chat templates.
         batch_size: objects at once. Memory grows with it, and not with the number of classes or answers beyond
             `ANSWERS_AT_ONCE`.
+        up_axis: of the clouds; None for the processor's own.
 
     Returns:
         Log-likelihoods, (B, C) float64 in nats, and the tokens of a class's answer, (C,) float64, the mean over its A
@@ -74,7 +76,7 @@ def class_log_likelihoods(
     texts = [answer.replace(NAME_MARK, name) for name in classes for answer in answers]
     prompt, ids = encode_answers(processor, question, texts, template)
     scores = [
-        _score(model, read_clouds(processor, clouds[first : first + batch_size]), prompt, ids)
+        _score(model, read_clouds(processor, clouds[first : first + batch_size], up_axis), prompt, ids)
         for first in range(0, len(clouds), batch_size)
     ]
     shape = (len(classes), len(answers))

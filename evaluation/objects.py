@@ -4,12 +4,13 @@ Readers for what the benchmarks are distributed as (PointLLM's ModelNet40 file a
 checkpoint's held-out objects, for one's own, and for answers that another program has given.
 """
 
+import hashlib
 import io
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +23,14 @@ from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
 from minigpt3d.data.tables import LINES_SUFFIXES, OTHER_TABLES, read_own_lines
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
+from .options import EvaluateOptions
+from .progress import progress
+from .suites import MODELNET40_CLASSES
 from .vocabulary.colors import COLORS
 
 
 NUM_POINTS = 8192
 HOUSEHOLD_FILE = Path(__file__).with_name("household.parquet")
-# In the order of the labels in PointLLM's file.
-MODELNET40_CLASSES = (
-    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
-    "desk", "door", "dresser", "flower pot", "glass box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
-    "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
-    "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,44 @@ class EvalObject:
     label: str | None = None
     caption: str | None = None
     color: str | None = None
+
+
+class BrokenObjectsError(ValueError):
+    """Some clouds cannot be read. The message lists them, one per line."""
+
+
+def read_objects(options: EvaluateOptions) -> list[EvalObject]:
+    """All objects of a suite; see the readers below."""
+    if options.suite in ("objaverse", "caption"):
+        return read_objaverse(Path(options.data), options.annotations)
+    if options.suite == "modelnet40":
+        return read_modelnet40(Path(options.data))
+    if options.suite == "own":
+        return read_own(options.data, options.reading)
+    return read_household(HOUSEHOLD_FILE if options.data is None else Path(options.data))
+
+
+def check_clouds(objects: Collection[EvalObject]) -> str:
+    """Read every cloud once; returns a hash of ids, references and clouds.
+
+    Raises:
+        BrokenObjectsError: some cannot be read.
+    """
+    digest, broken = hashlib.sha256(), []
+    with progress(len(objects), "reading", "object") as bar:
+        for each in objects:
+            bar.update()
+            digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
+            try:
+                digest.update(np.ascontiguousarray(each.read(), dtype=np.float32).tobytes())
+            except (ValueError, OSError) as error:
+                broken.append(f"{each.object_id}: {' '.join(str(error).split())[:200]}")
+    if broken:
+        listed = "\n  ".join(broken)
+        raise BrokenObjectsError(
+            f"{len(broken)} of {len(objects)} objects cannot be read:\n  {listed}\nRepair them or leave them out."
+        )
+    return digest.hexdigest()[:16]
 
 
 # ---- ModelNet40 -----------------------------------------------------------------------------------------------------
@@ -148,10 +183,10 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
             content = _ArraysOnly(io.BufferedReader(file)).load()
     except OSError as error:
         raise ValueError(
-            f"--data {path}: cannot be read ({error.strerror}). Give the file modelnet40_test_8192pts_fps.dat of PointLLM's data."
+            f"`data` {path}: cannot be read ({error.strerror}). Give the file modelnet40_test_8192pts_fps.dat of PointLLM's data."
         ) from error
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
-        raise ValueError(f"--data {path}: refused or damaged: {' '.join(str(error).split())[:200]}.") from error
+        raise ValueError(f"`data` {path}: refused or damaged: {' '.join(str(error).split())[:200]}.") from error
     try:
         clouds, labels = ([each.array if isinstance(each, _Array) else each for each in half] for half in content)
         labels = [_as_index(label) for label in labels]
@@ -160,7 +195,7 @@ def read_modelnet40(path: Path) -> list[EvalObject]:
         fits = False
     if not fits or not all(0 <= label < len(MODELNET40_CLASSES) for label in labels):
         raise ValueError(
-            f"--data {path}: expected a list of clouds (points, 3 or more) and a list of labels below "
+            f"`data` {path}: expected a list of clouds (points, 3 or more) and a list of labels below "
             f"{len(MODELNET40_CLASSES)}, as in PointLLM's modelnet40_test_8192pts_fps.dat."
         )
     return [
@@ -202,8 +237,8 @@ def read_objaverse(data_dir: Path, annotations: Iterable[Path]) -> list[EvalObje
     if not found or missing:
         problem = f"has no {point_cloud_path(data_dir, missing[0]).name}" if missing else "is not annotated"
         raise ValueError(
-            f"--data {data_dir} {problem} ({len(missing)} of {len(found)} missing). Give the folder of the clouds that belong "
-            "to --annotations."
+            f"`data` {data_dir} {problem} ({len(missing)} of {len(found)} missing). Give the folder of the clouds that belong "
+            "to `annotations`."
         )
     return [
         EvalObject(object_id, partial(read_point_cloud, data_dir, object_id), label=caption, caption=caption)
@@ -236,7 +271,7 @@ def read_household(path: Path = HOUSEHOLD_FILE) -> list[EvalObject]:
         ]
     except (OSError, KeyError, pyarrow.ArrowInvalid) as error:
         raise ValueError(
-            f"--data {path}: not the household's held-out objects ({' '.join(str(error).split())[:150]}). They lie in the "
+            f"`data` {path}: not the household's held-out objects ({' '.join(str(error).split())[:150]}). They lie in the "
             "project's checkout, evaluation/household.parquet."
         ) from error
 
@@ -257,14 +292,14 @@ def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObjec
     path = Path(data)
     if path.is_dir() and not (path / MANIFEST_FILE).is_file():
         raise ValueError(
-            f"--data {data}: a folder without {MANIFEST_FILE}. Give a .csv or .jsonl that names your files and says what "
+            f"`data` {data}: a folder without {MANIFEST_FILE}. Give a .csv or .jsonl that names your files and says what "
             "they show, or what `minigpt3d pack` wrote."
         )
     if not path.exists() and path.suffix.lower() in (*LINES_SUFFIXES, *OTHER_TABLES):  # no data set on the Hub
-        raise ValueError(f"--data {data}: there is no such file.")
+        raise ValueError(f"`data` {data}: there is no such file.")
     if not path.is_file() and reading:
         raise ValueError(
-            f"--data {data}: packed data are turned and colored already. Give --up-axis and --missing-color to `minigpt3d pack`."
+            f"`data` {data}: packed data are turned and colored already. Give `up_axis` and `missing_color` to `minigpt3d pack` instead."
         )
     objects = _read_lines(path, reading or {}) if path.is_file() else _read_packed(data)
     ids = [each.object_id for each in objects]
@@ -275,7 +310,7 @@ def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObjec
             if twice
             else "holds no objects: expected a line for each, with 'file' and 'label', 'caption' or 'color'"
         )
-        raise ValueError(f"--data {data}: {problem}.")
+        raise ValueError(f"`data` {data}: {problem}.")
     return objects
 
 
@@ -319,7 +354,7 @@ def _read_packed(data: str) -> list[EvalObject]:
     manifest = read_manifest(data)
     name = next((name for name in ("detailed", "brief") if sum(manifest["shards"].get(name, ()))), None)
     if name is None:
-        raise ValueError(f"--data {data}: {MANIFEST_FILE} names no detailed or brief descriptions to compare with.")
+        raise ValueError(f"`data` {data}: {MANIFEST_FILE} names no detailed or brief descriptions to compare with.")
     source = PackedSource(data, manifest, name)
     objects = {}
     for shard, rows in enumerate(source.rows):
@@ -334,50 +369,3 @@ def _read_packed(data: str) -> list[EvalObject]:
 
 def _packed_cloud(source: PackedSource, shard: int, row: int) -> np.ndarray:
     return source.read(shard, row)[1]
-
-
-# ---- Answers of other programs --------------------------------------------------------------------------------------
-
-
-def read_answers(path: Path) -> list[dict]:
-    """Answers that some program gave: lines of JSON, or the JSON file that PointLLM's evaluation writes.
-
-    A line has `object_id` and `answer`, and may have `question` (the name of one of the suite's) or `prompt` (its text),
-    and `condition`. PointLLM's file has the prompt of all its answers.
-
-    Returns:
-        Dictionaries with `object_id`, a text or a number, `answer`, and `question`, `prompt` and `condition` or None.
-
-    Raises:
-        ValueError: the file is neither, with the place.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--answers {path}: not UTF-8 ({error}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"--answers {path}: cannot be read ({error}).") from error
-    try:
-        content = json.loads(text)
-        is_pointllm = isinstance(content, dict) and isinstance(content.get("results"), list)
-    except json.JSONDecodeError:
-        is_pointllm = False
-    if is_pointllm:
-        lines = [(f"{path}, result {number}", line) for number, line in enumerate(content["results"], start=1)]
-    else:
-        lines = list(read_own_lines(path, {"object_id", "answer"}))
-    answers = []
-    for where, line in lines:
-        answer = line.get("answer", line.get("model_output")) if isinstance(line, dict) else None
-        if not isinstance(answer, str) or type(line.get("object_id")) not in (str, int):
-            raise ValueError(
-                f"{where}: expected 'object_id' and a text 'answer' (or 'model_output'), got {json.dumps(line)[:80]}."
-            )
-        answers.append(
-            {"object_id": line["object_id"], "answer": answer}
-            | {name: line.get(name) for name in ("question", "condition")}
-            | {"prompt": line.get("prompt") or (content.get("prompt") if is_pointllm else None)}
-        )
-    if not answers:
-        raise ValueError(f"--answers {path}: holds no answers.")
-    return answers

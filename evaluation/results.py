@@ -1,173 +1,314 @@
-"""What a run found, read from its folder: `results.json`, the scores, and `objects.jsonl`, every answer with its own."""
+"""The record of a run: `Results`, which results.json holds, and `ScoredAnswer`, the lines of objects.jsonl."""
 
 import hashlib
-import json
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 
-from minigpt3d.model_card.words import same_judge
-
-from .conditions import SEEING
-from .statistics import SIGNIFICANT
-from .suites import METRICS, SUITES
+from .statistics import CONFIDENCE, SIGNIFICANT
+from .suites import METRICS, SEEING, SUITES, Metric
 
 
-FEW = 20  # objects, of which no interval and no test can say much
-RESULTS_FILE, OBJECTS_FILE = "results.json", "objects.jsonl"
-_AGAIN = "Delete this file and run `minigpt3d evaluate` again: the answers are kept, only the scores are made anew."
+# >>> For model_card, until it needs nothing of evaluation: it is imported below, and imports these.
+FEW = 20
 
 
-def read_results(folder: str | Path) -> dict:
-    """A run's `results.json`.
-
-    Raises:
-        ValueError: the folder is no finished run.
-    """
-    path = Path(folder) / RESULTS_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {RESULTS_FILE}: expected the folder of a finished run. Let `minigpt3d evaluate … --out "
-            f"{folder}` come to its end; it goes on where it stopped."
-        )
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_AGAIN}") from error
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema is None:
-        raise ValueError(
-            f"{path} is somebody else's: expected what `minigpt3d evaluate` writes. Give the folder of a run."
-        )
-    if schema != 1:
-        raise ValueError(f"{path}: expected schema 1, got {schema!r}. It is from another version. {_AGAIN}")
-    return results
+def is_gain(test: dict) -> bool:
+    return test["gain"]
 
 
-def read_objects(folder: str | Path) -> list[dict]:
-    """A run's `objects.jsonl`: a dict for each (object, question, condition).
-
-    Raises:
-        ValueError: it is missing, or a line is no JSON object.
-    """
-    path = Path(folder) / OBJECTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {OBJECTS_FILE}: `minigpt3d evaluate` writes it beside {RESULTS_FILE}.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                row["object_id"], row["question"], row["condition"], row["scores"].items()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a scored answer, got {line[:60]!r} ({error!r}). {_AGAIN}"
-                ) from error
-            rows.append(row)
-    return rows
+def prompt_hash(results: dict, metric: str) -> str | None:
+    return results["judge"]["prompts"].get(METRICS[metric].prompt)
 
 
-def read_run(folder: str | Path) -> tuple[dict, list[dict]]:
-    """A run's results and its scored answers, which belong together.
+# <<<
+from minigpt3d.model_card.words import interval, number, same_judge  # noqa: E402
 
-    Raises:
-        ValueError: the folder is no finished run, or answers are missing.
-    """
-    results, rows = read_results(folder), read_objects(folder)
-    for score in results["scores"]:
-        found = len(values_of(rows, score["question"], score["metric"], score["condition"]))
-        if (
-            found != score["objects"] and not METRICS[score["metric"]].is_ratio
-        ):  # an object without details has no ratio
-            raise ValueError(
-                f"{Path(folder) / OBJECTS_FILE} is damaged: it holds {found:,} of {score['objects']:,} scores for "
-                f"{score['metric']}. {_AGAIN}"
+
+SCHEMA = 2
+FEW_OBJECTS = 20  # with fewer, intervals and tests say little
+
+
+@dataclass
+class Score:
+    """The score of the answers to one question under one condition by one metric, with its 95 % interval."""
+
+    question: str
+    condition: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    objects: int
+    unparsed: int
+    judge: str | None
+    interval: str
+
+    @property
+    def about(self) -> Metric:
+        return METRICS[self.metric]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.question, self.metric
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether the judge gave no verdict at all, so that the score says nothing about the model."""
+        return bool(self.judge) and self.unparsed == self.objects
+
+    def __str__(self) -> str:
+        return f"{number(self.value, self.unit)} {interval(self.low, self.high, self.unit)}"
+
+
+@dataclass
+class Test:
+    """A paired test of the objects as they are, `a`, against a control, `b`."""
+
+    __test__ = False  # pytest would collect it
+
+    question: str
+    metric: str
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    test: str
+    words: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.question, self.metric
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether `a` is significantly better than `b`."""
+        gain = -self.difference if METRICS[self.metric].lower_is_better else self.difference
+        return self.p < SIGNIFICANT and gain > 0
+
+
+@dataclass
+class ScoredAnswer:
+    """An answer about one object, what it was compared with, its scores by metric, and the judge's replies by metric."""
+
+    object_id: str
+    question: str
+    prompt: str
+    condition: str
+    answer: str
+    label: str | None
+    caption: str | None
+    color: str | None
+    scores: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass
+class ModelFacts:
+    name: str
+    fingerprint: str
+    parameters: int | None
+    dtype: str | None
+
+
+@dataclass
+class Generation:
+    """All answers, in whichever runs they were given; None where another program's answers do not tell."""
+
+    answers: int
+    new_tokens: int | None
+    seconds: float
+    objects_per_second: float | None
+    cut: int | None
+
+
+@dataclass
+class JudgeFacts:
+    """Who judged, with the hashes of its prompts, and what it took; see `Judge.sum_up`."""
+
+    model: str
+    files: str | None
+    prompts: dict[str, str]
+    replies: int
+    cut: int
+    sampled: int
+    date: str
+    endpoint: str | None
+    served_models: list[str]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost: float | None
+
+
+@dataclass
+class Dataset:
+    """`objects` of the `of` objects that the suite has, and the number of different `labels`."""
+
+    name: str
+    objects: int
+    of: int
+    fingerprint: str
+    labels: int
+
+
+@dataclass
+class Classes:
+    """Classes by likelihood: `confusion[i][j]` objects of class i have the most likely class j."""
+
+    question: str
+    method: str
+    phrases: list[str]
+    names: list[str]
+    confusion: list[list[int]]
+    top_1: float
+    top_5: float | None = None  # not computed for five classes or fewer
+
+
+@dataclass
+class Results:
+    """Everything that results.json says about a run."""
+
+    suite: str
+    title: str
+    date: str
+    command: str
+    versions: dict[str, str]
+    device: str | None
+    seed: int
+    model: ModelFacts
+    decoding: dict | None
+    template: str | None
+    batch_size: int | None
+    questions: dict[str, str]
+    generation: Generation
+    encoders: dict[str, str]
+    judge: JudgeFacts | None
+    dataset: Dataset
+    not_scored: dict[str, str]
+    scores: list[Score]
+    tests: list[Test]
+    classes: Classes | None
+
+    def to_json(self) -> dict:
+        """The content of results.json, which explains its metrics itself, for readers that do not know them."""
+        content = asdict(self)
+        for line, test in zip(content["tests"], self.tests, strict=True):
+            line["gain"] = test.is_gain
+        if self.classes is not None and self.classes.top_5 is None:
+            del content["classes"]["top_5"]
+        keys = ("title", "unit", "lower_is_better", "is_ratio", "prompt")
+        names = dict.fromkeys(score.metric for score in self.scores)
+        metrics = {name: {key: getattr(METRICS[name], key) for key in keys} for name in names}
+        return {
+            "schema": SCHEMA,
+            "metrics": metrics,
+            "confidence": CONFIDENCE,
+            "few_objects": FEW_OBJECTS,
+        } | content
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Results":
+        """
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
+        """
+        content = {name: content[name] for name in (each.name for each in fields(cls))}
+        for name, record in (("model", ModelFacts), ("generation", Generation), ("judge", JudgeFacts)):
+            content[name] = content[name] and record(**content[name])
+        content["dataset"] = Dataset(**content["dataset"])
+        content["classes"] = content["classes"] and Classes(**content["classes"])
+        content["scores"] = [Score(**line) for line in content["scores"]]
+        content["tests"] = [Test(**{k: v for k, v in line.items() if k != "gain"}) for line in content["tests"]]
+        return cls(**content)
+
+    @property
+    def seeing(self) -> list[Score]:
+        """Scores of the objects as they are."""
+        return [score for score in self.scores if score.condition == SEEING]
+
+    @property
+    def main_score(self) -> Score:
+        """The score that the suite is about; of several questions, the one that is asked first.
+
+        Raises:
+            ValueError: there is no score of the objects as they are.
+        """
+        if not self.seeing:
+            raise ValueError(f"the {self.suite} run has no score of the objects as they are, so it has no result.")
+        metrics, questions = list(METRICS), list(self.questions)
+        return min(self.seeing, key=lambda score: (metrics.index(score.metric), questions.index(score.question)))
+
+    def name_of(self, score: Score | Test) -> str:
+        """The metric's title and the question."""
+        return f"{METRICS[score.metric].title}, “{self.questions[score.question].strip()}”"
+
+    def by_key(self) -> dict[tuple[str, str], dict[str, Score]]:
+        """{(question, metric): {condition: score}} of what was scored on the objects as they are."""
+        rows: dict[tuple[str, str], dict[str, Score]] = {}
+        for score in self.scores:
+            rows.setdefault(score.key, {})[score.condition] = score
+        return {key: row for key, row in rows.items() if SEEING in row}
+
+    def cautions(self) -> list[str]:
+        """What limits all numbers of the run."""
+        words, dataset = [], self.dataset
+        if dataset.objects < dataset.of:
+            words.append(
+                f"Only the first {dataset.objects:,} of {dataset.of:,} objects were evaluated: this is no result of the complete suite."
             )
-    return results, rows
+        if any(score.objects < FEW_OBJECTS for score in self.scores):
+            words.append(
+                f"With fewer than {FEW_OBJECTS} objects, only the largest differences are significant, and the intervals of "
+                "scores other than accuracies are too narrow: do not rely on them."
+            )
+        if dataset.labels == 1:
+            words.append("All labels are the same: an accuracy is only the share of answers that name this label.")
+        return words
+
+    def prompt_hash(self, metric: str) -> str | None:
+        """Hash of the prompt that the judge scored a metric with."""
+        return self.judge.prompts.get(METRICS[metric].prompt) if self.judge else None
+
+    def judge_of(self, score: Score) -> tuple[tuple[str, ...], str] | None:
+        """What identifies the judge of a score, None without one. Scores of different judges are different measures.
+
+        An endpoint may serve a model under another name than the requested one, and local folders of one name may hold
+        different files.
+        """
+        if not score.judge:
+            return None
+        served = tuple(sorted({same_judge(name) for name in self.judge.served_models}))
+        return served or (same_judge(score.judge),), self.judge.files or ""
+
+    def variant_of(self, score: Score) -> str | None:
+        """The encoder or the phrases, where they are not the default, which makes the metric a different measure."""
+        if encoder := self.encoders.get(score.metric):
+            return None if same_judge(encoder) == same_judge(score.about.needs) else encoder
+        if score.about.function or not self.classes:
+            return None
+        phrases = tuple(self.classes.phrases)
+        return None if phrases == SUITES[self.suite].phrases else ", ".join(f"“{phrase}”" for phrase in phrases)
 
 
-def values_of(rows: list[dict], question: str, metric: str, condition: str = SEEING) -> dict[str, float]:
-    """{object_id: score} of one metric, in the order of the rows; objects without that score are not in it."""
+def values_of(
+    answers: Iterable[ScoredAnswer], question: str, metric: str, condition: str = SEEING
+) -> dict[str, float]:
+    """{object_id: score} of one metric, in the order of the answers, without objects that lack the score."""
     return {
-        row["object_id"]: row["scores"][metric]
-        for row in rows
-        if row["question"] == question and row["condition"] == condition and metric in row["scores"]
+        answer.object_id: answer.scores[metric]
+        for answer in answers
+        if answer.question == question and answer.condition == condition and metric in answer.scores
     }
 
 
 def as_corruption(condition: str) -> tuple[str, int] | None:
-    """ "jitter-3" → ("jitter", 3); None for what is no corruption."""
+    """ "jitter-3" → ("jitter", 3); None if the condition is no corruption."""
     name, dash, severity = condition.rpartition("-")
     return (name, int(severity)) if dash and severity.isdecimal() else None
 
 
-def main_score(results: dict) -> dict:
-    """The score that a suite is about; ties between questions go to the one that is asked first."""
-    order = list(METRICS)
-    questions = list(results["questions"])
-    seeing = [score for score in results["scores"] if score["condition"] == SEEING]
-    if not seeing:
-        raise ValueError(f"The {results['suite']} run holds no score of the objects as they are: there is no result.")
-    return min(seeing, key=lambda score: (order.index(score["metric"]), questions.index(score["question"])))
-
-
-def is_mute(score: dict) -> bool:
-    """Whether the judge gave no verdict at all, so that the score says nothing of the model."""
-    return bool(score["judge"]) and score["unparsed"] == score["objects"]
-
-
-def is_gain(test: dict) -> bool:
-    """Whether the objects as they are do better than the control, by more than noise."""
-    gain = -test["difference"] if METRICS[test["metric"]].lower_is_better else test["difference"]
-    return test["p"] < SIGNIFICANT and gain > 0
-
-
-def cautions(results: dict) -> list[str]:
-    """What holds for all numbers of a run, and who reads one must know."""
-    words, dataset = [], results["dataset"]
-    if dataset["objects"] < dataset["of"]:
-        words.append(
-            f"These are the first {dataset['objects']:,} of {dataset['of']:,} objects: no result of the whole."
-        )
-    if any(score["objects"] < FEW for score in results["scores"]):
-        words.append(
-            f"With fewer than {FEW} objects only the largest differences can be told from noise, and the intervals of scores "
-            "that are no accuracies are too narrow: trust none of them."
-        )
-    if dataset.get("labels") == 1:
-        words.append("All labels are the same: an accuracy says no more than whether answers name it.")
-    return words
-
-
 def hash_prompt(text: str) -> str:
-    """What a judge's prompt is known by in results."""
+    """How results identify the text of a judge's prompt."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def prompt_hash(results: dict, metric: str) -> str | None:
-    """Of the prompt that the judge scored a metric with."""
-    return results["judge"]["prompts"].get(METRICS[metric].prompt)
-
-
-# ---- As people read them --------------------------------------------------------------------------------------------
-
-
-def judge_of(results: dict, score: dict) -> tuple[tuple[str, ...], str] | None:
-    """Who judged a score, as far as is known: scores that differ in this are different measures. None: nobody judged.
-
-    An endpoint's model may have another name than it is asked for by, and other files may lie in a folder of one name.
-    """
-    if not score["judge"]:
-        return None
-    judge = results["judge"]
-    served = tuple(sorted({same_judge(name) for name in judge["served_models"]}))
-    return served or (same_judge(score["judge"]),), judge.get("files") or ""
-
-
-def variant_of(results: dict, score: dict) -> str | None:
-    """What of a metric was chosen otherwise than by default, which makes it another measure: encoder, or phrases."""
-    metric = score["metric"]
-    if encoder := results.get("encoders", {}).get(metric):
-        return None if same_judge(encoder) == same_judge(METRICS[metric].needs) else encoder
-    if METRICS[metric].module or not results["classes"]:
-        return None
-    phrases = tuple(results["classes"]["phrases"])
-    return None if phrases == SUITES[results["suite"]].phrases else ", ".join(f"“{phrase}”" for phrase in phrases)

@@ -1,221 +1,176 @@
-"""From answers to scores: every metric of every question under every condition, with intervals, tests and controls."""
+"""From answers to scores, without files: each metric of each question under each condition, and tests of the controls."""
 
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-
-import evaluate
 import numpy as np
 
-from .conditions import CONTROLS, SEEING, SHUFFLED
-from .objects import EvalObject
+from . import metrics
+from .likelihood import rank_classes
+from .plan import Answers, Evaluation
+from .results import Classes, Score, ScoredAnswer, Test
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
-from .suites import METRICS, Question, Suite
-from .vocabulary.colors import COLORS, OTHER_WORDS
-from .vocabulary.kinds import KINDS, answer_nouns
+from .suites import CONTROLS, METRICS, SEEING, SHUFFLED, Metric, Question
 
 
-METRICS_DIR = Path(__file__).with_name("metrics")
+LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
+Groups = dict[tuple[str, str], list[ScoredAnswer]]  # by (question, condition)
 
 
-@cache
-def load_metric(module: str):
-    """A metric of `metrics/`, from its folder."""
-    return evaluate.load(str(METRICS_DIR / module), keep_in_memory=True)
-
-
-def default_prompt(module: str) -> str:
-    """What a metric's module asks the judge."""
-    return load_metric(module).rubric
-
-
-def shuffle(objects: list[EvalObject], field: str, seed: int) -> dict[str, EvalObject]:
-    """For each object another one, which its answer is compared with: a cycle through all of them, drawn by the seed.
-
-    Chance pairs two objects of one class as often as their shares say, as it would for answers that know the shares alone.
-    """
-    order = np.random.default_rng([seed, *field.encode()]).permutation(len(objects))
-    return {objects[a].object_id: objects[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-
-
-def is_judged(suite: Suite, name: str) -> bool:
-    """Whether it is the judge who scores this metric, if there is one."""
-    metric = METRICS[name]
-    return metric.needs == "judge" or bool(metric.prompt and suite.judges_classes)
-
-
-class Scorer:
-    """Scores of a suite.
+def score(
+    plan: Evaluation, answers: Answers, likelihoods: Answers
+) -> tuple[list[Score], list[Test], Classes | None, list[ScoredAnswer]]:
+    """Score all answers.
 
     Args:
-        suite: the row.
-        objects: all of them, by id.
-        judge: prompts → replies; None: what needs one is not scored.
-        encoders: folder or Hub id by metric, of those that take another than `METRICS` has.
-        prompts: the user's own prompts for the judge, by name (of `JUDGE_PROMPTS`).
-        seed: of the shuffled control and of the bootstrap.
+        answers, likelihoods: complete ones, see `Evaluation.arrange`.
+
+    Returns:
+        Scores, tests, classes by likelihood (None without them), and the answers with their scores.
     """
+    questions = {question.name: question for question in plan.suite.questions}
+    groups = {
+        (name, condition): [_to_row(plan, questions[name], condition, *item) for item in lines.items()]
+        for (name, condition), lines in _with_shuffled(answers).items()
+    }
+    scores = [score for (name, _), rows in groups.items() for score in score_answers(plan, questions[name], rows)]
+    by_likelihood, classes = score_likelihoods(plan, likelihoods, groups)
+    tests = compare_conditions(groups, [*plan.metrics, *LIKELIHOOD_METRICS])
+    return scores + by_likelihood, tests, classes, [row for rows in groups.values() for row in rows]
 
-    def __init__(
-        self,
-        suite: Suite,
-        objects: dict[str, EvalObject],
-        judge: Callable | None,
-        encoders: dict[str, str],
-        prompts: dict[str, str],
-        seed: int,
-    ):
-        self.suite, self.objects, self.judge, self.seed = suite, objects, judge, seed
-        self.encoders, self.prompts = encoders, prompts
 
-    def score(self, question: Question, condition: str, answers: dict[str, str], metrics: list[str]):
-        """Score the answers to one question under one condition.
+def _with_shuffled(lines: Answers) -> Answers:
+    return lines | {(question, SHUFFLED): lines[question, c] for question, c in lines if c == SEEING}
 
-        Args:
-            answers: text by object_id.
-            metrics: of `METRICS`.
 
-        Returns:
-            The entries of results.json; scores by object and metric; the judge's replies by object and metric.
-        """
-        entries, scores, reasons = [], {i: {} for i in answers}, {i: {} for i in answers}
-        computed: dict[str, dict] = {}
-        for name in metrics:
-            metric = METRICS[name]
-            compared = self.truths(metric.reference, answers, condition)
-            if not compared:
-                continue
-            texts = [answers[object_id] for object_id in compared]
-            references = list(compared.values())
-            if metric.module not in computed or metric.module in ("closed_set_accuracy", "sentence_similarity"):
-                wanted = [each for each in metrics if METRICS[each].module == metric.module]
-                computed[metric.module] = self._compute(name, wanted, texts, references)
-            result = computed[metric.module]
-            values = result["values"][_VALUES[name]] if isinstance(result["values"], dict) else result["values"]
-            if metric.is_ratio:
-                right, wrong = (np.array(result["values"][each], float) for each in ("correct", "wrong"))
-                total = right + wrong
-                if not total.any():  # no detail was counted: there is no ratio
-                    continue
-                values = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
-                low, high = bootstrap((right, total), seed=self.seed)
-            elif metric.is_hit:
-                low, high = wilson(int(sum(values)), len(values))
-            else:
-                low, high = bootstrap(values, seed=self.seed)
-            for object_id, value in zip(compared, values, strict=True):
-                if value is not None:
-                    scores[object_id][name] = value
-            judged = self.judge is not None and is_judged(self.suite, name)
-            if judged:
-                for object_id, reply in zip(compared, result["replies"], strict=True):
-                    reasons[object_id][name] = reply
-            entries.append(
-                {
-                    "question": question.name,
-                    "condition": condition,
-                    "metric": name,
-                    "value": result[_AGGREGATES.get(name, name)],
-                    "low": low,
-                    "high": high,
-                    "unit": metric.unit,
-                    "objects": len(values),
-                    "unparsed": result.get("unparsed", 0),
-                    "judge": self.judge.name if judged else None,
-                    "interval": "Wilson" if metric.is_hit else "bootstrap",
-                }
+def _to_row(plan: Evaluation, question: Question, condition: str, object_id: str, line: dict) -> ScoredAnswer:
+    truth = plan.objects[object_id]
+    facts = {"label": truth.label, "caption": truth.caption, "color": truth.color}
+    return ScoredAnswer(object_id, question.name, question.prompt, condition, line["answer"], **facts)
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+
+
+def score_answers(plan: Evaluation, question: Question, rows: list[ScoredAnswer]) -> list[Score]:
+    """Score the answers to one question under one condition, and note scores and the judge's replies in the rows."""
+    scores, computed = [], {}
+    by_id, condition = {row.object_id: row for row in rows}, rows[0].condition
+    for name in (name for name in question.metrics if name in plan.metrics):
+        metric = METRICS[name]
+        references = plan.references(metric.reference, by_id, condition)
+        if not references:
+            continue
+        key = (metric.function, metric.reference, metric.needs)  # metrics that one call computes
+        if key not in computed:
+            computed[key] = _compute(plan, name, [by_id[i].answer for i in references], list(references.values()))
+        result, judge = computed[key], plan.judge_for(metric)
+        values, low, high = _summarize(metric, result["values"], plan.options.seed)
+        if low is None:
+            continue
+        for object_id, value in zip(references, values, strict=True):
+            if value is not None:
+                by_id[object_id].scores[name] = value
+        if judge is not None:
+            for object_id, reply in zip(references, result["replies"], strict=True):
+                by_id[object_id].reasons[name] = reply
+        scores.append(
+            Score(
+                question.name, condition, name, result[metric.result or name], low, high, metric.unit, len(values),
+                unparsed=result.get("unparsed", 0),
+                judge=judge and judge.name,
+                interval="Wilson" if metric.is_hit else "bootstrap",
             )
-        return entries, scores, reasons
-
-    def truths(self, field: str, answers: dict[str, str], condition: str) -> dict[str, str]:
-        """What the answers are compared with, for the objects that have it; under `SHUFFLED` another object's."""
-        having = [each for each in self.objects.values() if getattr(each, field) and each.object_id in answers]
-        if condition == SHUFFLED and len(having) < 2:
-            return {}  # there is no other object
-        if condition == SHUFFLED:
-            other = shuffle(having, field, self.seed)
-            return {each.object_id: getattr(other[each.object_id], field) for each in having}
-        return {each.object_id: getattr(each, field) for each in having}
-
-    def _compute(self, name: str, wanted: list[str], texts: list[str], references: list[str]) -> dict:
-        metric, options = METRICS[name], {}
-        judged = self.judge is not None and is_judged(self.suite, name)
-        if metric.module == "closed_set_accuracy":
-            options = self._classes(metric.reference)
-            if judged:
-                options.pop("aliases", None)  # a judge knows other names by itself
-        elif metric.module == "caption_overlap":
-            options["scores"] = tuple(wanted)
-        elif metric.module == "sentence_similarity":
-            options["encoder"] = self.encoders.get(name, metric.needs)
-            options["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
-        if judged:
-            options["judge"] = self.judge
-            if metric.prompt in self.prompts:
-                options["prompt"] = self.prompts[metric.prompt]
-        return load_metric(metric.module).compute(predictions=texts, references=references, **options)
-
-    def _classes(self, field: str) -> dict:
-        if field == "color":
-            aliases = {color: [word for word, name in OTHER_WORDS.items() if name == color] for color in COLORS}
-            return {"classes": list(COLORS), "aliases": {color: words for color, words in aliases.items() if words}}
-        if self.suite.classes is not None:
-            classes = list(self.suite.classes)
-        else:
-            classes = sorted({each.label for each in self.objects.values() if each.label})
-        if set(classes) <= set(KINDS):
-            return {"classes": classes, "aliases": {kind: answer_nouns(kind) for kind in classes}}
-        return {"classes": classes}
+        )  # fmt: skip
+    return scores
 
 
-# Where a metric's module has it, if not under its own name.
-_AGGREGATES = {
-    "closed_set_accuracy": "accuracy",
-    "open_vocabulary_accuracy": "accuracy",
-    "color_accuracy": "accuracy",
-    "caption_score": "score",
-    "s_bert": "similarity",
-    "simcse": "similarity",
-}
-_VALUES = {"correctness": "correct", "hallucination": "wrong", "precision": "correct"} | {
-    name: name for name in ("bleu_1", "bleu_4", "rouge_l", "meteor")
-}
+def _compute(plan: Evaluation, name: str, answers: list[str], references: list[str]) -> dict:
+    """What the function of a metric returns."""
+    metric, judge, keywords = METRICS[name], plan.judge_for(METRICS[name]), {}
+    if metric.function == "closed_set_accuracy":
+        keywords = plan.classes(metric.reference)
+    elif metric.function == "caption_overlap":
+        names = [each for each in plan.metrics if METRICS[each].function == metric.function]
+        keywords["scores"] = [each for each in names if METRICS[each].needs == metric.needs]
+    elif metric.function == "sentence_similarity":
+        keywords["encoder"] = plan.encoder(name)
+        keywords["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
+    if judge is not None:
+        keywords.pop("aliases", None)  # a judge knows other names itself
+        keywords |= {"judge": judge, "prompt": plan.judge_prompts.get(metric.prompt)}
+    return getattr(metrics, metric.function)(answers, references, **keywords)
+
+
+def _summarize(metric: Metric, values, seed: int) -> tuple[list[float | None], float | None, float | None]:
+    """The objects' values of one metric and the interval of its score; no interval if there is no score."""
+    if metric.is_ratio:
+        right, wrong = (np.array(values[name], float) for name in ("correct", "wrong"))
+        total = right + wrong
+        ratios = [float(r / t) if t else None for r, t in zip(right, total, strict=True)]
+        return ratios, *(bootstrap((right, total), seed=seed) if total.any() else (None, None))
+    values = values[metric.values] if metric.values else values
+    return values, *(wilson(int(sum(values)), len(values)) if metric.is_hit else bootstrap(values, seed=seed))
+
+
+# ---- Likelihoods ----------------------------------------------------------------------------------------------------
+
+
+def score_likelihoods(plan: Evaluation, likelihoods: Answers, groups: Groups) -> tuple[list[Score], Classes | None]:
+    """Classify by likelihood, and note the hits in the rows of `groups`."""
+    scores, classes = [], None
+    for (question, condition), lines in _with_shuffled(likelihoods).items():
+        labels = plan.references("label", lines, condition)
+        if not labels:
+            continue
+        hits, confusion = _classify(plan, lines, labels)
+        for row in groups.get((question, condition), ()):
+            row.scores |= {name: values[row.object_id] for name, values in hits.items() if row.object_id in values}
+        for name, values in hits.items():
+            value, interval = float(np.mean(list(values.values()))), wilson(int(sum(values.values())), len(values))
+            scores.append(Score(question, condition, name, value, *interval, "share", len(values), 0, None, "Wilson"))
+        if condition == SEEING:
+            shares = {score.metric.removeprefix("likelihood_"): score.value for score in scores[-len(hits) :]}
+            texts = list(plan.suite.phrases), list(plan.suite.classes)
+            classes = Classes(question, "likelihood", *texts, confusion.tolist(), **shares)
+    return scores, classes
+
+
+def _classify(
+    plan: Evaluation, lines: dict[str, dict], labels: dict[str, str]
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """{metric: {object_id: hit}}, and how often each class (row) is taken for each (column)."""
+    classes = list(plan.suite.classes)
+    ranks = {name: k for name, k in LIKELIHOOD_METRICS.items() if k == 1 or k < len(classes)}  # else all are hits
+    class_of_name = [index for index, names in enumerate(plan.suite.classes.values()) for _ in names]
+    hits, confusion = {name: {} for name in ranks}, np.zeros((len(classes), len(classes)), dtype=int)
+    for object_id, label in labels.items():
+        line = lines[object_id]
+        (order,) = rank_classes([line["log_likelihood"]], line["tokens"], class_of_name)
+        place = int(np.flatnonzero(order == classes.index(label))[0])
+        confusion[classes.index(label), order[0]] += 1
+        for name, k in ranks.items():
+            hits[name][object_id] = float(place < k)
+    return hits, confusion
 
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
 
-def compare_conditions(
-    values: dict[tuple[str, str], dict[str, dict[str, float]]], metric_names: list[str]
-) -> list[dict]:
-    """Paired tests of what the model says of the objects as they are against each control, corrected for their number.
-
-    Args:
-        values: by (question, condition), by object and metric.
-
-    Returns:
-        The entries of `tests` in results.json.
-    """
+def compare_conditions(groups: Groups, metric_names: list[str]) -> list[Test]:
+    """Paired tests of the objects as they are against each control, with p corrected for the number of tests."""
     tests = []
-    for (question, condition), scores in values.items():
+    for (question, condition), rows in groups.items():
         if condition not in CONTROLS:
             continue
-        for name in (each for each in metric_names if not METRICS[each].is_ratio):
-            seeing = values.get((question, SEEING), {})
-            common = [i for i in scores if name in scores[i] and name in seeing.get(i, {})]
-            if not common:
-                continue
-            a, b = ([side[i][name] for i in common] for side in (seeing, scores))
-            tests.append({"question": question, "metric": name, "a": SEEING, "b": condition} | paired_difference(a, b))
-    for entry, p in zip(tests, holm([entry["p"] for entry in tests]), strict=True):
-        entry["p"] = p
-        entry["words"] = in_words(
-            entry["difference"],
-            entry["low"],
-            entry["high"],
-            p,
-            METRICS[entry["metric"]].unit,
-            "as it is",
-            CONTROLS[entry["b"]],
-        )
+        seeing = {row.object_id: row.scores for row in groups.get((question, SEEING), ())}
+        for name in (name for name in metric_names if not METRICS[name].is_ratio):
+            pairs = [
+                (seeing[row.object_id][name], row.scores[name])
+                for row in rows
+                if name in row.scores and name in seeing.get(row.object_id, {})
+            ]
+            if pairs:
+                tests.append(Test(question, name, SEEING, condition, **paired_difference(*zip(*pairs, strict=True))))
+    for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
+        test.p = p
+        unit, control = METRICS[test.metric].unit, CONTROLS[test.b]
+        test.words = in_words(test.difference, test.low, test.high, p, unit, "as it is", control)
     return tests

@@ -1,13 +1,10 @@
-"""The suites as a table: what is asked about which objects, and what answers are compared with. Paper: §4.
+"""The suites as a table: what is asked about which objects, and which metrics score the answers. Paper: §4.
 
-A suite is one row. Prompts and decoding are those of the paper's benchmarks; `DECODING` is theirs, `GREEDY` the option.
+One row per suite. Prompts and decoding are those of the paper's benchmarks: `DECODING` is the default, `GREEDY` the option.
 """
 
 from dataclasses import dataclass, replace
 
-from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
-
-from .objects import MODELNET40_CLASSES
 from .vocabulary.colors import COLORS
 from .vocabulary.kinds import KINDS, with_article
 
@@ -16,28 +13,45 @@ from .vocabulary.kinds import KINDS, with_article
 DECODING = {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
 GREEDY = {"num_beams": 1, "do_sample": False}
 
+# What a model is shown, see `conditions`: the objects as they are, and controls, whose names in reports follow. Under SHUFFLED,
+# the answer about an object as it is gets scored against another object.
+SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
+CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
+
+# In the order of the labels in PointLLM's file.
+MODELNET40_CLASSES = (
+    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
+    "desk", "door", "dresser", "flower pot", "glass box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
+    "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
+    "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured of an answer.
+    """A score of answers.
 
     Args:
         title: in reports.
-        module: folder in evaluation/metrics; for likelihoods none.
-        reference: the field of `EvalObject` that holds the truth: "label", "caption" or "color".
+        function: in `evaluation.metrics`; empty for likelihoods.
+        reference: the field of `EvalObject` that answers are compared with: "label", "caption" or "color".
+        result, values: keys of the score and of the objects' values in what the function returns, where `result` is not
+            the metric's name and `values` is not a plain list.
         unit: "share" in [0, 1], "score100" in [0, 100], or "count".
         is_hit: whether an object's value is 0 or 1, so that the score is a share of objects.
-        is_ratio: whether it is no mean over objects but a sum divided by a sum. Pairs of objects say nothing of such a one;
-            its two parts are tested.
-        lower_is_better: as of mistakes.
-        needs: what it needs beside answers and references: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
-        prompt: name of the prompt that a judge answers; one reply may give several scores.
+        is_ratio: whether the score is a ratio of two sums instead of a mean over objects. It has no paired test; its two
+            parts are tested.
+        lower_is_better: for counts of mistakes.
+        needs: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
+        prompt: name of the prompt that a judge replies to; one reply may give several scores.
     """
 
     title: str
-    module: str
+    function: str
     reference: str
     unit: str = "share"
+    result: str = ""
+    values: str = ""
     is_hit: bool = False
     is_ratio: bool = False
     lower_is_better: bool = False
@@ -45,47 +59,52 @@ class Metric:
     prompt: str = ""
 
 
-# In the order in which a report has them. A run's main score is the first that it has.
+# In the order of reports. The main score of a run is the first one that it has.
 METRICS = {
     "closed_set_accuracy": Metric(
-        "closed-set accuracy", "closed_set_accuracy", "label", is_hit=True, prompt="closed_set_accuracy"
+        "closed-set accuracy", "closed_set_accuracy", "label", result="accuracy", is_hit=True, prompt="closed_set_accuracy"
     ),
     "open_vocabulary_accuracy": Metric(
-        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", is_hit=True, needs="judge",
+        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", result="accuracy", is_hit=True, needs="judge",
         prompt="open_vocabulary_accuracy",
     ),
     "caption_score": Metric(
-        "caption score", "caption_judge_score", "caption", "score100", needs="judge", prompt="caption_score"
+        "caption score", "caption_judge_score", "caption", "score100", result="score", needs="judge", prompt="caption_score"
     ),
     "precision": Metric(
         "precision of details", "hallucination", "caption", is_ratio=True, needs="judge", prompt="hallucination"
     ),
-    "correctness": Metric("right details", "hallucination", "caption", "count", needs="judge", prompt="hallucination"),
-    "hallucination": Metric(
-        "wrong details", "hallucination", "caption", "count", lower_is_better=True, needs="judge", prompt="hallucination"
+    "correctness": Metric(
+        "right details", "hallucination", "caption", "count", values="correct", needs="judge", prompt="hallucination"
     ),
-    "color_accuracy": Metric("color accuracy", "closed_set_accuracy", "color", is_hit=True),
+    "hallucination": Metric(
+        "wrong details", "hallucination", "caption", "count", values="wrong", lower_is_better=True, needs="judge",
+        prompt="hallucination",
+    ),
+    "color_accuracy": Metric("color accuracy", "closed_set_accuracy", "color", result="accuracy", is_hit=True),
     "likelihood_top_1": Metric("likelihood, top 1", "", "label", is_hit=True),
     "likelihood_top_5": Metric("likelihood, top 5", "", "label", is_hit=True),
     "s_bert": Metric(
-        "S-BERT", "sentence_similarity", "caption", needs="sentence-transformers/all-mpnet-base-v2"
+        "S-BERT", "sentence_similarity", "caption", result="similarity", needs="sentence-transformers/all-mpnet-base-v2"
     ),
-    "simcse": Metric("SimCSE", "sentence_similarity", "caption", needs="princeton-nlp/sup-simcse-roberta-large"),
-    "meteor": Metric("METEOR", "caption_overlap", "caption", needs="wordnet"),
-    "rouge_l": Metric("ROUGE-L", "caption_overlap", "caption"),
-    "bleu_4": Metric("BLEU-4", "caption_overlap", "caption"),
-    "bleu_1": Metric("BLEU-1", "caption_overlap", "caption"),
+    "simcse": Metric(
+        "SimCSE", "sentence_similarity", "caption", result="similarity", needs="princeton-nlp/sup-simcse-roberta-large"
+    ),
+    "meteor": Metric("METEOR", "caption_overlap", "caption", values="meteor", needs="wordnet"),
+    "rouge_l": Metric("ROUGE-L", "caption_overlap", "caption", values="rouge_l"),
+    "bleu_4": Metric("BLEU-4", "caption_overlap", "caption", values="bleu_4"),
+    "bleu_1": Metric("BLEU-1", "caption_overlap", "caption", values="bleu_1"),
 }  # fmt: skip
 JUDGE_PROMPTS = tuple(dict.fromkeys(metric.prompt for metric in METRICS.values() if metric.prompt))
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """A question of a suite.
 
     Args:
         name: in results and files.
-        prompt: as the paper's benchmarks have it.
+        prompt: the text, as in the paper's benchmarks.
         metrics: names of `METRICS`, the main one first.
     """
 
@@ -96,17 +115,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """One benchmark.
+    """A benchmark.
 
     Args:
         name: on the command line.
         title: in reports.
         questions: the main one first.
         max_new_tokens: of an answer.
-        classes: each class with the names it goes by; None where there is no closed set.
-        judges_classes: whether a judge, if there is one, says which class an answer means, as in the paper's ModelNet40.
-        phrases: the answers whose likelihood is taken, all together, with {} for a class's name.
-        has_color: whether the clouds have colors to take away.
+        classes: the names of each class; None without a closed set.
+        judges_classes: whether a judge, if there is one, picks the class of an answer, as for the paper's ModelNet40.
+        phrases: answers whose likelihoods are added up per class, with {} for the class's name.
+        has_color: whether the clouds have colors that can be removed.
     """
 
     name: str
@@ -119,11 +138,12 @@ class Suite:
     has_color: bool = True
 
 
-# Forms that an answer may have: of each class they count together, so that what a model was never taught to say costs it
-# nothing beside what it says. A name takes one of the two articles, and finds its own.
+# Forms of an answer. Their likelihoods are added up per class, so a form that the model was never taught costs nothing
+# beside one that it uses. Both articles stand here because each fits other names.
 PLAIN_PHRASES = ("{}", "This is a {}.", "This is an {}.", "A 3D model of a {}.", "A 3D model of an {}.")
 COLOR_PHRASES = tuple(f"This is {with_article(color)} {{}}." for color in COLORS)
 
+INSTRUCTION_PROMPT = "What is this?"
 COMPLETION_PROMPT = "This is an object of "
 CAPTION_PROMPT = "Caption this 3D model in detail."
 COLOR_PROMPT = "What color is it?"
@@ -135,7 +155,7 @@ MODELNET40 = Suite(
     name="modelnet40",
     title="ModelNet40, zero-shot classification",
     questions=(
-        Question("instruction", DEFAULT_PROMPT, ("closed_set_accuracy",)),
+        Question("instruction", INSTRUCTION_PROMPT, ("closed_set_accuracy",)),
         Question("completion", COMPLETION_PROMPT, ("closed_set_accuracy",)),
     ),
     max_new_tokens=100,
@@ -148,7 +168,7 @@ OBJAVERSE = Suite(
     name="objaverse",
     title="Objaverse, open-vocabulary classification",
     questions=(
-        Question("instruction", DEFAULT_PROMPT, ("open_vocabulary_accuracy", *ENCODED)),
+        Question("instruction", INSTRUCTION_PROMPT, ("open_vocabulary_accuracy", *ENCODED)),
         Question("completion", COMPLETION_PROMPT, ("open_vocabulary_accuracy", *ENCODED)),
     ),
     max_new_tokens=150,
@@ -163,14 +183,14 @@ HOUSEHOLD = Suite(
     name="household",
     title="Household things that the bundled checkpoint has not seen",
     questions=(
-        Question("what", DEFAULT_PROMPT, ("closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy")),
+        Question("what", INSTRUCTION_PROMPT, ("closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy")),
         Question("color", COLOR_PROMPT, ("color_accuracy",)),
         Question("caption", CAPTION_PROMPT, (*OVERLAP, *JUDGED_CAPTION, *ENCODED)),
     ),
     max_new_tokens=100,
-    # A kind goes by several names, and the most likely one counts.
+    # A kind has several names; the most likely one counts.
     classes={kind: tuple(answers) for kind, answers in KINDS.items()},
-    # As the checkpoint has learned to say it: with a color, whichever.
+    # The form that the checkpoint was trained on, with any color.
     phrases=COLOR_PHRASES,
 )
 OWN = replace(

@@ -7,13 +7,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from minigpt3d.evaluation.objects import read_household
-from minigpt3d.evaluation.run import Options, evaluate
+from minigpt3d.evaluation.options import EvaluateOptions
+from minigpt3d.evaluation.results import Results
+from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.statistics import CONFIDENCE
 from minigpt3d.files import write_text
-from minigpt3d.hub import fingerprint_model, load_model
 
 from .build_data import read_metadata
 
@@ -39,12 +38,12 @@ def evaluate_models(data_dir: Path, heldout: Path, models: dict[str, Path], out:
         `{"objects", "confidence", "majority": {"answer", COLUMN: {"value", "low", "high"}},
         "models": {name: {"seeing": {COLUMN: …}, "blind": {COLUMN: …}, "by_kind": {kind: "3/4"}}}}`
     """
-    shared = {"suite": "household", "data": str(heldout), "greedy": True}
+    shared = {"suite": "household", "data": str(heldout)}
     summary = {"objects": len(read_household(heldout)), "confidence": CONFIDENCE, "majority": {}, "models": {}}
     for name, folder in models.items():
         command = f"minigpt3d evaluate household --model {folder.name} --greedy --data {heldout.name} --out {name}"
-        options = Options(out=out / name, model=name, fingerprint=fingerprint_model(folder), command=command, **shared)
-        results = evaluate(options, lambda folder=folder: load_model(folder, dtype=torch.float32))
+        options = EvaluateOptions(out=out / name, model=str(folder), greedy=True, device="cpu", **shared)
+        results = evaluate(options, command=command, name=name)
         summary["models"][name] = {
             "seeing": select_scores(results, "seeing"),
             "blind": select_scores(results, "blind"),
@@ -52,10 +51,8 @@ def evaluate_models(data_dir: Path, heldout: Path, models: dict[str, Path], out:
         }
     text = majority_answer(data_dir)
     answers = write_majority(text, heldout, out / "majority.jsonl")
-    options = Options(
-        out=out / MAJORITY, model=MAJORITY, fingerprint=fingerprint_model(answers), answers=answers, **shared
-    )
-    summary["majority"] = {"answer": text} | select_scores(evaluate(options), "seeing")
+    results = evaluate(EvaluateOptions(out=out / MAJORITY, answers=answers, **shared), name=MAJORITY)
+    summary["majority"] = {"answer": text} | select_scores(results, "seeing")
     return summary
 
 
@@ -79,12 +76,12 @@ def write_majority(text: str, heldout: Path, path: Path) -> Path:
     return path
 
 
-def select_scores(results: dict, condition: str) -> dict:
-    """Value and interval by column, from results.json."""
+def select_scores(results: Results, condition: str) -> dict:
+    """Value and interval by column."""
     entries = {
-        (entry["question"], entry["metric"]): {name: round(entry[name], 4) for name in ("value", "low", "high")}
-        for entry in results["scores"]
-        if entry["condition"] == condition
+        score.key: {"value": round(score.value, 4), "low": round(score.low, 4), "high": round(score.high, 4)}
+        for score in results.scores
+        if score.condition == condition
     }
     return {column: entries[key] for column, key in COLUMNS.items()}
 

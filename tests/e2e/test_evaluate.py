@@ -21,25 +21,28 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli import main as minigpt3d_cli
 from minigpt3d.conversion import save_pretrained
-from minigpt3d.evaluation.ask import Job, append_lines, generate, open_part, read_lines, run_batches
+from minigpt3d.evaluation.answers import read_answers
+from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.objects import (
-    MODELNET40_CLASSES,
     EvalObject,
-    read_answers,
     read_household,
     read_modelnet40,
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.run import Options, alone_in, evaluate, read_conditions
-from minigpt3d.evaluation.score import Scorer, compare_conditions, shuffle
+from minigpt3d.evaluation.options import EvaluateOptions
+from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
+from minigpt3d.evaluation.results import Score, ScoredAnswer
+from minigpt3d.evaluation.run import evaluate
+from minigpt3d.evaluation.run_folder import Lines, RunFolder, append_lines
+from minigpt3d.evaluation.score import compare_conditions, score_answers
 from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
-from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, SUITES, Question
+from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, MODELNET40_CLASSES, SUITES, Question
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
+from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor
 
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "household"
@@ -160,7 +163,7 @@ for forged in (
 def test_modelnet40_forges_no_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", FORGED_ARRAYS, tmp_path / "x.dat"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: --data")]) == 22
+    assert len([line for line in done.stdout.splitlines() if line.startswith("refused: `data`")]) == 22
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_modelnet40_forges_no_memory(tmp_path):
 )
 def test_modelnet40_says_what_it_wants(tmp_path, content):
     (tmp_path / "bad.dat").write_bytes(content)
-    with pytest.raises(ValueError, match="--data .*bad.dat"):
+    with pytest.raises(ValueError, match="`data` .*bad.dat"):
         read_modelnet40(tmp_path / "bad.dat")
     with pytest.raises(ValueError, match="cannot be read"):
         read_modelnet40(tmp_path / "absent.dat")
@@ -337,35 +340,35 @@ def note(log: list):
 
 def test_every_object_is_asked_once(jobs, tmp_path):
     log = []
-    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    run_batches(jobs, Lines(tmp_path), 2, 0, note(log), "")
     assert len(log) == len(set(log)) == 20
-    assert {(line["question"], line["condition"], line["object_id"]) for line in read_lines(tmp_path)} == set(log)
-    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    assert {(line["question"], line["condition"], line["object_id"]) for line in Lines(tmp_path).read()} == set(log)
+    run_batches(jobs, Lines(tmp_path), 2, 0, note(log), "")
     assert len(log) == 20  # nothing is left to ask
 
 
 def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
-    run_batches(jobs, tmp_path, 2, 0, note([]), "")
-    whole = {json.dumps(line) for line in without_seconds(read_lines(tmp_path))}
+    run_batches(jobs, Lines(tmp_path), 2, 0, note([]), "")
+    whole = {json.dumps(line) for line in without_seconds(Lines(tmp_path).read())}
     part = tmp_path / "part-0.jsonl"
     part.write_bytes(part.read_bytes()[:-7])
     log = []
-    run_batches(jobs, tmp_path, 2, 0, note(log), "")
+    run_batches(jobs, Lines(tmp_path), 2, 0, note(log), "")
     assert len(log) <= 2  # the batch of the torn line
-    lines = list(without_seconds(read_lines(tmp_path)))
+    lines = list(without_seconds(Lines(tmp_path).read()))
     assert len(lines) == 20 and {json.dumps(line) for line in lines} == whole
 
 
 def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
     """Its other object is asked in the company that it would have had, whose answer is not written again."""
-    run_batches(jobs, tmp_path, 2, 0, note([]), "")
-    whole = list(without_seconds(read_lines(tmp_path)))
+    run_batches(jobs, Lines(tmp_path), 2, 0, note([]), "")
+    whole = list(without_seconds(Lines(tmp_path).read()))
     (tmp_path / "part-0.jsonl").unlink()
     append_lines(
-        open_part(tmp_path, 0), [line | {"seconds": 0.0} for line in whole[:6]]
+        Lines(tmp_path).open(0), [line | {"seconds": 0.0} for line in whole[:6]]
     )  # two batches of two and one, and half a batch
-    run_batches(jobs, tmp_path, 2, 0, note([]), "")
-    lines = list(without_seconds(read_lines(tmp_path)))
+    run_batches(jobs, Lines(tmp_path), 2, 0, note([]), "")
+    lines = list(without_seconds(Lines(tmp_path).read()))
     assert len(lines) == 20 and sorted(map(json.dumps, lines)) == sorted(map(json.dumps, whole))
 
 
@@ -377,7 +380,7 @@ def test_every_batch_draws_by_a_seed_of_its_own(jobs, tmp_path):
             seeds[job.question.name, job.condition, objects[0].object_id] = batch_seed
             return [{"answer": ""} for _ in objects]
 
-        run_batches(jobs, folder, 2, seed, work, "")
+        run_batches(jobs, Lines(folder), 2, seed, work, "")
         return seeds
 
     first, again, other = run(tmp_path / "a", 0), run(tmp_path / "b", 0), run(tmp_path / "c", 1)
@@ -392,17 +395,17 @@ def without_seconds(lines):
 
 
 def test_a_damaged_line_is_told_by_its_place(tmp_path):
-    append_lines(open_part(tmp_path, 0), [{"n": 1}])
+    append_lines(Lines(tmp_path).open(0), [{"n": 1}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
     with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged .* Delete the line"):
-        list(read_lines(tmp_path))
+        list(Lines(tmp_path).read())
 
 
 def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
     for rank in range(3):
-        append_lines(open_part(tmp_path, rank), [{"n": rank}])
-    assert [line["n"] for line in read_lines(tmp_path)] == [0, 1, 2]
+        append_lines(Lines(tmp_path).open(rank), [{"n": rank}])
+    assert [line["n"] for line in Lines(tmp_path).read()] == [0, 1, 2]
 
 
 def test_results_are_in_one_order_whichever_process_was_first(tmp_path):
@@ -412,10 +415,28 @@ def test_results_are_in_one_order_whichever_process_was_first(tmp_path):
         for question, condition, object_id in
         [("color", "seeing", "b"), ("what", "jitter-1", "a"), ("what", "blind", "b"), ("what", "seeing", "b"), ("what", "seeing", "a")]
     ]  # fmt: skip
-    append_lines(open_part(tmp_path, 0), lines)
-    found = read_conditions(tmp_path, SUITES["household"], objects)
-    assert list(found) == [("what", "seeing"), ("what", "blind"), ("what", "jitter-1"), ("color", "seeing")]
-    assert list(found["what", "seeing"]) == list(found["what", "blind"]) == ["a", "b"]
+    append_lines(Lines(tmp_path).open(0), lines)
+    complete, incomplete = make_plan("household", objects).arrange(Lines(tmp_path).read(), objects)
+    assert list(complete) == [("what", "seeing"), ("what", "blind")]
+    assert incomplete == {("what", "jitter-1"): 1, ("color", "seeing"): 1}
+    assert list(complete["what", "seeing"]) == list(complete["what", "blind"]) == ["a", "b"]
+
+
+def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> Evaluation:
+    """An evaluation of all metrics of a suite."""
+    options = EvaluateOptions(suite, Path("nowhere"), seed=fields.pop("seed", 0))
+    return Evaluation(
+        options, SUITES[suite], {each.object_id: each for each in objects}, list(METRICS), judge, **fields
+    )
+
+
+def score_texts(
+    plan: Evaluation, question: Question, answers: dict[str, str]
+) -> tuple[dict[str, Score], dict[str, dict[str, float]]]:
+    """Scores by metric, and the objects' scores, of answers about objects as they are."""
+    rows = [ScoredAnswer(i, question.name, "", "seeing", text, None, None, None) for i, text in answers.items()]
+    scores = {score.metric: score for score in score_answers(plan, question, rows)}
+    return scores, {row.object_id: row.scores for row in rows}
 
 
 def test_sampling_is_a_function_of_the_seed(tiny_processor):
@@ -467,7 +488,7 @@ def test_one_object_has_no_other_to_shuffle_with_and_proves_nothing(own_objects,
 
 def test_details_that_nobody_counted_have_no_precision():
     """A judge that finds nothing: there is no ratio; one that says nothing readable: every such answer is wrong."""
-    objects = {name: EvalObject(name, None, caption="A red chair.") for name in "ab"}
+    objects = [EvalObject(name, None, caption="A red chair.") for name in "ab"]
     question = Question("caption", "", ("precision", "hallucination"))
 
     def scored(*replies):
@@ -475,9 +496,10 @@ def test_details_that_nobody_counted_have_no_precision():
             return replies
 
         judge.name = "judge"
-        scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 0)
-        entries, scores, _ = scorer.score(question, "seeing", dict.fromkeys(objects, "A chair."), question.metrics)
-        return {entry["metric"]: entry["value"] for entry in entries}, scores
+        scores, by_object = score_texts(
+            make_plan("caption", objects, judge), question, dict.fromkeys("ab", "A chair.")
+        )
+        return {name: score.value for name, score in scores.items()}, by_object
 
     assert scored("0#0#none", "0#0#none") == ({"hallucination": 0}, {name: {"hallucination": 0} for name in "ab"})
     values, scores = scored("3#1#a red chair", "0#0#none")
@@ -489,38 +511,48 @@ def test_details_that_nobody_counted_have_no_precision():
 def test_the_interval_of_precision_is_that_of_all_details():
     """An object of many details weighs as much as it has: a mean over objects would be another number."""
     right, wrong = np.array([9, 1, 2, 0, 1]), np.array([1, 3, 0, 1, 0])
-    objects = {str(i): EvalObject(str(i), None, caption="A red chair.") for i in range(5)}
+    objects = [EvalObject(str(i), None, caption="A red chair.") for i in range(5)]
 
     def judge(prompts):
         return [f"{a}#{b}#so" for a, b in zip(right, wrong, strict=True)]
 
     judge.name = "judge"
-    answers = {i: f"Answer {i}." for i in objects}
-    scorer = Scorer(SUITES["caption"], objects, judge, {}, {}, 3)
-    (entry,), _, _ = scorer.score(Question("caption", "", ("precision",)), "seeing", answers, ["precision"])
-    assert entry["value"] == pytest.approx(13 / 18)
-    assert (entry["low"], entry["high"]) == bootstrap((right, right + wrong), seed=3)
+    answers = {str(i): f"Answer {i}." for i in range(5)}
+    plan = make_plan("caption", objects, judge, seed=3)
+    precision = score_texts(plan, Question("caption", "", ("precision",)), answers)[0]["precision"]
+    assert precision.value == pytest.approx(13 / 18)
+    assert (precision.low, precision.high) == bootstrap((right, right + wrong), seed=3)
 
 
 def test_differences_are_corrected_for_their_number():
     """Four tests of one run: each p is Holm's, and the words are about it."""
     rng = np.random.default_rng(4)
     values = {
-        ("what", condition): {
-            str(i): {"closed_set_accuracy": float(a), "color_accuracy": float(b)}
+        ("what", condition): [
+            ScoredAnswer(
+                str(i),
+                "what",
+                "",
+                condition,
+                "",
+                None,
+                None,
+                None,
+                {"closed_set_accuracy": float(a), "color_accuracy": float(b)},
+            )
             for i, (a, b) in enumerate(zip(rng.random(60) < share, rng.random(60) < share + 0.1, strict=True))
-        }
+        ]
         for condition, share in (("seeing", 0.6), ("blind", 0.4), ("no_color", 0.35))
     }
     tests = compare_conditions(values, ["closed_set_accuracy", "color_accuracy"])
 
     def hits(condition, metric):
-        return [row[metric] for row in values["what", condition].values()]
+        return [row.scores[metric] for row in values["what", condition]]
 
-    raw = [mcnemar(hits("seeing", test["metric"]), hits(test["b"], test["metric"])) for test in tests]
+    raw = [mcnemar(hits("seeing", test.metric), hits(test.b, test.metric)) for test in tests]
     assert len(tests) == 4 and min(raw) < 0.05 < 4 * max(raw)
-    assert [test["p"] for test in tests] == pytest.approx(holm(raw)) != pytest.approx(raw)
-    assert all(f"p = {test['p']:.3f}" in test["words"] or test["p"] < 0.001 for test in tests)
+    assert [test.p for test in tests] == pytest.approx(holm(raw)) != pytest.approx(raw)
+    assert all(f"p = {test.p:.3f}" in test.words or test.p < 0.001 for test in tests)
 
 
 def test_the_judge_is_asked_by_the_users_prompt():
@@ -532,19 +564,22 @@ def test_the_judge_is_asked_by_the_users_prompt():
         return ["1#0#so"] * len(prompts)
 
     judge.name = "judge"
-    suite, objects = SUITES["caption"], {"a": EvalObject("a", None, caption="A red chair.")}
-    (question,) = suite.questions
-    scorer = Scorer(suite, objects, judge, {}, {"hallucination": "Mine: {answer} | {reference}"}, 0)
-    entries, _, _ = scorer.score(question, "seeing", {"a": "A chair."}, ["correctness", "hallucination", "precision"])
+    objects, prompts = (
+        [EvalObject("a", None, caption="A red chair.")],
+        {"hallucination": "Mine: {answer} | {reference}"},
+    )
+    plan = make_plan("caption", objects, judge, judge_prompts=prompts)
+    question = Question("caption", "", ("correctness", "hallucination", "precision"))
+    scores, _ = score_texts(plan, question, {"a": "A chair."})
     assert asked == ["Mine: A chair. | A red chair."]
-    assert [entry["metric"] for entry in entries] == ["correctness", "hallucination", "precision"]
+    assert list(scores) == ["correctness", "hallucination", "precision"]
 
 
 def test_shuffling_gives_every_object_another_one():
     objects = [EvalObject(str(i), None, label="x") for i in range(9)]
-    other = shuffle(objects, "label", 0)
-    assert all(key != value.object_id for key, value in other.items())
-    assert len({value.object_id for value in other.values()}) == 9
+    others = shuffle(objects, "label", 0)
+    assert all(one.object_id != other.object_id for one, other in zip(objects, others, strict=True))
+    assert len({other.object_id for other in others}) == 9
 
 
 @pytest.mark.parametrize(
@@ -555,11 +590,9 @@ def test_shuffling_gives_every_object_another_one():
 )  # fmt: skip
 def test_kinds_in_free_words(answer, kind):
     """A color, a wood, an owner is no kind, though "Light" and "Pine" are names of the catalog."""
-    objects = {"a": EvalObject("a", None, label=kind)}
-    scorer = Scorer(SUITES["household"], objects, None, {}, {}, 0)
-    question = SUITES["household"].questions[0]
-    (entry,), _, _ = scorer.score(question, "seeing", {"a": answer}, ["closed_set_accuracy"])
-    assert entry["value"] == 1
+    plan = make_plan("household", [EvalObject("a", None, label=kind)])
+    scores, _ = score_texts(plan, Question("what", "", ("closed_set_accuracy",)), {"a": answer})
+    assert scores["closed_set_accuracy"].value == 1
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
@@ -586,9 +619,9 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     for name in ("report.md", "report.html"):
         assert "With fewer than 20 objects" in (out / name).read_text()
     # Again, with nothing to do but to score.
-    before = sorted(read_lines(out / "answers"), key=json.dumps)
+    before = sorted(Lines(out / "answers").read(), key=json.dumps)
     assert run_command(*arguments, "--batch-size", 4) == 0
-    assert sorted(read_lines(out / "answers"), key=json.dumps) == before
+    assert sorted(Lines(out / "answers").read(), key=json.dumps) == before
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     # One score more, or only one: what there was stays.
     assert run_command(*arguments, "--batch-size", 4, "--metrics", "rouge_l") == 0
@@ -609,13 +642,13 @@ def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
             [*map(str, command), "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         until = time.time() + 60
-        while len(list(read_lines(out / "answers"))) < wanted and process.poll() is None and time.time() < until:
+        while len(list(Lines(out / "answers").read())) < wanted and process.poll() is None and time.time() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert run_command(*command[4:], "--out", out) == 0
     whole, killed = (
-        sorted(map(json.dumps, without_seconds(read_lines(folder / "answers"))))
+        sorted(map(json.dumps, without_seconds(Lines(folder / "answers").read())))
         for folder in (tmp_path / "whole", out)
     )
     assert killed == whole and len(whole) == len(set(whole))
@@ -631,7 +664,7 @@ def test_two_processes_answer_as_one(own_objects, model_dir, tmp_path):
     evaluate_in_processes(own_objects, model_dir, tmp_path / "one")
     debug_launcher(evaluate_in_processes, (own_objects, model_dir, tmp_path / "two"), num_processes=2)
     one, two = (
-        sorted(map(json.dumps, without_seconds(read_lines(tmp_path / name / "answers")))) for name in ("one", "two")
+        sorted(map(json.dumps, without_seconds(Lines(tmp_path / name / "answers").read()))) for name in ("one", "two")
     )
     assert one == two
     assert len(list((tmp_path / "two" / "answers").glob("part-*"))) == 2
@@ -670,9 +703,9 @@ def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_
 def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
-    with alone_in(out):
+    with RunFolder(out).locked():
         assert run_command(*arguments) == 1
-    assert f"--out {out}: another process is at work there" in capsys.readouterr().err
+    assert f"--out {out}: another process is working in it" in capsys.readouterr().err
     assert not (out / "answers").exists()
 
 
@@ -685,7 +718,7 @@ def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, m
         assert run_command(*arguments, "--metrics", name) == 0
         results = json.loads((out / "results.json").read_text())
         found.append({entry["metric"] for entry in results["scores"]})
-        monkeypatch.setattr("minigpt3d.evaluation.run.version", lambda name: "99")
+        monkeypatch.setattr("minigpt3d.evaluation.run_folder.version", lambda name: "99")
     assert "color_accuracy" not in found[0] and found[1] == found[0] | {"color_accuracy"}
     first, second = results["command"].split(" && ")
     assert first.endswith("--metrics rouge_l") and second.endswith("--metrics color_accuracy")
@@ -710,13 +743,13 @@ def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     assert run_command(*arguments) == 0
     results = json.loads((out / "results.json").read_text())
-    begun = [line | {"condition": "jitter-1"} for line in read_lines(out / "answers")
+    begun = [line | {"condition": "jitter-1"} for line in Lines(out / "answers").read()
              if line["question"] == "what" and line["condition"] == "seeing"]  # fmt: skip
     (part,) = (out / "answers").glob("*.jsonl")
     append_lines(part, begun[:3])
     capsys.readouterr()
     assert run_command(*arguments) == 0
-    assert "not scored: jitter-1, for 3 of 7 objects were asked" in capsys.readouterr().err
+    assert "not scored: jitter-1, with answers about only 3 of 7 objects" in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     append_lines(part, begun[3:])
     assert run_command(*arguments) == 0
@@ -724,7 +757,7 @@ def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp
     assert {score["objects"] for score in scores if score["condition"] == "jitter-1"} == {7}
 
 
-def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
+def test_a_judge_without_verdicts_is_named(own_objects, model_dir, tmp_path, capsys):
     """Its scores are zero by its own fault."""
 
     class Mute(Judge):
@@ -732,14 +765,15 @@ def test_a_judge_without_verdicts_is_named(own_objects, tmp_path, capsys):
             facts = dict.fromkeys(("finish_reason", "served_model", "prompt_tokens", "completion_tokens"))
             yield from [self._keep(prompt, {"reply": "hm", "sampled": False} | facts) for prompt in prompts]
 
-    said = []
-    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, metrics=["caption_score"],
-                      judge=Mute("m", tmp_path / "judge", {"model": "m"}))  # fmt: skip
-    results = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
-    (words,) = (line for line in said if "m gave no verdict that can be read on caption score" in line)
-    assert f"Others are kept: delete {tmp_path / 'judge'} before" in words
-    assert set(results["judge"]["prompts"]) == {"caption_score"}  # the only one that was asked
-    assert "So this number says nothing of the model" in (tmp_path / "out" / "report.md").read_text()
+    messages = []
+    options = EvaluateOptions("own", tmp_path / "out", str(model_dir), data=str(own_objects), greedy=True,
+                              metrics=["caption_score"])  # fmt: skip
+    judge = Mute("m", tmp_path / "judge", {"model": "m"})
+    results = evaluate(options, judge=judge, report=messages.append)
+    (words,) = (line for line in messages if "m gave no readable verdict on caption score" in line)
+    assert f"Other replies are kept: delete {tmp_path / 'judge'} before" in words
+    assert set(results.judge.prompts) == {"caption_score"}  # the only one that was asked
+    assert "So this score says nothing about the model" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
     assert minigpt3d_cli.main(["compare", *folders]) == 0
     assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
@@ -767,7 +801,7 @@ def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
     assert run_command(*arguments) == 0
     told = capsys.readouterr().err
     for words in (told, (tmp_path / "out" / "report.md").read_text()):
-        assert "All labels are the same: an accuracy says no more than whether" in words
+        assert "All labels are the same" in words
     (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", told)
     assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
 
@@ -790,48 +824,47 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
                 }
                 yield self._keep(prompt, {"reply": reply} | facts)
 
+    (tmp_path / "prompt.txt").write_text("MINE {answer} {reference} 7#1#so")
+    shared = {
+        "suite": "own",
+        "out": tmp_path / "out",
+        "model": str(model_dir),
+        "data": str(own_objects),
+        "greedy": True,
+    }
+
     def run():
         judge = TestJudge("m", tmp_path / "out" / "judge", {"model": "m"}, price=(1e5, 1e5))
-        options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True, judge=judge,
-                          judge_prompts={"hallucination": "MINE {answer} {reference} 7#1#so"})  # fmt: skip
+        options = EvaluateOptions(**shared, judge_prompt=[f"hallucination={tmp_path / 'prompt.txt'}"], judge="m")
+        return evaluate(options, judge=judge, report=messages.append)
 
-        def load():
-            return make_seeing_model().eval(), make_processor()
-
-        return evaluate(options, load, said.append)
-
-    said = []
+    messages = []
     first = run()
-    (told,) = [line for line in said if line.startswith("m is asked up to ")]
+    (told,) = [line for line in messages if line.startswith("m is asked up to ")]
     count = len(asked)
     # Three prompts, of seven objects under four conditions, the blind among them; some are equal.
     assert "up to 84 questions" in told and 84 * 0.7 < count <= 84
-    assert [line for line in said if "gave no verdict" in line] == []  # it gave some
-    judged = {entry["metric"]: entry for entry in first["scores"] if entry["judge"] and entry["condition"] == "seeing"}
+    assert [line for line in messages if "no readable verdict" in line] == []  # it gave some
+    judged = {score.metric: score for score in first.seeing if score.judge}
     assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}
     assert sum(prompt.startswith("MINE") for prompt in asked) > 0
-    assert (
-        first["judge"]["prompts"]["hallucination"]
-        == hashlib.sha256(b"MINE {answer} {reference} 7#1#so").hexdigest()[:16]
-    )
-    assert judged["precision"]["value"] == pytest.approx(
-        judged["correctness"]["value"] / (judged["correctness"]["value"] + judged["hallucination"]["value"])
-    )
-    assert judged["hallucination"]["value"] == 1 and judged["hallucination"]["unparsed"] > 0
-    assert first["judge"]["replies"] == count and first["judge"]["served_models"] == ["m-1"]
-    assert first["judge"]["cost"] == pytest.approx(1.2 * count)
+    assert first.judge.prompts["hallucination"] == hashlib.sha256(b"MINE {answer} {reference} 7#1#so").hexdigest()[:16]
+    right, wrong = judged["correctness"].value, judged["hallucination"].value
+    assert judged["precision"].value == pytest.approx(right / (right + wrong))
+    assert wrong == 1 and judged["hallucination"].unparsed > 0
+    assert first.judge.replies == count and first.judge.served_models == ["m-1"]
+    assert first.judge.cost == pytest.approx(1.2 * count)
     again = run()
-    assert len(asked) == count and again["judge"] == first["judge"] and again["scores"] == first["scores"]
+    assert len(asked) == count and again.judge == first.judge and again.scores == first.scores
     assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
-    # Its scores do not give way unseen: not to none, and to another's in words.
-    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), greedy=True)
-    with pytest.raises(ValueError, match="holds scores by the judge m. Give --judge again"):
-        evaluate(options)
-    options.judge, options.metrics = TestJudge("n", tmp_path / "n", {"model": "n"}), ["rouge_l"]
-    said.clear()
-    again = evaluate(options, lambda: (make_seeing_model().eval(), make_processor()), said.append)
-    assert "scores by m give way to those by n; the replies are kept" in said
-    assert {score["judge"] for score in again["scores"]} == {None, "n"} and again["judge"]["files"] is None
+    # Its scores are not lost without a message: not to none, nor to those of another judge.
+    with pytest.raises(ValueError, match="holds scores by the judge m. Give `judge` again"):
+        evaluate(EvaluateOptions(**shared))
+    messages.clear()
+    other = TestJudge("n", tmp_path / "n", {"model": "n"})
+    again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, report=messages.append)
+    assert "scores by m are replaced by those of n; the replies are kept" in messages
+    assert {score.judge for score in again.scores} == {None, "n"} and again.judge.files is None
 
 
 def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir, tmp_path, capsys):
@@ -842,16 +875,14 @@ def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir,
     results = json.loads((out / "results.json").read_text())
     assert (results["dataset"]["objects"], results["dataset"]["of"]) == (3, 7)
     for words in (told, (out / "report.md").read_text()):
-        assert "These are the first 3 of 7 objects: no result of the whole." in words
-        assert "With fewer than 20 objects only the largest differences can be told from noise" in words
+        assert "Only the first 3 of 7 objects were evaluated" in words and "With fewer than 20 objects" in words
     assert "3 of own, the first of 7, fingerprint" in (out / "report.md").read_text()
     assert run_command(*arguments, "--limit", 5) == 1
-    assert (
-        "with objects 3, but now it is 5. Give another --out, or the settings it had: a run with another --limit"
-        in (capsys.readouterr().err)
+    assert "with objects 3, but now it is 5. Give another folder, or the earlier settings; another --limit" in (
+        capsys.readouterr().err
     )
     assert run_command(*arguments[:-4], tmp_path / "all", *arguments[-3:]) == 0
-    assert "no result of the whole" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
+    assert "Only the first" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
 
 
 def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monkeypatch, capsys):
@@ -871,10 +902,10 @@ def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monk
         "cpu",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("minigpt3d.evaluation.run.take_likelihoods", stop)
+        patch.setattr("minigpt3d.evaluation.ask.take_likelihoods", stop)
         assert run_command(*arguments) == minigpt3d_cli.INTERRUPTED
     told = capsys.readouterr().err
-    assert f"minigpt3d: stopped; what was answered is kept in {tmp_path / 'out'}, and the same command goes on" in told
+    assert f"minigpt3d: stopped; the answers so far are kept in {tmp_path / 'out'}" in told
     assert run_command(*arguments) == 0
 
 
@@ -883,10 +914,9 @@ def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
         def _ask(self, prompts):
             raise AssertionError("nothing is to be asked")
 
-    options = Options("own", tmp_path / "out", "model", "f", str(own_objects), metrics=["rouge_l"],
-                      judge=Unasked("m", tmp_path / "judge", {}))  # fmt: skip
-    with pytest.raises(ValueError, match="--judge m: no judge is asked for rouge_l"):
-        evaluate(options)
+    options = EvaluateOptions("own", tmp_path / "out", data=str(own_objects), metrics=["rouge_l"])
+    with pytest.raises(ValueError, match="`judge` m: no judge is needed for rouge_l"):
+        evaluate(options, judge=Unasked("m", tmp_path / "judge", {}))
     assert not (tmp_path / "out").exists()
 
 
@@ -944,7 +974,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments[-1] = tmp_path / "more"
     assert run_command(*arguments) == 1
-    assert "of 7 objects 6 have no answer to 'caption', seeing, such as 'box1'" in capsys.readouterr().err
+    assert "of 7 objects, 6 have no answer to 'caption', seeing, such as 'box1'" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
 
 
@@ -958,10 +988,13 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
         (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
         (["household", "--phrase", "a thing"], "answers must hold {} once"),
-        (["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"], "--phrase: there is no closed set"),
+        (
+            ["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"],
+            "--phrase: likelihoods need a closed set",
+        ),
         (
             ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=PROMPT"],
-            "--judge-prompt hallucination: the text lacks {reference}",
+            "--judge-prompt hallucination: the text lacks the placeholder {reference}",
         ),
         (
             ["household", "--judge", "m", "--judge-price", "1", "2"],
@@ -979,7 +1012,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
                 "--judge-prompt",
                 "closed_set_accuracy=PROMPT",
             ],
-            "--judge-prompt closed_set_accuracy: in this run of household the judge is asked for caption_score",
+            "--judge-prompt closed_set_accuracy: in this run of household the judge is only asked for caption_score",
         ),
         (["own", "--data", "TWINS"], "'a_box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
@@ -1000,7 +1033,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
         (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
         (["household", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["household", "--judge", " "], "--judge is empty: expected a model's name"),
+        (["household", "--judge", " "], "--judge is empty"),
         (
             ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=SHEET"],
             "SHEET.xlsx: cannot be read as UTF-8 text",
@@ -1048,7 +1081,7 @@ def test_nothing_is_asked_that_cannot_be_scored(tmp_path, capsys):
     arguments = ["objaverse", "--data", tmp_path / "clouds", "--annotations", tmp_path / "GT.json"]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert "nothing that objaverse could be scored by: open_vocabulary_accuracy needs a judge (--judge)" in error
+    assert "objaverse has no metric that can be computed: open_vocabulary_accuracy needs a judge (--judge)" in error
     assert "(--s-bert sentence-transformers/all-mpnet-base-v2, or a folder)" in error
     assert not (tmp_path / "out").exists()
 
@@ -1062,20 +1095,27 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
     ((plain,), (turned,)) = (read_own(str(tmp_path / "own.csv"), given) for given in (None, reading))
     assert np.ptp(plain.read(), axis=0).argmax() == 2 and not plain.read()[:, 3:].any()
     assert np.ptp(turned.read()[:, :3], axis=0).argmax() == 1 and (turned.read()[:, 3:] == 1).all()
-    seen = []
-    monkeypatch.setattr("minigpt3d.evaluation.run.evaluate", lambda options, load, say: seen.append((options, load())))
     model = shutil.copytree(SHIPPED, tmp_path / "model")
     settings = json.loads((model / "processor_config.json").read_text())
     settings["feature_extractor"]["up_axis"] = "x"
     (model / "processor_config.json").write_text(json.dumps(settings))
-    arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--out", tmp_path / "out"]
-    assert run_command(*arguments, "--up-axis", "z", "--missing-color", "white") == run_command(*arguments) == 0
-    (options, (_, processor)), (_, (_, untold)) = seen
-    assert options.reading == reading and processor.feature_extractor.up_axis is None
-    assert untold.feature_extractor.up_axis == "x"
+    seen = []
+    call = MiniGPT3DPointCloudProcessor.__call__
+
+    def spy(self, cloud, **arguments):
+        seen.append((np.ptp(np.asarray(cloud)[:, :3], axis=0).argmax(), self.up_axis, arguments.get("up_axis")))
+        return call(self, cloud, **arguments)
+
+    monkeypatch.setattr(MiniGPT3DPointCloudProcessor, "__call__", spy)
+    arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--greedy", "--device", "cpu"]
+    assert run_command(*arguments, "--out", tmp_path / "turned", "--up-axis", "z", "--missing-color", "white") == 0
+    assert (1, "x", "y") in seen and not [axis for _, _, axis in seen if axis is None]  # y is up, and stays so
+    seen.clear()
+    assert run_command(*arguments, "--out", tmp_path / "plain") == 0
+    assert (2, "x", None) in seen and not [axis for _, _, axis in seen if axis is not None]
     monkeypatch.undo()
     assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
-    assert "--up-axis and --missing-color are for the files of own objects" in capsys.readouterr().err
+    assert "--up-axis and --missing-color are for your own files" in capsys.readouterr().err
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "packed.json").write_text("{}")
     with pytest.raises(ValueError, match="packed data are turned and colored already"):

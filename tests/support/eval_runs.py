@@ -1,13 +1,24 @@
 """Folders of runs as `minigpt3d evaluate` leaves them, made of drawn answers: for reports, comparisons and cards."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.evaluation.results import (
+    Classes,
+    Dataset,
+    Generation,
+    JudgeFacts,
+    ModelFacts,
+    Results,
+    Score,
+    ScoredAnswer,
+    Test,
+)
+from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
-from minigpt3d.evaluation.suites import SUITES
+from minigpt3d.evaluation.suites import DECODING, METRICS, SUITES
 
 
 # Class: objects of it among the household's 100 validation objects.
@@ -19,8 +30,6 @@ COLORS = ("white", "brown", "black", "gray", "green")
 CORRUPTIONS = (
     "jitter", "dropout", "local_holes", "occlusion", "outliers", "density", "rotation", "scale", "color_loss", "fewer_points",
 )  # fmt: skip
-BINARY = ("closed_set_accuracy", "open_vocabulary_accuracy", "color_accuracy", "likelihood_top_1", "likelihood_top_5")
-UNITS = {"caption_score": "score100", "correctness": "count", "hallucination": "count"}
 JUDGED = ("open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision")
 
 
@@ -49,21 +58,17 @@ def household_run(folder: Path, seed: int = 0, skill: float = 0.71, controls=Tru
                 scores["likelihood_top_5"] = max(scores["likelihood_top_1"], float(generator.random() < 0.6))
                 if condition == "seeing":
                     confusion[names.index(label), names.index(guess)] += 1
-            shared = {"object_id": f"scopia-{index:03}", "condition": condition, "label": label, "reasons": {}}
-            shared["caption"] = f"A {color} {label}."
+            object_id, truth = f"scopia-{index:03}", (label, f"A {color} {label}.", color)
             answer = f"This is a {said_color} {said}."
-            rows.append(shared | {"question": "what", "prompt": "What is this?", "answer": answer, "scores": scores})
+            rows.append(ScoredAnswer(object_id, "what", "What is this?", condition, answer, *truth, scores))
             if not condition[-1].isdigit():
-                rows.append(
-                    shared
-                    | {"question": "color", "prompt": "What color is it?", "answer": f"It is {said_color}."}
-                    | {"scores": {"color_accuracy": float(said_color == color)}}
-                )
+                answer, scores = f"It is {said_color}.", {"color_accuracy": float(said_color == color)}
+                rows.append(ScoredAnswer(object_id, "color", "What color is it?", condition, answer, *truth, scores))
     results = results_of(rows, suite="household", questions={"what": "What is this?", "color": "What color is it?"})
-    results["classes"] = {
-        "question": "what", "method": "likelihood", "names": names, "confusion": confusion.tolist(),
-        "phrases": list(SUITES["household"].phrases), "top_1": mean(rows, "likelihood_top_1"), "top_5": mean(rows, "likelihood_top_5"),
-    }  # fmt: skip
+    results.classes = Classes(
+        "what", "likelihood", list(SUITES["household"].phrases), names, confusion.tolist(), mean(rows, "likelihood_top_1"),
+        mean(rows, "likelihood_top_5"),
+    )  # fmt: skip
     return write(folder, results, rows)
 
 
@@ -81,97 +86,108 @@ def judged_run(
         for index in range(num):
             for question, prompt in questions.items():
                 right = float(generator.random() < chance)
-                row = {"object_id": f"{index:04x}", "question": question, "prompt": prompt, "condition": condition}
-                row |= {
-                    "label": "airplane" if suite == "modelnet40" else f"thing {index}",
-                    "caption": "A red toy car.",
-                }
-                row |= {"answer": "A small red car with black wheels." if right else "A wooden chair."}
+                label = "airplane" if suite == "modelnet40" else f"thing {index}"
+                answer = "A small red car with black wheels." if right else "A wooden chair."
+                row = ScoredAnswer(f"{index:04x}", question, prompt, condition, answer, label, "A red toy car.", None)
                 if metric:
-                    row |= {"scores": {metric: right}, "reasons": {metric: "T#the same" if right else "F#another"}}
+                    row.scores, row.reasons = {metric: right}, {metric: "T#the same" if right else "F#another"}
                 else:
                     points = float(np.clip(100 * chance + 20 * generator.normal(), 0, 100).round())
                     good, bad = float(generator.integers(1, 5)), float(generator.integers(0, 3))
-                    row["scores"] = {"caption_score": points, "correctness": good, "hallucination": bad}
-                    row["scores"] |= {"precision": good / (good + bad), "s_bert": points / 110, "simcse": points / 105}
-                    row["reasons"] = {"caption_score": f"{points:.0f}#partly"}
+                    row.scores = {"caption_score": points, "correctness": good, "hallucination": bad}
+                    row.scores |= {"precision": good / (good + bad), "s_bert": points / 110, "simcse": points / 105}
+                    row.reasons = {"caption_score": f"{points:.0f}#partly"}
                 rows.append(row)
     results = results_of(rows, suite=suite, questions=questions, judge=judge)
-    results["model"]["name"] = name
-    results["scores"][0]["unparsed"] = results["judge"]["unparsed"] = 2
+    results.model.name, results.scores[0].unparsed = name, 2
     return write(folder, results, rows)
 
 
 def foreign_run(folder: Path) -> Path:
     """Somebody else's answers to the household questions: no model here, hence no controls but the shuffled one."""
     household_run(folder, seed=5, skill=0.6, corruptions=False)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["condition"] in ("seeing", "shuffled")]
+    results, rows = RunFolder(folder).read()
+    rows = [row for row in rows if row.condition in ("seeing", "shuffled")]
     for row in rows:
-        row["scores"] = {name: value for name, value in row["scores"].items() if "likelihood" not in name}
-    foreign = results_of(rows, suite="household", questions=results["questions"])
-    foreign |= {"model": {"name": "PointLLM-7B", "parameters": None, "dtype": None, "fingerprint": None}}
-    foreign |= {"decoding": None, "template": None, "device": None}
-    unknown = dict.fromkeys(("new_tokens", "objects_per_second", "cut"))
-    foreign["generation"] = {"answers": len(rows), "seconds": 0.0} | unknown  # as `sum_up_answers` has it
+        row.scores = {name: value for name, value in row.scores.items() if "likelihood" not in name}
+    foreign = results_of(rows, suite="household", questions=results.questions)
+    foreign.model = ModelFacts("PointLLM-7B", "ee" * 8, None, None)
+    foreign.decoding = foreign.template = foreign.batch_size = foreign.device = None
+    foreign.generation = Generation(len(rows), None, 0.0, None, None)
     return write(folder, foreign, rows)
 
 
-def results_of(rows: list[dict], suite: str, questions: dict, judge: str | None = None) -> dict:
-    """results.json of scored answers."""
+def results_of(rows: list[ScoredAnswer], suite: str, questions: dict, judge: str | None = None) -> Results:
+    """The results of scored answers."""
     values = defaultdict(list)
     for row in rows:
-        for metric, value in row["scores"].items():
-            values[row["question"], row["condition"], metric].append(value)
+        for metric, value in row.scores.items():
+            values[row.question, row.condition, metric].append(value)
     scores, tests = [], []
     for (question, condition, metric), found in values.items():
-        binary = metric in BINARY
-        low, high = wilson(int(sum(found)), len(found)) if binary else bootstrap(found)
-        unit = UNITS.get(metric, "share")
+        is_hit, unit = METRICS[metric].is_hit, METRICS[metric].unit
+        low, high = wilson(int(sum(found)), len(found)) if is_hit else bootstrap(found)
         judged = judge if metric in JUDGED or suite == "modelnet40" else None
-        scores.append(
-            {"question": question, "condition": condition, "metric": metric, "value": float(np.mean(found)),
-             "low": low, "high": high, "unit": unit, "objects": len(found), "unparsed": 0, "judge": judged,
-             "interval": "Wilson" if binary else "bootstrap"}
-        )  # fmt: skip
+        method = "Wilson" if is_hit else "bootstrap"
+        value = float(np.mean(found))
+        scores.append(Score(question, condition, metric, value, low, high, unit, len(found), 0, judged, method))
         if condition in ("blind", "no_color", "shuffled"):
-            seeing = values[question, "seeing", metric]
-            test = {"question": question, "metric": metric, "a": "seeing", "b": condition} | paired_difference(
-                seeing, found
-            )
-            numbers = [test[key] for key in ("difference", "low", "high", "p")]
-            tests.append(test | {"words": in_words(*numbers, unit, "seeing", condition)})
-    objects = len({row["object_id"] for row in rows})
-    return {
-        "schema": 1, "suite": suite, "title": SUITES[suite].title, "date": "2026-11-23", "seed": 0,
-        "command": f"minigpt3d evaluate {suite} --model checkpoints/{suite} --out run",
-        "dataset": {"name": suite, "objects": objects, "of": objects, "fingerprint": "0123456789abcdef"},
-        "model": {"name": f"checkpoints/{suite}", "parameters": 3607193, "dtype": "float32", "fingerprint": "ff" * 8},
-        "decoding": {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10,
-                     "max_new_tokens": 100},
-        "template": "default", "questions": questions,
-        "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}, "device": "cpu",
-        "generation": {"answers": len(rows), "seconds": 41.2, "objects_per_second": 2.4, "cut": 3},
-        "judge": judge and {
-            "model": judge, "endpoint": "127.0.0.1", "date": "2026-11-23", "prompts": {"caption_score": "aa" * 8,
-            "open_vocabulary_accuracy": "bb" * 8, "closed_set_accuracy": "cc" * 8, "hallucination": "dd" * 8}, "replies": 200, "cut": 4, "sampled": 196,
-            "served_models": [judge], "files": None,
-            "prompt_tokens": 61234, "completion_tokens": 2345, "cost": None},
-        "scores": scores, "tests": tests, "classes": None,
-    }  # fmt: skip
-
-
-def mean(rows: list[dict], metric: str) -> float:
-    return float(
-        np.mean([row["scores"][metric] for row in rows if row["condition"] == "seeing" and metric in row["scores"]])
+            difference = paired_difference(values[question, "seeing", metric], found)
+            numbers = [difference[key] for key in ("difference", "low", "high", "p")]
+            words = in_words(*numbers, unit, "seeing", condition)
+            tests.append(Test(question, metric, "seeing", condition, **difference, words=words))
+    objects = len({row.object_id for row in rows})
+    hashes = {
+        "caption_score": "aa",
+        "open_vocabulary_accuracy": "bb",
+        "closed_set_accuracy": "cc",
+        "hallucination": "dd",
+    }
+    return Results(
+        suite=suite,
+        title=SUITES[suite].title,
+        date="2026-11-23",
+        command=f"minigpt3d evaluate {suite} --model checkpoints/{suite} --out run",
+        versions={"python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"},
+        device="cpu",
+        seed=0,
+        model=ModelFacts(f"checkpoints/{suite}", "ff" * 8, 3607193, "float32"),
+        decoding=DECODING | {"max_new_tokens": 100},
+        template="default",
+        batch_size=16,
+        questions=questions,
+        generation=Generation(len(rows), None, 41.2, 2.4, 3),
+        encoders={},
+        judge=judge
+        and JudgeFacts(
+            model=judge,
+            files=None,
+            prompts={name: digest * 8 for name, digest in hashes.items()},
+            replies=200,
+            cut=4,
+            sampled=196,
+            date="2026-11-23",
+            endpoint="127.0.0.1",
+            served_models=[judge],
+            prompt_tokens=61234,
+            completion_tokens=2345,
+            cost=None,
+        ),
+        dataset=Dataset(suite, objects, objects, "0123456789abcdef", 16),
+        not_scored={},
+        scores=scores,
+        tests=tests,
+        classes=None,
     )
 
 
-def write(folder: Path, results: dict, rows: list[dict]) -> Path:
+def mean(rows: list[ScoredAnswer], metric: str) -> float:
+    return float(np.mean([row.scores[metric] for row in rows if row.condition == "seeing" and metric in row.scores]))
+
+
+def write(folder: Path, results: Results, rows: list[ScoredAnswer]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    RunFolder(folder).write(results, rows)
     return folder
 
 

@@ -11,15 +11,20 @@ from eval_runs import foreign_run, household_run, judged_run
 from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
-from minigpt3d.evaluation.comparison import compare, tabulate
-from minigpt3d.evaluation.results import hash_prompt, read_objects, read_results, values_of
-from minigpt3d.evaluation.score import default_prompt
+from minigpt3d.evaluation.comparison import Table, compare, tabulate
+from minigpt3d.evaluation.metrics import PROMPTS
+from minigpt3d.evaluation.results import hash_prompt, values_of
+from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.statistics import mcnemar, newcombe
 from minigpt3d.model_card.model_index import eval_results, model_index
 from minigpt3d.model_card.words import escaped
 
 
 QWEN = "Qwen2-72B-Instruct"
+
+
+def read_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def change_results(folder: Path, **changes) -> Path:
@@ -45,8 +50,8 @@ def runs(tmp_path_factory):
     }
 
 
-def tables(*folders) -> dict:
-    return {(table["suite"], table["judge"]): table for table in tabulate(list(folders))["tables"]}
+def tables(*folders) -> dict[tuple, Table]:
+    return {(table.suite, table.judge): table for table in tabulate(list(folders))[1]}
 
 
 # ---- Judges ---------------------------------------------------------------------------------------------------------
@@ -54,30 +59,30 @@ def tables(*folders) -> dict:
 
 def test_judges_never_share_a_table(runs):
     """Every run at once: a table's scores, published ones too, are of its judge."""
-    comparison = tabulate(list(runs.values()))
-    folder_of = {run["name"]: folder for run, folder in zip(comparison["runs"], runs.values(), strict=True)}
+    compared, all_tables = tabulate(list(runs.values()))
+    folder_of = {run.name: folder for run, folder in zip(compared, runs.values(), strict=True)}
     published = json.loads((Path(__file__).parents[2] / "evaluation/published.json").read_text(encoding="utf-8"))[
         "rows"
     ]
     seen = set()
-    for table in comparison["tables"]:
-        key = (table["suite"], table["judge"])
+    for table in all_tables:
+        key = (table.suite, table.judge)
         assert key not in seen
         seen.add(key)
-        for row in table["rows"]:
-            for column, cell in row["cells"].items():
-                if "source" in cell:
+        for row in table.rows:
+            for column, cell in row.cells.items():
+                if cell.source:
                     (line,) = [
                         line for line in published
-                        if (line["suite"], line["metric"]) == (table["suite"], row["metric"])
-                        and line["scores"].get(column.removesuffix(", published"), [None])[0] == cell["value"]
+                        if (line["suite"], line["metric"]) == (table.suite, row.metric)
+                        and line["scores"].get(column.removesuffix(", published"), [None])[0] == cell.value
                     ]  # fmt: skip
-                    assert line["judge"] == table["judge"]
+                    assert line["judge"] == table.judge
                 else:
                     results = read_results(folder_of[column])
-                    assert results["suite"] == table["suite"]
-                    judges = {s["judge"] for s in results["scores"] if s["metric"] == row["metric"]}
-                    assert {judge and judge.removeprefix("Qwen/") for judge in judges} == {table["judge"]}
+                    assert results["suite"] == table.suite
+                    judges = {s["judge"] for s in results["scores"] if s["metric"] == row.metric}
+                    assert {judge and judge.removeprefix("Qwen/") for judge in judges} == {table.judge}
     assert seen == {
         ("household", None), ("objaverse", QWEN), ("objaverse", "gpt-4-0613"), ("caption", QWEN), ("caption", None),
         ("modelnet40", QWEN),
@@ -86,8 +91,8 @@ def test_judges_never_share_a_table(runs):
 
 def test_same_judge_under_two_names(runs):
     table = tables(runs["qwen"], runs["qwen_path"])["objaverse", QWEN]
-    assert table["columns"][:2] == ["me/MiniGPT-3D", "you/Other"]
-    assert len(table["tests"]) == 2
+    assert table.columns[:2] == ["me/MiniGPT-3D", "you/Other"]
+    assert len(table.tests) == 2
 
 
 def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
@@ -95,8 +100,8 @@ def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
     judge = read_results(folder)["judge"] | {"prompts": {"open_vocabulary_accuracy": "ee" * 8}}
     change_results(folder, judge=judge)
     table = tables(runs["qwen"], folder)["objaverse", QWEN]
-    assert table["tests"] == []
-    assert any("judged with different prompts" in note for note in table["notes"])
+    assert table.tests == []
+    assert any("judged with different prompts" in note for note in table.notes)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_other_models_of_one_name_share_no_table(runs, tmp_path, change, name):
     change_results(folder, judge=read_results(folder)["judge"] | change)
     found = tables(runs["qwen"], folder)
     assert set(found) == {("objaverse", QWEN), ("objaverse", name)}
-    assert not found["objaverse", QWEN]["tests"] and found["objaverse", name]["columns"][0] == "me/other"
+    assert not found["objaverse", QWEN].tests and found["objaverse", name].columns[0] == "me/other"
     assert f"judge {name}" in compare([runs["qwen"], folder])
 
 
@@ -121,37 +126,37 @@ def test_a_judge_is_known_by_the_name_that_it_served_under(runs, tmp_path):
     folder = judged_run(tmp_path / "alias", judge="judge", seed=3, name="me/alias")
     change_results(folder, judge=read_results(folder)["judge"] | {"served_models": [f"Qwen/{QWEN}"]})
     (table,) = tables(runs["qwen"], folder).values()
-    assert len(table["tests"]) == 2
+    assert len(table.tests) == 2
 
 
 def test_scores_of_other_encoders_or_phrases_are_other_measures(runs, tmp_path):
     """They stand in rows of their own, without tests and published scores."""
     folder = judged_run(tmp_path / "encoder", suite="caption", seed=3, name="me/encoder")
-    assert len([t for t in tables(runs["caption"], folder)["caption", None]["tests"] if t["metric"] == "s_bert"]) == 1
+    assert len([t for t in tables(runs["caption"], folder)["caption", None].tests if t.row.metric == "s_bert"]) == 1
     change_results(folder, encoders={"s_bert": "all-mpnet-base-v2"})  # a folder of the default's name
-    assert len([t for t in tables(runs["caption"], folder)["caption", None]["tests"] if t["metric"] == "s_bert"]) == 1
+    assert len([t for t in tables(runs["caption"], folder)["caption", None].tests if t.row.metric == "s_bert"]) == 1
     change_results(folder, encoders={"s_bert": "tiny-encoder"})
     table = tables(runs["caption"], folder)["caption", None]
-    assert not [test for test in table["tests"] if test["metric"] == "s_bert"]
-    (other,) = [row for row in table["rows"] if row["variant"]]
-    assert set(other["cells"]) == {"me/encoder"} and other["variant"] == "tiny-encoder"
+    assert not [test for test in table.tests if test.row.metric == "s_bert"]
+    (other,) = [row for row in table.rows if row.variant]
+    assert set(other.cells) == {"me/encoder"} and other.variant == "tiny-encoder"
     assert "S-BERT (tiny-encoder)" in compare([runs["caption"], folder])
 
     folder = household_run(tmp_path / "phrases", seed=1, corruptions=False)
     classes = read_results(folder)["classes"]
-    assert {row["variant"] for row in tables(runs["a"], folder)["household", None]["rows"]} == {None}
+    assert {row.variant for row in tables(runs["a"], folder)["household", None].rows} == {None}
     change_results(folder, classes=classes | {"phrases": ["a {}"]})
     table = tables(runs["a"], folder)["household", None]
-    assert {row["variant"] for row in table["rows"]} == {None, "“a {}”"}
-    assert not [test for test in table["tests"] if test["metric"].startswith("likelihood")]
+    assert {row.variant for row in table.rows} == {None, "“a {}”"}
+    assert not [test for test in table.tests if test.row.metric.startswith("likelihood")]
 
 
 # ---- Published scores -----------------------------------------------------------------------------------------------
 
 
-def cells(table: dict, prompts: list[str], metric: str) -> dict:
-    (row,) = [row for row in table["rows"] if row["prompts"] == prompts and row["metric"] == metric]
-    return {column: cell["value"] for column, cell in row["cells"].items() if "source" in cell}
+def cells(table: Table, prompts: list[str], metric: str) -> dict:
+    (row,) = [row for row in table.rows if list(row.prompts) == prompts and row.metric == metric]
+    return {column: cell.value for column, cell in row.cells.items() if cell.source}
 
 
 INSTRUCTION, COMPLETION, CAPTION = "What is this?", "This is an object of", "Caption this 3D model in detail."
@@ -195,19 +200,19 @@ def test_published_scores(runs):
 def test_it_is_told_whose_prompt_judged(tmp_path):
     """Published scores are of PointLLM's, which do not come along."""
     folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
-    notes = " ".join(tables(folders[0])["objaverse", QWEN]["notes"])
-    assert "with PointLLM's prompts, user with a prompt of the user's: only where the prompt is the same" in notes
+    notes = " ".join(tables(folders[0])["objaverse", QWEN].notes)
+    assert "with PointLLM's prompts, user with a prompt of the user's: only scores by the same prompt" in notes
     judge = read_results(folders[1])["judge"]
-    judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(default_prompt("open_vocabulary_accuracy"))
+    judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(PROMPTS["open_vocabulary_accuracy"])
     change_results(folders[1], judge=judge)
-    notes = " ".join(tables(*folders)["objaverse", QWEN]["notes"])
-    assert "prompts, user with a prompt of the user's, rubric with this project's own rubric: only" in notes
+    notes = " ".join(tables(*folders)["objaverse", QWEN].notes)
+    assert "prompts, user with a prompt of the user's, rubric with this project's own prompt: only" in notes
     # Of captions, details were judged with ours, and what is published with the user's.
     caption = judged_run(tmp_path / "caption", suite="caption", num=4, name="caption")
     judge = read_results(caption)["judge"]
-    judge["prompts"] |= {"hallucination": hash_prompt(default_prompt("hallucination")), "of_another_version": "0"}
+    judge["prompts"] |= {"hallucination": hash_prompt(PROMPTS["hallucination"]), "of_another_version": "0"}
     change_results(caption, judge=judge)
-    notes = " ".join(tables(caption)["caption", QWEN]["notes"])
+    notes = " ".join(tables(caption)["caption", QWEN].notes)
     assert "prompts, caption with a prompt of the user's: only" in notes
 
 
@@ -223,16 +228,16 @@ def test_published_scores_only_beside_their_like(runs, tmp_path):
     change_results(folder, questions={"instruction": "What is that?", "completion": "Name it."})
     other_judge = judged_run(tmp_path / "judge", judge="Qwen2.5-72B-Instruct", num=4)
     for table in (*tables(folder).values(), *tables(other_judge).values(), *tables(runs["a"]).values()):
-        assert len(table["columns"]) == 1 and not any("ublished" in note for note in table["notes"])
+        assert len(table.columns) == 1 and not any("ublished" in note for note in table.notes)
 
 
 def test_mean_of_both_prompts(runs):
     """By object, so that its interval knows that both prompts saw the same objects."""
     table = tables(runs["qwen"])["objaverse", QWEN]
-    (row,) = [row for row in table["rows"] if len(row["prompts"]) == 2]
-    singles = [row["cells"]["me/MiniGPT-3D"]["value"] for row in table["rows"] if len(row["prompts"]) == 1]
-    cell = row["cells"]["me/MiniGPT-3D"]
-    assert cell["value"] == pytest.approx(np.mean(singles)) and cell["low"] < cell["value"] < cell["high"]
+    (row,) = [row for row in table.rows if len(row.prompts) == 2]
+    singles = [row.cells["me/MiniGPT-3D"].value for row in table.rows if len(row.prompts) == 1]
+    cell = row.cells["me/MiniGPT-3D"]
+    assert cell.value == pytest.approx(np.mean(singles)) and cell.low < cell.value < cell.high
 
 
 def test_no_mean_of_prompts_about_other_objects(tmp_path):
@@ -246,9 +251,9 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
     for score in scores:
         score["objects"] -= score["question"] == "completion"
     change_results(folder, scores=scores)
-    rows = tables(folder)["objaverse", QWEN]["rows"]
-    assert not any("me/MiniGPT-3D" in row["cells"] for row in rows if len(row["prompts"]) == 2)
-    assert len([row for row in rows if len(row["prompts"]) == 1]) == 2
+    rows = tables(folder)["objaverse", QWEN].rows
+    assert not any("me/MiniGPT-3D" in row.cells for row in rows if len(row.prompts) == 2)
+    assert len([row for row in rows if len(row.prompts) == 1]) == 2
 
 
 # ---- Tests between runs ---------------------------------------------------------------------------------------------
@@ -257,21 +262,21 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
 def test_paired_tests(runs):
     """Against the same test made by hand, corrected for four comparisons."""
     table = tables(runs["a"], runs["b"])["household", None]
-    rows = [read_objects(runs[name]) for name in ("a", "b")]
-    assert [test["metric"] for test in table["tests"]] == [
+    rows = [RunFolder(runs[name]).read_objects() for name in ("a", "b")]
+    assert [test.row.metric for test in table.tests] == [
         "closed_set_accuracy", "likelihood_top_1", "likelihood_top_5", "color_accuracy"
     ]  # fmt: skip
     raw = []
-    for test in table["tests"]:
-        question = {"color_accuracy": "color"}.get(test["metric"], "what")
-        a, b = (np.array(list(values_of(found, question, test["metric"]).values())) for found in rows)
+    for test in table.tests:
+        question = {"color_accuracy": "color"}.get(test.row.metric, "what")
+        a, b = (np.array(list(values_of(found, question, test.row.metric).values())) for found in rows)
         raw.append(mcnemar(a, b))
-        assert (test["low"], test["high"]) == newcombe(a, b)
-        assert test["difference"] == pytest.approx(a.mean() - b.mean()) and test["test"] == "McNemar exact"
+        assert (test.low, test.high) == newcombe(a, b)
+        assert test.difference == pytest.approx(a.mean() - b.mean()) and test.test == "McNemar exact"
     order = np.argsort(raw)
     corrected = np.maximum.accumulate(np.array(raw)[order] * [4, 3, 2, 1]).clip(max=1)
-    assert [table["tests"][i]["p"] for i in order] == pytest.approx(corrected)
-    assert table["tests"][0]["p"] < 0.05
+    assert [table.tests[i].p for i in order] == pytest.approx(corrected)
+    assert table.tests[0].p < 0.05
 
 
 def test_order_of_lines_does_not_matter(runs, tmp_path):
@@ -279,9 +284,9 @@ def test_order_of_lines_does_not_matter(runs, tmp_path):
     folder = household_run(tmp_path / "c", seed=1, skill=0.4, corruptions=False)
     lines = (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "objects.jsonl").write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
-    tests = [tables(runs["a"], other)["household", None]["tests"] for other in (runs["b"], folder)]
-    assert [t["p"] for t in tests[0]] == [t["p"] for t in tests[1]]
-    assert [t["low"] for t in tests[0]] == [t["low"] for t in tests[1]]
+    tests = [tables(runs["a"], other)["household", None].tests for other in (runs["b"], folder)]
+    assert [t.p for t in tests[0]] == [t.p for t in tests[1]]
+    assert [t.low for t in tests[0]] == [t.low for t in tests[1]]
 
 
 def test_scores_that_are_no_hits(tmp_path):
@@ -289,10 +294,10 @@ def test_scores_that_are_no_hits(tmp_path):
         judged_run(tmp_path / name, suite="caption", seed=seed, name=name) for name, seed in (("x", 0), ("y", 1))
     ]
     by_key = tables(*folders)
-    tests = by_key["caption", QWEN]["tests"] + by_key["caption", None]["tests"]
-    assert {test["test"] for test in tests} == {"sign flips"}
+    tests = by_key["caption", QWEN].tests + by_key["caption", None].tests
+    assert {test.test for test in tests} == {"sign flips"}
     # Precision is a ratio of sums, no mean over objects.
-    assert [test["metric"] for test in tests] == ["caption_score", "correctness", "hallucination", "s_bert", "simcse"]
+    assert [test.row.metric for test in tests] == ["caption_score", "correctness", "hallucination", "s_bert", "simcse"]
 
 
 @pytest.mark.parametrize("what", ["objects", "fingerprint"])
@@ -303,10 +308,10 @@ def test_other_objects_are_not_tested(runs, tmp_path, what):
         kept = [line.replace("scopia-007", "scopia-777") for line in lines]
         (folder / "objects.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
     else:
-        change_results(folder, dataset={"name": "household", "objects": 100, "fingerprint": "other"})
+        change_results(folder, dataset=read_results(folder)["dataset"] | {"fingerprint": "other"})
     table = tables(runs["a"], folder)["household", None]
-    assert table["tests"] == []
-    (note,) = [note for note in table["notes"] if "not of the same objects" in note]
+    assert table.tests == []
+    (note,) = [note for note in table.notes if "have different objects" in note]
 
 
 # ---- As Markdown ----------------------------------------------------------------------------------------------------
@@ -342,7 +347,7 @@ def test_no_name_becomes_markup(tmp_path):
         questions = {name: f"{prompt}{nasty}" for name, prompt in results["questions"].items()}
         change_results(folder, model=model, decoding={"top_p": seed}, questions=questions)
     markdown = compare(folders)
-    assert "are not of the same objects" in markdown and "- The runs differ in their decoding.\n" in markdown
+    assert "have different objects" in markdown and "- The runs differ in their decoding.\n" in markdown
     page = MarkdownIt().enable("table").render(markdown)
     assert set(re.findall(r"<(\w+)", page)) == set("h1 h2 p ul li table thead tbody tr th td".split())
     assert page.count("<h1>") == 1 and page.count("<h2>") == 1 and page.count("alert(1)") > 6
@@ -355,7 +360,7 @@ def test_no_name_becomes_markup(tmp_path):
 
 def test_names_of_runs(runs, tmp_path):
     same = household_run(tmp_path / "a", seed=9, corruptions=False)
-    names = [run["name"] for run in tabulate([runs["a"], same, runs["b"], runs["foreign"]])["runs"]]
+    names = [run.name for run in tabulate([runs["a"], same, runs["b"], runs["foreign"]])[0]]
     assert names == [
         f"checkpoints/household (a) ({runs['a']})", f"checkpoints/household (a) ({same})", "checkpoints/household (b)",
         "PointLLM-7B",
@@ -370,7 +375,7 @@ def test_nothing_to_compare(runs, tmp_path):
     with pytest.raises(ValueError, match="has no results.json"):
         compare([runs["a"], tmp_path])
     (tmp_path / "results.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="results.json is somebody else's: .* Give the folder of a run"):
+    with pytest.raises(ValueError, match="results.json is of another program: .* Give the folder of a run"):
         compare([runs["a"], tmp_path])
 
 

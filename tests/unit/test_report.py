@@ -1,9 +1,9 @@
 """The report of an evaluation: what it says about runs whose truth is known, and that nothing said breaks the page."""
 
-import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -15,25 +15,28 @@ from PIL import Image
 
 from minigpt3d.evaluation import charts as pictures
 from minigpt3d.evaluation.report import best_and_worst, write_report
-from minigpt3d.evaluation.results import main_score, read_objects, read_results
+from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.suites import SUITES
 from minigpt3d.model_card.words import same_judge
+
+
+def report_on(folder, read_cloud):
+    """Write the report of a finished run."""
+    write_report(folder, *RunFolder(folder).read(), read_cloud)
 
 
 @pytest.fixture(scope="module")
 def household(tmp_path_factory):
     folder = household_run(tmp_path_factory.mktemp("eval") / "household")
-    write_report(folder, read_cloud)
+    report_on(folder, read_cloud)
     return folder
 
 
 def changed(folder, change) -> str:
     """report.md after `change(results, rows)`."""
-    results, rows = read_results(folder), read_objects(folder)
+    results, rows = RunFolder(folder).read()
     change(results, rows)
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_report(folder, lambda object_id: None)
+    write_report(folder, results, rows, lambda object_id: None)
     return (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -73,17 +76,17 @@ def page_of(folder) -> Page:
 
 def test_household(household):
     """The numbers of results.json stand in both reports, as people write them."""
-    results = read_results(household)
+    results = RunFolder(household).read_results()
     markdown, page = (household / "report.md").read_text(encoding="utf-8"), page_of(household)
-    for score in results["scores"]:
-        if score["condition"] in ("seeing", "blind", "no_color", "shuffled"):
-            value, low, high = (100 * score[key] for key in ("value", "low", "high"))
+    for score in results.scores:
+        if score.condition in ("seeing", "blind", "no_color", "shuffled"):
+            value, low, high = (100 * end for end in (score.value, score.low, score.high))
             for text in (markdown, page.text):
                 assert f"{value:.1f} % ({low:.1f}–{high:.1f})" in text
     for text in (markdown, page.text):
         assert "The geometry is used" in text and "The answers belong to their objects" in text
         assert "3 of 5,800 answers reached the limit of 100 tokens" in text
-        assert all(test["words"] in text for test in results["tests"])
+        assert all(test.words in text for test in results.tests)
     assert sorted(path.name for path in (household / "pictures").iterdir()) == [
         "confusion.png",
         "robustness-what-closed_set_accuracy.png",
@@ -97,41 +100,39 @@ def test_household(household):
 
 def test_table_of_classes(household):
     """A class's row against a count of its own."""
-    results, rows = read_results(household), read_objects(household)
-    chairs = [
-        row for row in rows if row["label"] == "chair" and row["condition"] == "seeing" and row["question"] == "what"
-    ]
-    hits = sum(row["answer"].endswith(" chair.") for row in chairs)
-    index = results["classes"]["names"].index("chair")
-    own = results["classes"]["confusion"][index][index]
+    results, rows = RunFolder(household).read()
+    chairs = [row for row in rows if row.label == "chair" and row.condition == "seeing" and row.question == "what"]
+    hits = sum(row.answer.endswith(" chair.") for row in chairs)
+    index = results.classes.names.index("chair")
+    own = results.classes.confusion[index][index]
     (line,) = re.findall(r"^\| chair \|.*$", (household / "report.md").read_text(encoding="utf-8"), re.M)
     assert line.startswith(f"| chair | {hits}/16 (") and f"| {own}/16 (" in line
 
 
 def test_robustness_figure(household):
     """One number for all corruptions: the mean, with an interval over objects."""
-    results, rows = read_results(household), read_objects(household)
-    values = [row["scores"]["closed_set_accuracy"] for row in rows if row["condition"][-1].isdigit()]
+    results, rows = RunFolder(household).read()
+    values = [row.scores["closed_set_accuracy"] for row in rows if row.condition[-1].isdigit()]
     assert len(values) == 50 * 100
-    (seeing,) = [s for s in results["scores"] if (s["condition"], s["metric"]) == ("seeing", "closed_set_accuracy")]
+    (seeing,) = [s for s in results.seeing if s.metric == "closed_set_accuracy"]
     markdown = (household / "report.md").read_text(encoding="utf-8")
     (mean, low, high, share) = re.search(
         r"Over 50 corruptions and severities the mean is (.+?) % \((.+?)–(.+?)\), (\d+) % of", markdown
     ).groups()
     assert float(mean) == pytest.approx(100 * np.mean(values), abs=0.05)
     assert float(low) < float(mean) < float(high)
-    assert int(share) == round(100 * np.mean(values) / seeing["value"])
+    assert int(share) == round(100 * np.mean(values) / seeing.value)
     assert "Hardest: fewer points" in markdown
 
 
 def test_judged_run(tmp_path):
     folder = judged_run(tmp_path / "run")
-    write_report(folder, read_cloud)
+    report_on(folder, read_cloud)
     markdown, page = (folder / "report.md").read_text(encoding="utf-8"), page_of(folder)
     assert "open-vocabulary accuracy | Qwen2-72B-Instruct |" in markdown
     assert "2 of 200 could not be read for open-vocabulary accuracy" in markdown and "count as wrong" in markdown
     assert "open_vocabulary_accuracy sha256 bbbbbbbbbbbbbbbb" in markdown and "cost unknown" in markdown
-    assert "200 replies, 4 of them cut off, 196 sampled, for the model refuses temperature 0" in markdown
+    assert "200 replies, 4 of them cut off, 196 sampled" in markdown
     assert "judge's own name | Qwen2-72B-Instruct" in markdown
     assert "Classes" not in markdown  # each object has a name of its own
     assert "T#the same" in page.text and "F#another" in page.text
@@ -140,7 +141,7 @@ def test_judged_run(tmp_path):
 def test_somebody_elses_answers(tmp_path):
     """No model, no clouds, no blind control: the report says so and stands."""
     folder = foreign_run(tmp_path / "run")
-    write_report(folder, lambda object_id: None)
+    report_on(folder, lambda object_id: None)
     markdown, page = (folder / "report.md").read_text(encoding="utf-8"), page_of(folder)
     assert f"# PointLLM-7B: {SUITES['household'].title}\n" in markdown and "| decoding | not known |" in markdown
     assert "There is no blind control" in markdown and "The geometry is used" not in markdown
@@ -150,8 +151,8 @@ def test_somebody_elses_answers(tmp_path):
 
 def _set_tests(p: float, difference: float):
     def change(results, rows):
-        for test in results["tests"]:
-            test |= {"p": p, "difference": difference}
+        for test in results.tests:
+            test.p, test.difference = p, difference
 
     return change
 
@@ -160,28 +161,28 @@ def test_classes_of_one_object_each_have_their_answers(tmp_path):
     """Where the classes are given, a label is one, though no other object has it."""
 
     def change(results, rows):
-        first = {row["label"]: row["object_id"] for row in reversed(rows)}
-        rows[:] = [row for row in rows if first[row["label"]] == row["object_id"]]
+        first = {row.label: row.object_id for row in reversed(rows)}
+        rows[:] = [row for row in rows if first[row.label] == row.object_id]
 
     text = changed(household_run(tmp_path / "run", corruptions=False), change)
     assert "| class | closed-set accuracy | likelihood, top 1 | most often mistaken for |" in text
 
     def change_without_classes(results, rows):
         change(results, rows)
-        results["classes"] = None
+        results.classes = None
 
     assert "| class |" not in changed(household_run(tmp_path / "other", corruptions=False), change_without_classes)
 
 
 def test_the_forms_of_an_answer_are_named(tmp_path, household):
     text = (household / "report.md").read_text(encoding="utf-8")
-    assert "Of each class 11 forms of the answer count together: “This is a black ….”, “This is a white ….”," in text
+    assert "11 forms of the answer are added up: “This is a black ….”, “This is a white ….”," in text
 
     def change(results, rows):
-        results["classes"]["phrases"] = ["a {}"]
+        results.classes.phrases = ["a {}"]
 
     one = changed(household_run(tmp_path / "run", corruptions=False), change)
-    assert "The answer was to be “a …”; in another form the model may know more, or less." in one
+    assert "The answer has the form “a …”; in another form" in one
 
 
 @pytest.mark.parametrize(
@@ -196,23 +197,25 @@ def test_the_forms_of_an_answer_are_named(tmp_path, household):
 def test_blind_control_in_words(tmp_path, p, difference, said):
     folder = household_run(tmp_path / "run", corruptions=False)
     markdown = changed(folder, _set_tests(p, difference))
-    assert said in markdown and "Others show it" not in markdown
+    assert said in markdown and "Other scores show it" not in markdown
 
 
 def test_scores_that_show_more_than_the_main_one_are_named(tmp_path):
     def change(results, rows):
-        for test in results["tests"]:
-            test["p"] = 0.5 if test["metric"] == "closed_set_accuracy" else 0.01
-            test["difference"] = -0.1 if test["metric"] == "likelihood_top_5" else 0.1
+        for test in results.tests:
+            test.p = 0.5 if test.metric == "closed_set_accuracy" else 0.01
+            test.difference = -0.1 if test.metric == "likelihood_top_5" else 0.1
 
     markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
     (said,) = [line for line in markdown.splitlines() if "does not show that color is used" in line]
-    assert said.endswith("Others show it: likelihood, top 1, “What is this?”; color accuracy, “What color is it?”.")
+    assert said.endswith(
+        "Other scores show it: likelihood, top 1, “What is this?”; color accuracy, “What color is it?”."
+    )
 
 
 def test_all_answers_read_and_none_cut(tmp_path):
     def change(results, rows):
-        results["generation"]["cut"] = 0
+        results.generation.cut = 0
 
     markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
     assert "Every answer could be read." in markdown and "No answer reached the limit of 100 tokens." in markdown
@@ -223,13 +226,13 @@ def test_all_answers_read_and_none_cut(tmp_path):
 
 def test_best_and_worst(household):
     """By the main score, then by the other ones, then by name; the order of the lines does not matter."""
-    results, rows = read_results(household), read_objects(household)
+    results, rows = RunFolder(household).read()
     best, worst, about = best_and_worst(results, rows)
     assert len(best) == len(worst) == 10 and not set(best) & set(worst)
     seeing = {}
     for row in rows:
-        if row["condition"] == "seeing":
-            seeing.setdefault(row["object_id"], {}).update(row["scores"])
+        if row.condition == "seeing":
+            seeing.setdefault(row.object_id, {}).update(row.scores)
     assert all(set(seeing[object_id].values()) == {1.0} for object_id in best) and best == sorted(best)
     assert all(seeing[object_id]["closed_set_accuracy"] == 0 for object_id in worst)
     others = [sum(seeing[object_id].values()) for object_id in worst]
@@ -245,9 +248,9 @@ def test_best_and_worst(household):
 def test_few_objects(tmp_path):
     """None is among the best and the worst at once."""
     folder = judged_run(tmp_path / "run", suite="caption", num=5)
-    best, worst, _ = best_and_worst(read_results(folder), read_objects(folder))
+    best, worst, _ = best_and_worst(*RunFolder(folder).read())
     assert len(best) == 3 and len(worst) == 2 and not set(best) & set(worst)
-    scores = {row["object_id"]: row["scores"] for row in read_objects(folder) if row["condition"] == "seeing"}
+    scores = {row.object_id: row.scores for row in RunFolder(folder).read_objects() if row.condition == "seeing"}
     assert [scores[i]["caption_score"] for i in best + worst[::-1]] == sorted(
         (s["caption_score"] for s in scores.values()), reverse=True
     )
@@ -255,7 +258,7 @@ def test_few_objects(tmp_path):
 
 def test_objects_of_the_page(household):
     page = page_of(household)
-    best, worst, _ = best_and_worst(read_results(household), read_objects(household))
+    best, worst, _ = best_and_worst(RunFolder(household).read_results(), RunFolder(household).read_objects())
     places = [page.text.index(object_id) for object_id in [*best, *worst]]
     assert places == sorted(places)
     assert len(page.addresses) == 20 + 3 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
@@ -271,22 +274,16 @@ NASTY = (
 
 def test_nothing_said_becomes_markup(tmp_path):
     def change(results, rows):
-        results["model"]["name"] = results["suite"] = results["command"] = NASTY
-        results["questions"]["instruction"] = NASTY
-        results["judge"]["model"] = NASTY
-        for score in results["scores"]:
-            score["judge"] = NASTY
-        for test in results["tests"]:
-            test["words"] = NASTY
+        results.model.name = results.suite = results.command = NASTY
+        results.questions["instruction"] = results.judge.model = NASTY
+        for score in results.scores:
+            score.judge = NASTY
+        for test in results.tests:
+            test.words = NASTY
         for row in rows:
-            row |= {
-                "answer": NASTY,
-                "caption": NASTY,
-                "label": NASTY,
-                "prompt": NASTY,
-                "object_id": row["object_id"] + NASTY,
-            }
-            row["reasons"] = {"open_vocabulary_accuracy": NASTY}
+            row.answer = row.caption = row.label = row.prompt = NASTY
+            row.object_id += NASTY
+            row.reasons = {"open_vocabulary_accuracy": NASTY}
 
     folder = judged_run(tmp_path / "run", num=25)
     markdown = changed(folder, change)
@@ -314,7 +311,7 @@ def test_page_is_self_contained(household):
 def test_same_run_same_files(tmp_path):
     folders = [judged_run(tmp_path / name, suite="caption", num=4) for name in ("a", "b")]
     for folder in folders:
-        write_report(folder, read_cloud)
+        report_on(folder, read_cloud)
     for name in ("report.md", "report.html", "pictures/scores.png"):
         first, second = ((folder / name).read_bytes() for folder in folders)
         assert first == second
@@ -374,48 +371,48 @@ def test_odd_clouds_can_be_drawn(no_warnings, cloud):
 
 
 def test_every_score_moves_the_picture(household, no_warnings):
-    results = read_results(household)
+    results = RunFolder(household).read_results()
     before = pixels(pictures.draw_scores(results))
     assert before.shape[1] == 880
-    for score in results["scores"]:
-        if score["question"] == "color":
+    for score in results.scores:
+        if score.question == "color":
             for key in ("value", "low", "high"):
-                kept, score[key] = score[key], score[key] - 0.03
+                kept = getattr(score, key)
+                setattr(score, key, kept - 0.03)
                 assert (pixels(pictures.draw_scores(results)) != before).any(), (score, key)
-                score[key] = kept
+                setattr(score, key, kept)
 
 
 def test_counts_are_no_shares(tmp_path, no_warnings):
-    results = read_results(judged_run(tmp_path / "run", suite="caption", num=20))
+    results = RunFolder(judged_run(tmp_path / "run", suite="caption", num=20)).read_results()
     before = pictures.draw_scores(results)
-    results["scores"] = [score for score in results["scores"] if score["unit"] != "count"]
+    results.scores = [score for score in results.scores if score.unit != "count"]
     assert pictures.draw_scores(results) == before
-    results["scores"] = []
+    results.scores = []
     assert pictures.draw_scores(results) is None
 
 
 def test_robustness_curves(household, no_warnings):
     """A panel for each corruption: another value changes its own panel."""
-    scores = [s for s in read_results(household)["scores"] if s["metric"] == "closed_set_accuracy"]
+    scores = [s for s in RunFolder(household).read_results().scores if s.metric == "closed_set_accuracy"]
     before = pixels(pictures.draw_robustness(scores, "score"))
-    (changed,) = [score for score in scores if score["condition"] == "jitter-5"]
-    changed["value"] -= 0.02
+    (changed,) = [score for score in scores if score.condition == "jitter-5"]
+    changed.value -= 0.02
     different = np.argwhere((pixels(pictures.draw_robustness(scores, "score")) != before).any(-1))
     assert len(different) and (different < np.array(before.shape[:2]) * [0.5, 0.25]).all()
-    assert pictures.draw_robustness([s for s in scores if not s["condition"][-1].isdigit()], "score") is None
+    assert pictures.draw_robustness([s for s in scores if not s.condition[-1].isdigit()], "score") is None
 
 
 @pytest.mark.parametrize("kept", [{"jitter-3"}, {"jitter-1", "jitter-2", "scale-5"}])
 def test_few_corruptions(household, no_warnings, kept):
-    scores = [s for s in read_results(household)["scores"] if s["metric"] == "closed_set_accuracy"]
-    shown = [s for s in scores if s["condition"] in {"seeing", *kept}]
+    scores = [s for s in RunFolder(household).read_results().scores if s.metric == "closed_set_accuracy"]
+    shown = [s for s in scores if s.condition in {"seeing", *kept}]
     before = pixels(pictures.draw_robustness(shown, "$odd_ title"))
     assert (before != 255).any(-1).mean() > 0.02 and max(before.shape) < 2000
     for name in kept:  # each is in the picture
-        lower = {
-            key: 0.5 * score[key] for score in shown if score["condition"] == name for key in ("value", "low", "high")
-        }
-        changed = [score | lower if score["condition"] == name else score for score in shown]
+        changed = [
+            replace(s, value=s.value / 2, low=s.low / 2, high=s.high / 2) if s.condition == name else s for s in shown
+        ]
         after = pixels(pictures.draw_robustness(changed, "$odd_ title"))
         assert after.shape != before.shape or (after != before).any()
 
@@ -444,7 +441,7 @@ def test_names_that_the_font_lacks(no_warnings):
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "minigpt3d\[eval\]"'):
-        write_report(household_run(tmp_path / "run", corruptions=False), read_cloud)
+        report_on(household_run(tmp_path / "run", corruptions=False), read_cloud)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["objects.jsonl", "results.json"]
 
 
@@ -453,15 +450,16 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 def test_main_score(tmp_path):
     assert (
-        main_score(read_results(household_run(tmp_path / "h", corruptions=False)))["metric"] == "closed_set_accuracy"
+        RunFolder(household_run(tmp_path / "h", corruptions=False)).read_results().main_score.metric
+        == "closed_set_accuracy"
     )
     for suite, question, metric in (
         ("objaverse", "instruction", "open_vocabulary_accuracy"),
         ("modelnet40", "instruction", "closed_set_accuracy"),
         ("caption", "caption", "caption_score"),
     ):
-        main = main_score(read_results(judged_run(tmp_path / suite, suite=suite, num=4)))
-        assert (main["question"], main["metric"], main["condition"]) == (question, metric, "seeing")
+        main = RunFolder(judged_run(tmp_path / suite, suite=suite, num=4)).read_results().main_score
+        assert (main.question, main.metric, main.condition) == (question, metric, "seeing")
 
 
 def test_same_judge():
@@ -474,9 +472,10 @@ def test_same_judge():
     ("name", "content", "message"),
     [
         ("results.json", None, "has no results.json: expected the folder of a finished run"),
-        ("results.json", '{"schema": 1', "expected what `minigpt3d evaluate` writes"),
+        ("results.json", '{"schema": 2', "expected what `minigpt3d evaluate` writes"),
         ("results.json", "[]", "expected what `minigpt3d evaluate` writes"),
-        ("results.json", '{"schema": 2}', "expected schema 1, got 2"),
+        ("results.json", '{"schema": 2}', "expected what `minigpt3d evaluate` writes"),
+        ("results.json", '{"schema": 1}', "expected schema 2, got 1"),
         ("objects.jsonl", None, "has no objects.jsonl"),
         ("objects.jsonl", '{"object_id": 1}\n', "line 1: expected a scored answer"),
         ("objects.jsonl", "[1]\n", "line 1: expected a scored answer"),
@@ -486,4 +485,4 @@ def test_unfinished_runs(tmp_path, name, content, message):
     folder = judged_run(tmp_path / "run", num=2)
     (folder / name).unlink() if content is None else (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(message)):
-        write_report(folder, read_cloud)
+        report_on(folder, read_cloud)

@@ -1,0 +1,258 @@
+"""The folder of a run: everything that an evaluation writes and reads again, except pictures and reports.
+
+settings.json       what the answers depend on; a rerun with other settings is refused
+history.json        one entry per run: date, command, versions, and whether it asked the model
+answers/            answers, one file per process; likelihood/ the same for likelihoods of classes
+judge/              the judge's replies
+objects.jsonl       every scored answer
+results.json        scores with intervals, tests, and what is needed to repeat them
+report.md, report.html, pictures/
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from minigpt3d.files import write_json, write_text
+
+from .results import SCHEMA, Results, ScoredAnswer, values_of
+from .suites import METRICS
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions are recorded
+_REPAIR = "Delete this file and run `minigpt3d evaluate` again: answers are kept, only scores are computed again."
+
+
+@dataclass
+class Settings:
+    """What the answers depend on. Unset for another program's answers: decoding to device."""
+
+    suite: str
+    objects: int
+    dataset: str
+    model: str
+    decoding: dict | None = None
+    template: str | None = None
+    prompts: str | None = None
+    phrases: list[str] | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+
+
+class Lines:
+    """A folder of JSON lines, each about a question, a condition and an object: part-N.jsonl, one file per process.
+
+    A line is appended in one write, so that a killed process leaves at most one torn line, at the end of its file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self) -> Iterator[dict]:
+        """All complete lines; torn ones are skipped.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
+        for path in sorted(self.folder.glob("part-*.jsonl")):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: damaged ({error}). Delete the line; the same command asks again."
+                    ) from error
+
+    def keys(self) -> set[tuple[str, str, str]]:
+        return {line_key(line) for line in self.read()}
+
+    def open(self, process_index: int) -> Path:
+        """The file of a process, without a torn line at its end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"part-{process_index}.jsonl"
+        if path.exists() and (torn := len(path.read_bytes().rpartition(b"\n")[2])):
+            os.truncate(path, path.stat().st_size - torn)
+        return path
+
+
+def append_lines(path: Path, lines: Iterable[dict]):
+    """Append lines in one write; they are on disk when this returns."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def line_key(line: dict) -> tuple[str, str, str]:
+    return line["question"], line["condition"], line["object_id"]
+
+
+class RunFolder:
+    """The folder of a run; see the head of this file."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.settings, self.history = self.path / "settings.json", self.path / "history.json"
+        self.lock = self.path / ".lock"
+        self.results, self.objects = self.path / "results.json", self.path / "objects.jsonl"
+        self.answers, self.likelihoods = Lines(self.path / "answers"), Lines(self.path / "likelihood")
+
+    # ---- Claim ------------------------------------------------------------------------------------------------------
+
+    def check(self):
+        """
+        Raises:
+            ValueError: the path is a file, or a folder of something else than an evaluation.
+        """
+        content = self.path.iterdir() if self.path.is_dir() else ()
+        foreign = [path for path in content if path.suffix != ".tmp" and path != self.lock]
+        if (self.path.exists() and not self.path.is_dir()) or (foreign and not self.settings.exists()):
+            raise ValueError(
+                f"`out` {self.path} is a file, or holds other things than an evaluation. Give a new folder."
+            )
+
+    @contextmanager
+    def locked(self):
+        """Create the folder and keep other runs out of it.
+
+        Raises:
+            ValueError: another run is working in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.lock, timeout=0):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"`out` {self.path}: another process is working in it. Wait for it, or give another folder. (Start several "
+                "processes of one run by `accelerate launch`; with torchrun on a CPU, set ACCELERATE_USE_CPU=true.)"
+            ) from None
+
+    def claim(self, settings: Settings):
+        """Write the settings, or check that the folder's answers have the same.
+
+        Raises:
+            ValueError: the folder holds answers with other settings.
+        """
+        settings = asdict(settings)
+        if self.settings.exists() and any(next(lines.read(), None) for lines in (self.answers, self.likelihoods)):
+            earlier = json.loads(self.settings.read_text(encoding="utf-8"))
+            for name, value in settings.items():
+                if earlier.get(name) != value:
+                    hint = "; another `limit` needs another folder" if name == "objects" else ""
+                    raise ValueError(
+                        f"`out` {self.path} holds answers with {name} {earlier.get(name)!r}, but now it is {value!r}. Give "
+                        f"another folder, or the earlier settings{hint}."
+                    )
+        else:
+            self.history.unlink(missing_ok=True)  # it is about answers that were deleted
+        write_json(self.settings, settings)
+
+    def record_run(self, command: str, device: str | None, asked: bool) -> dict:
+        """Add this run to the history.
+
+        Args:
+            asked: whether it asks the model anything.
+
+        Returns:
+            "command": of all runs; "date": of the last run that asked; "versions" and "device": of all that asked.
+        """
+        history = json.loads(self.history.read_text(encoding="utf-8")) if self.history.exists() else []
+        versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+        run = {"date": date.today().isoformat(), "command": command, "versions": versions, "device": device}
+        history.append(run | {"asked": asked or not history})
+        write_json(self.history, history)
+        asking = [run for run in history if run["asked"]]
+
+        def joined(values: Iterable[str], separator: str = ", ") -> str:
+            return separator.join(dict.fromkeys(values))
+
+        return {
+            "date": asking[-1]["date"],
+            "command": joined((run["command"] for run in history), " && "),
+            "versions": {name: joined(run["versions"][name] for run in asking) for name in versions},
+            "device": joined(run["device"] for run in asking if run["device"]) or None,
+        }
+
+    # ---- Results ----------------------------------------------------------------------------------------------------
+
+    def write(self, results: Results, answers: list[ScoredAnswer]):
+        """Write objects.jsonl and results.json, right after each other because they belong together."""
+        lines = (json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
+        write_text(self.objects, "".join(lines))
+        write_json(self.results, results.to_json())
+
+    def earlier_judges(self) -> dict[str, str | None]:
+        """The metrics of earlier results, if there are any, each with its judge or None."""
+        return {score.metric: score.judge for score in self.read_results().scores} if self.results.is_file() else {}
+
+    def read(self) -> tuple[Results, list[ScoredAnswer]]:
+        """The results and scored answers of a finished run.
+
+        Raises:
+            ValueError: the run is not finished, or a file is damaged.
+        """
+        results, answers = self.read_results(), self.read_objects()
+        for score in results.scores:
+            count = len(values_of(answers, score.question, score.metric, score.condition))
+            if count != score.objects and not METRICS[score.metric].is_ratio:  # objects without details have no ratio
+                raise ValueError(
+                    f"{self.objects} is damaged: it holds {count:,} of {score.objects:,} scores for {score.metric}. {_REPAIR}"
+                )
+        return results, answers
+
+    def read_results(self) -> Results:
+        """
+        Raises:
+            ValueError: results.json is missing, damaged, of another program or of another version.
+        """
+        path = self.results
+        if not path.is_file():
+            raise ValueError(
+                f"{self.path} has no {path.name}: expected the folder of a finished run. Run `minigpt3d evaluate` with this "
+                "output folder again; it resumes."
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            schema = content.get("schema") if isinstance(content, dict) else None
+            results = Results.from_json(content) if schema == SCHEMA else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_REPAIR}") from error
+        if schema is None:
+            raise ValueError(
+                f"{path} is of another program: expected what `minigpt3d evaluate` writes. Give the folder of a run."
+            )
+        if results is None:
+            raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema!r}, of another version. {_REPAIR}")
+        return results
+
+    def read_objects(self) -> list[ScoredAnswer]:
+        """
+        Raises:
+            ValueError: objects.jsonl is missing, or a line is no scored answer.
+        """
+        if not self.objects.is_file():
+            raise ValueError(
+                f"{self.path} has no {self.objects.name}: `minigpt3d evaluate` writes it beside results.json."
+            )
+        answers = []
+        with self.objects.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    answers.append(ScoredAnswer(**json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{self.objects}, line {number}: expected a scored answer, got {line[:60]!r} ({error!r}). {_REPAIR}"
+                    ) from error
+        return answers
