@@ -1,9 +1,9 @@
-"""How many samples a second one process reads from packed data, and what of a sample's time goes where.
+"""Samples per second that one process reads from packed data, and the time of each part.
 
     python benchmarks/stream.py [--objects 512] [--steps 60]
 
-Made-up clouds of 8192 points with brief descriptions are packed into a temporary folder and read as stage I reads them,
-by one worker's code in this process. Counted is the processor's time, which other work on the machine does not lengthen.
+Random clouds of 8192 points with brief descriptions are packed into a temporary folder and read as a worker of stage I
+reads them. Times are processor times, which other work on the machine does not lengthen.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minigpt3d.arguments import positive_int
-from minigpt3d.data import shards as pack, sources as data
+from minigpt3d.data import shards, sources
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 from minigpt3d.training import stream
 from minigpt3d.training.stages import RECIPES
@@ -31,21 +31,21 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     processor = MiniGPT3DProcessor.from_pretrained(PROCESSOR)
-    processor.feature_extractor.num_points = pack.NUM_POINTS
+    processor.feature_extractor.num_points = shards.NUM_POINTS
     stage, spent = RECIPES["paper"]["I"], {}
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), args.objects)
-        sources = data.open_sources(["brief"], f"{folder}/packed", [])
-        samples = stream.StageStream(stage, sources, processor, seed=0)
-        timed(data.PackedSource, "_group", "row groups from disk", spent)
-        timed(data, "decode_cloud", "clouds out of 9 bytes a point", spent)
+        opened = sources.open_sources(["brief"], f"{folder}/packed", [])
+        samples = stream.StageStream(stage, opened, processor, seed=0)
+        timed(sources.PackedSource, "_group", "row groups from disk", spent)
+        timed(sources, "decode_cloud", "clouds from 9 bytes a point", spent)
         timed(processor, "_render", "chat template", spent)
         timed(processor, "_tokenize", "tokenizer", spent)
-        timed(processor, "feature_extractor", "clouds checked and normalised", spent)
+        timed(processor, "feature_extractor", "clouds checked and normalized", spent)
         started = time.process_time()
         count = sum(len(samples.encode(step, slot)) > 0 for step in range(args.steps) for slot in samples.slots(step))
         seconds = time.process_time() - started
-    spent["the rest"] = seconds - sum(spent.values())
+    spent["everything else"] = seconds - sum(spent.values())
     print(f"{count} samples, {count / seconds:.0f} a second, {1e3 * seconds / count:.2f} ms each:")
     for name, part in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {name:<32}{1e3 * part / count:>6.2f} ms {part / seconds:>5.0%}")
@@ -54,15 +54,15 @@ def main():
 def write_data(folder: Path, count: int):
     rng, lines = np.random.default_rng(0), ["file,caption"]
     for index in range(count):
-        cloud = np.concatenate([rng.normal(size=(pack.NUM_POINTS, 3)), rng.random((pack.NUM_POINTS, 3))], 1)
+        cloud = np.concatenate([rng.normal(size=(shards.NUM_POINTS, 3)), rng.random((shards.NUM_POINTS, 3))], 1)
         np.save(folder / f"{index}.npy", cloud.astype(np.float32))
         lines.append(f"{index}.npy,This is number {index} of several objects with two colors and four legs.")
     (folder / "captions.csv").write_text("\n".join(lines))
-    pack.pack(pack.table_entries(folder / "captions.csv"), folder / "packed")
+    shards.pack(shards.table_entries(folder / "captions.csv"), folder / "packed")
 
 
 def timed(owner, name: str, label: str, spent: dict[str, float]):
-    """Let a function or a callable attribute note the processor time it takes; each is called by itself."""
+    """Make a function or a callable attribute record its processor time. The timed functions do not call each other."""
     inner = getattr(owner, name)
 
     def outer(*args, **kwargs):

@@ -1,15 +1,15 @@
-"""Forward, backward and optimizer of a training step, ours beside the plain padded loop, on the same samples and weights.
+"""Time training steps: this project's beside a plain padded loop, on the same samples and weights.
 
     python benchmarks/train.py [--size small|paper] [--stage II] [--batch 9] [--steps 5] [--device cuda] [--dtype bfloat16]
 
-Plain: the published encoder (`benchmarks/encode.py`); every sample a row, padded to the longest; logits and loss at every
-position. Padded: the same batches through our encoder. Ours: samples one behind the other, logits where the next token is
-an answer's (`training/stream.py`). Lengths are drawn like PointLLM's brief descriptions,
-or, for stage III and IV, like its detailed ones and conversations. Clouds are noise; the loss of both is compared.
+plain: the published encoder (`benchmarks/encode.py`); one row per sample, padded to the longest; logits and loss at every
+position. padded: the same batches with this project's encoder. ours: concatenated samples, logits only where the next
+token belongs to an answer (`training/stream.py`). Lengths are drawn like those of PointLLM's brief descriptions, or, for
+stages III and IV, of its detailed descriptions and conversations. Clouds are noise. The losses are compared.
 
-Real tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, which is what these
-stages do) and 6N operations a token for the N parameters of the language model without embeddings, against what a large
-matrix product reaches here in the same dtype.
+Tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, as in these stages) and
+6N operations a token, for the N parameters of the language model without embeddings, relative to the speed of a large
+matrix product on this device in the same dtype.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from minigpt3d.training.stream import pack_batch, pad_batch, takes_one_row
 from minigpt3d.training.weights import prepare_model
 
 
-# A quarter of the paper's widths, with its vocabulary: what a CPU trains in seconds.
+# A quarter of the paper's widths, with its vocabulary: trains on a CPU in seconds.
 SMALL = {
     "point_config": {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384},
     "qformer_config": {
@@ -50,7 +50,7 @@ def main():
     parser.add_argument(
         "--batch", type=positive_int, default=9, help="samples a step (default: 9, the paper's in stage II)"
     )
-    parser.add_argument("--steps", type=positive_int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument("--steps", type=positive_int, default=5, help="timed steps of each way (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="of the autocast (default: none)"
@@ -62,7 +62,7 @@ def main():
     torch.manual_seed(0)
     config = MiniGPT3DConfig(router_type="none", **(SMALL if args.size == "small" else {}))
     model = prepare_model(MiniGPT3DForConditionalGeneration(config), stage).to(device)
-    model.eval()  # without dropout, so that both losses can be compared
+    model.eval()  # without dropout, so that the losses can be compared
     rng = np.random.default_rng(0)
     batches = [make_samples(stage, config, args.batch, 8192, rng) for _ in range(args.steps)]
     tokens = sum(len(sample["input_ids"]) for batch in batches for sample in batch) / args.steps
@@ -110,7 +110,7 @@ def plain_encoder(encoder: torch.nn.Module) -> Callable:
 
 
 def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: int, rng) -> list[dict]:
-    """Random samples with lengths like PointLLM's: a prompt of some 50 tokens with the cloud, and an answer."""
+    """Random samples with lengths like PointLLM's: a prompt of about 50 tokens with the cloud, and an answer."""
     median, spread = (22, 0.4) if stage.name in ("I", "II") else (90, 0.6)
     samples = []
     for _ in range(count):
@@ -128,7 +128,7 @@ def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: 
 
 
 def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, float, float]:
-    """Seconds of a step, loss of the first batch, and peak memory of a GPU in bytes; the weights are left as they were."""
+    """Seconds per step, loss of the first batch, and peak memory of a GPU in bytes; the weights are restored."""
     optimizer = make_optimizer(stage, model)
     before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
     for group in optimizer.param_groups:
@@ -143,7 +143,7 @@ def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, fl
         optimizer.zero_grad()
         return loss.detach()
 
-    loss = step(batches[0]).item()  # not timed: kernels are chosen and memory is fetched
+    loss = step(batches[0]).item()  # not timed: kernels are chosen and memory is allocated
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -160,7 +160,7 @@ def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, fl
 
 
 def matmul_peak(device, dtype, size: int = 4096) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     size = size if device.type == "cuda" else size // 2
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

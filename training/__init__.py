@@ -1,10 +1,10 @@
-"""Training of MiniGPT-3D in four stages: the table (`stages`), the data (`data`), the weights (`weights`), the loop (`train`)."""
+"""Training in four stages: the table (`stages`), the run (`loop`), its data (`stream`) and its weights (`weights`)."""
 
 import logging
 import warnings
 
 
-# Where bitsandbytes is installed, peft imports it, which then says what it lacks on a CPU, asked or not.
+# peft imports bitsandbytes, which reports on a CPU what it lacks there.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# peft's affair with transformers.
+# Raised by peft's call of transformers.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

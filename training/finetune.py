@@ -1,9 +1,9 @@
-"""One's own objects: a finished model learns what `minigpt3d pack --from` has packed.
+"""Your own objects: train a finished model on the output of `minigpt3d pack --from`.
 
 accelerate launch training/finetune.py --init org/minigpt3d --data packed --output_dir mine
 """
 
-from .loop import main
+from minigpt3d.training.command import main
 
 
 if __name__ == "__main__":

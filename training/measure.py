@@ -1,4 +1,4 @@
-"""What a step is measured by, beside its loss: gradient norm, size of the update, routing, and loss on held-out data."""
+"""Measurements of a run beside the training loss: size of the updates, routing, and loss on held-out data."""
 
 import math
 
@@ -17,30 +17,30 @@ VALIDATION_ROWS = 256  # of each source
 
 
 class UpdateMeter:
-    """How much a step moves each module of the model, relative to its weights.
+    """Relative size of a step's update, by module.
 
     Args:
-        model: without what Accelerate wraps around it.
+        model: without Accelerate's wrappers.
     """
 
     def __init__(self, model: torch.nn.Module):
         self.groups: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in named_parameters(model).items():
-            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # DeepSpeed's lie apart in pieces
+            if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # DeepSpeed's are sharded
                 self.groups.setdefault(name.removeprefix("model.").split(".")[0], []).append(parameter)
 
     @torch.no_grad()
     def remember(self):
-        """To be called before the step."""
+        """Call before the step."""
         self.before = {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}
 
     @torch.no_grad()
     def ratios(self) -> dict[str, float]:
-        """Norm of the update over norm of the weights, by module; to be called after the step."""
+        """Norm of the update over norm of the weights, by module. Call after the step."""
         result = {}
         for name, group in self.groups.items():
-            moved = [now - old for now, old in zip(group, self.before[name], strict=True)]
-            result[name] = _norm(moved) / max(_norm(self.before[name]), 1e-12)
+            updates = [now - old for now, old in zip(group, self.before[name], strict=True)]
+            result[name] = _norm(updates) / max(_norm(self.before[name]), 1e-12)
         self.before = {}
         return result
 
@@ -54,10 +54,10 @@ def _norm(tensors: list[torch.Tensor]) -> float:
 
 
 class RouterMeter:
-    """Which experts the clouds of a step are sent to.
+    """Which experts serve the clouds of a step.
 
     Args:
-        model: without what Accelerate wraps around it.
+        model: without Accelerate's wrappers.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -68,9 +68,9 @@ class RouterMeter:
         self.logits: list[torch.Tensor] = []
         if self.num_used:
             inner = model.base_model.model.model if hasattr(model, "merge_and_unload") else model.model
-            inner.router.linear_2.register_forward_hook(self._note)
+            inner.router.linear_2.register_forward_hook(self._collect)
 
-    def _note(self, module: torch.nn.Module, inputs: tuple, logits: torch.Tensor):
+    def _collect(self, module: torch.nn.Module, inputs: tuple, logits: torch.Tensor):
         if module.training:
             self.logits.append(logits.detach())
 
@@ -79,11 +79,12 @@ class RouterMeter:
         """Over all clouds since the last call, on every process; None for a stage without a router.
 
         Args:
-            idle: whether this process's clouds are another one's, and do not count.
+            idle: whether the clouds of this process are copies of another process's and do not count.
 
         Returns:
-            `load`: share of the clouds that use an expert, (E,). `weight`: an expert's mean weight, (E,). `entropy`: of a
-            cloud's weights in nats, its mean. `between`: entropy of the mean weights less that, 0 if all are routed alike.
+            `load`: share of the clouds that use an expert, (E,). `weight`: an expert's mean weight, (E,). `entropy`: mean
+            entropy of a cloud's weights, in nats. `between`: entropy of the mean weights minus that; 0 if all clouds have
+            the same weights.
         """
         if not self.logits:
             return None
@@ -123,17 +124,17 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         for name, source in sources.items()
         for shard, row in [(s, r) for s, rows in enumerate(source.rows) for r in range(rows)][:VALIDATION_ROWS]
     ]
-    ours = addresses[accelerator.process_index :: accelerator.num_processes]
+    assigned = addresses[accelerator.process_index :: accelerator.num_processes]
     inner.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for first in range(0, math.ceil(len(addresses) / accelerator.num_processes), batch):
-        # Processes that have run out take their last sample again, uncounted: sharded models need all of them.
-        chosen = ours[first : first + batch] or addresses[:1]
-        samples = [encode_sample(processor, *sources[name].read(*where), stage) for name, *where in chosen]
+        # A process without samples repeats one, uncounted: sharded models need all processes.
+        chosen = assigned[first : first + batch] or addresses[:1]
+        samples = [encode_sample(processor, *sources[name].read(*address), stage) for name, *address in chosen]
         tokens = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
         inputs = {name: tensor.to(accelerator.device) for name, tensor in pack_batch(samples, one_row).items()}
         loss = model(**inputs, use_cache=False, num_items_in_batch=torch.tensor(tokens)).loss
-        if ours[first : first + batch]:
+        if assigned[first : first + batch]:
             total += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64, device=accelerator.device)
     set_training_mode(inner)
     loss, tokens = accelerator.reduce(total).tolist()

@@ -1,6 +1,5 @@
-"""Results on the Hub: a commit for each, a tag for each stage. The token is huggingface_hub's own affair."""
+"""Publish results on the Hub: a commit for each, a tag for each stage. huggingface_hub finds the token."""
 
-import re
 import shutil
 import sys
 from concurrent.futures import Future
@@ -9,33 +8,44 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from minigpt3d.hub import is_hub_id
+from minigpt3d.messages import one_line
 
-# Of an earlier result, and wrong beside a later one: an adapter's files beside a whole model, for one.
-OURS = ["adapter_*", "adapter/*", "model*.safetensors*", "config.json", "generation_config.json", "stage.json"]
+
+# Files of an earlier result that do not belong beside a later one, such as an adapter's beside a complete model.
+REPLACED_FILES = [
+    "adapter_*",
+    "adapter/*",
+    "model*.safetensors*",
+    "config.json",
+    "generation_config.json",
+    "stage.json",
+]
 
 
 def check_repository(repo_id: str):
-    """
+    """Check a repository's name and the login before the run.
+
     Raises:
-        ValueError: it is no name of a repository, or nobody is logged in.
+        ValueError: the name is not OWNER/NAME, or nobody is logged in.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"--hub_model_id {repo_id}: a repository is named OWNER/NAME.")
+    if not is_hub_id(repo_id):
+        raise ValueError(f"`hub_model_id` {repo_id}: a repository is named OWNER/NAME.")
     try:
         HfApi().whoami()
-    except Exception as error:  # no token, a wrong one, no network: all before the run, not after it
+    except Exception as error:  # no token, a wrong one, no network
         raise ValueError(
-            f"--push_to_hub: the Hub does not know you ({' '.join(str(error).split())[:150]}). Run `hf auth login`, or train "
-            "without --push_to_hub and upload the result later."
+            f"`push_to_hub`: not logged in to the Hub ({one_line(error)[:150]}). Run `hf auth login`, or train without "
+            "`push_to_hub` and upload the result later."
         ) from error
 
 
 class Publisher:
-    """Uploads folders to one model repository. An upload that fails is told, with the command that repeats it.
+    """Uploads folders to one model repository. A failed upload is reported with the command that repeats it.
 
     Args:
-        repo_id: OWNER/NAME; made when it is first needed.
-        private: of a new repository.
+        repo_id: OWNER/NAME; created at the first upload.
+        private: whether a new repository is private.
     """
 
     def __init__(self, repo_id: str, private: bool):
@@ -44,7 +54,7 @@ class Publisher:
         self.running: Future | None = None
 
     def push(self, folder: Path, message: str, tag: str | None = None) -> bool:
-        """A commit with what the folder holds, and a tag on it; a tag of this name is moved. Returns whether it worked."""
+        """Upload a folder as a commit and tag it; an existing tag is moved. Returns whether it succeeded."""
         self.wait()
         try:
             self._upload(folder, message)
@@ -52,16 +62,16 @@ class Publisher:
                 try:
                     self.api.delete_tag(self.repo_id, tag=tag)
                 except HfHubHTTPError:
-                    pass  # a new one
+                    pass  # there is none yet
                 self.api.create_tag(self.repo_id, tag=tag, tag_message=message)
-        except Exception as error:  # whatever the network does, the result is on disk
-            self._complain(folder, error)
+        except Exception as error:  # the result is on disk
+            self._report_failure(folder, error)
             return False
         print(f"{folder} is published: {self.api.endpoint}/{self.repo_id}")
         return True
 
     def push_in_background(self, folder: Path, message: str):
-        """Upload while the run goes on, unless the upload before still runs; the folder is removed when it is done."""
+        """Upload while the run continues, unless an upload is running; the folder is removed afterwards."""
         if self.running is not None and not self.running.done():
             shutil.rmtree(folder)
             return
@@ -70,14 +80,14 @@ class Publisher:
         def upload():
             try:
                 self._upload(folder, message)
-            except Exception as error:  # the run goes on, and the next upload brings newer weights
-                print(f"{message} was not published: {_one_line(error)}", file=sys.stderr)
+            except Exception as error:  # the next upload brings newer weights
+                print(f"{message} was not published: {one_line(error)[:300]}", file=sys.stderr)
             shutil.rmtree(folder)
 
         self.running = self.api.run_as_future(upload)
 
     def wait(self):
-        """Let the upload in the background end."""
+        """Wait for the upload in the background."""
         if self.running is not None:
             self.running.result()
             self.running = None
@@ -88,14 +98,12 @@ class Publisher:
             repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
-            delete_patterns=OURS,
+            delete_patterns=REPLACED_FILES,
             ignore_patterns="logs/*",
         )
 
-    def _complain(self, folder: Path, error: Exception):
+    def _report_failure(self, folder: Path, error: Exception):
         again = f"hf upload {self.repo_id} {folder} --exclude 'logs/*'{' --private' if self.private else ''}"
-        print(f"{folder} was not published: {_one_line(error)}\nIt is on disk; try again: {again}", file=sys.stderr)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        print(
+            f"{folder} was not published: {one_line(error)[:300]}\nIt is on disk; try again: {again}", file=sys.stderr
+        )

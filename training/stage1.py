@@ -3,7 +3,7 @@
 accelerate launch training/stage1.py --init BASE --data packed --output_dir stage1
 """
 
-from .loop import main
+from minigpt3d.training.command import main
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 accelerate launch training/stage2.py --init stage1 --data packed --output_dir stage2
 """
 
-from .loop import main
+from minigpt3d.training.command import main
 
 
 if __name__ == "__main__":

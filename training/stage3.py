@@ -3,7 +3,7 @@
 accelerate launch training/stage3.py --init stage2 --data packed --output_dir stage3
 """
 
-from .loop import main
+from minigpt3d.training.command import main
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The four stages of MiniGPT-3D as a table: what trains, on which data, with which learning rates. Paper: §3.3, table 1.
 
-A fifth row, "own", teaches a finished model one's own objects.
+A fifth row, "own", trains a finished model on your own objects.
 
-A stage is one row. Each later row is its forerunner with what differs, so the science of a recipe is read here and
-changed here; the command line changes only how a run is carried out. Patterns are regular expressions that match whole
-parameter names, with LoRA's factors named as in an adapter's file (`….query.lora_A.weight`).
+A stage is one row, derived from the row before it. A recipe is read and changed here; the command line changes only how
+a run is carried out. Patterns are regular expressions that match complete parameter names; LoRA factors are named as in
+an adapter's file (`….query.lora_A.weight`).
 """
 
 import math
@@ -46,21 +46,21 @@ class Stage:
 
     Args:
         name: "I" to "IV", or "own".
-        starts_from: what `--init` should hold: "base" (the parts as the paper takes them ready-made), a stage's name, or
-            "any" model.
-        teaches: what the stage is for, in words.
-        trainable: patterns of the parameters that train. Everything else is frozen.
+        starts_from: the model to start from: "base" (the pretrained parts), the result of a stage, by its name, or "any"
+            model.
+        teaches: what is learned, as a sentence.
+        trainable: patterns of the trainable parameters. All others are frozen.
         mixture: the sources, of which one is drawn for each step, or for each sample.
-        draw_each: "step", as the authors do, or "sample": then all sources have the same batch.
-        exports: whether the result is merged into a whole model, which others can load as it is.
-        any_source: whether data may lack some of the mixture's sources, which are then left out.
+        draw_each: "step", as the authors do, or "sample", for which all sources need the same batch.
+        exports: whether the result is merged into a complete model.
+        any_source: whether data may lack some sources of the mixture, which are then left out.
         warmup_lr, peak_lr, min_lr: learning rates at the first step, at the end of warm-up, and at the last step.
         warmup_steps: steps of the linear warm-up.
         steps_per_epoch, epochs: their product is the length of the stage in optimizer steps.
         router_type: routing of the query experts; "none" uses expert 0 alone; None: as the model has it.
         language_lora, qformer_lora: sizes of the LoRA factors, in the language model and in the Q-Former.
         augment: whether clouds are rotated, scaled and thinned out at random (see `data.clouds.augment`).
-        max_text_length: tokens kept behind the first prompt of a conversation.
+        max_text_length: maximum number of tokens after the first prompt of a conversation.
         betas, weight_decay: AdamW's; the decay acts on tensors with two or more dimensions only.
     """
 
@@ -125,14 +125,14 @@ def select_trainable(stage: Stage, names: Iterable[str]) -> set[str]:
     return chosen
 
 
-# ---- When it trains how fast ----------------------------------------------------------------------------------------
+# ---- Learning rate --------------------------------------------------------------------------------------------------
 
 
 def learning_rate(stage: Stage, step: int) -> float:
     """Learning rate of a step, counted from 0 over the whole stage, as in the authors' runs.
 
-    Two habits of theirs are kept. The ramp uses the step *within the epoch*, so a warm-up longer than an epoch starts
-    anew. The cosine counts from step 0, not from the end of warm-up, so the rate drops a little where warm-up ends.
+    Two details of theirs are kept. Warm-up uses the step *within the epoch*, so a warm-up longer than an epoch starts
+    again. The cosine counts from step 0, not from the end of warm-up, so the rate drops a little where warm-up ends.
     """
     if step < stage.warmup_steps:
         step_in_epoch = step % stage.steps_per_epoch
@@ -181,7 +181,7 @@ STAGE_4 = replace(
     STAGE_3,
     name="IV",
     starts_from="III",
-    teaches="eight query experts, copies of stage III's queries, part ways while a router learns to choose",
+    teaches="eight query experts, copies of stage III's queries, specialize while a router learns to choose among them",
     trainable=MIXTURE_OF_QUERY_EXPERTS,
     peak_lr=5e-6,
     warmup_steps=1_000,
@@ -193,7 +193,7 @@ OWN = replace(
     STAGE_3,
     name="own",
     starts_from="any",
-    teaches="a finished model learns one's own objects, with its experts and their router as they are",
+    teaches="a finished model learns your own objects; query experts and router stay frozen",
     trainable=POINT_PROJECTION + QFORMER + LANGUAGE_PROJECTION + LANGUAGE_MODEL,
     mixture=tuple(Source(name, batch=8, weight=1) for name in ("brief", "detailed", "single_round", "multi_round")),
     any_source=True,

@@ -1,9 +1,9 @@
-"""Which samples a step trains on, and how they get there: sources → a stage's steps → packed batches.
+"""The samples of every step, and their way there: sources → a stage's steps → packed batches.
 
-A step's batch is a row of slots, one for each sample. A slot has a piece of an epoch's shuffle to itself, so that
-a process reads the shards that the pieces of its own slots go through, and no others. Processes share the slots of a step, and workers
-share the slots of a process. So what a slot gets is a function of seed, step and slot alone: a resumed run goes on where it
-stopped, to the bit, and neither the number of processes nor that of workers changes the samples of a step.
+The batch of a step is a row of slots, one for each sample. Every slot has its own piece of an epoch's shuffle, so a
+process reads only the shards of its own slots. The slots of a step are divided among processes, those of a process among
+workers. The sample of a slot depends on seed, step and slot only: a resumed run continues bit for bit, and neither the
+number of processes nor that of workers changes the samples of a step.
 
 Shapes: R rows of a packed batch, T tokens of the longest, C clouds, K answer tokens.
 """
@@ -22,18 +22,18 @@ from minigpt3d.data.sources import ROWS_PER_GROUP
 from .stages import Stage
 
 
-# Without a kernel for packed sequences, attention costs the square of a row's length: short rows, not one long one.
-LEAST_ROW_LENGTH = 256
+# Without a kernel for packed sequences, attention costs the square of a row's length: several short rows are cheaper.
+MIN_ROW_LENGTH = 256
 
 
-# ---- Which row ------------------------------------------------------------------------------------------------------
+# ---- Order of the rows ----------------------------------------------------------------------------------------------
 
 
 class Order:
-    """The row that a slot gets at its source's n-th turn; no row comes twice in an epoch, and each epoch has its own order.
+    """The row that a slot gets at its source's n-th turn. No row comes twice in an epoch; every epoch has its own order.
 
-    An epoch puts the shards one behind the other in a new order, each shuffled inside, and cuts this row of rows into one
-    piece for each slot, which reads the shards that its piece goes through. Fewer rows than slots are left out of an epoch.
+    An epoch concatenates the shards in a new order, each shuffled inside, and cuts this sequence into one piece for each
+    slot. The remainder, fewer rows than slots, is left out of the epoch.
 
     Args:
         rows: of each shard.
@@ -51,7 +51,7 @@ class Order:
         if self.piece:
             epoch, position = divmod(turn, self.piece)
             position += slot * self.piece
-        else:  # less than a batch: an epoch ends within a step
+        else:  # fewer rows than a batch: an epoch ends within a step
             epoch, position = divmod(turn * self.batch + slot, sum(self.rows))
         shards = self._permutation(len(self.rows), epoch)
         ends = self._keep((epoch, -1), lambda rng: np.cumsum([self.rows[shard] for shard in shards]))
@@ -63,7 +63,7 @@ class Order:
         return self._keep((epoch,), lambda rng: rng.permutation(count))
 
     def _rows_of(self, shard: int, epoch: int) -> np.ndarray:
-        """Rows of a shard, shuffled group by group: a group is read once and used up before the next."""
+        """Rows of a shard, shuffled group by group: a row group is read once and used up before the next."""
         groups = range(0, self.rows[shard], ROWS_PER_GROUP)
 
         def shuffle(rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +88,7 @@ class StageStream:
         sources: by name, as `open_sources` returns them.
         processor: a `MiniGPT3DProcessor`.
         seed: of the draws, the order and the augmentation.
-        process_index, num_processes: which slots are ours.
+        process_index, num_processes: which slots belong to this process.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class StageStream:
             raise ValueError(f"Stage {stage.name} draws each sample's source: give all sources the same batch.")
         weights = np.array([source.weight for source in stage.mixture], dtype=float)
         size = stage.steps, stage.mixture[0].batch if per_sample else 1
-        # Index of the source that is drawn, for each step, and for each slot if they are drawn apart.
+        # Index of the source that is drawn, for each step, or for each slot if every sample draws its own.
         self.draws = self._rng("source").choice(len(weights), size=size, p=weights / weights.sum())
-        # How often that source was drawn before: its own clock.
+        # How often that source was drawn before.
         self.turns = np.zeros(size, dtype=np.int64)
         for index in range(len(weights)):
             drawn = self.draws == index
@@ -127,13 +127,13 @@ class StageStream:
         return self.stage.mixture[self.draws[step, 0]].batch
 
     def slots(self, step: int) -> range:
-        """The slots of a step that this process trains on; slot 0 for one that is idle, and has to keep step."""
+        """The slots of a step for this process; slot 0 for an idle one, which must take part in the step."""
         if self.is_idle(step):
             return range(0, 1)
         return range(self.process_index, self.batch(step), self.num_processes)
 
     def is_idle(self, step: int) -> bool:
-        """Whether the step has fewer samples than there are processes, and none for this one."""
+        """Whether the step has no sample for this process, because it has fewer samples than there are processes."""
         return self.process_index >= self.batch(step)
 
     def draw(self, step: int, slot: int) -> tuple[str, tuple[int, int]]:
@@ -164,7 +164,7 @@ def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) ->
 
 
 class _Steps(IterableDataset):
-    """The samples of each step, in one worker those of its own slots."""
+    """The samples of each step; a worker yields those of its own slots."""
 
     def __init__(self, stream: StageStream, steps: range):
         self.stream, self.steps = stream, steps
@@ -177,23 +177,24 @@ class _Steps(IterableDataset):
 
 
 def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[tuple[str, list[dict]]]:
-    """For each of `steps` its source's name and this process's samples by slot, read ahead by `num_workers` processes."""
+    """Name of the source and samples of this process, for each of `steps`, read ahead by `num_workers` processes."""
     ahead = {"prefetch_factor": 4, "worker_init_fn": _ignore_signals} if num_workers else {}
     loader = DataLoader(_Steps(stream, steps), batch_size=None, num_workers=num_workers, **ahead)
     parts = iter(loader)
     for step in steps:
-        # The loader takes from its workers in turn, so a step is one item of each.
+        # The loader takes from its workers in turn, so a step is one item from each.
         samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
         yield stream.source_name(step), [samples[slot] for slot in sorted(samples)]
 
 
 def _ignore_signals(worker_id: int):
-    """Ctrl-C and schedulers reach every process of a run; the loop still needs its workers to finish the step."""
+    """Ctrl-C and schedulers signal every process of a run, but the loop needs its workers to finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def split_micro_batches(samples: list[dict], device_batch: int | None) -> list[list[dict]]:
+    """Lists of at most `device_batch` samples, or one list of all."""
     size = device_batch or len(samples)
     return [samples[first : first + size] for first in range(0, len(samples), size)]
 
@@ -202,25 +203,25 @@ def split_micro_batches(samples: list[dict], device_batch: int | None) -> list[l
 
 
 def takes_one_row(model: torch.nn.Module) -> bool:
-    """Whether the language model's attention skips what packed samples do not see of each other, however long the row."""
+    """Whether the attention computes nothing between packed samples, so that one long row costs no more than many."""
     return (model.config.text_config._attn_implementation or "").startswith("flash")
 
 
 def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Tensor]:
-    """Samples one behind the other instead of padded, as few rows as they fill.
+    """Concatenate samples into as few rows as they fill, instead of padding each.
 
-    Positions begin anew at each sample, which is how transformers tells that it must not see the ones before it.
+    Positions restart at each sample; transformers derives from them that a sample must not attend to earlier ones.
 
     Args:
         samples: of `StageStream.encode`.
-        one_row: everything in one row, for attention kernels that skip what is masked.
+        one_row: put all samples into one row, for attention kernels that skip masked blocks.
 
     Returns:
-        `input_ids`, `position_ids` and `labels` (R, T), `logits_to_keep` (R, T) bool, true where the next token is an
-        answer's (K of them), and `point_clouds` (C, N, 6) in the order of the rows.
+        `input_ids`, `position_ids` and `labels` (R, T), `logits_to_keep` (R, T) bool, true where the next token belongs to
+        an answer (K of them), and `point_clouds` (C, N, 6) in the order of the rows.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
-    limit = sum(lengths) if one_row else max(LEAST_ROW_LENGTH, *lengths)
+    limit = sum(lengths) if one_row else max(MIN_ROW_LENGTH, *lengths)
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(samples)), key=lambda i: -lengths[i]):  # first fit, longest first
@@ -242,7 +243,7 @@ def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Te
             input_ids[number, first:end] = samples[index]["input_ids"]
             labels[number, first:end] = samples[index]["labels"]
             position_ids[number, first:end] = torch.arange(lengths[index])
-        position_ids[number, end:] = torch.arange(width - end)  # the rest of the row is a sample of nothing
+        position_ids[number, end:] = torch.arange(width - end)  # padding, as a sample of its own
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
@@ -253,7 +254,7 @@ def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Te
 
 
 def pad_batch(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The same samples as the authors have them: a row each, padded on the right to the longest."""
+    """The batch as the authors build it: one row per sample, padded on the right to the longest."""
     pad = torch.nn.utils.rnn.pad_sequence
     ids = [sample["input_ids"] for sample in samples]
     return {

@@ -1,65 +1,107 @@
-"""The weights of a stage: what is loaded, what trains, what is kept for resuming and what the stage leaves behind.
+"""The weights of a stage: what is loaded, what trains, what the stage leaves behind.
 
-A stage's result is a PEFT adapter, small beside the model that it belongs to:
+The result of a stage is a PEFT adapter, small beside its base model:
 
     adapter_config.json           sizes of the LoRA factors, and the base model: what stage I started from
-    adapter_model.safetensors     LoRA factors, and whole every module that this stage or one before it has trained
+    adapter_model.safetensors     LoRA factors, and every module that this stage or one before it has trained, complete
     stage.json                    which stage made it, from what
 
-`PeftModel.from_pretrained` and `AutoModel.from_pretrained` load it. So does the next stage, which goes on with the same
-factors, to the bit. The last stage's result, and with `--export` any other's, is merged into a folder for the Hub, which
-keeps the adapter as `adapter/`.
+`PeftModel.from_pretrained` and `AutoModel.from_pretrained` load it. So does the next stage, which continues with the
+same factors, bit for bit. The result of the last stage, and with `export` that of any other, is merged into a folder for
+the Hub, which keeps the adapter as `adapter/`.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BitsAndBytesConfig
 
-from minigpt3d.conversion import lora_config
-from minigpt3d.conversion.lora import PEFT_PREFIX, lora_targets, peft_scale, read_lora_config
-from minigpt3d.files import sha256, written_whole
-from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE, ModelFiles
+from minigpt3d.conversion.lora import PEFT_PREFIX, lora_config, lora_targets, peft_scale, read_lora_config
+from minigpt3d.conversion.release import make_plan, stage_sources
+from minigpt3d.conversion.write import write_release
+from minigpt3d.files import write_json, written_whole
+from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, ModelFiles, load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
+from .run_options import RunOptions
 from .stages import Stage, select_trainable
 
 
-TRAINED_FILE = "trained.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
+# Not quantized in a model of 4 bits: everything but the layers of the language model.
+NOT_IN_4_BIT = [
+    *(f"model.{part}" for part in ("point_encoder", "point_projection", "query_experts", "router", "qformer")),
+    "model.language_projection",
+    "lm_head",
+]
 
 
-def own_name(name: str) -> str:
-    """Our name of a parameter, without what PEFT puts around it: `model.qformer.….query.lora_A.weight`."""
+def plain_name(name: str) -> str:
+    """Name of a parameter without the parts that PEFT adds: `model.qformer.….query.lora_A.weight`."""
     return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b", "", name)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {own_name(name): parameter for name, parameter in model.named_parameters()}
+    """Parameters by their plain names."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------
 
 
+def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, options: RunOptions) -> nn.Module:
+    """Load the model of `start` and prepare it for the stage.
+
+    Under mixed precision its frozen matrices are kept in half precision.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    half = half if accelerator.native_amp else None  # for example float16 on a CPU
+    loading = {"dtype": torch.float32, "local_files_only": start.offline}
+    if options.attn_implementation is not None:
+        loading["attn_implementation"] = {"text_config": options.attn_implementation}
+    if options.load_in_4bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half or torch.float32,
+            llm_int8_skip_modules=NOT_IN_4_BIT,
+        )
+        loading["device_map"] = {"": accelerator.device}
+    model = prepare_model(load_weights(start.base, **loading), stage, start.adapter, start.stage)
+    sharded = accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    )  # they cast by themselves
+    if half is not None and not sharded:
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
+                parameter.data = parameter.data.to(half)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
 def prepare_model(
     model: MiniGPT3DForConditionalGeneration, stage: Stage, adapter: Path | None = None, run: dict | None = None
 ) -> nn.Module:
-    """Make a model ready for a stage: routing, LoRA, what was trained before, gradients for the table's parameters alone.
+    """Prepare a model for a stage: routing, LoRA, earlier results, gradients for the parameters of the table only.
 
     Args:
         model: in float32; it is changed in place.
         stage: the row.
-        adapter: folder of what the stages before have trained.
-        run: what is known of the stage that made the start (`ModelFiles.stage`).
+        adapter: folder with the result of the stage before (`ModelFiles.adapter`).
+        run: content of its stage.json (`ModelFiles.stage`).
 
     Returns:
         The model, as a `PeftModel` if it has LoRA factors.
@@ -69,9 +111,9 @@ def prepare_model(
     """
     if stage.router_type == "none" != model.config.router_type:
         raise ValueError(
-            f"Stage {stage.name} trains expert 0 alone, but the model to start from is routed "
-            f"({model.config.router_type}). Start from one of a stage before, with router_type none in its config.json; "
-            "to teach a finished model your own objects, use training/finetune.py."
+            f"Stage {stage.name} trains expert 0 only, but the model to start from has a router "
+            f"({model.config.router_type}). Start from the result of an earlier stage, with router_type none in its "
+            "config.json; to train a finished model on your own objects, use training/finetune.py."
         )
     router_before = (run or {}).get("router_type", model.config.router_type)
     model.config.router_type = stage.router_type or router_before
@@ -92,7 +134,7 @@ def prepare_model(
 
 
 def copy_expert_0(model: MiniGPT3DForConditionalGeneration):
-    """Experts that no router has used yet start as copies of the queries that the stages before have trained.
+    """Initialize the experts with the queries that the stages before have trained.
 
     The authors copy BLIP-2's queries instead, before they load stage III (DESIGN: the four stages).
     """
@@ -103,7 +145,7 @@ def copy_expert_0(model: MiniGPT3DForConditionalGeneration):
 
 
 def add_lora(model: MiniGPT3DForConditionalGeneration, stage: Stage) -> PeftModel:
-    """LoRA on the Q-Former's and the language model's attention, at the sizes of the row; B starts at zero."""
+    """Add LoRA to the attention of Q-Former and language model, at the sizes of the row; B starts at zero."""
     language, qformer = stage.language_lora, stage.qformer_lora
     config = LoraConfig(
         target_modules=lora_targets(model.config.text_config.model_type),
@@ -122,7 +164,7 @@ def add_lora(model: MiniGPT3DForConditionalGeneration, stage: Stage) -> PeftMode
 
 
 def set_training_mode(model: nn.Module):
-    """Dropout where the authors have it: in LoRA and in the language model. Encoder and Q-Former run as in evaluation."""
+    """Dropout where the authors have it: in LoRA and in the language model. Encoder and Q-Former stay in eval mode."""
     model.train()
     inner = model.base_model.model.model if isinstance(model, PeftModel) else model.model
     inner.point_encoder.eval()
@@ -133,13 +175,13 @@ def set_training_mode(model: nn.Module):
 
 
 def trainable_table(model: nn.Module) -> str:
-    """How many parameters train, are frozen, and are there in all, module by module."""
+    """Numbers of trainable and frozen parameters and their total, by module."""
     counts: dict[str, list[int]] = {}
     for name, parameter in named_parameters(model).items():
         module = name.removeprefix("model.").split(".")[0]
         counts.setdefault(module, [0, 0])[not parameter.requires_grad] += parameter.numel()
     rows = [(module, trainable, frozen) for module, (trainable, frozen) in counts.items()]
-    rows.append(("in all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     lines = [f"{'module':<20}{'trainable':>15}{'frozen':>15}{'total':>15}"]
     lines += [f"{module:<20}{train:>15,}{frozen:>15,}{train + frozen:>15,}" for module, train, frozen in rows]
     return "\n".join(lines)
@@ -149,13 +191,13 @@ def trainable_table(model: nn.Module) -> str:
 
 
 def _read_names(adapter: Path) -> list[str]:
-    """Our names of the tensors in an adapter's file."""
+    """Plain names of the tensors in an adapter's file."""
     with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
         return [name.removeprefix(PEFT_PREFIX) for name in file.keys()]
 
 
 def load_adapter(model: nn.Module, adapter: Path):
-    """Put LoRA factors and trained modules back. LoRA modules of which the file has nothing keep their new factors.
+    """Load LoRA factors and trained modules. LoRA modules that the file lacks keep their new factors.
 
     (The parts that stage I starts from have factors for the language model and none for the Q-Former.)
 
@@ -164,24 +206,24 @@ def load_adapter(model: nn.Module, adapter: Path):
     """
     tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(adapter / ADAPTER_FILE).items()}
     parameters = named_parameters(model)
-    _copy_tensors({name: parameters[name] for name in tensors if name in parameters}, tensors, adapter / ADAPTER_FILE)
+    copy_tensors({name: parameters[name] for name in tensors if name in parameters}, tensors, adapter / ADAPTER_FILE)
     config = read_lora_config(adapter)
     for module, scale in lora_scales(model).items():
-        theirs = peft_scale(config, module)
-        if f"{module}.lora_A.weight" in tensors and abs(theirs - scale) > 1e-6:
+        adapter_scale = peft_scale(config, module)
+        if f"{module}.lora_A.weight" in tensors and abs(adapter_scale - scale) > 1e-6:
             raise ValueError(
-                f"{adapter} does not fit the model of this stage and recipe: LoRA of {module} is scaled by {theirs:g}, "
+                f"{adapter} does not fit the model of this stage and recipe: LoRA of {module} is scaled by {adapter_scale:g}, "
                 f"expected {scale:g}. Use the recipe that made it."
             )
 
 
 def lora_scales(model: nn.Module) -> dict[str, float]:
-    """Factor of the LoRA product of every module that has one, by our names."""
-    return {own_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    """Factor of the LoRA product of every module that has one, by plain name."""
+    return {plain_name(n): m.scaling["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def adapter_names(model: nn.Module, start: ModelFiles) -> list[str]:
-    """What a stage's adapter holds: LoRA factors, and all parameters of the modules that it or a stage before has trained."""
+    """Parameters in a stage's adapter: LoRA factors, and those of every module that it or an earlier stage has trained."""
     parameters = named_parameters(model)
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     trained |= set(_read_names(start.adapter)) if start.adapter else set()
@@ -192,10 +234,10 @@ def adapter_names(model: nn.Module, start: ModelFiles) -> list[str]:
 def save_adapter(
     folder: Path, tensors: dict[str, torch.Tensor], scales: dict[str, float], base: str | Path, run: dict
 ):
-    """Write a stage's result (see the top of this file); the folder is whole or not there.
+    """Write the adapter of a stage (see the top of this file); the folder appears complete or not at all.
 
     Args:
-        tensors: of `adapter_names`, by our names, on the CPU.
+        tensors: of `adapter_names`, by plain names, on the CPU.
         scales: factor of each module's LoRA product.
         base: folder or Hub id of the model that the adapter is for.
         run: for stage.json.
@@ -203,7 +245,7 @@ def save_adapter(
     factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     modules = sorted({name.rpartition(".")[0] for name in tensors.keys() - factors.keys()})
     options = {
-        # Without "model.", so that the ends of the names fit the model with its head and the one without.
+        # Without "model.", so that the suffixes match the model with its head and the one without.
         "modules_to_save": [module.removeprefix("model.") for module in modules],
         "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
         "inference_mode": True,
@@ -216,15 +258,28 @@ def save_adapter(
         config.save_pretrained(partial)
         contents = {f"{PEFT_PREFIX}{name}": tensors[name].float().contiguous() for name in sorted(tensors)}
         save_file(contents, partial / ADAPTER_FILE, metadata={"format": "pt"})
-        (partial / STAGE_FILE).write_text(json.dumps(run, indent=1) + "\n")
+        write_json(partial / STAGE_FILE, run)
 
 
-def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: Path):
-    """Copy tensors in place; names and shapes must agree, every one."""
-    if unpaired := sorted(into.keys() ^ tensors.keys()):
-        where = "the file" if unpaired[0] in into else "the model"
+def export_model(adapter: Path, processor, output_dir: Path):
+    """Merge an adapter into its base model and write a folder for the Hub; the adapter moves into it, as `adapter/`."""
+    sources, config, lora = stage_sources(adapter)
+    plan = make_plan(sources, config, processor, lora=lora)
+    write_release(plan, output_dir, getattr(torch, str(config.dtype or "float32").removeprefix("torch.")))
+    shutil.copyfile(adapter / STAGE_FILE, output_dir / STAGE_FILE)
+    adapter.rename(output_dir / ADAPTER_DIR)
+
+
+def copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: Path):
+    """Copy tensors in place.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    if different := sorted(into.keys() ^ tensors.keys()):
+        where = "the file" if different[0] in into else "the model"
         raise ValueError(
-            f"{path} does not fit the model of this stage and recipe: {len(unpaired)} names differ; {unpaired[0]} is "
+            f"{path} does not fit the model of this stage and recipe: {len(different)} names differ; {different[0]} is "
             f"not in {where}. Use the recipe that made it."
         )
     for name, tensor in tensors.items():
@@ -241,46 +296,18 @@ def _copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor
 
 
 def gather_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Parameters by our names, whole and on the CPU.
+    """Complete parameters by plain names, on the CPU.
 
-    Where they are sharded over processes (FSDP2, DeepSpeed), every process must call this; one is put together at a time.
+    If they are sharded over processes (FSDP2, DeepSpeed), every process must call this; one is gathered at a time.
     """
     parameters = named_parameters(model)
-    return {name: _whole(parameters[name]).detach().cpu().clone() for name in names}
+    return {name: _gathered(parameters[name]).detach().cpu().clone() for name in names}
 
 
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
+def _gathered(parameter: nn.Parameter) -> torch.Tensor:
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def save_checkpoint(folder: Path, trained: dict[str, torch.Tensor], optimizer_state: dict, run: dict):
-    """What a killed run goes on from: the trainable tensors, the optimizer, and `run` (its step and settings)."""
-    shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been gone on from
-    with written_whole(folder) as temporary:
-        save_file(trained, temporary / TRAINED_FILE)
-        torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
-        hashes = {name: sha256(temporary / name) for name in (TRAINED_FILE, OPTIMIZER_FILE)}
-        (temporary / STAGE_FILE).write_text(json.dumps(run | {"sha256": hashes}, indent=1))
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
-    try:
-        hashes = json.loads((checkpoint / STAGE_FILE).read_text())["sha256"]
-        changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{changed[0]} has changed" if changed else None
-
-
-def load_checkpoint(folder: Path, model: nn.Module) -> dict:
-    """Put a checkpoint's tensors back into the model; returns the optimizer's state."""
-    trainable = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
-    tensors = load_file(folder / TRAINED_FILE)
-    _copy_tensors(trainable, tensors, folder / TRAINED_FILE)
-    return torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)

@@ -1,19 +1,20 @@
-"""Several processes, on a CPU with gloo: the same training as one process, resumed to the bit, and with sharded weights."""
+"""Several processes, on a CPU with gloo: the same training as one process, resumed bit for bit, and with sharded weights."""
 
 import json
+import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from accelerate.utils import PrepareForLaunch, patch_environment
 from safetensors.torch import load_file
-from tiny_model import make_tiny_config, make_tiny_model, tiny_phi_config
-from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, tiny
+from tiny_model import tiny_phi_config
+from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, same_run, tiny, write_base
 
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.training import loop
 from minigpt3d.training.loop import make_optimizer, train
@@ -22,22 +23,41 @@ from minigpt3d.training.stream import pack_batch
 from minigpt3d.training.weights import gather_parameters, named_parameters
 
 
-@pytest.fixture
-def base(tmp_path, tiny_processor):
+pytestmark = pytest.mark.slow
+TIMEOUT = 180  # seconds, of the processes of one launch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
     """Without dropout in the language model."""
-    config = make_tiny_config(router_type="none", text_config=tiny_phi_config(resid_pdrop=0.0))
-    save_pretrained(make_tiny_model(config), tiny_processor, tmp_path / "base")
-    return tmp_path / "base"
+    return write_base(tmp_path_factory.mktemp("base") / "base", text_config=tiny_phi_config(resid_pdrop=0.0))
 
 
 def launch(function, *args, processes: int = 2):
-    """In processes of their own; what goes wrong there is told here."""
-    debug_launcher(_guarded, (function, *args), num_processes=processes)
+    """Call a function in forked processes, as `accelerate.debug_launcher` does, but not for ever."""
+    with tempfile.NamedTemporaryFile() as rendezvous:
+        environment = {"accelerate_mixed_precision": "no", "accelerate_use_cpu": "yes", "world_size": processes}
+        environment |= {
+            "master_addr": "127.0.0.1",
+            "master_port": "29500",
+            "accelerate_debug_rdv_file": rendezvous.name,
+        }
+        with patch_environment(**environment):
+            context = torch.multiprocessing.start_processes(
+                PrepareForLaunch(_guarded, debug=True), (function, *args), processes, join=False, start_method="fork"
+            )
+            deadline = time.monotonic() + TIMEOUT
+            try:
+                while not context.join(timeout=1):  # which raises what a process raised
+                    assert time.monotonic() < deadline, "the processes wait for each other"
+            finally:
+                for process in context.processes:
+                    process.kill()
 
 
 def _guarded(function, *args):
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)  # the parent's, who is alone
+    AcceleratorState._reset_state(True)  # of the parent, which is a single process
     try:
         function(*args)
     except KeyboardInterrupt:
@@ -53,15 +73,15 @@ def without_dropout(stage):
     return replace(stage, **lora)
 
 
-def test_two_processes_train_as_one_does(base, release, tmp_path):  # noqa: F811
-    """The batch is shared, so what is learned does not depend on the number of processes; nor does what is shown."""
+def test_two_processes_equal_one(base, release, tmp_path):
+    """The batch is divided, so neither the weights nor the history depend on the number of processes."""
     stage = without_dropout(tiny(STAGES["II"]))
     one = train(stage, options(base, tmp_path / "one", release))
     launch(train, stage, options(base, tmp_path / "two", release))
-    ours, theirs = history(one), history(tmp_path / "two")
-    assert [entry["source"] for entry in ours] == [entry["source"] for entry in theirs]
+    of_one, of_two = history(one), history(tmp_path / "two")
+    assert [entry["source"] for entry in of_two] == [entry["source"] for entry in of_one]
     for name in ("loss", "lr", "grad_norm"):
-        assert [entry[name] for entry in theirs] == pytest.approx([entry[name] for entry in ours], rel=1e-4)
+        assert [entry[name] for entry in of_two] == pytest.approx([entry[name] for entry in of_one], rel=1e-4)
     expected, got = load_file(one / ADAPTER), load_file(tmp_path / "two" / ADAPTER)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -69,28 +89,28 @@ def test_two_processes_train_as_one_does(base, release, tmp_path):  # noqa: F811
         assert (got[name] - tensor).abs().mean() < 0.02 * stage.peak_lr, name
 
 
-def test_more_processes_than_samples_train_as_one_does(base, release, tmp_path):  # noqa: F811
-    """Three samples for four processes: one is idle, and counts nowhere."""
+def test_more_processes_than_samples_equal_one(base, release, tmp_path):
+    """Three samples for four processes: one is idle and does not count."""
     stage = without_dropout(tiny(STAGES["IV"], exports=False))
     one = train(stage, options(base, tmp_path / "one", release, max_steps=2))
     launch(train, stage, options(base, tmp_path / "four", release, max_steps=2), processes=4)
-    for ours, theirs in zip(history(one), history(tmp_path / "four"), strict=True):
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
-        assert theirs["router"]["load"] == pytest.approx(ours["router"]["load"])
+    for of_one, of_four in zip(history(one), history(tmp_path / "four"), strict=True):
+        assert of_four["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
+        assert of_four["grad_norm"] == pytest.approx(of_one["grad_norm"], rel=1e-3)
+        assert of_four["router"]["load"] == pytest.approx(of_one["router"]["load"])
 
 
-def test_the_router_is_measured_over_all_processes(base, release, tmp_path):  # noqa: F811
+def test_the_router_is_measured_over_all_processes(base, release, tmp_path):
     stage = without_dropout(tiny(STAGES["IV"], exports=False))
     one = train(stage, options(base, tmp_path / "one", release, max_steps=1))
     launch(train, stage, options(base, tmp_path / "two", release, max_steps=1))
-    (ours,), (theirs,) = history(one), history(tmp_path / "two")
-    assert theirs["router"]["load"] == pytest.approx(ours["router"]["load"])
-    assert theirs["router"]["between"] == pytest.approx(ours["router"]["between"], abs=1e-5)
+    (of_one,), (of_two,) = history(one), history(tmp_path / "two")
+    assert of_two["router"]["load"] == pytest.approx(of_one["router"]["load"])
+    assert of_two["router"]["between"] == pytest.approx(of_one["router"]["between"], abs=1e-5)
 
 
 def _interrupted(stage, settings, last_step: int):
-    """Ends like a killed run, in every process behind the same step."""
+    """End like a killed run, in every process after the same step."""
     calls = []
     step = loop.train_step
 
@@ -105,7 +125,7 @@ def _interrupted(stage, settings, last_step: int):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_killed_run_of_two_processes_goes_on_exactly(num_workers, base, release, tmp_path):  # noqa: F811
+def test_a_killed_run_of_two_processes_resumes_exactly(num_workers, base, release, tmp_path):
     """In the mixture of stage III, over the end of an epoch (6 objects, 3 a step), with dropout."""
     stage = tiny(STAGES["III"], steps_per_epoch=10, augment=True)
     pack(release_entries(release[0], release[1]), tmp_path / "packed", rows_per_shard=2, num_workers=1)
@@ -116,8 +136,7 @@ def test_a_killed_run_of_two_processes_goes_on_exactly(num_workers, base, releas
     work_dir = tmp_path / "killed.unfinished"
     assert (work_dir / "checkpoint-6").is_dir() and len((work_dir / "history.jsonl").read_text().splitlines()) == 7
     launch(train, stage, replace(settings, resume="auto"))
-    assert (tmp_path / "straight" / ADAPTER).read_bytes() == (tmp_path / "killed" / ADAPTER).read_bytes()
-    assert history(tmp_path / "straight") == history(tmp_path / "killed")
+    assert same_run(tmp_path / "straight", tmp_path / "killed")
 
 
 def _shard(stage, batches: list, out: str):
@@ -128,7 +147,7 @@ def _shard(stage, batches: list, out: str):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from minigpt3d.training.run_state import _WHOLE
+    from minigpt3d.training.run_state import FULL_STATE
 
     PartialState(cpu=True)
     mesh = init_device_mesh("cpu", (2,))
@@ -153,8 +172,8 @@ def _shard(stage, batches: list, out: str):
     step(model, optimizer, batches[0])
     names = [name for name, parameter in named_parameters(model).items() if parameter.requires_grad]
     trained = gather_parameters(model, names)
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-    if dist.get_rank() == 0:  # which alone has it; all read the file
+    state = get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
+    if dist.get_rank() == 0:  # only rank 0 has the state; all read the file
         torch.save(state, out)
     dist.barrier()
     state = torch.load(out, weights_only=True)
@@ -167,16 +186,16 @@ def _shard(stage, batches: list, out: str):
             if name in trained:
                 tensor = torch.distributed.tensor.distribute_tensor(trained[name], mesh, parameter.placements)
                 parameter.copy_(tensor)
-    set_optimizer_state_dict(again, again_optimizer, state, options=_WHOLE)
-    for each, its_optimizer in ((model, optimizer), (again, again_optimizer)):
-        step(each, its_optimizer, batches[1])
-    results = [gather_parameters(each, names) for each in (model, again)]
+    set_optimizer_state_dict(again, again_optimizer, state, options=FULL_STATE)
+    step(model, optimizer, batches[1])
+    step(again, again_optimizer, batches[1])
+    results = [gather_parameters(model, names), gather_parameters(again, names)]
     if dist.get_rank() == 0:
         torch.save({"once": trained, "twice": results}, out)
         Path(out + ".json").write_text(json.dumps([sharded, whole]))
 
 
-def test_sharded_weights_train_and_are_gathered(release, tiny_processor, tmp_path):  # noqa: F811
+def test_sharded_weights_train_and_are_gathered(release, tiny_processor, tmp_path):
     stage = replace(tiny(STAGES["II"]), language_lora=Lora(4, 16, 0.0), qformer_lora=Lora(2, 4, 0.0))
     (samples,) = first_batches(stage, release, tiny_processor)
     out = str(tmp_path / "out.pt")

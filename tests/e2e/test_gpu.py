@@ -30,7 +30,7 @@ def test_features_on_gpu_equal_those_on_cpu(point_clouds):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_training_in_half_precision(dtype, load_in_4bit, base, release, tmp_path, launched):  # noqa: F811
+def test_training_in_half_precision(dtype, load_in_4bit, base, release, tmp_path, launched):
     """fp16 takes Accelerate's loss scaler; checkpoints hold its state."""
     stage = tiny(STAGES["II"], peak_lr=1e-3, steps_per_epoch=6)
     launched(use_cpu="true")

@@ -9,35 +9,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_double import serve
-from tiny_model import make_tiny_config, make_tiny_model
-from training_runs import record, write
+from training_runs import write_base, write_release
 
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.shards import pack, release_entries
 
 
-TESTS = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
 BASE, DATA, ADAPTER, WHOLE = "org/base", "org/data", "org/adapter", "org/whole"
 
-# argv: the folder of the tests, folders of base and data, one to write into.
-TRAIN = f"""
+# argv: the folder of the helpers, folders of base and data, one to write into.
+PREAMBLE = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from huggingface_hub import HfApi
 from training_runs import STAGES, tiny
-from minigpt3d.data import shards as pack
-from minigpt3d.training.loop import RunOptions, train
+from minigpt3d.data import shards
+from minigpt3d.training.loop import train
+from minigpt3d.training.run_options import RunOptions
 
 base, data, out = map(Path, sys.argv[2:])
-HfApi().create_repo("{BASE}")
-HfApi().upload_folder(repo_id="{BASE}", folder_path=base)
-pack.push(data, "{DATA}")
 
 def run(stage, name, **options):
     options = dict(data="{DATA}", num_workers=0, push_to_hub=True) | options
     return train(tiny(STAGES[stage]), RunOptions(output_dir=out / name, **options))
-
+"""
+TRAIN = f"""{PREAMBLE}
+HfApi().create_repo("{BASE}")
+HfApi().upload_folder(repo_id="{BASE}", folder_path=base)
+shards.push(data, "{DATA}")
 run("II", "adapter", init="{BASE}", hub_model_id="{ADAPTER}", hub_every=1, save_every=2, hub_private=True)
 run("II", "whole", init=str(base), data=str(data), hub_model_id="{WHOLE}", export=True)
 run("III", "third", init="{ADAPTER}", hub_model_id="{ADAPTER}")
@@ -46,6 +46,9 @@ for options in (dict(init=str(base)), dict(init="{BASE}", hub_model_id="nonsense
         run("II", "refused", **({{"hub_model_id": "{WHOLE}"}} | options))
     except ValueError as error:
         print("refused:", error)
+"""
+TRAIN_ONCE = f"""{PREAMBLE}
+run("II", "failed", init="{BASE}", hub_model_id="{WHOLE}-2", max_steps=1)
 """
 
 # argv: a point cloud. Prints logits and answers of what was published.
@@ -82,23 +85,12 @@ print(json.dumps([result, answers]))
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
-
     folder = tmp_path_factory.mktemp("publish")
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(TESTS / "golden" / "tokenizer"))
-    processor = MiniGPT3DProcessor(MiniGPT3DPointCloudProcessor(num_points=128), tokenizer, num_query_tokens=6)
-    save_pretrained(make_tiny_model(make_tiny_config(router_type="none")), processor, folder / "base")
-    rng, records = np.random.default_rng(0), []
+    write_base(folder / "base")
     (folder / "clouds").mkdir()
-    for i in range(4):
-        np.save(folder / "clouds" / f"o{i}_8192.npy", rng.uniform(size=(200, 6)).astype(np.float32))
-        records += [record(f"o{i}", kind) for kind in ("simple_description", "detailed_description", "single_round")]
-        records.append(record(f"o{i}", "multi_round", [("What is it?", "A chair."), ("Why?", "So.")]))
-    annotations = write(folder / "annotations.json", records)
-    pack(release_entries(folder / "clouds", [annotations]), folder / "data", num_workers=1)
-    np.save(folder / "cloud.npy", rng.uniform(size=(200, 6)).astype(np.float32))
+    data_dir, annotations = write_release(folder / "clouds", num_objects=4)
+    pack(release_entries(data_dir, annotations), folder / "data", num_workers=1)
+    np.save(folder / "cloud.npy", np.random.default_rng(0).uniform(size=(200, 6)).astype(np.float32))
     with serve() as hub:
         environment = os.environ | {
             "HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0",
@@ -107,16 +99,14 @@ def published(tmp_path_factory):
 
         def run(script, *arguments):
             command = [sys.executable, "-c", script, *map(str, arguments)]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
             return done.stdout + done.stderr
 
-        printed = run(TRAIN, TESTS, folder / "base", folder / "data", folder / "out")
-        # The Hub breaks down: the result stays, and the command that repeats it is printed.
+        printed = run(TRAIN, SUPPORT, folder / "base", folder / "data", folder / "out")
+        # The Hub fails: the result stays, and the command that repeats the upload is printed.
         hub.fail_next(1, 500, "/commit/")
-        again = TRAIN.split("HfApi().create_repo")[0] + "\n".join(TRAIN.splitlines()[13:17])
-        again += f'\nrun("II", "failed", init="{BASE}", hub_model_id="{WHOLE}-2", max_steps=1)'
-        failed = run(again, TESTS, folder / "base", folder / "data", folder / "out")
+        failed = run(TRAIN_ONCE, SUPPORT, folder / "base", folder / "data", folder / "out")
         out = folder / "out"
         read = run(READ, out / "adapter", out / "whole", out / "third", folder / "cloud.npy")
         logits, answers = json.loads(next(line for line in read.splitlines() if line.startswith("[{")))
@@ -157,9 +147,9 @@ def test_each_stage_is_a_commit_and_a_tag(published):
 def test_what_cannot_be_published_is_refused_before_the_run(published):
     _, printed, _, _, _, out = published
     local, name, nothing = [line for line in printed.splitlines() if line.startswith("refused:")]
-    assert "which others do not have" in local and "--export" in local
-    assert "nonsense: a repository is named OWNER/NAME" in name
-    assert "--init org/nothing" in nothing
+    assert "`push_to_hub`" in local and "`export`" in local
+    assert "`hub_model_id` nonsense" in name and "OWNER/NAME" in name
+    assert "`init`" in nothing and "org/nothing" in nothing
     assert not (out / "refused").exists()
 
 

@@ -1,11 +1,13 @@
-"""The tiny model of the goldens: its configuration, and the model with random weights."""
+"""The tiny model of the goldens: its configuration, the model with random weights, tokenizer and processor."""
 
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
@@ -66,3 +68,11 @@ def make_tiny_model(config: MiniGPT3DConfig | None = None) -> MiniGPT3DForCondit
         if tensor.is_floating_point():  # random weights everywhere, so that nothing is an identity by chance
             tensor.add_(0.1 * torch.rand_like(tensor) if "var" in name else 0.05 * torch.randn_like(tensor))
     return model.eval()
+
+
+def make_tiny_tokenizer():
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(GOLDEN_DIR / "tokenizer"))
+
+
+def make_tiny_processor() -> MiniGPT3DProcessor:
+    return MiniGPT3DProcessor(MiniGPT3DPointCloudProcessor(num_points=128), make_tiny_tokenizer(), num_query_tokens=6)

@@ -4,23 +4,22 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
-from accelerate.state import AcceleratorState
-from tiny_model import make_tiny_config, make_tiny_model
+from tiny_model import make_tiny_config, make_tiny_model, make_tiny_processor
 
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.data.sources import open_sources
-from minigpt3d.training.loop import RunOptions
+from minigpt3d.hub import save_pretrained
+from minigpt3d.training.run_options import RunOptions
 from minigpt3d.training.stages import RECIPES, Lora, Stage
 from minigpt3d.training.stream import StageStream, split_micro_batches
 from minigpt3d.training.weights import named_parameters, prepare_model
 
 
 STAGES = RECIPES["paper"]
+ADAPTER = "adapter_model.safetensors"
 
-
-KINDS = {
+# Conversation types of PointLLM by the names of the sources.
+TYPES = {
     "brief": "simple_description",
     "detailed": "detailed_description",
     "single_round": "single_round",
@@ -29,7 +28,7 @@ KINDS = {
 
 
 def tiny(stage: Stage, **changes) -> Stage:
-    """A row for the tiny model: small factors, few steps, two samples a step, a rate that shows."""
+    """A row for the tiny model: small factors, few steps, three samples a step, a rate that shows."""
     changes = {"steps_per_epoch": 4, "epochs": 1, "warmup_steps": 1, "warmup_lr": 1e-3, "peak_lr": 1e-2} | changes
     return replace(
         stage,
@@ -40,7 +39,11 @@ def tiny(stage: Stage, **changes) -> Stage:
     )
 
 
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
 def record(object_id="a", kind="simple_description", rounds=(("What is it?", "A chair."),)) -> dict:
+    """An annotation in PointLLM's layout."""
     conversations = []
     for question, answer in rounds:
         question = question if conversations else f"<point>\n{question}"
@@ -53,36 +56,22 @@ def write(path, content):
     return path
 
 
+def write_release(folder, num_objects=6):
+    """Objects in PointLLM's layout: (folder of clouds, annotation files)."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(num_objects):
+        cloud = np.concatenate([rng.normal(size=(128, 3)), rng.random((128, 3))], 1).astype(np.float32)
+        np.save(folder / f"o{i}_8192.npy", cloud)
+        for source, kind in TYPES.items():
+            rounds = [("What is it?", f"A red chair {i}." + i * " Yes."), ("Why?", "So.")]
+            records.append(record(f"o{i}", kind, rounds if source == "multi_round" else rounds[:1]))
+    return folder, [write(folder / "annotations.json", records)]
+
+
 def open_stream(stage, release, processor, **kwargs) -> StageStream:
     data_dir, annotations = release
     sources = open_sources([source.name for source in stage.mixture], data_dir, annotations)
     return StageStream(stage, sources, processor, 0, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """Six objects in PointLLM's layout: (folder of clouds, annotation files)."""
-    folder = tmp_path_factory.mktemp("release")
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(6):
-        cloud = np.concatenate([rng.normal(size=(128, 3)), rng.random((128, 3))], 1).astype(np.float32)
-        np.save(folder / f"o{i}_8192.npy", cloud)
-        for kind in KINDS.values():
-            rounds = [("What is it?", f"A red chair {i}." + i * " Yes."), ("Why?", "So.")][
-                : 1 + (kind == "multi_round")
-            ]
-            records.append(record(f"o{i}", kind, rounds))
-    return folder, [write(folder / "annotations.json", records)]
-
-
-def prepared(stage: Stage) -> torch.nn.Module:
-    """The tiny model made ready for a stage, with LoRA factors that are not zero."""
-    model = prepare_model(make_tiny_model(make_tiny_config(router_type="none")), stage)
-    for name, parameter in named_parameters(model).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def first_batches(stage, release, processor, device_batch=None, **kwargs) -> list[list[dict]]:
@@ -90,23 +79,26 @@ def first_batches(stage, release, processor, device_batch=None, **kwargs) -> lis
     return split_micro_batches([stream.encode(0, slot) for slot in stream.slots(0)], device_batch)
 
 
-@pytest.fixture
-def base(tmp_path, tiny_processor):
-    save_pretrained(make_tiny_model(make_tiny_config(router_type="none")), tiny_processor, tmp_path / "base")
-    return tmp_path / "base"
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
-def options(init, output_dir, release, **changes) -> RunOptions:
-    data_dir, annotations = release
-    return RunOptions(str(init), str(data_dir), output_dir, annotations, **{"num_workers": 0} | changes)
+def make_base(**changes):
+    """The tiny model that stage I starts from: not routed."""
+    return make_tiny_model(make_tiny_config(router_type="none", **changes))
 
 
-ADAPTER = "adapter_model.safetensors"
+def write_base(folder, **changes):
+    save_pretrained(make_base(**changes), make_tiny_processor(), folder)
+    return folder
 
 
-def history(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+def prepared(stage: Stage) -> torch.nn.Module:
+    """The tiny model prepared for a stage, with LoRA factors that are not zero."""
+    model = prepare_model(make_base(), stage)
+    for name, parameter in named_parameters(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 def logits(model, point_clouds) -> torch.Tensor:
@@ -115,14 +107,20 @@ def logits(model, point_clouds) -> torch.Tensor:
         return model.eval()(**inputs).logits
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """Settings as `accelerate launch` passes them."""
+# ---- Runs -----------------------------------------------------------------------------------------------------------
 
-    def set_settings(**settings):
-        AcceleratorState._reset_state(True)
-        for name, value in settings.items():
-            monkeypatch.setenv(f"ACCELERATE_{name.upper()}", value)
 
-    yield set_settings
-    AcceleratorState._reset_state(True)
+def options(init, output_dir, release, **changes) -> RunOptions:
+    data_dir, annotations = release
+    return RunOptions(str(init), str(data_dir), output_dir, annotations, **{"num_workers": 0} | changes)
+
+
+def history(folder) -> list[dict]:
+    """The entries of a run's history, without its speed."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+
+
+def same_run(one, other) -> bool:
+    """Whether two runs have the same adapter, bit for bit, and the same history."""
+    return (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes() and history(one) == history(other)

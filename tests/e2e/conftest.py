@@ -1,3 +1,0 @@
-"""Fixtures of the training tests."""
-
-from training_runs import base, launched, release  # noqa: F401

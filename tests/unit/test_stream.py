@@ -1,0 +1,77 @@
+"""The samples of a step: divided among processes, drawn from the sources, packed into rows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from training_runs import STAGES, open_stream, prepared, tiny
+
+from minigpt3d.training.stages import Source
+from minigpt3d.training.stream import pack_batch, pad_batch
+
+
+def test_processes_divide_the_steps_and_epochs_cover_every_row(release, tiny_processor):
+    stage = tiny(STAGES["III"], steps_per_epoch=30)
+    whole = open_stream(stage, release, tiny_processor)
+    shares = [open_stream(stage, release, tiny_processor, process_index=rank, num_processes=2) for rank in range(2)]
+    assert [list(share.slots(0)) for share in shares] == [[0, 2], [1]]
+    for rank, share in enumerate(shares):
+        assert share.source_name(0) == whole.source_name(0)
+        for slot in share.slots(0):
+            sample, expected = share.encode(0, slot), whole.encode(0, slot)
+            assert all(torch.equal(sample[name], expected[name]) for name in expected), (rank, slot)
+    seen = {name: [] for name in whole.sources}
+    for step in range(30):
+        name = whole.source_name(step)
+        for slot in whole.slots(step):
+            _, row = whole.orders[name].address(int(whole.turns[step, 0]), slot)
+            seen[name].append(row)
+    for rows in seen.values():
+        assert sorted(rows[:6]) == sorted(rows[6:12]) == list(range(6))
+        assert rows[:6] != rows[6:12]
+
+
+def test_sources_can_be_drawn_for_each_sample(release, tiny_processor):
+    stage = tiny(STAGES["III"], steps_per_epoch=400, draw_each="sample")
+    stream = open_stream(stage, release, tiny_processor)
+    weights = np.array([source.weight for source in stage.mixture])
+    assert stream.draws.shape == (400, 3) and stream.source_name(0) == "mixed"
+    shares = np.bincount(stream.draws.ravel()) / stream.draws.size
+    assert np.abs(shares - weights / weights.sum()).max() < 0.05
+    assert (stream.draws != stream.draws[:, :1]).any(), "within a step too"
+    for index, source in enumerate(stage.mixture):  # each source yields all its rows before it repeats one
+        turns = stream.turns[stream.draws == index]
+        assert (turns == np.arange(len(turns))).all()
+        rows = [stream.orders[source.name].address(int(turn), 0)[1] for turn in turns[:12]]
+        assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))
+    lengths = {len(stream.encode(step, slot)["labels"]) for step in range(5) for slot in range(3)}
+    assert len(lengths) > 1
+    with pytest.raises(ValueError, match="same batch"):
+        open_stream(replace(STAGES["III"], draw_each="sample"), release, tiny_processor)
+
+
+@pytest.mark.parametrize("name", ["II", "IV"])
+def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
+    """Loss and gradients, with several samples in a row, and with all in one."""
+    stage = replace(tiny(STAGES[name]), mixture=(Source("multi_round", batch=6, weight=1),))
+    stream = open_stream(stage, release, tiny_processor)
+    samples = [stream.encode(0, slot) for slot in stream.slots(0)]
+    model = prepared(stage).eval()
+    results = []
+    for batch in (pad_batch(samples, 292), pack_batch(samples), pack_batch(samples, one_row=True)):
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.loss.detach(), gradients, batch["input_ids"].shape, output.logits.shape))
+    (loss, gradients, padded, _), *others = results
+    assert len(others[1][1]) == len(gradients) and others[1][2][0] == 1 and others[0][2][0] < padded[0]
+    for packed_loss, packed_gradients, _, answer_logits in others:
+        torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-6)
+        assert answer_logits[1] == sum((sample["labels"] != -100).sum() for sample in samples), (
+            "no logits but the answers'"
+        )
+        for parameter, gradient in gradients.items():
+            scale = gradient.abs().max() + 1e-12
+            assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale + 1e-8, parameter
