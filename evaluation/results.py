@@ -187,12 +187,7 @@ class Results:
         keys = ("title", "unit", "lower_is_better", "is_ratio", "prompt")
         names = dict.fromkeys(score.metric for score in self.scores)
         metrics = {name: {key: getattr(METRICS[name], key) for key in keys} for name in names}
-        return {
-            "schema": SCHEMA,
-            "metrics": metrics,
-            "confidence": CONFIDENCE,
-            "few_objects": FEW_OBJECTS,
-        } | content
+        return {"schema": SCHEMA, "metrics": metrics, "confidence": CONFIDENCE, "few_objects": FEW_OBJECTS} | content
 
     @classmethod
     def from_json(cls, content: dict) -> "Results":

@@ -23,6 +23,7 @@ from minigpt3d.cli import main as minigpt3d_cli
 from minigpt3d.conversion import save_pretrained
 from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
+from minigpt3d.evaluation.conditions import read_clouds
 from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.objects import (
     EvalObject,
@@ -42,7 +43,7 @@ from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, MODELNET40_CL
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "household"
@@ -1100,19 +1101,21 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
     settings["feature_extractor"]["up_axis"] = "x"
     (model / "processor_config.json").write_text(json.dumps(settings))
     seen = []
-    call = MiniGPT3DPointCloudProcessor.__call__
 
-    def spy(self, cloud, **arguments):
-        seen.append((np.ptp(np.asarray(cloud)[:, :3], axis=0).argmax(), self.up_axis, arguments.get("up_axis")))
-        return call(self, cloud, **arguments)
+    def spy(processor, clouds, up_axis=None):
+        result = read_clouds(processor, clouds, up_axis)
+        heights = [np.ptp(cloud[:, :3].numpy(), axis=0).argmax() for cloud in result if cloud.any()]
+        seen.extend((processor.feature_extractor.up_axis, up_axis, height) for height in heights)
+        return result
 
-    monkeypatch.setattr(MiniGPT3DPointCloudProcessor, "__call__", spy)
+    for module in ("ask", "likelihood"):
+        monkeypatch.setattr(f"minigpt3d.evaluation.{module}.read_clouds", spy)
     arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--greedy", "--device", "cpu"]
     assert run_command(*arguments, "--out", tmp_path / "turned", "--up-axis", "z", "--missing-color", "white") == 0
-    assert (1, "x", "y") in seen and not [axis for _, _, axis in seen if axis is None]  # y is up, and stays so
+    assert set(seen) == {("x", "y", 1)}  # it was turned when it was read, and stays upright
     seen.clear()
     assert run_command(*arguments, "--out", tmp_path / "plain") == 0
-    assert (2, "x", None) in seen and not [axis for _, _, axis in seen if axis is not None]
+    assert set(seen) == {("x", None, 2)}  # the model's own setting, about the tower's axis
     monkeypatch.undo()
     assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
     assert "--up-axis and --missing-color are for your own files" in capsys.readouterr().err
