@@ -55,7 +55,7 @@ from minigpt3d.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
-    heavy = {"torch", "transformers", "numpy", "scipy", "trimesh", "huggingface_hub"} & sys.modules.keys()
+    heavy = {"torch", "transformers", "scipy", "trimesh", "huggingface_hub"} & sys.modules.keys()
     assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
