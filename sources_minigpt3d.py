@@ -27,9 +27,7 @@ from .readers_minigpt3d import (
     MAX_DOWNLOAD_BYTES,
     MAX_DOWNLOAD_SECONDS,
     MAX_REDIRECTS,
-    MAX_UNPACK_RATIO,
     MAX_UNPACKED_BYTES,
-    RATIO_FLOOR_BYTES,
     URL_TIMEOUT_SECONDS,
     PointCloudError,
     check_unpacked_size,
@@ -231,12 +229,10 @@ def _unpack(path: Path, stack: contextlib.ExitStack) -> Path:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     target = folder / (_safe_name(path.stem) or "cloud")
     packed_bytes = path.stat().st_size
-    limit = min(MAX_UNPACKED_BYTES, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
     try:
         with gzip.open(path) as source, open(target, "wb") as stream:
             while block := source.read(_BLOCK):
-                if stream.tell() + len(block) > limit:
-                    check_unpacked_size(limit + 1, "this .gz", packed_bytes)
+                check_unpacked_size(stream.tell() + len(block), "this .gz", packed_bytes)
                 stream.write(block)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PointCloudError(f"it cannot be unpacked as .gz ({error}). The file is truncated or corrupt.") from error

@@ -97,15 +97,20 @@ def printable(text: str) -> str:
     )
 
 
+def unpacked_limit(packed_bytes: int | None) -> int:
+    """How many bytes may come out of a file of so many; None if that is unknown."""
+    if packed_bytes is None:
+        return MAX_UNPACKED_BYTES
+    return min(MAX_UNPACKED_BYTES, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
+
+
 def check_unpacked_size(num_bytes: int, what: str, packed_bytes: int | None = None):
     """Refuse data that would unpack to too much, or to too many times its size.
 
     Raises:
         PointCloudError: it would.
     """
-    limit = MAX_UNPACKED_BYTES
-    if packed_bytes is not None:
-        limit = min(limit, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
+    limit = unpacked_limit(packed_bytes)
     if num_bytes > limit:
         size = "" if packed_bytes is None else f" for its {packed_bytes:,}"
         raise PointCloudError(

@@ -98,7 +98,7 @@ def _split_fields(array: np.ndarray) -> Points:
 def _find_color(extra: np.ndarray, in_text: bool) -> np.ndarray | None:
     """rgb (N, 3) among the columns after xyz, or None."""
     width = extra.shape[1]
-    if width in (0, 1) or _are_normals(extra[:, :3], in_text) and width < 9:
+    if width in (0, 1) or width < 6 and _are_normals(extra[:, :3], in_text):
         return None
     if width == 3:
         return extra
@@ -291,6 +291,10 @@ def _find_layout(path: Path) -> _Layout:
             cells, delimiter, decimal_comma, is_plain = _split_row(line)
             numbers = _number_columns(cells)
             if len(numbers) >= 3 and not _is_comment(line):
+                if any(text.lower().startswith("ncols") for text in before):
+                    raise PointCloudError(
+                        "it is a raster of heights (ESRI ASCII grid), not a cloud. Convert it to x, y, z first."
+                    )
                 names, is_ragged = _find_names(before, cells)
                 if names is None and not _is_table(cells, numbers):
                     before.append(line)
@@ -298,8 +302,6 @@ def _find_layout(path: Path) -> _Layout:
                 num_skipped = len(before) + _is_numbering(cells, next(lines, ""))
                 return _Layout(encoding, num_skipped, delimiter, decimal_comma, is_plain, names, is_ragged, cells)
             before.append(line)
-    if any("ncols" in line.lower() for line in before[:3]):
-        raise PointCloudError("it is a raster of heights (ESRI ASCII grid), not a cloud. Convert it to x, y, z first.")
     raise PointCloudError(
         "it is text, not a cloud: there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line."
     )

@@ -29,7 +29,7 @@ def test_cases(path):
 @pytest.mark.parametrize("path", sorted((FOLDER / "hostile").iterdir()), ids=lambda path: path.name)
 def test_hostile_files_are_refused_at_once(path):
     start = time.perf_counter()
-    assert what_is_seen(path) == ("refuse" if path.name != "good.laz" else "[0. 0. 0.] [0. 0. 0.]") or path.name == "good.laz"
+    assert (what_is_seen(path) == "refuse") == (path.name != "good.laz")
     assert time.perf_counter() - start < 2
 
 
@@ -62,7 +62,11 @@ PLY_NAMES = {
     "ushort": ([*"xyz", *RGB], np.column_stack([COORD, COLOR.astype(int) * 257]), ["float"] * 3 + ["ushort"] * 3),
     "int": ([*"xyz", *RGB], COLORED, ["double"] * 3 + ["int"] * 3),
     "alpha": ([*"xyz", *RGB, "alpha"], np.column_stack([COLORED, np.full(200, 255)]), None),
-    "normals": ([*"xyz", "nx", "ny", "nz", *RGB], np.column_stack([COORD, make_normals(), COLOR]), ["float"] * 6 + ["uchar"] * 3),
+    "normals": (
+        [*"xyz", "nx", "ny", "nz", *RGB],
+        np.column_stack([COORD, make_normals(), COLOR]),
+        ["float"] * 6 + ["uchar"] * 3,
+    ),
 }
 
 
@@ -79,7 +83,9 @@ def test_ply_names_and_types(tmp_path, name, form):
 @pytest.mark.parametrize("text", [True, False])
 def test_ply_headers_of_any_length_and_line_end(tmp_path, text, end):
     path = tmp_path / "cloud.ply"
-    path.write_bytes(ply_bytes([*"xyz", *RGB], COLORED, text, end=end, comments=["end_header is near", "y" * 90] * 2000))
+    path.write_bytes(
+        ply_bytes([*"xyz", *RGB], COLORED, text, end=end, comments=["end_header is near", "y" * 90] * 2000)
+    )
     assert what_is_seen(path) == "AB"
 
 
@@ -94,7 +100,15 @@ def test_ply_with_other_elements(tmp_path):
 
 
 def test_gaussian_splats(tmp_path):
-    names = [*"xyz", "nx", "ny", "nz", *[f"f_dc_{i}" for i in range(3)], *[f"f_rest_{i}" for i in range(45)], "opacity"]
+    names = [
+        *"xyz",
+        "nx",
+        "ny",
+        "nz",
+        *[f"f_dc_{i}" for i in range(3)],
+        *[f"f_rest_{i}" for i in range(45)],
+        "opacity",
+    ]
     dc = (COLOR / 255 - 0.5) / 0.28209479177387814
     table = np.column_stack([COORD, np.zeros((200, 3)), dc, np.zeros((200, 45)), np.full(200, -9)])
     (tmp_path / "splat.ply").write_bytes(ply_bytes(names, table, types=["float"] * len(names)))
@@ -133,7 +147,12 @@ PCD_FIELDS = {
     "rgb_uint": ("x y z rgb", "4 4 4 4", "F F F U", np.column_stack([COORD, PACKED])),
     "rgba_uint": ("x y z rgba", "4 4 4 4", "F F F U", np.column_stack([COORD, PACKED.astype(np.int64) + 0xFF000000])),
     "double": ("x y z rgb", "8 8 8 4", "F F F U", np.column_stack([COORD, PACKED])),
-    "normals": ("rgb normal_x normal_y normal_z x y z", "4 4 4 4 4 4 4", "U F F F F F F", np.column_stack([PACKED, make_normals(), COORD])),
+    "normals": (
+        "rgb normal_x normal_y normal_z x y z",
+        "4 4 4 4 4 4 4",
+        "U F F F F F F",
+        np.column_stack([PACKED, make_normals(), COORD]),
+    ),
 }
 
 

@@ -42,7 +42,11 @@ LABEL, ALPHA = RANDOM.integers(0, 13, (200, 1)), np.full((200, 1), 255)
 HEADERS = {
     "points_in_paraview": ('"Points:0","Points:1","Points:2","RGB:0","RGB:1","RGB:2"', (COORD, COLOR), ","),
     "units": ("X (m);Y (m);Z (m);Red;Green;Blue", (COORD, COLOR), ";"),
-    "any_order": ("blue,z,red,label,y,green,x", (COLOR[:, 2], COORD[:, 2], COLOR[:, 0], LABEL, COORD[:, 1], COLOR[:, 1], COORD[:, 0]), ","),
+    "any_order": (
+        "blue,z,red,label,y,green,x",
+        (COLOR[:, 2], COORD[:, 2], COLOR[:, 0], LABEL, COORD[:, 1], COLOR[:, 1], COORD[:, 0]),
+        ",",
+    ),
     "comment": ("# x y z intensity r g b", (COORD, INTENSITY, COLOR), " "),
     "slashes": ("//X,Y,Z,R,G,B,Nx,Ny,Nz", (COORD, COLOR, NORMALS), ","),
     "cloudcompare_float": ("//X Y Z Rf Gf Bf", (COORD, COLOR / 255), " "),
@@ -159,10 +163,7 @@ def test_colmap(tmp_path):
         "#   POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)",
         "# Number of points: 200, mean track length: 3.3",
     ]
-    lines += [
-        f"{7 * index} {row} 0.8" + " 16 6542" * (index % 4)
-        for index, row in enumerate(rows(COORD, COLOR))
-    ]
+    lines += [f"{7 * index} {row} 0.8" + " 16 6542" * (index % 4) for index, row in enumerate(rows(COORD, COLOR))]
     assert what_is_seen(save(tmp_path / "points3D.txt", lines)) == "AB"
     cameras = ["#   CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]", "1 SIMPLE_PINHOLE 3072 2304 2559.81 1536 1152"]
     assert what_is_seen(save(tmp_path / "cameras.txt", cameras)) == "refuse"
@@ -183,7 +184,14 @@ def test_a_mostly_empty_grid_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["Hello.\nThis is a note.\n", "key = 1\nother = 2 3 4\n", "1 2\n3 4\n", "{}\n", "a,b,c\nd,e,f\n", "step 1 of 3 2 1\nend\n"],
+    [
+        "Hello.\nThis is a note.\n",
+        "key = 1\nother = 2 3 4\n",
+        "1 2\n3 4\n",
+        "{}\n",
+        "a,b,c\nd,e,f\n",
+        "step 1 of 3 2 1\nend\n",
+    ],
 )
 def test_text_that_is_no_cloud_is_refused(tmp_path, text):
     path = tmp_path / "notes.txt"
@@ -231,9 +239,9 @@ def test_structured_arrays(tmp_path, dtype):
     for axis in range(3):
         if "x" in table.dtype.names:
             table["xyz"[axis]] = COORD[:, axis]
-            table[next(name for name in (("red", "green", "blue")[axis], "rgb"[axis]) if name in table.dtype.names)] = (
-                COLOR[:, axis]
-            )
+            table[
+                next(name for name in (("red", "green", "blue")[axis], "rgb"[axis]) if name in table.dtype.names)
+            ] = COLOR[:, axis]
         else:
             table[dtype[0][0]], table[dtype[-1][0]] = COORD, COLOR
     np.save(tmp_path / "cloud.npy", table)
@@ -252,7 +260,10 @@ ARCHIVES = {
     "point_e": {"coords": COORD, **{name: COLOR[:, axis] / 255 for axis, name in enumerate("RGB")}},
     "alpha": {"points": COORD, "colors": np.column_stack([COLOR, ALPHA])},
     "upper": {"XYZ": COORD, "RGB": COLOR},
-    "columns": {**{name: COORD[:, axis] for axis, name in enumerate("xyz")}, **{name: COLOR[:, axis] for axis, name in enumerate("rgb")}},
+    "columns": {
+        **{name: COORD[:, axis] for axis, name in enumerate("xyz")},
+        **{name: COLOR[:, axis] for axis, name in enumerate("rgb")},
+    },
     "inside": {"pc": np.column_stack([COORD, COLOR]), "label": np.array(3)},
 }
 
