@@ -38,6 +38,15 @@ _LEAST_16_BIT = 1023
 
 _READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | TABLE_READERS | POINT_READERS | MESH_READERS
 READABLE_SUFFIXES = tuple(_READERS)
+# What else people have, and what to do with it.
+_REMEDIES = {
+    "export it as .ply": (".splat", ".spz", ".ksplat", ".sog", ".bag", ".mcap", ".pcap", ".vtk", ".vtp", ".drc"),
+    "export it as .e57 or .pts": (".ptx", ".rcp", ".rcs", ".fls", ".lsproj", ".zfs", ".imp"),
+    "save it as .csv": (".parquet", ".feather", ".xls", ".xlsx", ".ods", ".mat", ".h5", ".hdf5"),
+    "save it as .npy": (".pt", ".pth", ".pkl", ".pickle", ".safetensors"),
+    "unpack it": (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"),
+    "it is a picture and not a 3D object": (".png", ".jpg", ".jpeg", ".heic", ".tif", ".tiff", ".webp"),
+}
 
 
 def load_point_cloud(
@@ -148,9 +157,10 @@ def _read_object(source: Any) -> Points:
 def _read_file(path: Path) -> Points | Any:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
+        remedy = next((text for text, suffixes in _REMEDIES.items() if suffix in suffixes), "convert it")
         raise PointCloudError(
-            f"files of type {printable(suffix) or '(no extension)'!r} are not known. Expected one of "
-            f"{' '.join(READABLE_SUFFIXES)}; convert it, or pass its points as an array."
+            f"files of type '{printable(suffix) or '(no extension)'}' are not known. Expected one of "
+            f"{' '.join(READABLE_SUFFIXES)}; {remedy}, or pass its points as an array."
         )
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty (0 bytes).")

@@ -293,3 +293,18 @@ def test_limits_are_in_one_place():
     limits = [name for name in vars(readers_minigpt3d) if name.startswith("MAX_")]
     table = (FOLDER.parents[1] / "docs" / "reading.md").read_text()
     assert len(limits) >= 9 and all(f"`{name}`" in table for name in limits)
+
+
+def test_e57_scans_at_their_poses(tmp_path):
+    pye57 = pytest.importorskip("pye57")
+    file = pye57.E57(str(tmp_path / "scan.e57"), mode="w")
+    for part in (COORD[:, 0] < 0, COORD[:, 0] >= 0):
+        columns = dict(zip(("cartesianX", "cartesianY", "cartesianZ"), (COORD[part] - [5, 0, 0]).T, strict=True))
+        columns |= dict(zip(("colorRed", "colorGreen", "colorBlue"), COLOR[part].T, strict=True))
+        file.write_scan_raw(columns, translation=np.array([5.0, 0, 0]), rotation=np.array([1.0, 0, 0, 0]))
+    file.close()
+    assert what_is_seen(tmp_path / "scan.e57") == "AB"
+    content = (tmp_path / "scan.e57").read_bytes()
+    (tmp_path / "scan.e57").write_bytes(content[: len(content) // 2])
+    with pytest.raises(PointCloudError, match="truncated"):
+        load_point_cloud(tmp_path / "scan.e57")
