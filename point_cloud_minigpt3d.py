@@ -17,7 +17,7 @@ import torch
 
 from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surface
 from .readers_minigpt3d import MAX_BAD_SHARE, POINT_READERS, PointCloudError, Points, printable, report_dropped
-from .sources_minigpt3d import is_file_like, local_file, sniff_suffix, source_name
+from .sources_minigpt3d import check_content, is_file_like, local_file, sniff_suffix, source_name
 from .tables_minigpt3d import TABLE_READERS, split_columns
 
 
@@ -90,6 +90,8 @@ def load_point_cloud(
     try:
         content = _read(source)
         if isinstance(content, Points):
+            if content.color is not None and _is_all_nan(content.color):  # columns that are named, but empty
+                content = content._replace(color=None)
             coord, color = _sample_points(content, num_points, fill, rng, name)
             if content.color is None and is_file_like(source):
                 warnings.warn(
@@ -164,6 +166,7 @@ def _read_file(path: Path) -> Points | Any:
         )
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty (0 bytes).")
+    check_content(path)
     try:
         return _READERS[suffix](path)
     except PointCloudError:
@@ -217,6 +220,10 @@ def _sample_points(
         return coord, np.tile(fill, (num_points, 1))
     color = color[chosen] if scale == 1 else color[chosen] / scale
     return coord, np.clip(color, 0, 1)
+
+
+def _is_all_nan(color: np.ndarray) -> bool:
+    return color.dtype.kind == "f" and len(color) > 0 and bool(np.isnan(color[0]).all() and np.isnan(color).all())
 
 
 def _color_scale(color: np.ndarray) -> float:

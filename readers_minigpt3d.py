@@ -289,8 +289,6 @@ def read_ply_header(path: Path) -> PlyHeader:
     """
     with open(path, "rb") as stream:
         start = stream.read(3)
-    if start[:2] == b"\x1f\x8b":
-        raise PointCloudError("it is compressed with gzip, though its name does not end in .gz. Rename it to .ply.gz.")
     if start != b"ply":
         raise PointCloudError("this is no PLY: it must begin with 'ply' and a header that ends with 'end_header'.")
     header, num_bytes = read_header(path, _PLY_END)

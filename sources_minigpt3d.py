@@ -211,6 +211,39 @@ def sniff_suffix(path: Path) -> str | None:
     return suffix
 
 
+# Readers of these formats never accept another content; what a 3D program writes may be packed in its own way.
+_CHECKED = (".ply", ".npy", ".npz", ".pcd", ".las", ".laz", ".e57", ".txt", ".csv", ".tsv", ".xyz", ".xyzn", ".xyzrgb")
+_CHECKED += (".pts", ".asc", ".dat", ".obj", ".off", ".stl")
+_SAME = ({".las", ".laz"}, {".npz", ".zip"})
+
+
+def check_content(path: Path):
+    """Refuse a file whose beginning shows that its name says something else.
+
+    Raises:
+        PointCloudError: it is of another format, a pointer of Git LFS or a web page.
+    """
+    suffix = path.suffix.lower()
+    with open(path, "rb") as stream:
+        start = stream.read(200).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise PointCloudError("it is a pointer of Git LFS and not the file itself. Run `git lfs pull` to fetch it.")
+    if re.match(rb"(?i)<!doctype html|<html", start):
+        raise PointCloudError(
+            "it is a web page, perhaps an error or a login page, and not the file. Download it again."
+        )
+    if suffix not in _CHECKED:
+        return
+    if start.startswith(b"\x1f\x8b"):
+        raise PointCloudError(
+            f"it is compressed with gzip, though its name ends in {suffix}. Rename it to end in {suffix}.gz."
+        )
+    if start.startswith((*_MAGIC, b"LASF", b"PK\x03\x04")):
+        actual = sniff_suffix(path)
+        if actual not in (None, suffix) and not any({actual, suffix} <= same for same in _SAME):
+            raise PointCloudError(f"its content is {actual}, though its name ends in {suffix}. Rename or convert it.")
+
+
 def _sniff_zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:

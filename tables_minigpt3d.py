@@ -339,11 +339,24 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
 _QUOTED_COMMA = re.compile(r'"([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)"')
 
 
+_COMMENT = re.compile(r"(?:^|\s)#")
+_NOT_A_NUMBER = re.compile(r"[-+]?1\.#\w+")  # as Windows prints it
+
+
+def _bare(line: str) -> str:
+    """A row without quotes, brackets around it, and comment."""
+    if '"' in line:
+        line = _QUOTED_COMMA.sub(r"\1.\2", line).replace('"', "")
+    if "#" in line:
+        line = _COMMENT.split(line)[0]
+    line = line.strip("\r\n ")
+    return line.strip("[](){},; ") if line[:1] in ("[", "(", "{") else line
+
+
 def _split_row(line: str) -> tuple[list[str], str | None, bool, bool]:
     """Cells, delimiter, whether the comma is decimal, and whether numpy.loadtxt can read the row as it is."""
-    plain = "".join(_QUOTED_COMMA.sub(r"\1.\2", line).split('"')) if '"' in line else line
-    is_plain = plain is line
-    plain = plain.partition("#")[0].strip("\r\n ")
+    plain = _bare(line)
+    is_plain = plain == line.partition("#")[0].strip("\r\n ")
     delimiter = ";" if ";" in plain else "\t" if "\t" in plain.strip() else None
     cells = [cell.strip() for cell in plain.split(delimiter)]
     decimal_comma = False
@@ -374,7 +387,7 @@ def _are_numbers(cells: list[str]) -> bool:
 
 
 def _is_missing(cell: str) -> bool:
-    return cell.lower() in _MISSING_WORDS
+    return cell.lower() in _MISSING_WORDS or _NOT_A_NUMBER.fullmatch(cell) is not None
 
 
 def _number_columns(cells: list[str]) -> list[int]:
@@ -464,9 +477,7 @@ def _clean_rows(lines: io.TextIOBase, layout: _Layout, chosen: list[int], has_co
     for number, line in enumerate(_short_lines(lines), start=1):
         if number <= layout.num_skipped or not line.strip() or _is_comment(line):
             continue
-        if '"' in line:
-            line = _QUOTED_COMMA.sub(r"\1.\2", line).replace('"', "")
-        line = line.partition("#")[0].strip("\r\n ")
+        line = _bare(line)
         if layout.delimiter == " ":
             cells = re.split(r"[\s,;]+", line.strip(" ,;\t"))
         else:

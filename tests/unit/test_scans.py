@@ -121,7 +121,12 @@ def test_wrong_contents_have_true_reasons(tmp_path):
         ("cloud.ply", packed, "compressed with gzip"),
         ("cloud.ply", b"ply\nelement vertex 1\nend_header\n", "no 'format' line"),
         ("cloud.ply", b"ply\nformat ascii 1.0\nelement vertex 9\n", "does not end"),
-        ("cloud.las", ply_bytes([*"xyz", *RGB], COLORED), "no LAS"),
+        ("cloud.las", ply_bytes([*"xyz", *RGB], COLORED), "content is .ply"),
+        ("cloud.txt", ply_bytes([*"xyz", *RGB], COLORED), "content is .ply"),
+        ("cloud.csv", packed, "compressed with gzip"),
+        ("cloud.ply", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+        ("cloud.xyz", b"<!DOCTYPE html>\n<html>", "web page"),
+        ("cloud.laz", b"x" * 300, "no LAS"),
         ("cloud.e57", b"x" * 99, "no E57"),
         ("cloud.npy", ply_bytes([*"xyz", *RGB], COLORED), "content is .ply"),
     ):

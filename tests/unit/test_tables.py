@@ -147,6 +147,10 @@ TEXTS = {
     "title": ["Scan of 2020, done with care", "in three parts", "x y z r g b", *rows(COORD, COLOR)],
     "units_line": ["x,y,z,r,g,b", "m,m,m,,,", *rows(COORD, COLOR, sep=",")],
     "comments_between": ["# a", *rows(COORD, COLOR)[:9], "# b", "// c", *rows(COORD, COLOR)[9:]],
+    "brackets": [f"[{row}]," for row in rows(COORD, COLOR, sep=", ")],
+    "windows": [*rows(COORD, COLOR), "-1.#IND 0 0 1 2 3", "1.#QNAN000 0 0 1 2 3"],
+    "separator_line": ["sep=;", "x;y;z;r;g;b", *rows(COORD, COLOR, sep=";", decimal=",")],
+    "tecplot": ['VARIABLES = "X" "Y" "Z"', "ZONE I=200", *rows(COORD, COLOR)],
     "exponents": [" ".join(f"{value:.4E}" for value in row) for row in np.column_stack([COORD, COLOR])],
 }
 
@@ -173,6 +177,11 @@ def test_empty_cells_are_dropped_with_a_warning(tmp_path):
     path = save(tmp_path / "cloud.csv", ["x,y,z,r,g,b", *rows(COORD, COLOR, sep=","), "0.1,,0.3,1,2,3"])
     with pytest.warns(UserWarning, match=r"cloud\.csv: 1 of 201 points"):
         assert len(load_point_cloud(path, 200)) == 200
+
+
+def test_columns_of_colors_that_are_empty(tmp_path):
+    path = save(tmp_path / "cloud.csv", ["x,y,z,r,g,b", *[row + ",,," for row in rows(COORD, sep=",")]])
+    assert what_is_seen(path) == "none"
 
 
 def test_a_mostly_empty_grid_is_read(tmp_path):
