@@ -82,6 +82,8 @@ def local_file(source: Any) -> Iterator[Path]:
 def _find(source: Any, stack: contextlib.ExitStack) -> Path:
     if _is_row(source):
         content, path = source.get("bytes"), source.get("path")
+        if content is None and not path:
+            raise PointCloudError("this row has neither bytes nor a path.")
         if content is None:
             return _find(path, stack)
         return _save(content, PurePosixPath(str(path or "")).name, stack)
@@ -128,6 +130,8 @@ def _check_regular(path: Path):
         raise PointCloudError("this is a folder. Pass one of the files in it.")
     if not stat.S_ISREG(mode):
         raise PointCloudError("it is a pipe, socket or device, which may never end. Save it to a file first.")
+    if not os.access(path, os.R_OK):
+        raise PointCloudError("it cannot be opened: no permission to read it.")
 
 
 # ---- Content --------------------------------------------------------------------------------------------------------

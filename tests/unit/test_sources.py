@@ -71,6 +71,8 @@ def test_messages_name_the_source():
     broken.name = "/there/broken.ply"
     refused(broken, "/there/broken.ply:")
     refused({"bytes": b"ply\n", "path": "row.ply"}, "row.ply:")
+    refused({"bytes": None, "path": None}, "the given row: ", "neither bytes nor a path")
+    refused("x" * 5000, "cannot be opened")
 
 
 def test_home_and_file_urls(tmp_path, monkeypatch):
