@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surface
+from .meshes_minigpt3d import MESH_READERS, Surface, open_trimesh, read_ply, sample_surface
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
 
 
@@ -74,7 +74,8 @@ def load_point_cloud(
         if isinstance(content, Points):
             coord, color = _sample_points(content, num_points, fill, rng, name)
         else:
-            coord, color = sample_surface(content, num_points, fill, rng, name)
+            coord, color = sample_surface(content, num_points, rng, name)
+            color = np.where(np.isnan(color), fill, color)
         if up_axis is not None:
             coord = coord @ _UP_ROTATIONS[up_axis].T
         coord = _normalize(coord)
@@ -88,8 +89,8 @@ def load_point_cloud(
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Any) -> Points | Any:
-    """`Points`, or a trimesh `Scene` that holds faces."""
+def _read(source: Any) -> Points | list[Surface]:
+    """`Points`, or surfaces with at least one face."""
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source))
     if isinstance(source, torch.Tensor):
@@ -104,7 +105,7 @@ def _read(source: Any) -> Points | Any:
     )
 
 
-def _read_file(path: Path) -> Points | Any:
+def _read_file(path: Path) -> Points | list[Surface]:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise PointCloudError("this is a folder. Pass one of the files in it.")
