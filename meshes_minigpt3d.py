@@ -7,7 +7,7 @@ Shapes: F faces, P points sampled, V vertices.
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,44 +93,52 @@ def image_pixels(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGBA"))
 
 
+class TextureLimitError(PointCloudError):
+    """The textures of a file are too large to decode."""
+
+
 class Textures:
-    """The decoded textures of one file, each once."""
+    """The decoded textures of one file, each once: `decoded` by key, (H, W, 4) uint8, first row on top."""
 
     def __init__(self):
-        self._pixels: dict[Any, np.ndarray] = {}
+        self.decoded: dict[Any, np.ndarray] = {}
         self._num_pixels = 0
 
-    def decode(self, key: Any, data: bytes) -> np.ndarray:
-        """An image file as (H, W, 4) uint8, first row on top; the same array for the same `key`.
+    def decode(self, key: Any, data: bytes | np.ndarray) -> np.ndarray:
+        """The content of an image file as pixels; the same array for the same `key`.
 
         Raises:
-            PointCloudError: all textures together have more pixels than `MAX_TEXTURE_PIXELS`.
+            TextureLimitError: all textures together have more pixels than `MAX_TEXTURE_PIXELS`.
             Exception: PIL cannot decode it.
         """
-        if key not in self._pixels:
+        if key not in self.decoded:
+            pil = import_reader("PIL.Image", "pillow")
+            if len(data) > 4 * MAX_TEXTURE_PIXELS:
+                raise TextureLimitError(f"a texture has {len(data):,} bytes. Make it smaller first.")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's own limit is lower
-                image = self._open(data)
+                try:
+                    image = pil.open(io.BytesIO(data))
+                except pil.DecompressionBombError as error:
+                    raise TextureLimitError(
+                        f"a texture has too many pixels ({error}). Make it smaller first."
+                    ) from error
                 self.count(image.width * image.height)
-                self._pixels[key] = image_pixels(image)
-        return self._pixels[key]
+                self.decoded[key] = image_pixels(image)
+        return self.decoded[key]
 
     def count(self, num_pixels: int):
-        """Add to the pixels of this file, before they are decoded."""
+        """Add to the pixels of this file, before they are decoded.
+
+        Raises:
+            TextureLimitError: they are too many.
+        """
         self._num_pixels += num_pixels
         if self._num_pixels > MAX_TEXTURE_PIXELS:
-            raise PointCloudError(
+            raise TextureLimitError(
                 f"its textures have {self._num_pixels:,} pixels or more, more than the {MAX_TEXTURE_PIXELS:,} allowed. "
                 "Make them smaller first."
             )
-
-    @staticmethod
-    def _open(data: bytes) -> Any:
-        pil = import_reader("PIL.Image", "pillow")
-        try:
-            return pil.open(io.BytesIO(data))
-        except pil.DecompressionBombError as error:
-            raise PointCloudError(f"a texture has too many pixels ({error}). Make it smaller first.") from error
 
 
 def check_num_faces(count: int):
@@ -198,19 +206,31 @@ def sample_surface(
 def _areas(surfaces: list[Surface], name: str) -> np.ndarray:
     """Twice the area of every face, (F,); 0 for those that are not finite."""
     areas, good = [], []
-    for surface in surfaces:
-        for start in range(0, len(surface.corners), _CHUNK):
-            corners = surface.corners[start : start + _CHUNK].astype(np.float64)
-            finite = np.isfinite(corners).all(axis=(1, 2))
-            corners[~finite] = 0  # never chosen
-            edges = corners[:, 1:] - corners[:, :1]
-            with np.errstate(over="ignore", invalid="ignore"):
-                areas.append(np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1))
-            good.append(finite)
+    for corners in _chunks(surfaces):
+        finite = np.isfinite(corners).all(axis=(1, 2))
+        corners[~finite] = 0  # never chosen
+        edges = corners[:, 1:] - corners[:, :1]
+        with np.errstate(over="ignore", invalid="ignore"):
+            areas.append(np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1))
+        good.append(finite)
     good = np.concatenate(good)
     if not good.all():
         report_dropped(good, "faces", name)
     return np.concatenate(areas)
+
+
+def _chunks(surfaces: list[Surface]) -> Iterator[np.ndarray]:
+    """All corners in their order, (about `_CHUNK`, 3, 3) at a time: one by one is slow, all together takes much memory."""
+    waiting, count = [], 0
+    for surface in surfaces:
+        for start in range(0, len(surface.corners), _CHUNK):
+            waiting.append(surface.corners[start : start + _CHUNK])
+            count += len(waiting[-1])
+            if count >= _CHUNK:
+                yield np.concatenate(waiting, dtype=np.float64)
+                waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting, dtype=np.float64)
 
 
 def _look_up(
@@ -240,11 +260,11 @@ def _look_up(
     visible = np.ones(count, dtype=bool)
     for index, *here in by_material.values():
         here, material = np.concatenate(here), surfaces[index].material
-        color[here], visible[here] = _paint(material, color[here], uv[here])
+        color[here], visible[here] = paint(material, color[here], uv[here])
     return coord, np.clip(color[:, :3], 0, 1), visible
 
 
-def _paint(material: Material, vertex_color: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def paint(material: Material, vertex_color: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vertex colors (P, 4), NaN where there are none, times factor times texture → color (P, 4), visible (P,)."""
     factors = [np.where(np.isnan(vertex_color), 1, vertex_color)] if not np.isnan(vertex_color).all() else []
     if material.texture is not None:
@@ -406,6 +426,4 @@ def _read_mesh(path: Path) -> Points | list[Surface]:
     return open_trimesh(import_reader("trimesh").load(str(path), process=False))
 
 
-MESH_READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys(
-    (".obj", ".stl", ".off", ".glb", ".gltf", ".3mf"), _read_mesh
-)
+MESH_READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys((".obj", ".stl", ".off", ".3mf"), _read_mesh)

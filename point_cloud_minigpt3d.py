@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import MESH_READERS, Surface, open_trimesh, read_ply, sample_surface
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
 
@@ -30,7 +31,7 @@ _NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
 
-_READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | POINT_READERS | MESH_READERS
+_READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | POINT_READERS | MESH_READERS | GLTF_READERS
 READABLE_SUFFIXES = tuple(_READERS)
 
 
