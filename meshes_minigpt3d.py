@@ -7,9 +7,8 @@ Shapes: F faces, P points sampled, V vertices.
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,7 @@ import numpy as np
 from .readers_minigpt3d import (
     PointCloudError,
     Points,
-    check_zip,
     import_reader,
-    read_ply_header,
-    read_ply_points,
     report_dropped,
 )
 
@@ -407,23 +403,3 @@ def _is_placeholder(material: Any, image: Any) -> bool:
         return np.array_equal(material.main_color, visual.color.DEFAULT_COLOR)
     default = visual.material.empty_material().image
     return not properties and image.size == default.size and image.tobytes() == default.tobytes()
-
-
-# ---- Files that trimesh reads ---------------------------------------------------------------------------------------
-
-
-def read_ply(path: Path) -> Points | list[Surface]:
-    """A PLY: its surface if it has faces, else its points."""
-    header = read_ply_header(path)
-    return _read_mesh(path) if header.counts.get("face") else read_ply_points(path, header)
-
-
-def _read_mesh(path: Path) -> Points | list[Surface]:
-    if path.suffix.lower() == ".3mf":
-        check_zip(path)
-        import_reader("networkx")
-        import_reader("lxml")
-    return open_trimesh(import_reader("trimesh").load(str(path), process=False))
-
-
-MESH_READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys((".obj", ".stl", ".off", ".3mf"), _read_mesh)

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from .gltf_minigpt3d import GLTF_READERS
-from .meshes_minigpt3d import MESH_READERS, Surface, open_trimesh, read_ply, sample_surface
+from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
+from .scenes_minigpt3d import SURFACE_READERS
 
 
 # From "this axis points up" to "y points up", as in the training data: new = coord @ matrix.T,
@@ -31,7 +32,7 @@ _NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
 
-_READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | POINT_READERS | MESH_READERS | GLTF_READERS
+_READERS: dict[str, Callable[[Path], Any]] = POINT_READERS | SURFACE_READERS | GLTF_READERS
 READABLE_SUFFIXES = tuple(_READERS)
 
 
