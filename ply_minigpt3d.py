@@ -166,8 +166,6 @@ def _parse_header(header: bytes) -> tuple[str, list[_Element], list[str]]:
             if None in types or len(types) != len(words) // 2:
                 raise PointCloudError(f"its header has an unknown property {' '.join(words)[:80]!r}.")
             elements[-1].properties.append(_Property(words[-1], types[-1], types[0] if len(words) == 5 else None))
-        elif words and words[0] not in ("comment", "obj_info"):
-            raise PointCloudError(f"its header has an unknown line {' '.join(words)[:80]!r}.")
     if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise PointCloudError(f"its format {form[:40]!r} is not known.")
     return form, elements, textures
