@@ -264,8 +264,9 @@ def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | 
         file = import_reader("pxr.UsdShade", "usd-core").Shader(source[0].source.GetPrim()).GetInput("file")
         asset = file.Get() if file else None
         name = asset.path if asset else ""
-        resolver = import_reader("pxr.Ar", "usd-core").GetResolver()
-        opened = resolver.OpenAsset(asset.resolvedPath) if asset and asset.resolvedPath else None
+        resolution = import_reader("pxr.Ar", "usd-core")
+        resolved = resolution.ResolvedPath(asset.resolvedPath) if asset and asset.resolvedPath else None
+        opened = resolution.GetResolver().OpenAsset(resolved) if resolved else None
         if opened is not None:
             texture = textures.decode(name, bytes(opened.GetBuffer()))
         else:

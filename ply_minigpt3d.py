@@ -213,7 +213,10 @@ def _read_rows(data: bytes, start: int, element: _Element, order: str) -> tuple[
     if not count or not properties:
         return {}, start
     lists = [index for index, prop in enumerate(properties) if prop.count_type]
-    lengths = _row_lengths(data, start, 1, properties, order)[0] if lists else np.zeros((1, 0), np.int64)
+    try:
+        lengths = _row_lengths(data, start, 1, properties, order)[0] if lists else np.zeros((1, 0), np.int64)
+    except struct.error:
+        raise _too_few(element) from None
     dtype = _row_type(properties, lengths[0], order)
     if count * dtype.itemsize <= len(data) - start:  # all rows like the first one
         rows = np.frombuffer(data, dtype, count=count, offset=start)
