@@ -110,6 +110,8 @@ def split_polygons(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def split_groups(numbers: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """Every number that occurs, and where; a slice if it is the only one."""
     values, counts = np.unique(numbers, return_counts=True)
+    if len(values) == 0:
+        return []
     if len(values) == 1:
         return [(int(values[0]), slice(None))]
     order = np.argsort(numbers, kind="stable")
