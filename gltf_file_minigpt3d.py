@@ -337,7 +337,8 @@ def _split(data: np.ndarray) -> tuple[bytes, np.ndarray | None]:
             raise PointCloudError("it has no JSON part. It is truncated; export it again.")
     if len(chunks[b"JSON"]) > MAX_JSON_BYTES:
         raise PointCloudError(f"its JSON has more than the {MAX_JSON_BYTES:,} bytes allowed. Convert it to .glb.")
-    return chunks[b"JSON"].tobytes().rstrip(b"\0 "), chunks.get(b"BIN\0")
+    text = chunks[b"JSON"].tobytes()
+    return text if chunks[b"JSON"] is data else text.rstrip(b"\0 "), chunks.get(b"BIN\0")
 
 
 def _base_color(material: dict) -> tuple[Any, dict | None]:
@@ -346,7 +347,11 @@ def _base_color(material: dict) -> tuple[Any, dict | None]:
     if diffuse is not None:
         return diffuse.get("diffuseFactor"), diffuse.get("diffuseTexture")
     base = material.get("pbrMetallicRoughness", {})
-    return base.get("baseColorFactor"), base.get("baseColorTexture")
+    factor, texture = base.get("baseColorFactor"), base.get("baseColorTexture")
+    glows = "emissiveTexture" in material or any(material.get("emissiveFactor", ()))
+    if glows and factor is not None and not any(factor[:3]):  # how exporters write surfaces without shading
+        return [*material.get("emissiveFactor", [0, 0, 0]), factor[3]], material.get("emissiveTexture")
+    return factor, texture
 
 
 def _whole(entry: dict, key: str) -> int:
