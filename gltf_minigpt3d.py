@@ -2,7 +2,7 @@
 
 Read here, on numpy, since no library reads it all. Of 41 test files, trimesh 5.2 read 18 with their true colors: it drops
 vertex colors beside a material, takes factors for sRGB, and knows no second texture coordinate, texture transform, wrap
-mode, alpha mask, sparse accessor, fan or skin. assimp-py 1.1 gives no embedded textures.
+mode, alpha mask, sparse accessor, fan or skin. assimp-py 1.1 gives no embedded textures, refuses 9 and crashes on 1.
 Compressed parts need a library each: DracoPy (KHR_draco_mesh_compression), meshopt (EXT_meshopt_compression) and
 opengl_basisu (KHR_texture_basisu).
 
@@ -29,6 +29,23 @@ MAX_INSTANCES = 1_000_000
 
 _DRACO = "KHR_draco_mesh_compression"
 _FACES_AT_ONCE = 4096
+# Those that are read, and those that change neither shape nor color.
+_KNOWN_EXTENSIONS = (
+    "KHR_materials_",
+    "KHR_texture_",
+    "EXT_texture_",
+    "MSFT_texture_",
+    "KHR_mesh_quantization",
+    _DRACO,
+)
+_KNOWN_EXTENSIONS += (
+    "EXT_meshopt_",
+    "KHR_meshopt_",
+    "EXT_mesh_gpu_instancing",
+    "KHR_lights_",
+    "KHR_animation_",
+    "KHR_xmp",
+)
 _READ_ATTRIBUTES = ("POSITION", "COLOR_0", "TEXCOORD_", "JOINTS_", "WEIGHTS_")
 
 # ---- The scene ------------------------------------------------------------------------------------------------------
@@ -336,7 +353,8 @@ def read_gltf(path: Path) -> Points | list[Surface]:
     """
     file = GltfFile(path)
     try:
-        return _read_scene(file)
+        with np.errstate(all="ignore"):  # what is not finite is dropped when it is sampled
+            return _read_scene(file)
     except PointCloudError:
         raise
     except (
@@ -350,6 +368,9 @@ def read_gltf(path: Path) -> Points | list[Surface]:
 
 
 def _read_scene(file: GltfFile) -> Points | list[Surface]:
+    unknown = [name for name in file.items("extensionsRequired") if not str(name).startswith(_KNOWN_EXTENSIONS)]
+    if unknown:
+        file.warn(f"it requires {', '.join(map(str, unknown))[:200]}, which is not read, so parts may be missing.")
     parts = _parts(file, *_world(file))
     has_faces = any(part.mode > 3 and part.num_elements for part in parts)
     parts_read = [part for part in parts if part.num_elements and (part.mode > 3) == has_faces]

@@ -189,7 +189,8 @@ def sample_surface(
         # Uniform in a triangle: https://www.cs.princeton.edu/~funk/tog02.pdf, §4.2
         root, along = np.sqrt(rng.random(count)), rng.random(count)
         weights = np.stack([1 - root, root * (1 - along), root * along], axis=1)  # (P, 3)
-        return _look_up(surfaces, starts, chosen, weights)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _look_up(surfaces, starts, chosen, weights)
 
     coord, color, visible = draw(num_points)
     if visible.all():

@@ -112,11 +112,17 @@ class GltfFile:
             )
 
     def find(self, uri: str) -> Path:
-        """A file beside this one; exporters write blanks as %20 or not, backslashes, and paths of their own machine."""
+        """A file beside this one. Exporters write blanks as %20 or not, backslashes, another case, and paths of their
+        own machine; of those only the name counts."""
         names = [text.replace("\\", "/") for text in (urllib.parse.unquote(uri), uri)]
-        for name in [*names, *(name.rsplit("/", 1)[-1] for name in names)]:
-            if "\0" not in name and (self.path.parent / name).is_file():
-                return self.path.parent / name
+        for name in [*(name for name in names if name[:1] != "/"), *(name.rsplit("/", 1)[-1] for name in names)]:
+            path = self.path.parent / name.replace("\0", "")
+            if path.is_file():
+                return path
+            if path.parent.is_dir():
+                for other in path.parent.iterdir():
+                    if other.name.casefold() == path.name.casefold() and other.is_file():
+                        return other
         raise PointCloudError(f"its file {names[0][:200]!r} is missing. Put it beside this one.")
 
     def load(self, uri: Any) -> np.ndarray:

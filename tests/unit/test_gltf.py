@@ -256,7 +256,16 @@ def test_a_texture_that_is_missing_or_broken_is_reported_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "uri", ["a b.png", "a%20b.png", ".\\sub\\A.png", "C:\\Users\\me\\a b.png", "file:///x/a%20b.png"]
+    "uri",
+    [
+        "a b.png",
+        "a%20b.png",
+        ".\\sub\\A.png",
+        "A%20B.PNG",
+        "sub/a.png",
+        "C:\\Users\\me\\a b.png",
+        "file:///x/a%20b.png",
+    ],
 )
 def test_images_beside_the_file(tmp_path, uri):
     (tmp_path / "sub").mkdir()
@@ -507,6 +516,12 @@ def changed(tmp_path: Path, change) -> Path:
 )  # fmt: skip
 def test_damaged_files_name_the_reason(tmp_path, change, words):
     refused(changed(tmp_path, change), *words)
+
+
+def test_an_unknown_required_extension_is_reported(tmp_path):
+    path = changed(tmp_path, lambda j: j.update(extensionsRequired=["KHR_materials_unlit", "ACME_hologram"]))
+    with pytest.warns(UserWarning, match="requires ACME_hologram, which is not read"):
+        load_point_cloud(path, 64)
 
 
 def test_version_one_and_truncated_binaries(tmp_path):
