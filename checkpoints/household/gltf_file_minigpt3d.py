@@ -21,7 +21,7 @@ from .readers_minigpt3d import PointCloudError, check_unpacked_size, import_read
 MAX_JSON_VALUES = 10_000_000
 MAX_JSON_BYTES = 200 * 1000**2
 # What compressed, sparse and empty accessors may decode to, all together.
-MAX_DECODED_BYTES = 1024**3
+MAX_DECODED_BYTES = 1024**3 // 2
 
 _COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
@@ -112,11 +112,17 @@ class GltfFile:
             )
 
     def find(self, uri: str) -> Path:
-        """A file beside this one; exporters write blanks as %20 or not, backslashes, and paths of their own machine."""
+        """A file beside this one. Exporters write blanks as %20 or not, backslashes, another case, and paths of their
+        own machine; of those only the name counts."""
         names = [text.replace("\\", "/") for text in (urllib.parse.unquote(uri), uri)]
-        for name in [*names, *(name.rsplit("/", 1)[-1] for name in names)]:
-            if "\0" not in name and (self.path.parent / name).is_file():
-                return self.path.parent / name
+        for name in [*(name for name in names if name[:1] != "/"), *(name.rsplit("/", 1)[-1] for name in names)]:
+            path = self.path.parent / name.replace("\0", "")
+            if path.is_file():
+                return path
+            if path.parent.is_dir():
+                for other in path.parent.iterdir():
+                    if other.name.casefold() == path.name.casefold() and other.is_file():
+                        return other
         raise PointCloudError(f"its file {names[0][:200]!r} is missing. Put it beside this one.")
 
     def load(self, uri: Any) -> np.ndarray:
@@ -226,11 +232,7 @@ class GltfFile:
         return self._paints[index]
 
     def _read_material(self, material: dict) -> Paint:
-        base = material.get("pbrMetallicRoughness", {})
-        factor, texture = base.get("baseColorFactor"), base.get("baseColorTexture")
-        diffuse = material.get("extensions", {}).get("KHR_materials_pbrSpecularGlossiness")
-        if diffuse is not None:
-            factor, texture = diffuse.get("diffuseFactor"), diffuse.get("diffuseTexture")
+        factor, texture = _base_color(material)
         mode = material.get("alphaMode", "OPAQUE")
         cutoff = {"MASK": material.get("alphaCutoff", 0.5), "BLEND": 1 / 512}.get(
             mode
@@ -250,29 +252,53 @@ class GltfFile:
             matrix = np.column_stack([turn * scale, offset])
         return Paint(Material(color, pixels, wrap, cutoff, linear=True), f"TEXCOORD_{number}", matrix)
 
+    def measure_textures(self, materials: set):
+        """Count the pixels of all textures before the first is decoded.
+
+        Raises:
+            TextureLimitError: they are too many.
+        """
+        for index in sorted(materials, key=str):
+            texture = _base_color(self.item("materials", index))[1]
+            for source in () if texture is None else self._sources(self.item("textures", texture.get("index"))):
+                try:
+                    image = self.item("images", source)
+                    self.textures.measure(source, self._image_data(image))
+                    break
+                except TextureLimitError:
+                    raise
+                except Exception:  # reported when it is decoded
+                    continue
+
+    @staticmethod
+    def _sources(texture: dict) -> list:
+        """The images of a texture, those that need no library of their own first."""
+        extensions = texture.get("extensions", {})
+        sources = [extensions.get(name, {}).get("source") for name in _IMAGE_EXTENSIONS]
+        sources += [texture.get("source"), extensions.get(_BASIS, {}).get("source")]
+        return [source for source in sources if source is not None]
+
+    def _image_data(self, image: dict) -> np.ndarray:
+        return self.load(image["uri"]) if "uri" in image else self.view(image.get("bufferView"))
+
     def _read_texture(self, index: Any) -> tuple[np.ndarray | None, tuple[str, str]]:
         texture = self.item("textures", index)
         sampler = self.item("samplers", texture["sampler"]) if "sampler" in texture else {}
         wrap = (_WRAPS.get(sampler.get("wrapS"), "repeat"), _WRAPS.get(sampler.get("wrapT"), "repeat"))
-        extensions = texture.get("extensions", {})
-        sources = [extensions.get(name, {}).get("source") for name in _IMAGE_EXTENSIONS]
-        sources += [texture.get("source"), extensions.get(_BASIS, {}).get("source")]
         failures = []
-        for source in sources:
-            if source is not None:
-                image = self.item("images", source)
-                try:
-                    return self._decode(source, image), wrap
-                except TextureLimitError:
-                    raise
-                except Exception as error:
-                    name = image.get("name") or str(image.get("uri", f"image {source}"))
-                    failures.append(f"{name[:80]}: {' '.join(str(error).split())[:200]}")
+        for source in self._sources(texture):
+            image = self.item("images", source)
+            try:
+                return self._decode(source, self._image_data(image)), wrap
+            except TextureLimitError:
+                raise
+            except Exception as error:
+                name = image.get("name") or str(image.get("uri", f"image {source}"))
+                failures.append(f"{name[:80]}: {' '.join(str(error).split())[:200]}")
         self._failed_textures |= dict.fromkeys(failures or [f"texture {index} names no image"])
         return None, wrap
 
-    def _decode(self, index: int, image: dict) -> np.ndarray:
-        data = self.load(image["uri"]) if "uri" in image else self.view(image.get("bufferView"))
+    def _decode(self, index: int, data: np.ndarray) -> np.ndarray:
         if bytes(data[:7]) != b"\xabKTX 20":
             return self.textures.decode(index, data)
         if index not in self.textures.decoded:
@@ -317,7 +343,21 @@ def _split(data: np.ndarray) -> tuple[bytes, np.ndarray | None]:
             raise PointCloudError("it has no JSON part. It is truncated; export it again.")
     if len(chunks[b"JSON"]) > MAX_JSON_BYTES:
         raise PointCloudError(f"its JSON has more than the {MAX_JSON_BYTES:,} bytes allowed. Convert it to .glb.")
-    return chunks[b"JSON"].tobytes().rstrip(b"\0 "), chunks.get(b"BIN\0")
+    text = chunks[b"JSON"].tobytes()
+    return text if chunks[b"JSON"] is data else text.rstrip(b"\0 "), chunks.get(b"BIN\0")
+
+
+def _base_color(material: dict) -> tuple[Any, dict | None]:
+    """The factor and the texture of a material's color."""
+    diffuse = material.get("extensions", {}).get("KHR_materials_pbrSpecularGlossiness")
+    if diffuse is not None:
+        return diffuse.get("diffuseFactor"), diffuse.get("diffuseTexture")
+    base = material.get("pbrMetallicRoughness", {})
+    factor, texture = base.get("baseColorFactor"), base.get("baseColorTexture")
+    glows = "emissiveTexture" in material or any(material.get("emissiveFactor", ()))
+    if glows and factor is not None and not any(factor[:3]):  # how exporters write surfaces without shading
+        return [*material.get("emissiveFactor", [0, 0, 0]), factor[3]], material.get("emissiveTexture")
+    return factor, texture
 
 
 def _whole(entry: dict, key: str) -> int:

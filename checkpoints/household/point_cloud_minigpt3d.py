@@ -8,6 +8,7 @@ Shapes: N points in the source, P points of the cloud.
 
 import numbers
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def load_point_cloud(
             coord, color = _sample_points(content, num_points, fill, rng, name)
         else:
             coord, color = sample_surface(content, num_points, rng, name)
+            if np.isnan(color).all() and isinstance(source, (str, os.PathLike)):
+                warnings.warn(
+                    f"{name}: its surface has no color, so all points are {missing_color}. What is answered about its "
+                    "color is not to be believed.",
+                    stacklevel=2,
+                )
             color = np.where(np.isnan(color), fill, color)
         if up_axis is not None:
             coord = coord @ _UP_ROTATIONS[up_axis].T
