@@ -1,7 +1,6 @@
 """Meshes from .3mf, the table of the formats with faces, and what to do about formats that are not read.
 
-Of the 3MF files that were tried, trimesh 5.2 reads no colors, lib3mf 2.5 has colors but no sampling-ready meshes, and
-assimp-py 1.1 misses textures, color groups and other parts of the archive. So this reader is our own, on lxml.
+trimesh 5.2 reads no colors from 3MF, and assimp-py 1.1 neither textures nor further parts of the archive.
 
 Shapes: V vertices, F triangles.
 """

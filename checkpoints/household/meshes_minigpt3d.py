@@ -172,6 +172,8 @@ def sample_surface(
     Raises:
         PointCloudError: most faces are not finite, or none has an area.
     """
+    if not any(len(surface.corners) for surface in surfaces):
+        raise PointCloudError("it has no faces.")
     cumulative = np.cumsum(_areas(surfaces, name))
     starts = np.cumsum([0, *(len(surface.corners) for surface in surfaces)])
     if not 0 < cumulative[-1] < np.inf:

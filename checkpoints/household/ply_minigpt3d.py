@@ -166,8 +166,6 @@ def _parse_header(header: bytes) -> tuple[str, list[_Element], list[str]]:
             if None in types or len(types) != len(words) // 2:
                 raise PointCloudError(f"its header has an unknown property {' '.join(words)[:80]!r}.")
             elements[-1].properties.append(_Property(words[-1], types[-1], types[0] if len(words) == 5 else None))
-        elif words and words[0] not in ("comment", "obj_info"):
-            raise PointCloudError(f"its header has an unknown line {' '.join(words)[:80]!r}.")
     if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise PointCloudError(f"its format {form[:40]!r} is not known.")
     return form, elements, textures
@@ -215,7 +213,10 @@ def _read_rows(data: bytes, start: int, element: _Element, order: str) -> tuple[
     if not count or not properties:
         return {}, start
     lists = [index for index, prop in enumerate(properties) if prop.count_type]
-    lengths = _row_lengths(data, start, 1, properties, order)[0] if lists else np.zeros((1, 0), np.int64)
+    try:
+        lengths = _row_lengths(data, start, 1, properties, order)[0] if lists else np.zeros((1, 0), np.int64)
+    except struct.error:
+        raise _too_few(element) from None
     dtype = _row_type(properties, lengths[0], order)
     if count * dtype.itemsize <= len(data) - start:  # all rows like the first one
         rows = np.frombuffer(data, dtype, count=count, offset=start)

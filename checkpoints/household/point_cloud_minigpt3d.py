@@ -6,6 +6,7 @@ sample or repeat to `num_points` → turn the up axis → normalize. Surfaces ar
 Shapes: N points in the source, P points of the cloud.
 """
 
+import functools
 import numbers
 import os
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS, read_gz
 from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
@@ -33,7 +35,8 @@ _NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
 
-_READERS: dict[str, Callable[[Path], Any]] = POINT_READERS | SURFACE_READERS | GLTF_READERS
+_READERS: dict[str, Callable[[Path], Any]] = POINT_READERS | SURFACE_READERS | GLTF_READERS | FORMAT_READERS
+_READERS[".gz"] = functools.partial(read_gz, readers=_READERS)
 READABLE_SUFFIXES = tuple(_READERS)
 
 
@@ -120,6 +123,8 @@ def _read_file(path: Path) -> Points | list[Surface]:
         raise PointCloudError("this is a folder. Pass one of the files in it.")
     if not path.is_file():
         raise PointCloudError("there is no such file. Check the path.")
+    if suffix in CONVERSIONS:
+        raise PointCloudError(f"files of type {suffix!r} are not read. {CONVERSIONS[suffix]}")
     if suffix not in _READERS:
         raise PointCloudError(
             f"files of type {suffix or '(no extension)'!r} are not known. Expected one of {' '.join(READABLE_SUFFIXES)}; "

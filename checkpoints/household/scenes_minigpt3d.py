@@ -1,7 +1,6 @@
 """Meshes from .3mf, the table of the formats with faces, and what to do about formats that are not read.
 
-Of the 3MF files that were tried, trimesh 5.2 reads no colors, lib3mf 2.5 has colors but no sampling-ready meshes, and
-assimp-py 1.1 misses textures, color groups and other parts of the archive. So this reader is our own, on lxml.
+trimesh 5.2 reads no colors from 3MF, and assimp-py 1.1 neither textures nor further parts of the archive.
 
 Shapes: V vertices, F triangles.
 """
@@ -67,13 +66,14 @@ class _ModelTarget:
         self.pids: dict[str, int] = {}
         self._object: _Object | None = None
         self._group: _Group | None = None
+        self._tags: dict[str, str] = {}  # without their namespace
         self._default = (-1, -1)  # pid and pindex of the object
 
     def doctype(self, *_):
         raise PointCloudError("it has a document type with entities, which 3MF does not allow.")
 
     def start(self, tag: str, attributes: Any):
-        tag = tag.rpartition("}")[2]
+        tag = self._tags.get(tag) or self._tags.setdefault(tag, tag.rpartition("}")[2])
         read = attributes.get
         if tag == "vertex" and self._object:
             self._object.vertices.extend((float(read("x")), float(read("y")), float(read("z"))))
@@ -126,6 +126,12 @@ class _ModelTarget:
         if len(numbers) != 12:
             raise PointCloudError(f"a transform must have 12 numbers, got {len(numbers)}.")
         return _Use(part, attributes.get("objectid", ""), np.array(numbers, dtype=np.float64).reshape(4, 3))
+
+
+def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows of a table, NaN for those that it does not have."""
+    values = np.concatenate([values, np.full((1, values.shape[1]), np.nan)])
+    return values[np.where((rows >= 0) & (rows < len(values) - 1), rows, len(values) - 1)]
 
 
 def _hex_color(text: str | None) -> tuple[float, ...]:
@@ -256,18 +262,23 @@ class _Reader:
         coord = np.frombuffer(item.vertices).reshape(-1, 3)
         table = np.frombuffer(item.triangles, dtype=np.int64).reshape(-1, 7)
         check_indices(table[:, :3], len(coord))
-        names, surfaces = list(model.pids), []
-        for number, here in split_groups(table[:, 6]):
-            corners, rows = coord[table[here, :3]], table[here, 3:6]
-            values, material = self._properties(model, names[number]) if number >= 0 else (np.zeros((0, 3)), None)
-            values = np.concatenate([values, np.full((1, values.shape[1]), np.nan)])  # for rows that do not exist
-            values = values[np.where((rows >= 0) & (rows < len(values) - 1), rows, len(values) - 1)]  # (F, 3, 2 or 3)
-            if material is not None:
-                surfaces.append(Surface(corners, None, values, material))
-            elif np.isnan(values).all():
-                surfaces.append(Surface(corners))
+        color = np.full((len(table), 3, 4), np.nan, dtype=np.float32)
+        is_flat, surfaces = np.ones(len(table), dtype=bool), []
+        names = [name if name in model.groups else None for name in model.pids]
+        numbers = np.append([-1 if name is None else number for number, name in enumerate(names)], -1)[table[:, 6]]
+        for number, here in split_groups(numbers.astype(np.int64)):
+            if number < 0:
+                continue
+            values, material = self._properties(model, names[number])
+            values = _take(values, table[here, 3:6])  # (F, 3, 2 or 3)
+            if material is None:
+                color[here] = np.concatenate([values, np.ones_like(values[..., :1])], axis=-1)
             else:
-                surfaces.append(Surface(corners, np.concatenate([values, np.ones_like(values[..., :1])], axis=-1)))
+                surfaces.append(Surface(coord[table[here, :3]], None, values, material))
+                is_flat[here] = False
+        if is_flat.any():
+            has_color = np.isfinite(color[is_flat]).all(axis=-1).any()
+            surfaces.append(Surface(coord[table[is_flat, :3]], color[is_flat] if has_color else None))
         return surfaces
 
     def _properties(self, model: _ModelTarget, pid: str, depth: int = 0) -> tuple[np.ndarray, Material | None]:
@@ -296,8 +307,7 @@ class _Reader:
         top = next((index for index in order if layers[index][1] is not None), order[-1])  # a texture, else the last
         values, material = layers[top]
         rows = np.array([row[top] if top < len(row) else -1 for row in group.rows])
-        values = np.concatenate([values, np.full((1, values.shape[1]), np.nan)])
-        return values[np.where((rows >= 0) & (rows < len(values) - 1), rows, len(values) - 1)], material
+        return _take(values, rows), material
 
     def _texture(self, model: _ModelTarget, texture_id: str) -> Material | None:
         key = (model.part, texture_id)

