@@ -1,13 +1,12 @@
 """A point cloud from whatever holds a 3D object: file, array, tensor or mesh → float32 (num_points, 6), normalized.
 
-The order: find the source (sources_minigpt3d.py) → read (readers_minigpt3d.py, tables_minigpt3d.py, meshes_minigpt3d.py) → drop points that are not finite → colors to [0, 1] →
-sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
+The order: find the source (sources_minigpt3d.py) → read (tables_, text_, scans_, scenes_, gltf_, formats_minigpt3d.py) →
+drop points that are not finite → colors to [0, 1] → sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
 
 Shapes: N points in the source, P points of the cloud.
 """
 
 import numbers
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surface
-from .readers_minigpt3d import MAX_BAD_SHARE, POINT_READERS, PointCloudError, Points, printable, report_dropped
+from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
+from .gltf_minigpt3d import GLTF_READERS
+from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
+from .readers_minigpt3d import MAX_BAD_SHARE, PointCloudError, Points, called, printable, report_dropped, warn
+from .scans_minigpt3d import SCAN_READERS
+from .scenes_minigpt3d import SURFACE_READERS
 from .sources_minigpt3d import check_content, is_file_like, local_file, sniff_suffix, source_name
 from .tables_minigpt3d import TABLE_READERS, split_columns
+from .text_minigpt3d import TEXT_READERS
 
 
 # From "this axis points up" to "y points up", as in the training data: new = coord @ matrix.T,
@@ -36,17 +40,17 @@ STRAY_SHARE = 0.01
 # Above it whole numbers have 16 bits, also where they are stored as floats.
 _LEAST_16_BIT = 1023
 
-_READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | TABLE_READERS | POINT_READERS | MESH_READERS
+_READERS: dict[str, Callable[[Path], Points | list[Surface]]] = (
+    TABLE_READERS | TEXT_READERS | SCAN_READERS | SURFACE_READERS | GLTF_READERS | FORMAT_READERS
+)
 READABLE_SUFFIXES = tuple(_READERS)
-# What else people have, and what to do with it.
-_REMEDIES = {
-    "export it as .ply": (".splat", ".spz", ".ksplat", ".sog", ".bag", ".mcap", ".pcap", ".vtk", ".vtp", ".drc"),
-    "export it as .e57 or .pts": (".ptx", ".rcp", ".rcs", ".fls", ".lsproj", ".zfs", ".imp"),
-    "save it as .csv": (".parquet", ".feather", ".xls", ".xlsx", ".ods", ".mat", ".h5", ".hdf5"),
-    "save it as .npy": (".pt", ".pth", ".pkl", ".pickle", ".safetensors"),
-    "unpack it": (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"),
-    "it is a picture and not a 3D object": (".png", ".jpg", ".jpeg", ".heic", ".tif", ".tiff", ".webp"),
-}
+
+
+def is_readable(path: str | Path) -> bool:
+    """Whether a file's name has a suffix that is read, also before .gz."""
+    path = Path(path)
+    suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    return suffix.lower() in READABLE_SUFFIXES
 
 
 def load_point_cloud(
@@ -88,24 +92,24 @@ def load_point_cloud(
     rng = np.random.default_rng(seed)
     name = source_name(source)
     try:
-        content = _read(source)
-        if isinstance(content, Points):
-            if content.color is not None and _is_all_nan(content.color):  # columns that are named, but empty
-                content = content._replace(color=None)
-            coord, color = _sample_points(content, num_points, fill, rng, name)
-            if content.color is None and is_file_like(source):
-                warnings.warn(
-                    f"{name}: its points have no color, so all are {missing_color}. What is answered about its color is "
-                    "not to be believed.",
-                    stacklevel=2,
+        with called(name):
+            content = _read(source)
+            if isinstance(content, Points):
+                coord, color = _sample_points(content, num_points, rng)
+            else:
+                coord, color = sample_surface(content, num_points, rng)
+            if np.isnan(color).all() and is_file_like(source):
+                what = "points have" if isinstance(content, Points) else "surface has"
+                warn(
+                    f"its {what} no color, so all points are {missing_color}. What is answered about its color is not to "
+                    "be believed."
                 )
-        else:
-            coord, color = sample_surface(content, num_points, fill, rng, name)
+        color = np.where(np.isnan(color), fill, color)
         if up_axis is not None:
             coord = coord @ _UP_ROTATIONS[up_axis].T
         coord = _normalize(coord)
     except PointCloudError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {printable(str(error))}") from error
     cloud = np.empty((6, num_points), dtype=np.float32)
     cloud[:3], cloud[3:] = coord.T, color.T
     return np.ascontiguousarray(cloud.T)
@@ -114,8 +118,8 @@ def load_point_cloud(
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Any) -> Points | Any:
-    """`Points`, or a surface for `sample_surface`."""
+def _read(source: Any) -> Points | list[Surface]:
+    """`Points`, or surfaces with at least one face."""
     if is_file_like(source):
         with local_file(source) as path:
             return _read_file(path)
@@ -156,13 +160,14 @@ def _read_object(source: Any) -> Points:
     return Points(coord, color[:, :3])
 
 
-def _read_file(path: Path) -> Points | Any:
+def _read_file(path: Path) -> Points | list[Surface]:
     suffix = path.suffix.lower()
+    if suffix in CONVERSIONS:
+        raise PointCloudError(f"files of type '{suffix}' are not read. {CONVERSIONS[suffix]}")
     if suffix not in _READERS:
-        remedy = next((text for text, suffixes in _REMEDIES.items() if suffix in suffixes), "convert it")
         raise PointCloudError(
             f"files of type '{printable(suffix) or '(no extension)'}' are not known. Expected one of "
-            f"{' '.join(READABLE_SUFFIXES)}; {remedy}, or pass its points as an array."
+            f"{' '.join(READABLE_SUFFIXES)}; convert it, or pass its points as an array."
         )
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty (0 bytes).")
@@ -197,27 +202,27 @@ def _unreadable(path: Path, suffix: str, error: BaseException) -> PointCloudErro
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
 
-def _sample_points(
-    points: Points, num_points: int, fill: np.ndarray, rng: np.random.Generator, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1]."""
+def _sample_points(points: Points, num_points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none."""
     coord, color, may_be_sparse = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
+    if color is not None and _is_all_nan(color):  # columns that are named, but empty
+        color = None
     coord = np.ascontiguousarray(coord)  # otherwise all that follows is several times slower
     color = None if color is None else np.ascontiguousarray(color)
     if not (np.isfinite(coord).all() and (color is None or np.isfinite(color).all())):
         good = np.isfinite(coord).all(axis=1)
         if color is not None:
             good &= np.isfinite(color).all(axis=1)
-        report_dropped(good, "points", name, max_share=1 if may_be_sparse else MAX_BAD_SHARE)
+        report_dropped(good, "points", max_share=1 if may_be_sparse else MAX_BAD_SHARE)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
     chosen = _choose(len(coord), num_points, rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:
-        return coord, np.tile(fill, (num_points, 1))
+        return coord, np.full((num_points, 3), np.nan)
     color = color[chosen] if scale == 1 else color[chosen] / scale
     return coord, np.clip(color, 0, 1)
 
@@ -278,4 +283,4 @@ def _normalize(coord: np.ndarray) -> np.ndarray:
     return (columns / largest).T
 
 
-__all__ = ["READABLE_SUFFIXES", "PointCloudError", "load_point_cloud"]
+__all__ = ["READABLE_SUFFIXES", "PointCloudError", "is_readable", "load_point_cloud"]
