@@ -532,7 +532,7 @@ def test_version_one_and_truncated_binaries(tmp_path):
     path.write_bytes(content[: len(content) - 20])
     refused(path, "truncated")
     path.write_bytes(b'{"asset": ' + b"[" * 100_000)
-    refused(path, "cannot be read as .glb")
+    refused(path, "nested too deeply")
 
 
 @pytest.mark.parametrize(
