@@ -334,7 +334,7 @@ def test_gz_holds_any_format(tmp_path):
 
 
 def test_formats_that_are_not_read_say_how_to_convert(tmp_path):
-    for suffix, remedy in ((".step", "CAD"), (".wrl", "Blender")):
+    for suffix, remedy in ((".step", "CAD"), (".wrl", "Blender"), (".spz", "uncompressed"), (".XLSX", "csv")):
         (tmp_path / f"a{suffix}").write_text("x")
         with pytest.raises(PointCloudError, match=remedy):
             load_point_cloud(tmp_path / f"a{suffix}")
