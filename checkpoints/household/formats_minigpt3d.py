@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, import_reader
+from .readers_minigpt3d import PointCloudError, check_zip, import_reader
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -45,6 +45,8 @@ _DIFFUSE, _BASE_COLOR = 1, 12  # kinds of textures
 
 def _read_assimp(path: Path) -> list[Surface]:
     assimp = import_reader("assimp_py", "assimp-py")
+    if path.suffix.lower() == ".zae":
+        check_zip(path)
     try:
         scene = assimp.import_file(str(path), assimp.Process_Triangulate | assimp.Process_SortByPType)
     except (RuntimeError, ValueError) as error:
