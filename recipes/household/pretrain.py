@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, run_script
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
@@ -40,7 +40,6 @@ from minigpt3d.processing_minigpt3d import (
 
 from .build_data import NUM_POINTS, read_metadata
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
-from .command_line import run_command
 from .procedural import make_object
 from .views import augment_views, color_shares, group_views
 
@@ -533,7 +532,7 @@ def main(argv: list[str] | None = None):
     def action(options: PretrainOptions):
         print(json.dumps(pretrain(options), indent=1))
 
-    run_command(action, PretrainOptions, __doc__, "minigpt3d.recipes.household.pretrain", argv)
+    run_script(action, PretrainOptions, argv, __doc__, "minigpt3d.recipes.household.pretrain")
 
 
 if __name__ == "__main__":
