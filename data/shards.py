@@ -222,7 +222,7 @@ def write_shard(shard: Shard, reading: dict) -> dict:
                 warnings.simplefilter("ignore")
                 cloud = load_point_cloud(entry.path, NUM_POINTS, **reading)
         except Exception as error:  # a reader may raise anything; one file must not end the run
-            broken.append(f"object_id {entry.object_id!r}: {' '.join(str(error).split())[:200]}")
+            broken.append(f"object_id {entry.object_id!r}: {one_line(error)[:200]}")
             continue
         coord, color = encode_cloud(cloud)
         max_error = max(max_error, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max()))

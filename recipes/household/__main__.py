@@ -21,11 +21,12 @@ import torch
 
 from minigpt3d.arguments import option, run_script
 from minigpt3d.conversion import verification
+from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.files import write_json, written_whole
 from minigpt3d.hub import load_model, save_pretrained
 
-from .build_data import SOURCES, build
+from .build_data import build
 from .heldout import write_heldout
 from .recipe_card import write_model_card
 from .stage_scores import evaluate_models, to_table
