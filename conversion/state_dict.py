@@ -7,7 +7,7 @@ import torch
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
-from .accounting import Account, Origin, account, converted_shape
+from .accounting import Account, account, converted_shape
 from .lora import lora_scale
 from .names import File
 
@@ -39,11 +39,10 @@ def convert_state_dict(
     accounted = account({file: shapes}, expected, are_equal=are_equal)
     reader = Reader(accounted, config, expected, lambda slot, key: state_dict[key])
     names = [*expected, *([] if merge_lora else accounted.lora)]
-    return {name: _like(reader(name, merge_lora), state_dict, accounted.origins.get(name)) for name in names}
-
-
-def _like(tensor: torch.Tensor, state_dict: dict[str, torch.Tensor], origin: Origin | None) -> torch.Tensor:
-    return tensor if origin is None else tensor.to(state_dict[origin.keys[0]].dtype)
+    result = {name: reader(name, merge_lora) for name in names}
+    for name in result.keys() & accounted.origins.keys():  # merged weights are float32
+        result[name] = result[name].to(state_dict[accounted.origins[name].keys[0]].dtype)
+    return result
 
 
 def expected_shapes(config: MiniGPT3DConfig, part: str = "") -> dict[str, torch.Size]:
