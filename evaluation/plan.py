@@ -10,7 +10,7 @@ import numpy as np
 
 from .conditions import CORRUPTION_CONDITIONS
 from .judges import EndpointJudge, Judge, LocalJudge
-from .likelihood import check_answers
+from .likelihood import check_texts
 from .metrics import PROMPTS
 from .metrics.closed_set import class_namer
 from .objects import EvalObject, read_objects
@@ -318,6 +318,6 @@ def _check_texts(plan: Evaluation):
     if "closed_set_accuracy" in plan.metrics and plan.labelled:
         class_namer(**plan.classes("label"))
     if plan.has_likelihoods:
-        check_answers([name for names in plan.suite.classes.values() for name in names], plan.suite.phrases)
+        check_texts([name for names in plan.suite.classes.values() for name in names], plan.suite.phrases)
     elif plan.options.phrase:
         raise ValueError("`phrase`: likelihoods need a closed set of classes and a model.")
