@@ -629,7 +629,7 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     # And with other settings, which is refused.
     assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
-    assert "holds answers with seed 0, but now it is 1" in capsys.readouterr().err
+    assert "answers with seed 0, but now it is 1" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
@@ -693,7 +693,7 @@ def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_
         template.write_text(template.read_text().replace("[INST]", "[ASK]"))
     before = sorted((out / "answers").glob("*"))[0].read_bytes()
     assert run_command(*arguments, *change) == 1
-    assert f"holds answers with {name} " in capsys.readouterr().err
+    assert f"answers with {name} " in capsys.readouterr().err
     assert sorted((out / "answers").glob("*"))[0].read_bytes() == before
     for folder in ("answers", "likelihood"):
         shutil.rmtree(out / folder)
@@ -706,7 +706,7 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
     with RunFolder(out).locked():
         assert run_command(*arguments) == 1
-    assert f"--out {out}: another process is working in it" in capsys.readouterr().err
+    assert f"--out {out}: another process is using it" in capsys.readouterr().err
     assert not (out / "answers").exists()
 
 
@@ -1129,4 +1129,4 @@ def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     (tmp_path / "results.json").write_text("{}")
     assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", tmp_path) == 1
-    assert "holds other things than an evaluation" in capsys.readouterr().err
+    assert "other files than an evaluation" in capsys.readouterr().err

@@ -201,19 +201,19 @@ def test_it_is_told_whose_prompt_judged(tmp_path):
     """Published scores are of PointLLM's, which do not come along."""
     folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
     notes = " ".join(tables(folders[0])["objaverse", QWEN].notes)
-    assert "with PointLLM's prompts, user with a prompt of the user's: only scores by the same prompt" in notes
+    assert "with PointLLM's prompts, user with a prompt of the user" in notes
     judge = read_results(folders[1])["judge"]
     judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(PROMPTS["open_vocabulary_accuracy"])
     change_results(folders[1], judge=judge)
     notes = " ".join(tables(*folders)["objaverse", QWEN].notes)
-    assert "prompts, user with a prompt of the user's, rubric with this project's own prompt: only" in notes
+    assert "prompts, user with a prompt of the user, rubric with this project's prompt" in notes
     # Of captions, details were judged with ours, and what is published with the user's.
     caption = judged_run(tmp_path / "caption", suite="caption", num=4, name="caption")
     judge = read_results(caption)["judge"]
     judge["prompts"] |= {"hallucination": hash_prompt(PROMPTS["hallucination"]), "of_another_version": "0"}
     change_results(caption, judge=judge)
     notes = " ".join(tables(caption)["caption", QWEN].notes)
-    assert "prompts, caption with a prompt of the user's: only" in notes
+    assert "prompts, caption with a prompt of the user: only" in notes
 
 
 def test_published_captions_of_gpt4(tmp_path):
@@ -245,7 +245,7 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
     rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if (row["object_id"], row["question"]) != ("0003", "completion")]
     (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    with pytest.raises(ValueError, match="objects.jsonl is damaged: it holds 19 of 20 scores for open_vocabulary_acc"):
+    with pytest.raises(ValueError, match="objects.jsonl is damaged: .* 19 of 20 scores for open_vocabulary_acc"):
         compare([folder])
     scores = read_results(folder)["scores"]
     for score in scores:

@@ -133,7 +133,7 @@ def test_judged_run(tmp_path):
     assert "2 of 200 could not be read for open-vocabulary accuracy" in markdown and "count as wrong" in markdown
     assert "open_vocabulary_accuracy sha256 bbbbbbbbbbbbbbbb" in markdown and "cost unknown" in markdown
     assert "200 replies, 4 of them cut off, 196 sampled" in markdown
-    assert "judge's own name | Qwen2-72B-Instruct" in markdown
+    assert "judge as served | Qwen2-72B-Instruct" in markdown
     assert "Classes" not in markdown  # each object has a name of its own
     assert "T#the same" in page.text and "F#another" in page.text
 
