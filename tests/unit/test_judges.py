@@ -1,4 +1,4 @@
-"""Judges: an endpoint on loopback that fails in every known way, and a tiny local chat model."""
+"""Judges: a local endpoint with all known failures, and a tiny local chat model."""
 
 import json
 import os
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Endpoint:
-    """Replies "reply to PROMPT" until `answer` is set: (request, how often its prompt was asked) → answer."""
+    """Replies "reply to PROMPT" unless `answer` is set: (request, how often its prompt was asked) → answer."""
 
     def __init__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -112,7 +112,7 @@ class Endpoint:
         return completion(f"reply to {request.prompt}")
 
     def asked(self) -> Counter:
-        """How often each prompt was."""
+        """Number of requests by prompt."""
         return Counter(request.prompt for request in self.requests)
 
 
@@ -153,7 +153,7 @@ def replies_to(prompts: list[str]) -> list[str]:
 
 
 def read_entries(folder: Path) -> list[dict]:
-    """Everything in a cache. Nothing else may lie there."""
+    """All files of a cache, which must be entries."""
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
@@ -163,7 +163,7 @@ def read_entries(folder: Path) -> list[dict]:
 def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
     others_replied = threading.Barrier(4)
 
-    def the_first_last(request, nth):
+    def reply_to_3_last(request, nth):
         if request.prompt != "3":
             others_replied.wait(10) if request.prompt in "012" else None
             return completion(f"reply to {request.prompt}")
@@ -171,7 +171,7 @@ def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
         time.sleep(0.1)
         return completion("reply to 3")
 
-    endpoint.answer = the_first_last
+    endpoint.answer = reply_to_3_last
     prompts = list("3012465")
     assert make_judge(concurrency=4)(prompts) == replies_to(prompts)
 
@@ -194,12 +194,12 @@ def test_equal_prompts_are_asked_once(endpoint, make_judge):
     assert endpoint.asked() == {"a": 1, "b": 1}
 
 
-def test_the_limit_of_requests_at_a_time_is_kept_and_used(endpoint, make_judge):
+def test_concurrency(endpoint, make_judge):
     three = threading.Barrier(3)
 
     def together(request, nth):
         three.wait(10)
-        time.sleep(0.05)  # in which a fourth would come
+        time.sleep(0.05)  # in this time a fourth request would come
         return completion()
 
     endpoint.answer = together
@@ -207,7 +207,7 @@ def test_the_limit_of_requests_at_a_time_is_kept_and_used(endpoint, make_judge):
     assert endpoint.most_active == 3
 
 
-def test_requests_per_minute_are_kept(endpoint, make_judge):
+def test_requests_per_minute(endpoint, make_judge):
     judge, interval = make_judge(requests_per_minute=600, concurrency=6), 0.1
     endpoint.answer = lambda request, nth: refusal(500, "oops") if (request.prompt, nth) == ("1", 1) else completion()
     begin = time.monotonic()
@@ -232,7 +232,7 @@ def test_requests_per_minute_are_kept(endpoint, make_judge):
     ],
 )
 def test_replies_without_text_or_cut_off(endpoint, make_judge, tmp_path, answer, reply):
-    """A run asks once. The next run asks again if no text came without a reason, as from a broken server."""
+    """A run asks once. The next run asks again if there is no text and no reason for that, as from a broken server."""
     endpoint.answer = lambda request, nth: answer
     judge = make_judge()
     assert judge(["a"]) == judge(["a"]) == [reply]
@@ -248,13 +248,13 @@ def test_replies_without_text_or_cut_off(endpoint, make_judge, tmp_path, answer,
 
 
 def test_thoughts_are_cached_but_not_returned(endpoint, make_judge, tmp_path):
-    """With or without the mark that begins one: some templates have it in the prompt."""
+    """With or without the mark at the start, which some templates put into the prompt."""
     quoted = 'F#the answer says "</think>T#the same"'
     replies = {
         "a": ("<think>\nF#? No.\n</think>\n\nT#the same", "T#the same"),
         "b": ("It may be.\n</think>T#so", "T#so"),
         "c": ("<think>F#", "<think>F#"),
-        "d": (quoted, quoted),  # an answer that a judge quotes must not change its verdict
+        "d": (quoted, quoted),  # a quoted answer must not change the verdict
         "e": (f"<think>{quoted}</think>F#no", f"<think>{quoted}</think>F#no"),
         "f": (" 85.5 # so </think> 3#", " 85.5 # so </think> 3#"),
     }
@@ -272,7 +272,7 @@ def test_half_an_emoji_is_replaced(endpoint, make_judge):
 
 
 def test_sum_up_counts_cached_and_new_replies(endpoint, make_judge, tmp_path):
-    """A run that was stopped and resumed on the next day."""
+    """As in a run that was resumed on another day."""
     make_judge()(["a", "b"])
     for path in (tmp_path / "cache").iterdir():
         path.write_text(path.read_text().replace(date.today().isoformat(), "2026-01-31"))
@@ -288,7 +288,7 @@ def test_sum_up_counts_cached_and_new_replies(endpoint, make_judge, tmp_path):
 
 
 def test_sum_up_names_the_endpoint_that_replied(endpoint, make_judge):
-    """And not the one that would have been asked."""
+    """Not the one that this run would have asked."""
     elsewhere = "http://someone:secret@127.0.0.2:9/v1?token=secret"
     make_judge()(["a", "b"])
     judge = make_judge(url=elsewhere)
@@ -329,7 +329,7 @@ def test_unknown_tokens_make_the_sum_unknown(endpoint, make_judge, tokens, known
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_judge, tmp_path):
+def test_only_equal_requests_use_the_cache(endpoint, make_judge, tmp_path):
     prompts = ["a", "b"]
     make_judge(concurrency=2, timeout=5)(prompts)
     again = make_judge()
@@ -400,7 +400,7 @@ def test_killed_run_resumes_without_asking_twice(endpoint, make_judge, tmp_path)
 
     endpoint.answer = seven_then_silence
     run = subprocess.Popen([sys.executable, "-c", ASK, endpoint.url, str(tmp_path / "cache"), *prompts])
-    # Both threads ask anew, so they have kept what they got.
+    # Both threads have sent new requests, so their replies are written.
     came = arrived.acquire(timeout=60) and arrived.acquire(timeout=60)
     run.send_signal(signal.SIGKILL)
     assert came and run.wait(10) == -signal.SIGKILL
@@ -509,7 +509,7 @@ def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
 @pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
 def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
     def slow_page(request, nth):
-        time.sleep(0.01)  # so that the main thread can stop the others before they try the next prompt in vain, too
+        time.sleep(0.01)  # so that the main thread can stop the others before their next prompt fails
         return Answer(b"<html>no API here</html>")
 
     endpoint.answer = slow_page
@@ -518,7 +518,7 @@ def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
         pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
-    # Each thread may have begun with one more.
+    # Each thread may have begun one more prompt.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
     assert len(warned) == 1, [str(warning.message) for warning in warned]
 
@@ -563,7 +563,7 @@ def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, 
 
 
 def refuses(name: str, status: int) -> Answer:
-    """As OpenAI or, with 422, Mistral says it."""
+    """In the words of OpenAI or, with 422, of Mistral."""
     if status == 422:
         return Answer(json.dumps({"detail": [{"loc": ["body", name], "type": "extra_forbidden"}]}).encode(), 422)
     message = f"Unsupported parameter: '{name}' is not supported with this model."
@@ -588,7 +588,7 @@ def test_refused_settings_are_left_out_or_renamed(endpoint, make_judge, refused,
     prompts = [str(i) for i in range(20)]
     judge = make_judge(concurrency=4)
     assert judge(prompts) == replies_to(prompts)
-    # Each of four threads is refused at most once per setting, and the limit on the reply's length is never dropped.
+    # Each of four threads is refused at most once per setting; the limit on the reply's length is kept.
     assert len(endpoint.requests) <= 20 + 4 * len(refused)
     assert all({"max_tokens", "max_completion_tokens"} & request.body.keys() for request in endpoint.requests)
     sent = endpoint.requests[-1].body
@@ -597,7 +597,7 @@ def test_refused_settings_are_left_out_or_renamed(endpoint, make_judge, refused,
     judge(["one more"])
     again = make_judge()
     assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == num_requests + 1
-    # Without temperature 0 another run's replies would differ, which its results say, from the cache, too.
+    # Replies without temperature 0 would differ in another run; results count them, cached ones too.
     assert again.sum_up()["sampled"] == (20 if "temperature" in refused else 0)
 
 
@@ -653,7 +653,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(endpoint, make_judge, tmp_path
 
     endpoint.answer = interrupt
     begin = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt):
             make_judge(concurrency=2)(list("abcdef"))
@@ -719,7 +719,7 @@ LOCAL_MAX_TOKENS = 12
 
 
 def greedy(model, tokenizer, prompt: str) -> list[int]:
-    """The tokens of the reply, by one complete forward pass for each."""
+    """The tokens of the reply, with a complete forward pass per token."""
     ids = tokenizer(f"<user>{prompt}<end><assistant>", return_tensors="pt").input_ids
     start, ends = ids.shape[1], model.generation_config.eos_token_id
     while ids.shape[1] < start + LOCAL_MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
