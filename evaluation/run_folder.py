@@ -27,7 +27,7 @@ from .results import SCHEMA, Results, ScoredAnswer, values_of
 from .suites import METRICS
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions are recorded
+PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # their versions are recorded
 _REPAIR = "Delete this file and run `minigpt3d evaluate` again: answers are kept, only scores are computed again."
 
 
@@ -225,17 +225,14 @@ class RunFolder:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            schema = content.get("schema") if isinstance(content, dict) else None
-            results = Results.from_json(content) if schema == SCHEMA else None
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']!r}, of another version")
+            return Results.from_json(content)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_REPAIR}") from error
-        if schema is None:
             raise ValueError(
-                f"{path} is of another program: expected what `minigpt3d evaluate` writes. Give the folder of a run."
-            )
-        if results is None:
-            raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema!r}, of another version. {_REPAIR}")
-        return results
+                f"{path}: expected schema {SCHEMA} as `minigpt3d evaluate` writes it, got {error!r}. Give the folder of a run. "
+                f"{_REPAIR}"
+            ) from error
 
     def read_objects(self) -> list[ScoredAnswer]:
         """

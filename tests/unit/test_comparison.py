@@ -375,7 +375,7 @@ def test_nothing_to_compare(runs, tmp_path):
     with pytest.raises(ValueError, match="has no results.json"):
         compare([runs["a"], tmp_path])
     (tmp_path / "results.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="results.json is of another program: .* Give the folder of a run"):
+    with pytest.raises(ValueError, match="results.json: expected schema 2 .* Give the folder of a run"):
         compare([runs["a"], tmp_path])
 
 
