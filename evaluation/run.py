@@ -29,20 +29,19 @@ def evaluate(
     judge: Judge | None = None,
     report: Callable[[str], None] = print,
 ) -> Results | None:
-    """Evaluate a model or another program's answers; what the folder already holds is not done again.
+    """Evaluate a model or another program's answers. What the folder already contains is not computed again.
 
     Args:
-        options: what and how.
-        command: that repeats this run, for the report.
+        command: the command line of this run, for the report.
         name: of the model in the report (default: its Hub id, or the name of its folder).
-        judge: instead of the one that the options describe.
+        judge: replaces the judge of the options.
         report: called with messages for the user.
 
     Returns:
-        What results.json holds; None on all processes but the first.
+        The content of results.json; None on all processes but the first.
 
     Raises:
-        ValueError: something is wrong with the options or the files, mostly before anything heavy.
+        ValueError: options or files are invalid; most are checked before any heavy work.
         ImportError: a package is missing.
     """
     plan = make_plan(options, judge)
@@ -77,10 +76,10 @@ def evaluate(
 
 
 def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> dict:
-    """All fields of `Results` that are no scores: how the run was made."""
+    """The fields of `Results` other than scores: how the run was made."""
     settings, suite = asked.settings, plan.suite
     encoders = {metric: plan.encoder(metric) for metric in plan.metrics if "/" in METRICS[metric].needs}
-    labels = {each.label for each in plan.labelled}
+    labels = {item.label for item in plan.labelled}
     return asked.history | {
         "suite": suite.name,
         "title": suite.title,
@@ -91,7 +90,7 @@ def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> d
         "batch_size": settings.batch_size,
         "questions": {question.name: question.prompt for question in suite.questions},
         "generation": _sum_up(lines),
-        "encoders": {metric: Path(each).resolve().name if Path(each).exists() else each for metric, each in encoders.items()},
+        "encoders": {metric: Path(name).resolve().name if Path(name).exists() else name for metric, name in encoders.items()},
         "judge": _describe_judge(plan),
         "dataset": Dataset(suite.name, len(plan.objects), plan.available, settings.dataset, len(labels)),
         "not_scored": plan.not_scored,
@@ -133,7 +132,7 @@ def _report_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int],
 
 
 def _report_judge(plan: Evaluation, answers: Answers, report: Callable[[str], None]):
-    """How many questions the judge gets, and whose scores it replaces."""
+    """Report how many questions the judge gets, and which judge's scores are replaced."""
     if plan.judge is None:
         return
     if others := {judge for judge in plan.earlier_judges.values() if judge} - {plan.judge.name}:
@@ -145,7 +144,7 @@ def _report_judge(plan: Evaluation, answers: Answers, report: Callable[[str], No
         question.name: len({METRICS[name].prompt for name in question.metrics if name in judged})
         for question in plan.suite.questions
     }
-    # Answers about objects as they are count twice: each is also compared with another object.
+    # Answers about objects as they are count twice: each is also scored against another object.
     count = sum(
         prompts[name] * len(lines) * (1 + (condition == SEEING)) for (name, condition), lines in answers.items()
     )
@@ -155,7 +154,7 @@ def _report_judge(plan: Evaluation, answers: Answers, report: Callable[[str], No
 def _report_mute_judge(plan: Evaluation, results: Results, report: Callable[[str], None]):
     if mute := sorted({score.about.title for score in results.seeing if score.is_mute}):
         report(
-            f"{plan.judge.name} gave no readable verdict on {', '.join(mute)}, which says nothing about the model. Use another "
-            "judge; one that thinks before it replies needs more `judge_max_tokens`. If the server was at fault, run again: "
-            f"replies without text are asked for again. Other replies are kept: delete {plan.judge.cache_dir} before."
+            f"{plan.judge.name} gave no readable verdict on {', '.join(mute)}, so these scores say nothing about the model. Use "
+            "another judge; one that thinks before it replies needs more `judge_max_tokens`. If the server was at fault, run "
+            f"again: replies without text are asked for again. To ask for all again, delete {plan.judge.cache_dir}."
         )

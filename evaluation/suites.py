@@ -1,6 +1,6 @@
-"""The suites as a table: what is asked about which objects, and which metrics score the answers. Paper: §4.
+"""The suites and metrics as tables: questions, classes, decoding, and the metrics of each question. Paper: §4.
 
-One row per suite. Prompts and decoding are those of the paper's benchmarks: `DECODING` is the default, `GREEDY` the option.
+Prompts and decoding are those of the paper's benchmarks: `DECODING` is the default, `GREEDY` an option.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from .vocabulary.kinds import KINDS
 DECODING = {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
 GREEDY = {"num_beams": 1, "do_sample": False}
 
-# What a model is shown, see `conditions`: the objects as they are, and controls, whose names in reports follow. Under SHUFFLED,
-# the answer about an object as it is gets scored against another object.
+# Conditions, see `conditions`: objects as they are, and controls with their names in reports. Under SHUFFLED, the answers about
+# objects as they are (SEEING) are scored against other objects.
 SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
 CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
 
@@ -139,8 +139,7 @@ class Suite:
     has_color: bool = True
 
 
-# Forms of an answer. Their likelihoods are added up per class, so a form that the model was never taught costs nothing
-# beside one that it uses. Both articles stand here because each fits other names.
+# Forms of an answer, whose likelihoods are added up per class (see `likelihood`). Some class names need "a", others "an".
 PLAIN_PHRASES = ("{}", "This is a {}.", "This is an {}.", "A 3D model of a {}.", "A 3D model of an {}.")
 COLOR_PHRASES = tuple(f"This is {with_article(color)} {{}}." for color in COLORS)
 
@@ -189,7 +188,7 @@ HOUSEHOLD = Suite(
         Question("caption", CAPTION_PROMPT, (*OVERLAP, *JUDGED_CAPTION, *ENCODED)),
     ),
     max_new_tokens=100,
-    # A kind has several names; the most likely one counts.
+    # A kind has several names; the most likely one is used.
     classes={kind: tuple(answers) for kind, answers in KINDS.items()},
     # The form that the checkpoint was trained on, with any color.
     phrases=COLOR_PHRASES,
