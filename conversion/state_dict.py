@@ -8,7 +8,7 @@ from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .accounting import Account, account, converted_shape
-from .lora import lora_scale
+from .lora import lora_scale, merge_lora_factors
 from .names import File
 
 
@@ -101,8 +101,3 @@ def convert_tensor(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConf
 def fuse_attention(parts: list[torch.Tensor], num_heads: int) -> torch.Tensor:
     """q, k, v of shape (D, ...) each → (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's."""
     return torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
-def merge_lora_factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + alpha/r · B A, in float32."""
-    return weight.float() + scale * (lora_b.float() @ lora_a.float())

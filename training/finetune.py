@@ -1,6 +1,6 @@
 """Your own objects: train a finished model on the output of `minigpt3d pack --from`.
 
-accelerate launch training/finetune.py --init org/minigpt3d --data packed --output_dir mine
+accelerate launch training/finetune.py --init MODEL --data packed --output_dir mine
 """
 
 from minigpt3d.training.command import main
