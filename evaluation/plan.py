@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.hub import is_hub_id
+
 from .conditions import CORRUPTION_CONDITIONS
 from .judges import EndpointJudge, Judge, LocalJudge
 from .likelihood import check_texts
@@ -204,11 +206,14 @@ def _make_judge(options: EvaluateOptions) -> Judge | None:
     cache = options.judge_cache or options.out / "judge"
     limits = {name: getattr(options, f"judge_{name}") for name in ("max_tokens", "concurrency", "timeout")}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if options.judge_url is None:
-        return LocalJudge(options.judge, cache, options.device, **limits)
-    price = None if options.judge_price is None else tuple(options.judge_price)
-    settings = {"requests_per_minute": options.judge_rpm, "price": price}
-    return EndpointJudge(options.judge, options.judge_url, cache, **settings, **limits)
+    try:
+        if options.judge_url is None:
+            return LocalJudge(options.judge, cache, options.device, **limits)
+        price = None if options.judge_price is None else tuple(options.judge_price)
+        settings = {"requests_per_minute": options.judge_rpm, "price": price}
+        return EndpointJudge(options.judge, options.judge_url, cache, **settings, **limits)
+    except ValueError as error:  # arguments of a judge have other names here
+        raise ValueError(str(error).replace("`model`", "`judge`").replace("`url`", "`judge_url`")) from error
 
 
 def _adapt_suite(options: EvaluateOptions, objects: dict[str, EvalObject]) -> Suite:
@@ -261,7 +266,7 @@ def _find_problem(plan: Evaluation, name: str) -> str | None:
         return "needs WordNet (python -m nltk.downloader wordnet)"
     if "/" in needs:
         encoder = plan.encoder(name)
-        if encoder.count("/") != 1 and not Path(encoder).is_dir():
+        if not is_hub_id(encoder) and not Path(encoder).is_dir():
             return f"has no encoder {encoder}: give a folder, or a model's name on the Hub, such as {needs}"
         if name not in (*options.metrics, *options.encoders):
             return f"downloads an encoder, {needs} (`{name}` {needs}, or a folder)"

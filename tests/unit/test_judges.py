@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minigpt3d.cli.main import main
 from minigpt3d.evaluation.judges import (
     MAX_TOKENS,
     EndpointJudge,
@@ -824,3 +825,10 @@ def test_local_model_must_be_a_chat_model(chat_model, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="base has no chat template"):
         LocalJudge(tmp_path / "base", tmp_path)
+
+
+def test_a_wrong_judge_is_named_by_its_flag(tmp_path, capsys):
+    for judge, flag in ((["nosuch/model"], "--judge"), (["m", "--judge-url", "ftp://x"], "--judge-url")):
+        command = ["evaluate", "household", "--out", str(tmp_path / "out"), "--limit", "2", "--judge", *judge]
+        assert main(command) == 1
+        assert f"{flag} " in capsys.readouterr().err
