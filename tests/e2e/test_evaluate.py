@@ -778,7 +778,7 @@ def test_a_judge_without_verdicts_is_reported(own_objects, model_dir, tmp_path, 
     judge = Mute("m", tmp_path / "judge", {"model": "m"})
     results = evaluate(options, judge=judge, report=messages.append)
     (words,) = (line for line in messages if "m gave no readable verdict on caption score" in line)
-    assert f"Other replies are kept: delete {tmp_path / 'judge'} before" in words
+    assert f"delete {tmp_path / 'judge'}" in words
     assert set(results.judge.prompts) == {"caption_score"}  # the only prompt in use
     assert "So this score says nothing about the model" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
@@ -994,7 +994,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
         (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
         (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
-        (["household", "--phrase", "a thing"], "answers must hold {} once"),
+        (["household", "--phrase", "a thing"], "--phrase must contain {} once"),
         (
             ["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"],
             "--phrase: likelihoods need a closed set",
@@ -1127,7 +1127,7 @@ def test_up_axis_and_missing_color(tmp_path, capsys, monkeypatch):
     assert "--up-axis and --missing-color are for your own files" in capsys.readouterr().err
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "packed.json").write_text("{}")
-    with pytest.raises(ValueError, match="packed data are turned and colored already"):
+    with pytest.raises(ValueError, match="packed data .*`up_axis` and `missing_color`"):
         read_own(str(tmp_path / "packed"), reading)
 
 
