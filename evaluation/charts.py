@@ -8,8 +8,9 @@ from PIL import Image
 
 from minigpt3d.model_card.words import scaled
 
+from .metrics.table import METRICS
 from .results import Results, Score, as_corruption
-from .suites import BLIND, CONTROLS, METRICS, NO_COLOR, SEEING, SHUFFLED
+from .suites import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 
 
 # Okabe and Ito's palette for color-blind readers. A condition has the same color in every picture.

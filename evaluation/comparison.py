@@ -14,10 +14,10 @@ import numpy as np
 from minigpt3d.model_card.words import escaped, interval, markdown_table, number, same_judge
 
 from .metrics import PROMPTS
+from .metrics.table import METRICS
 from .results import Results, ScoredAnswer, hash_prompt, values_of
 from .run_folder import RunFolder
 from .statistics import bootstrap, holm, in_words, paired_difference
-from .suites import METRICS
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")

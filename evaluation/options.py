@@ -7,7 +7,8 @@ from typing import Literal
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
 from minigpt3d.messages import one_line
 
-from .suites import JUDGE_PROMPTS, SUITES
+from .metrics.table import JUDGE_PROMPTS
+from .suites import SUITES
 
 
 # What `data` must be; household needs none.

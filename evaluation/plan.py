@@ -11,14 +11,15 @@ import numpy as np
 from minigpt3d.hub import is_hub_id
 
 from .conditions import CORRUPTION_CONDITIONS
-from .judges import EndpointJudge, Judge, LocalJudge
+from .judges import Judge, make_judge
 from .likelihood import check_texts
 from .metrics import PROMPTS
 from .metrics.closed_set import class_namer
+from .metrics.table import METRICS, Metric
 from .objects import EvalObject, read_objects
 from .options import EvaluateOptions
 from .run_folder import RunFolder
-from .suites import BLIND, METRICS, NO_COLOR, SEEING, SHUFFLED, SUITES, Metric, Question, Suite
+from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED, SUITES, Question, Suite
 from .vocabulary.colors import COLORS, OTHER_WORDS
 from .vocabulary.kinds import KINDS, answer_nouns
 
@@ -192,28 +193,12 @@ def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluatio
     available = read_objects(options)
     objects = {item.object_id: item for item in available[: options.limit]}
     suite = _adapt_suite(options, objects)
-    plan = Evaluation(options, suite, objects, [], judge or _make_judge(options), judge_prompts, len(available))
+    plan = Evaluation(options, suite, objects, [], judge or make_judge(options), judge_prompts, len(available))
     plan.earlier_judges = folder.earlier_judges()
     _choose_metrics(plan)
     _check_judge(plan)
     _check_texts(plan)
     return plan
-
-
-def _make_judge(options: EvaluateOptions) -> Judge | None:
-    if options.judge is None:
-        return None
-    cache = options.judge_cache or options.out / "judge"
-    limits = {name: getattr(options, f"judge_{name}") for name in ("max_tokens", "concurrency", "timeout")}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    try:
-        if options.judge_url is None:
-            return LocalJudge(options.judge, cache, options.device, **limits)
-        price = None if options.judge_price is None else tuple(options.judge_price)
-        settings = {"requests_per_minute": options.judge_rpm, "price": price}
-        return EndpointJudge(options.judge, options.judge_url, cache, **settings, **limits)
-    except ValueError as error:  # arguments of a judge have other names here
-        raise ValueError(str(error).replace("`model`", "`judge`").replace("`url`", "`judge_url`")) from error
 
 
 def _adapt_suite(options: EvaluateOptions, objects: dict[str, EvalObject]) -> Suite:

@@ -17,9 +17,10 @@ from minigpt3d.files import write_bytes
 from minigpt3d.model_card.words import escaped, interval, markdown_table, number
 
 from .charts import draw_cloud, draw_confusion, draw_robustness, draw_scores
+from .metrics.table import METRICS
 from .results import Classes, JudgeFacts, Results, Score, ScoredAnswer, as_corruption, values_of
 from .statistics import SIGNIFICANT, bootstrap, wilson
-from .suites import BLIND, CONTROLS, METRICS, NO_COLOR, SEEING, SHUFFLED
+from .suites import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 
 
 NUM_SHOWN = 10  # best and worst objects

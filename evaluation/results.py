@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 
 from minigpt3d.model_card.words import interval, number, same_judge
 
+from .metrics.table import METRICS, Metric
 from .statistics import CONFIDENCE, SIGNIFICANT
-from .suites import METRICS, SEEING, SUITES, Metric
+from .suites import SEEING, SUITES
 
 
 SCHEMA = 2

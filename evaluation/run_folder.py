@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from minigpt3d.files import write_json, write_text
 
+from .metrics.table import METRICS
 from .results import SCHEMA, Results, ScoredAnswer, values_of
-from .suites import METRICS
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # their versions are recorded

@@ -4,10 +4,11 @@ import numpy as np
 
 from . import metrics
 from .likelihood import rank_classes
+from .metrics.table import METRICS, Metric
 from .plan import Answers, Evaluation
 from .results import Classes, Score, ScoredAnswer, Test
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
-from .suites import CONTROLS, METRICS, SEEING, SHUFFLED, Metric, Question
+from .suites import CONTROLS, SEEING, SHUFFLED, Question
 
 
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}

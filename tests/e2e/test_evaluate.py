@@ -24,13 +24,8 @@ from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
 from minigpt3d.evaluation.judges import Judge
-from minigpt3d.evaluation.objects import (
-    EvalObject,
-    read_household,
-    read_modelnet40,
-    read_objaverse,
-    read_own,
-)
+from minigpt3d.evaluation.metrics.table import METRICS
+from minigpt3d.evaluation.objects import EvalObject, read_household, read_modelnet40, read_objaverse, read_own
 from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
 from minigpt3d.evaluation.results import Score, ScoredAnswer
@@ -38,7 +33,7 @@ from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.run_folder import Lines, RunFolder, append_lines
 from minigpt3d.evaluation.score import compare_conditions, score_answers
 from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
-from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, MODELNET40_CLASSES, SUITES, Question
+from minigpt3d.evaluation.suites import DECODING, GREEDY, MODELNET40_CLASSES, SUITES, Question
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.hub import save_pretrained
@@ -776,7 +771,7 @@ def test_a_judge_without_verdicts_is_reported(own_objects, model_dir, tmp_path, 
     options = EvaluateOptions("own", tmp_path / "out", str(model_dir), data=str(own_objects), greedy=True,
                               metrics=["caption_score"])  # fmt: skip
     judge = Mute("m", tmp_path / "judge", {"model": "m"})
-    results = evaluate(options, judge=judge, report=messages.append)
+    results = evaluate(options, judge=judge, notify=messages.append)
     (words,) = (line for line in messages if "m gave no readable verdict on caption score" in line)
     assert f"delete {tmp_path / 'judge'}" in words
     assert set(results.judge.prompts) == {"caption_score"}  # the only prompt in use
@@ -843,7 +838,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     def run():
         judge = TestJudge("m", tmp_path / "out" / "judge", {"model": "m"}, price=(1e5, 1e5))
         options = EvaluateOptions(**shared, judge_prompt=[f"hallucination={tmp_path / 'prompt.txt'}"], judge="m")
-        return evaluate(options, judge=judge, report=messages.append)
+        return evaluate(options, judge=judge, notify=messages.append)
 
     messages = []
     first = run()
@@ -869,7 +864,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
         evaluate(EvaluateOptions(**shared))
     messages.clear()
     other = TestJudge("n", tmp_path / "n", {"model": "n"})
-    again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, report=messages.append)
+    again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, notify=messages.append)
     assert "scores by m are replaced by those of n; the replies are kept" in messages
     assert {score.judge for score in again.scores} == {None, "n"} and again.judge.files is None
 

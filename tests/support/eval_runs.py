@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.results import (
     Classes,
     Dataset,
@@ -18,7 +19,7 @@ from minigpt3d.evaluation.results import (
 )
 from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
-from minigpt3d.evaluation.suites import DECODING, METRICS, SUITES
+from minigpt3d.evaluation.suites import DECODING, SUITES
 
 
 # Number of the household's 100 validation objects by class.

@@ -16,7 +16,7 @@ import yaml
 
 from minigpt3d.evaluation import metrics
 from minigpt3d.evaluation.metrics import similarity
-from minigpt3d.evaluation.suites import JUDGE_PROMPTS
+from minigpt3d.evaluation.metrics.table import JUDGE_PROMPTS
 
 
 SPACES = Path(__file__).parents[2] / "evaluation" / "metrics" / "spaces"
