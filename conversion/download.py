@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download
 from huggingface_hub.file_download import http_get
 
+from minigpt3d.messages import one_line
+
 
 AUTHORS_ID = "YuanTang96/MiniGPT-3D"
 # A file of LAVIS, not on the Hub; it has been the same since 2023.
@@ -57,9 +59,9 @@ def find_release(revision: str | None = None) -> Download:
         info = HfApi().model_info(AUTHORS_ID, revision=revision, files_metadata=True)
         blip2_bytes = get_hf_file_metadata(BLIP2_URL, token=False).size or 0  # the Hub's token is not for others
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cannot ask for the released files: {reason}. Check the network, or give the paths of files that you have."
+            f"cannot ask for the released files: {one_line(error)[:200]}. Check the network, or give the paths of files "
+            "that you have."
         ) from error
     if not blip2_bytes:
         raise ValueError(
@@ -84,21 +86,15 @@ def fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
         ValueError: the connection broke; what was fetched is kept.
     """
     try:
-        return _fetch(download)
+        local = {path: Path(hf_hub_download(AUTHORS_ID, path, revision=download.revision)) for path in download.files}
+        paths = {"blip2": _fetch_blip2(download.blip2_bytes)}
     except Exception as error:  # each client under huggingface_hub has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"the download stopped: {reason}. Run it again to resume.") from error
-
-
-def _fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
-    local = {path: Path(hf_hub_download(AUTHORS_ID, path, revision=download.revision)) for path in download.files}
-    paths = {}
+        raise ValueError(f"the download stopped: {one_line(error)[:200]}. Run it again to resume.") from error
     for slot, path in PATHS.items():
         paths[slot] = next(p for name, p in local.items() if name.startswith(path))
         if path.endswith("/"):
             depth = next(name for name in local if name.startswith(path)).removeprefix(path).count("/")
             paths[slot] = paths[slot].parents[depth]
-    paths["blip2"] = _fetch_blip2(download.blip2_bytes)
     origins = {slot: f"{AUTHORS_ID}@{download.revision}/{path}" for slot, path in PATHS.items()}
     return paths, origins | {"blip2": BLIP2_URL}
 

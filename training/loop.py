@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minigpt3d.data.sources import fingerprint, open_sources
 from minigpt3d.hub import ADAPTER_DIR, ModelFiles, find_model, load_processor, public_name
-from minigpt3d.model_card import write_card
+from minigpt3d.model_card.card import write_card
 
 from .curves import draw_curves
 from .diagnosis import diagnose
@@ -332,7 +332,7 @@ def find_start(stage: Stage, options: RunOptions) -> ModelFiles:
         raise ValueError(
             f"Stage {stage.name} starts from the result of stage {stage.starts_from}, but `init` {options.init} is the "
             f"result of stage {start.stage['stage']}. Pass another model; to train a finished model on your own objects, "
-            "use training/finetune.py."
+            "use minigpt3d.training.finetune."
         )
     if options.push_to_hub:
         if (options.hub_every or not (options.export or stage.exports)) and Path(start.base).is_dir():

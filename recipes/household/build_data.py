@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minigpt3d.data.clouds import point_cloud_path
+from minigpt3d.data.records import SOURCES
+from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.colors import main_color
 from minigpt3d.evaluation.vocabulary.kinds import kind_of
 from minigpt3d.files import write_json, write_text
@@ -35,13 +38,6 @@ from .split import choose_validation, group_objects
 from .views import recolor
 
 
-NUM_POINTS = 8192
-SOURCES = {
-    "simple_description": "brief",
-    "detailed_description": "detailed",
-    "single_round": "single_round",
-    "multi_round": "multi_round",
-}
 # Half of all objects have no known kind. The others are shown more often, with twice as many texts.
 BRIEF_PER_OBJECT = {True: 6, False: 1}
 RECOLORED_PER_OBJECT = {True: 2, False: 0}
@@ -162,11 +158,11 @@ def write_release(items: list[Item], output: Path, seed: int) -> dict[str, int]:
     records = {source: [] for source in SOURCES.values()}
     for item in tqdm(items, desc="annotations", unit=""):
         if item.is_validation:
-            np.save(output / "validation" / f"{item.piece.object_id}_{NUM_POINTS}.npy", item.cloud)
+            np.save(point_cloud_path(output / "validation", item.piece.object_id), item.cloud)
             continue
         rng = np.random.default_rng([seed, *item.piece.object_id.encode()])
         for object_id, cloud in recolored_copies(item, rng).items():
-            np.save(output / "clouds" / f"{object_id}_{NUM_POINTS}.npy", cloud)
+            np.save(point_cloud_path(output / "clouds", object_id), cloud)
             for record in annotate_item(object_id, item, cloud, rng):
                 records[SOURCES[record["conversation_type"]]].append(record)
     for source, content in records.items():
@@ -177,18 +173,15 @@ def write_release(items: list[Item], output: Path, seed: int) -> dict[str, int]:
 
 
 def recolored_copies(item: Item, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The cloud and copies of it in other colors, by object id."""
+    """The cloud and copies of it in other colors, part by part, by object id."""
     clouds = {item.piece.object_id: item.cloud}
+    coord, color = item.cloud[:, :3], torch.from_numpy(item.cloud[None, :, 3:])
     for number in range(RECOLORED_PER_OBJECT[item.kind is not None]):
-        clouds[f"{item.piece.object_id}-r{number + 1}"] = recolored(item.cloud, int(rng.integers(2**31)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        new_color = recolor(color, torch.tensor([True]), generator)[0].numpy()
+        cloud = np.concatenate([coord, new_color], axis=1).astype(np.float32)
+        clouds[f"{item.piece.object_id}-r{number + 1}"] = cloud
     return clouds
-
-
-def recolored(cloud: np.ndarray, seed: int) -> np.ndarray:
-    """The same shape in other colors, part by part."""
-    generator = torch.Generator().manual_seed(seed)
-    color = recolor(torch.from_numpy(cloud[None, :, 3:]), torch.tensor([True]), generator)[0].numpy()
-    return np.concatenate([cloud[:, :3], color], axis=1).astype(np.float32)
 
 
 def annotate_item(object_id: str, item: Item, cloud: np.ndarray, rng: np.random.Generator) -> list[dict]:

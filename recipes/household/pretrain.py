@@ -24,8 +24,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, run_script
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
+from minigpt3d.data.clouds import point_cloud_path
 from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
 from minigpt3d.files import write_json
@@ -38,9 +39,8 @@ from minigpt3d.processing_minigpt3d import (
     prepare_tokenizer,
 )
 
-from .build_data import NUM_POINTS, read_metadata
+from .build_data import read_metadata
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
-from .command_line import run_command
 from .procedural import make_object
 from .views import augment_views, color_shares, group_views
 
@@ -133,7 +133,7 @@ def read_release(data_dir: Path) -> list[Object]:
     for row in read_metadata(data_dir):
         is_validation = row["split"] == "validation"
         folder = data_dir / ("validation" if is_validation else "clouds")
-        cloud = np.load(folder / f"{row['object_id']}_{NUM_POINTS}.npy")
+        cloud = np.load(point_cloud_path(folder, row["object_id"]))
         objects.append(Object(row["name"], row["kind"], row["category"], is_validation, cloud))
     return objects
 
@@ -254,27 +254,19 @@ def make_views(config: MiniGPT3DPointConfig, objects: list[Object], num_procedur
     categories = sorted({o.category for o in objects if not o.is_validation})
     kinds = [*KINDS, None]
 
-    neighborhoods, centers, targets, weights = [], [], [], []
-    for obj in tqdm(objects, desc="grouping", unit="", mininterval=5):
-        neighborhood, center = group_views(obj.cloud, config, CLOUD_POINTS, 1 if obj.is_validation else 16, rng)
+    def index_in(names: list[str], name: str | None) -> int:
+        return names.index(name) if name in names else -100
+
+    rows = [(o.cloud, 1 if o.is_validation else 16, o.kind, head_noun(o.name), o.category) for o in objects]
+    rows += [(cloud, 2, kind, noun, None) for noun, kind, cloud in procedural]
+    neighborhoods, centers, targets = [], [], []
+    for cloud, num_views, kind, noun, category in tqdm(rows, desc="grouping", unit="", mininterval=5):
+        neighborhood, center = group_views(cloud, config, CLOUD_POINTS, num_views, rng)
         neighborhoods.append(neighborhood.half())
         centers.append(center)
-        noun = head_noun(obj.name)
-        targets.append(
-            (
-                kinds.index(obj.kind),
-                nouns.index(noun) if noun in nouns else -100,
-                categories.index(obj.category) if obj.category in categories else -100,
-            )
-        )
-        weights.append(0.0 if obj.is_validation else 1.0)
-    for noun, kind, cloud in tqdm(procedural, desc="grouping", unit="", mininterval=5):
-        neighborhood, center = group_views(cloud, config, CLOUD_POINTS, 2, rng)
-        neighborhoods.append(neighborhood.half())
-        centers.append(center)
-        targets.append((kinds.index(kind), nouns.index(noun), -100))
-        weights.append(1.0)
-    targets, weights = torch.tensor(targets), np.array(weights)  # (M, 3), (M,)
+        targets.append((kinds.index(kind), index_in(nouns, noun), index_in(categories, category)))
+    targets = torch.tensor(targets)  # (M, 3)
+    weights = np.array([not o.is_validation for o in objects] + [True] * num_procedural, dtype=float)  # (M,)
     weights = balance(weights, targets[:, 0].numpy(), len(objects), len(kinds))
     sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
     return Views(neighborhoods, centers, targets, weights, sizes, rng, generator)
@@ -457,8 +449,8 @@ def train_language_model(
     progress = tqdm(range(steps), desc="language model", unit="step", mininterval=5)
     for step in progress:
         conversations = [texts.conversation() for _ in range(batch_size)]
-        batch = encode_text(processor, conversations)
-        loss = model(**batch).loss
+        batch = processor.encode_training(conversations, [])  # without clouds
+        loss = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = cosine(step, steps, 2e-3, warmup=50)
         optimizer.zero_grad()
         loss.backward()
@@ -468,12 +460,6 @@ def train_language_model(
         if step % 10 == 0:
             progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
     return float(np.mean(losses[-20:])) if losses else math.nan
-
-
-def encode_text(processor: MiniGPT3DProcessor, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-    """Conversations without clouds, right-padded: input_ids, attention_mask, labels (B, T)."""
-    batch = processor.encode_training(conversations, [])
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 # ---- All parts ------------------------------------------------------------------------------------------------------
@@ -533,7 +519,7 @@ def main(argv: list[str] | None = None):
     def action(options: PretrainOptions):
         print(json.dumps(pretrain(options), indent=1))
 
-    run_command(action, PretrainOptions, __doc__, "minigpt3d.recipes.household.pretrain", argv)
+    run_script(action, PretrainOptions, argv, __doc__, "minigpt3d.recipes.household.pretrain")
 
 
 if __name__ == "__main__":
