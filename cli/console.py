@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -22,30 +22,21 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-class ShowWarnings:
-    """A `warnings.showwarning` that prints each warning for users once, on one line.
-
-    Args:
-        show: prints warnings for developers (all but `UserWarning`).
-    """
-
-    def __init__(self, show: Callable):
-        self.show, self.shown = show, set()
-
-    def __call__(self, message, category, *where):
-        text = " ".join(str(message).split())
-        if category is not UserWarning:
-            self.show(message, category, *where)
-        elif text not in self.shown:
-            self.shown.add(text)
-            complain(f"warning: {text}")
-
-
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    """Print warnings with `ShowWarnings` inside the block."""
+    """Print each warning for users once, on one line; those for developers (all but `UserWarning`) as before."""
+    show, shown = warnings.showwarning, set()
+
+    def show_once(message, category, *where):
+        text = " ".join(str(message).split())
+        if category is not UserWarning:
+            show(message, category, *where)
+        elif text not in shown:
+            shown.add(text)
+            complain(f"warning: {text}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = ShowWarnings(warnings.showwarning)
+        warnings.showwarning = show_once
         yield
 
 

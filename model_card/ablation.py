@@ -13,19 +13,12 @@ TITLE = "What each part of the recipe contributes"
 
 
 def ablation_report(content: dict) -> str:
-    """The report as a document of its own.
-
-    Args:
-        content: of an ablation.json.
-    """
+    """The report on the content of an ablation.json, as a document of its own."""
     return f"# {TITLE}\n\n{take_marks(_render(Fact(content, 'ablation.json'), '##'))[0]}"
 
 
 def ablation_section(path: Path) -> str:
-    """The report as a section of a card, with marks around its facts.
-
-    Args:
-        path: of an ablation.json.
+    """The report on an ablation.json as a section of a card, with marks around its facts.
 
     Raises:
         ValueError: the file is something else.

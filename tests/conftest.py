@@ -23,11 +23,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    return GOLDEN_DIR
-
-
-@pytest.fixture(scope="session")
 def golden():
     """`golden("full.loss.io")` → dict of tensors, `golden("full.loss.json")` → dict."""
 

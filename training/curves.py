@@ -17,9 +17,7 @@ MAX_POINTS = 500  # of a curve; more would not show at this width
 
 
 def draw_curves(history: list[dict], title: str, path: str | Path):
-    """Write a picture (PNG) of a run's loss, gradient, updates, learning rate, speed and, if it has a router, routing.
-
-    The file appears complete or not at all.
+    """Write the picture (PNG); the panels of the routing are left out if there is no router.
 
     Raises:
         ValueError: the history is empty.

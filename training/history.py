@@ -7,7 +7,8 @@ samples_per_second      with the wait for data
 update_ratio            {module group: norm of the step's update / norm of the weights}
 router                  only where there is a router, over the clouds of the step:
     load, weight        (E,): share of the clouds that use an expert; mean softmax weight
-    entropy, between    mean entropy of a cloud's weights; entropy of the mean weights minus that; in nats
+    entropy, between    mean entropy of a cloud's weights; entropy of the mean weights minus that, 0 if all clouds have the
+                        same weights; in nats
 validation_before       loss on held-out samples, in the first entry, if it was measured
 validation_after        the same, in the last entry
 """

@@ -17,11 +17,7 @@ VALIDATION_ROWS = 256  # of each source
 
 
 class UpdateMeter:
-    """Relative size of a step's update, by module.
-
-    Args:
-        model: without Accelerate's wrappers.
-    """
+    """Relative size of a step's update, by module of a model without Accelerate's wrappers."""
 
     def __init__(self, model: torch.nn.Module):
         self.groups: dict[str, list[torch.nn.Parameter]] = {}
@@ -54,11 +50,7 @@ def _norm(tensors: list[torch.Tensor]) -> float:
 
 
 class RouterMeter:
-    """Which experts serve the clouds of a step.
-
-    Args:
-        model: without Accelerate's wrappers.
-    """
+    """Which experts of a model, without Accelerate's wrappers, serve the clouds of a step."""
 
     def __init__(self, model: torch.nn.Module):
         config = model.config
@@ -76,15 +68,10 @@ class RouterMeter:
 
     @torch.no_grad()
     def read(self, accelerator: Accelerator, idle: bool = False) -> dict | None:
-        """Over all clouds since the last call, on every process; None for a stage without a router.
+        """The entry `router` of the history over all clouds since the last call, on every process; None without a router.
 
         Args:
             idle: whether the clouds of this process are copies of another process's and do not count.
-
-        Returns:
-            `load`: share of the clouds that use an expert, (E,). `weight`: an expert's mean weight, (E,). `entropy`: mean
-            entropy of a cloud's weights, in nats. `between`: entropy of the mean weights minus that; 0 if all clouds have
-            the same weights.
         """
         if not self.logits:
             return None

@@ -233,13 +233,11 @@ def adapter_names(model: nn.Module, start: ModelFiles) -> list[str]:
 def save_adapter(
     folder: Path, tensors: dict[str, torch.Tensor], scales: dict[str, float], base: str | Path, run: dict
 ):
-    """Write the adapter of a stage (see the top of this file); the folder appears complete or not at all.
+    """Write the adapter of a stage, see `write_adapter`; the folder appears complete or not at all.
 
     Args:
         tensors: of `adapter_names`, by plain names, on the CPU.
         scales: factor of each module's LoRA product.
-        base: folder or Hub id of the model that the adapter is for.
-        run: for stage.json.
     """
     with written_whole(folder) as partial:
         write_adapter(partial, tensors, lambda module, rank: scales[module], base, run)

@@ -10,6 +10,7 @@ import numpy as np
 
 
 NUM_POINTS = 2048
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))  # x, z
 Part = tuple[str, np.ndarray, np.ndarray, int]  # shape, center (3,), size (3,), material
 
 
@@ -35,9 +36,8 @@ class _Builder:
         style, t = self.rng.integers(5), self.u(0.02, 0.05)
         if style <= 2:
             shape = "cylinder" if style else "box"
-            for x in (-1, 1):
-                for z in (-1, 1):
-                    self.add(shape, x * (w / 2 - t), 0, z * (d / 2 - t), 1.5 * t, h, 1.5 * t, material)
+            for x, z in CORNERS:
+                self.add(shape, x * (w / 2 - t), 0, z * (d / 2 - t), 1.5 * t, h, 1.5 * t, material)
         elif style == 3:
             foot = self.u(0.4, 0.8) * min(w, d)
             self.add("cylinder", 0, 0, 0, 2 * t, h, 2 * t, material)
@@ -141,9 +141,8 @@ def _bed(b: _Builder) -> str:
         b.add("ball" if b.chance(0.5) else "box", x * w, h + 0.22, -d / 2 + 0.3, 0.42 * min(w, 1), 0.13, 0.35, 2)
     if b.chance(0.15):  # bunk
         b.add("box", 0, h + 0.9, 0, w, 0.25, d)
-        for x in (-1, 1):
-            for z in (-1, 1):
-                b.add("box", x * w / 2, 0, z * d / 2, 0.06, h + 1.4, 0.06, 1)
+        for x, z in CORNERS:
+            b.add("box", x * w / 2, 0, z * d / 2, 0.06, h + 1.4, 0.06, 1)
     return "bed"
 
 
@@ -269,9 +268,8 @@ def _stove(b: _Builder) -> str:
     b.add("box", 0, 0, 0, w, h, d)
     b.add("box", 0, h * 0.15, d / 2, w * 0.8, h * 0.5, 0.02, 1)
     b.add("box", 0, h * 0.7, d / 2 + 0.03, w * 0.7, 0.03, 0.03, 2)
-    for x in (-0.25, 0.25):
-        for z in (-0.25, 0.25):
-            b.add("cylinder", x * w, h, z * d, 0.3 * w, 0.02, 0.3 * w, 1)
+    for x, z in CORNERS:
+        b.add("cylinder", 0.25 * x * w, h, 0.25 * z * d, 0.3 * w, 0.02, 0.3 * w, 1)
     for x in np.linspace(-0.35, 0.35, 5):
         b.add("ball", x * w, h * 0.85, d / 2, 0.04, 0.04, 0.05, 2)
     return "stove"
@@ -340,9 +338,8 @@ def _car(b: _Builder) -> str:
         cabin,
         1 if b.chance(0.5) else 0,
     )
-    for x in (-1, 1):
-        for z in (-0.32, 0.32):
-            b.add("wheel", x * w * 0.48, 0, z * length, 0.2, 0.62, 0.62, 2)
+    for x, z in CORNERS:
+        b.add("wheel", x * w * 0.48, 0, 0.32 * z * length, 0.2, 0.62, 0.62, 2)
     return "car"
 
 
@@ -383,9 +380,8 @@ def _person(b: _Builder) -> str:
 
 def _animal(b: _Builder) -> str:
     length, h, t = b.u(0.5, 1.0), b.u(0.2, 0.8), b.u(0.05, 0.1)
-    for x in (-1, 1):
-        for z in (-1, 1):
-            b.add("cylinder", x * 0.1, 0, z * length * 0.38, t, h, t)
+    for x, z in CORNERS:
+        b.add("cylinder", x * 0.1, 0, z * length * 0.38, t, h, t)
     b.add("ball", 0, h * 0.85, 0, 0.3, 0.35, length * 1.05)
     b.add("ball", 0, h + 0.25, length * 0.55, 0.17, 0.2, 0.32)
     b.add("cylinder", 0, h, -length * 0.55, 0.04, b.u(0.1, 0.35), 0.06)

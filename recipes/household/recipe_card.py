@@ -70,13 +70,7 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
 
 
 def describe_recipe(report: dict, minutes: dict, pretraining: dict) -> dict:
-    """The content of recipe.json.
-
-    Args:
-        report: report.json of the data release.
-        minutes: by step.
-        pretraining: what `pretrain` returned.
-    """
+    """The content of recipe.json, from report.json of the data release, minutes by step, and what `pretrain` returned."""
     libraries = ", ".join(f"`{name}`" for name in report["libraries"])
     return TEXTS | {
         "data": TEXTS["data"].format(libraries=libraries),

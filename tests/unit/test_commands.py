@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from minigpt3d.cli import describe, main as cli
-from minigpt3d.cli.console import ShowWarnings, printable
+from minigpt3d.cli.console import printable, warnings_in_one_line
 from minigpt3d.messages import MultilineError
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
@@ -52,6 +53,7 @@ def test_every_option_has_help(command, capsys):
 def test_help_and_mistyped_commands_import_nothing_heavy(arguments):
     program = """
 import sys
+import warnings
 from minigpt3d.cli.main import main
 try:
     main(sys.argv[1:])
@@ -140,13 +142,12 @@ def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch):
 
 
 def test_a_warning_for_users_is_printed_once_on_one_line(capsys):
-    shown = []
-    show = ShowWarnings(lambda *arguments: shown.append(arguments))
-    for _ in range(2):
-        show(UserWarning("two\nlines"), UserWarning, "file.py", 1)
-        show(DeprecationWarning("old"), DeprecationWarning, "file.py", 1)
+    with pytest.warns(DeprecationWarning) as others, warnings_in_one_line():
+        for _ in range(2):
+            warnings.warn("two\nlines", UserWarning, stacklevel=1)
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr().err == "minigpt3d: warning: two lines\n"
-    assert len(shown) == 2
+    assert len(others) == 2
 
 
 def test_names_that_are_not_utf8_are_printable():

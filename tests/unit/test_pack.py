@@ -67,7 +67,7 @@ def test_a_packed_cloud_is_small_and_precise():
     np.testing.assert_allclose(again[:, 3:], cloud[:, 3:], atol=1e-7)
 
 
-def test_the_release_is_packed_completely(packed, release, capsys):
+def test_the_release_is_packed_completely(packed, release):
     manifest = read_manifest(str(packed))
     assert {name: sum(rows) for name, rows in manifest["shards"].items()} == dict.fromkeys(
         ("brief", "detailed", "single_round", "multi_round"), NUM_OBJECTS

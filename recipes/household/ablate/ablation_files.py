@@ -14,12 +14,7 @@ from .variants import REFERENCES, VARIANTS
 
 
 def write_ablation(runs: list[dict], settings: dict, out: Path) -> dict:
-    """Write the three files; returns the content of ablation.json.
-
-    Args:
-        runs: scores of each variant and seed.
-        settings: of the runs, as `__main__.py` keeps them.
-    """
+    """Write the three files from the scores and settings that `__main__.py` keeps; returns the content of ablation.json."""
     seeds = sorted({run["seed"] for run in runs})
     content = {key: value for key, value in settings.items() if key != "given"} | {
         "seeds": seeds,

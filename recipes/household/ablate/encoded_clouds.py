@@ -45,12 +45,7 @@ def as_clouds(features: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def encode_clouds(model, processor, clouds: Iterable[np.ndarray], total: int, title: str) -> torch.Tensor:
-    """Features of clouds, (total, N, 6).
-
-    Args:
-        total: number of clouds.
-        title: of the progress bar.
-    """
+    """Features of `total` clouds, (total, N, 6); `title` names the progress bar."""
     features, batch = [], []
     for number, cloud in enumerate(tqdm(clouds, total=total, desc=title, unit="cloud", disable=None), start=1):
         batch.append(processor.feature_extractor(cloud)["point_clouds"][0])

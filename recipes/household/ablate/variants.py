@@ -52,11 +52,7 @@ REFERENCES = {"stages": "all four", "experts": "8 experts", "router": "router sp
 
 
 def stage_rows(variant: Variant, scale: float) -> list[Stage]:
-    """The rows of the stages that the variant trains.
-
-    Args:
-        scale: length of the stages; 1 is the recipe's.
-    """
+    """The rows of the stages that the variant trains; `scale` is their length, 1 the recipe's."""
     rows = []
     for name in variant.stages:
         row = RECIPES["household"][name]
