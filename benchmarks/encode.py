@@ -35,9 +35,9 @@ FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The published algorithm, plainly. Weights are read from our model, so that both sides have the same.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The published algorithm, plainly -------------------------------------------------------------------------------
+
+# Weights are read from our model, so that both sides have the same.
 
 
 def plain_group(point_clouds: torch.Tensor, num_groups: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,9 +147,7 @@ def plain_query_output(model: MiniGPT3DModel, point_features: torch.Tensor, rout
     return torch.cat(mixed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Both, side by side
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Both, side by side ---------------------------------------------------------------------------------------------
 
 
 @dataclass

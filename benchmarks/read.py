@@ -17,10 +17,6 @@ from minigpt3d.arguments import positive_int
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
-def write_npy(path: Path, points: np.ndarray):
-    np.save(path, points)
-
-
 def write_ply(path: Path, points: np.ndarray):
     types = [(name, "f4") for name in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
     table = np.empty(len(points), dtype=types)
@@ -38,7 +34,7 @@ def write_las(path: Path, points: np.ndarray):
     las.write(path)
 
 
-WRITERS = {".npy": write_npy, ".ply": write_ply, ".las": write_las, ".laz": write_las}
+WRITERS = {".npy": np.save, ".ply": write_ply, ".las": write_las, ".laz": write_las}
 
 
 def main():

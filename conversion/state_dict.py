@@ -92,12 +92,11 @@ class Reader:
 
 
 def convert_tensor(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConfig) -> torch.Tensor:
-    """1×1 convolutions become linear layers, query tokens lose their batch dimension, q, k and v become one matrix."""
+    """1×1 convolutions become linear layers, query tokens lose their batch dimension, q, k and v become one matrix.
+
+    q, k and v of shape (D, ...) become (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's.
+    """
     if len(tensors) > 1:
-        return fuse_attention(tensors, config.text_config.num_attention_heads)
+        parts = [part.unflatten(0, (config.text_config.num_attention_heads, -1)) for part in tensors]
+        return torch.stack(parts, dim=1).flatten(0, 2)
     return tensors[0].reshape(converted_shape([tuple(tensors[0].shape)], name))
-
-
-def fuse_attention(parts: list[torch.Tensor], num_heads: int) -> torch.Tensor:
-    """q, k, v of shape (D, ...) each → (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's."""
-    return torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], dim=1).flatten(0, 2)

@@ -27,27 +27,26 @@ class Sample:
 
 
 def read_annotations(paths: Iterable[str | Path]) -> dict[str, list[Sample]]:
-    """Samples by source, without the corrupt objects.
-
-    Raises:
-        ValueError: as `read_records`.
-    """
+    """Samples by source. Raises as `read_records`."""
     samples: dict[str, list[Sample]] = {source: [] for source in SOURCES.values()}
     for source, sample, _ in read_records(paths):
-        if sample.object_id not in CORRUPT_OBJECT_IDS:
-            samples[source].append(sample)
+        samples[source].append(sample)
     return samples
 
 
 def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dict]]:
     """Source, sample and record, from JSON lists of `{object_id, conversation_type, conversations: [{from, value}, …]}`.
 
+    The two corrupt objects are left out.
+
     Raises:
         ValueError: a file that is no JSON list, or a record out of schema; the message names its `object_id`.
     """
     for path in paths:
         for index, record in enumerate(_read_list(Path(path))):
-            yield *to_sample(record, f"{path}, record {index}"), record
+            source, sample = to_sample(record, f"{path}, record {index}")
+            if sample.object_id not in CORRUPT_OBJECT_IDS:
+                yield source, sample, record
 
 
 def _read_list(path: Path) -> list:

@@ -27,7 +27,7 @@ from minigpt3d.messages import MultilineError, one_line
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .clouds import decode_cloud, encode_cloud, point_cloud_path
-from .records import CORRUPT_OBJECT_IDS, SOURCES, read_records, to_sample
+from .records import SOURCES, read_records, to_sample
 from .sources import MANIFEST_FILE, ROWS_PER_GROUP
 from .tables import read_table
 
@@ -52,7 +52,7 @@ class Entry:
 
 
 def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry]]:
-    """Entries by source of a release in PointLLM's layout; the two known corrupt objects are left out.
+    """Entries by source of a release in PointLLM's layout.
 
     Raises:
         ValueError: as `read_records`; or there is no folder of clouds.
@@ -61,9 +61,8 @@ def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry
         raise ValueError(f"`data` {data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
     entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
     for source, sample, record in read_records(annotations):
-        if sample.object_id not in CORRUPT_OBJECT_IDS:
-            path = str(point_cloud_path(data, sample.object_id))
-            entries[source].append(Entry(sample.object_id, path, record["conversations"]))
+        path = str(point_cloud_path(data, sample.object_id))
+        entries[source].append(Entry(sample.object_id, path, record["conversations"]))
     return entries
 
 

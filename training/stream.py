@@ -53,14 +53,11 @@ class Order:
             position += slot * self.piece
         else:  # fewer rows than a batch: an epoch ends within a step
             epoch, position = divmod(turn * self.batch + slot, sum(self.rows))
-        shards = self._permutation(len(self.rows), epoch)
+        shards = self._keep((epoch,), lambda rng: rng.permutation(len(self.rows)))
         ends = self._keep((epoch, -1), lambda rng: np.cumsum([self.rows[shard] for shard in shards]))
         place = int(np.searchsorted(ends, position, side="right"))
         shard = int(shards[place])
         return shard, int(self._rows_of(shard, epoch)[position - int(ends[place]) + self.rows[shard]])
-
-    def _permutation(self, count: int, epoch: int) -> np.ndarray:
-        return self._keep((epoch,), lambda rng: rng.permutation(count))
 
     def _rows_of(self, shard: int, epoch: int) -> np.ndarray:
         """Rows of a shard, shuffled group by group: a row group is read once and used up before the next."""

@@ -100,12 +100,6 @@ def train_stage(number: int, init: Path, packed: Path, output_dir: Path, max_ste
     run_module(*_LAUNCH, f"minigpt3d.training.stage{number}", *options)
 
 
-def pack_data(data_dir: Path, output_dir: Path):
-    """Pack the training objects."""
-    annotations = [data_dir / f"{source}.json" for source in SOURCES.values()]
-    pack(release_entries(data_dir / "clouds", annotations), output_dir)
-
-
 def export(source: Path, output_dir: Path):
     """Write the last stage's model in half precision, without training files, with the result that `verify` expects."""
     model, processor = load_model(source, dtype=torch.float32)
@@ -151,7 +145,8 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
     data, packed, base, checkpoint = (options.work_dir / name for name in ("data", "packed", "base", "checkpoint"))
     # report.json is written last, and so is pretrain.json.
     steps.run("data", data / "report.json", lambda: build(options.libraries, data, options.held_out_library))
-    steps.run("packing", packed, lambda: pack_data(data, packed))
+    annotations = [data / f"{source}.json" for source in SOURCES.values()]
+    steps.run("packing", packed, lambda: pack(release_entries(data / "clouds", annotations), packed))
     pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]
     if options.max_steps:
         for name in ("encoder_steps", "qformer_steps", "language_steps", "num_procedural"):
