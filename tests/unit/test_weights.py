@@ -57,7 +57,7 @@ def test_dropout_acts_where_the_authors_have_it(point_clouds):
 
 
 def test_early_stages_refuse_a_routed_model(tiny_model):
-    with pytest.raises(ValueError, match="sparse.*finetune.py"):
+    with pytest.raises(ValueError, match="sparse.*training.finetune"):
         prepare_model(tiny_model, tiny(STAGES["II"]))
 
 
