@@ -40,9 +40,7 @@ def run(options: Options, argv: list[str]) -> int:
     return exit_code
 
 
-def ask(
-    pipeline, cloud: dict, turns: list[tuple[str, str]], question: str, max_new_tokens: int
-) -> list[tuple[str, str]]:
+def ask(pipeline, cloud: dict, turns: list[tuple], question: str, max_new_tokens: int) -> list[tuple]:
     """Print the answer to a question; returns the conversation with it, without its beginning if it was too long.
 
     Raises:

@@ -87,6 +87,4 @@ def check(options: Options):
     if not 0 <= options.max_broken <= 1:
         raise ValueError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:
-        raise ValueError(
-            "--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither"
-        )
+        raise ValueError("--up-axis and --missing-color are for your own objects (--from), not for PointLLM's clouds")
