@@ -8,9 +8,12 @@
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from minigpt3d.messages import one_line
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **settings) -> Any:
@@ -92,9 +95,35 @@ def normalize(argv: Sequence[str], separator: Literal["-", "_"]) -> list[str]:
     return [*map(spelled, argv[:end]), *argv[end:]]
 
 
-def with_flags(message: str, names: Sequence[str], separator: Literal["-", "_"]) -> str:
-    """A library's message with every argument in backticks replaced by its option: `data` → --data."""
+def with_flags(message: str, options: type, separator: Literal["-", "_"]) -> str:
+    """A library's message with every field of `options` in backticks replaced by its option: `data` → --data."""
+    names = [field.name for field in dataclasses.fields(options)]
     return re.sub(r"`(\w+)`", lambda match: flag(match[1], separator) if match[1] in names else match[0], message)
+
+
+def run_script(
+    action: Callable, options: type, argv: Sequence[str] | None, description: str, module: str | None = None
+):
+    """Parse the command line of a script and call `action` with its options.
+
+    Args:
+        options: a dataclass of `option` fields.
+        argv: arguments; `sys.argv[1:]` if None.
+        description: for `--help`; if it has several lines, they are kept.
+        module: that `python -m` runs; the script's file if None.
+
+    Raises:
+        SystemExit: 2 for options that cannot be parsed, 1 with the message of a ValueError or OSError on one line.
+    """
+    parser = argparse.ArgumentParser(prog=module and f"python -m {module}", description=description)
+    if "\n" in description:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_options(parser, options, "_")
+    parsed = parser.parse_args(normalize(sys.argv[1:] if argv is None else argv, "_"))
+    try:
+        action(read_options(options, parsed))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {with_flags(one_line(error), options, '_')}")
 
 
 def natural_int(text: str, at_least: int = 0) -> int:

@@ -1,10 +1,14 @@
-"""Texts for people: errors on one line, and command lines that may be published."""
+"""Texts for people: messages of errors, and command lines that may be published."""
 
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
+
+
+class MultilineError(ValueError):
+    """An error that lists several problems; commands keep the lines of its message."""
 
 
 def one_line(error: Exception) -> str:
@@ -18,10 +22,11 @@ def one_line(error: Exception) -> str:
 
 def public_command(words: Sequence[str]) -> str:
     """A command line for publication: of a local path only its last part, of a URL neither password nor query."""
-    return shlex.join(map(_public_word, words))
+    return shlex.join(map(public_word, words))
 
 
-def _public_word(word: str) -> str:
+def public_word(word: str) -> str:
+    """One word of `public_command`."""
     option, value = re.fullmatch(r"((?:--[\w-]+=)?(?:[a-z0-9_]+=)?)(.*)", word, re.DOTALL).groups()  # --out=, METRIC=
     if re.match(r"\s*https?://", value, re.IGNORECASE):
         try:
@@ -30,5 +35,5 @@ def _public_word(word: str) -> str:
         except ValueError:  # malformed, so nobody can use it
             value = "URL"
     elif value.startswith(("/", "~", "file:")) or Path(value).is_absolute() or ".." in Path(value).parts:
-        value = Path(value).name or value
+        value = Path(value).resolve().name or value
     return option + value

@@ -102,7 +102,7 @@ def plain_encoder(encoder: torch.nn.Module) -> Callable:
     config, embed = encoder.config, PlainMiniPointNet(encoder.mini_pointnet)
 
     @torch.no_grad()
-    def forward(point_clouds: torch.Tensor, start_index=None) -> torch.Tensor:
+    def forward(point_clouds: torch.Tensor, fps_start=None) -> torch.Tensor:
         neighborhood, center = plain_group(point_clouds, config.num_groups, config.group_size)
         return plain_transformer(encoder, embed(neighborhood), center)
 

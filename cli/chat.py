@@ -8,7 +8,7 @@ from pathlib import Path
 from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
 
-from .console import FAILED, CommandError, complain
+from .console import FAILED, complain
 from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
 
 
@@ -16,8 +16,6 @@ HELP = "ask several questions about one file"
 DESCRIPTION = (
     "Talk about a 3D model. Questions are read line by line; blank lines are skipped; /quit or the end of input stops."
 )
-
-Turn = tuple[str, str]  # question, answer
 
 
 @dataclass(kw_only=True)
@@ -29,24 +27,26 @@ def run(options: Options, argv: list[str]) -> int:
     """Answer questions from standard input; returns the exit code."""
     if not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
-        raise CommandError(f"{options.path}: {problem}")
+        raise ValueError(f"{options.path}: {problem}")
     pipeline = load_pipeline(options)
     cloud = {"type": "point_cloud", "point_cloud": read_cloud(pipeline, options.path, options)}
     exit_code, turns = 0, []
     for question in read_questions():
         try:
             turns = ask(pipeline, cloud, turns, question, options.max_new_tokens)
-        except CommandError as error:  # the question is dropped, the conversation continues
+        except ValueError as error:  # the question is dropped, the conversation continues
             complain(str(error))
             exit_code = FAILED
     return exit_code
 
 
-def ask(pipeline, cloud: dict, turns: list[Turn], question: str, max_new_tokens: int) -> list[Turn]:
+def ask(
+    pipeline, cloud: dict, turns: list[tuple[str, str]], question: str, max_new_tokens: int
+) -> list[tuple[str, str]]:
     """Print the answer to a question; returns the conversation with it, without its beginning if it was too long.
 
     Raises:
-        CommandError: there is no answer.
+        ValueError: there is no answer.
     """
     from minigpt3d.pipeline_minigpt3d import AnswerStreamer
 
@@ -60,7 +60,7 @@ def ask(pipeline, cloud: dict, turns: list[Turn], question: str, max_new_tokens:
             raise
         except Exception as error:
             if not (kept and "the context has" in str(error)):
-                raise CommandError(f"no answer: {one_line(error)}") from error
+                raise ValueError(f"no answer: {one_line(error)}") from error
             kept = kept[len(kept) // 2 + 1 :]
             continue
         if len(kept) < len(turns):
@@ -68,7 +68,7 @@ def ask(pipeline, cloud: dict, turns: list[Turn], question: str, max_new_tokens:
         return [*kept, (question, output["generated_text"])]
 
 
-def to_messages(cloud: dict, turns: list[Turn], question: str) -> list[dict]:
+def to_messages(cloud: dict, turns: list[tuple[str, str]], question: str) -> list[dict]:
     """A chat whose first question has the cloud and whose last question has no answer yet."""
     texts = [text for turn in turns for text in turn] + [question]
     messages = [
@@ -82,14 +82,11 @@ def to_messages(cloud: dict, turns: list[Turn], question: str) -> list[dict]:
 def read_questions() -> Iterator[str]:
     """Lines of standard input until its end or /quit; the prompt sign is shown on a terminal only."""
     sign = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            question = input(sign).strip()
-        except EOFError:
-            return
-        if question == "/quit":
-            return
-        if not question.isascii() and any("\ud800" <= letter <= "\udfff" for letter in question):
-            complain("a question that is not UTF-8 was skipped")
-        elif question:
-            yield question
+    try:
+        while (question := input(sign).strip()) != "/quit":
+            if any("\ud800" <= letter <= "\udfff" for letter in question):
+                complain("a question that is not UTF-8 was skipped")
+            elif question:
+                yield question
+    except EOFError:
+        pass

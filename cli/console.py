@@ -5,30 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-
-from minigpt3d.arguments import with_flags
 
 
 FAILED = 1  # exit code
-
-
-class CommandError(Exception):
-    """A failure whose message is ready for the user; it may have several lines."""
-
-
-@contextmanager
-def line_by_line() -> Iterator[None]:
-    """Keep the lines of a ValueError that lists several problems; other errors are printed on one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def name_flags(message: str, options: type) -> str:
-    """A library's message with the arguments in it replaced by the flags of a command."""
-    return with_flags(message, [field.name for field in fields(options)], "-")
 
 
 def complain(message: str):

@@ -8,7 +8,7 @@ from pathlib import Path
 from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
 
-from .console import FAILED, CommandError, complain, printable
+from .console import FAILED, complain, printable
 from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
 
 
@@ -32,7 +32,7 @@ def run(options: Options, argv: list[str]) -> int:
     for path in options.paths:
         try:
             files += find_files(path)
-        except CommandError as error:
+        except ValueError as error:
             complain(str(error))
             exit_code = FAILED
     if not files:
@@ -42,7 +42,7 @@ def run(options: Options, argv: list[str]) -> int:
     for path in tqdm(files, unit="file", file=sys.stderr, disable=None if len(files) > 1 else True):
         try:
             line = describe_file(pipeline, path, options, with_name=len(files) > 1)
-        except CommandError as error:
+        except ValueError as error:
             complain(str(error))
             exit_code = FAILED
             continue
@@ -55,7 +55,7 @@ def describe_file(pipeline, path: Path, options: Options, with_name: bool) -> st
     """The line that is printed about a file.
 
     Raises:
-        CommandError: the file cannot be read, or the model fails on it.
+        ValueError: the file cannot be read, or the model fails on it.
     """
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
@@ -64,7 +64,7 @@ def describe_file(pipeline, path: Path, options: Options, with_name: bool) -> st
     try:
         (output,) = pipeline(cloud, prompt=prompt, up_axis="y", max_new_tokens=options.max_new_tokens)
     except Exception as error:  # out of memory, for example: the next cloud may still fit
-        raise CommandError(f"{path}: no answer: {one_line(error)}") from error
+        raise ValueError(f"{path}: no answer: {one_line(error)}") from error
     answer = output["generated_text"]
     if options.json:
         return json.dumps({"file": str(path), "prompt": prompt, "answer": answer}, ensure_ascii=False)
@@ -75,17 +75,14 @@ def find_files(path: Path) -> list[Path]:
     """The file itself, or all readable files in a folder and its subfolders, sorted.
 
     Raises:
-        CommandError: there are none in the folder.
+        ValueError: there are none in the folder.
     """
     if not path.is_dir():
         return [path]
     from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in READABLE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+    visible = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = sorted(file for file in visible if file.suffix.lower() in READABLE_SUFFIXES)
     if not files:
-        raise CommandError(f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}")
+        raise ValueError(f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}")
     return files

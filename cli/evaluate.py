@@ -1,9 +1,10 @@
 """`minigpt3d evaluate`: score a model on a benchmark or on your own objects."""
 
+from minigpt3d.arguments import with_flags
 from minigpt3d.evaluation.options import EvaluateOptions as Options
-from minigpt3d.messages import one_line, public_command
+from minigpt3d.messages import public_command
 
-from .console import CommandError, complain, name_flags, quiet
+from .console import complain, quiet
 
 
 HELP = "score a model on a benchmark or on your own objects, with intervals and controls"
@@ -23,20 +24,18 @@ def run(options: Options, argv: list[str]) -> int:
     """Evaluate, and print the scores; returns the exit code."""
     options.check()
     try:
-        from minigpt3d.evaluation.objects import BrokenObjectsError
         from minigpt3d.evaluation.report import score_table
         from minigpt3d.evaluation.run import evaluate
     except ImportError as error:
-        raise CommandError(f'{one_line(error)} (pip install "minigpt3d[eval]")') from error
-
-    def report(message: str):
-        complain(name_flags(message, Options))
+        raise ImportError(f'{error} (pip install "minigpt3d[eval]")') from error
 
     quiet()
     try:
-        results = evaluate(options, command=public_command(["minigpt3d", *argv]), report=report)
-    except BrokenObjectsError as error:
-        raise CommandError(str(error)) from error  # line by line
+        results = evaluate(
+            options,
+            command=public_command(["minigpt3d", *argv]),
+            report=lambda message: complain(with_flags(message, Options, "-")),
+        )
     except KeyboardInterrupt:
         complain(f"stopped; the answers so far are kept in {options.out}, and the same command resumes")
         raise

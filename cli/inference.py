@@ -8,7 +8,7 @@ from typing import Literal
 from minigpt3d.arguments import option, positive_int
 from minigpt3d.messages import one_line
 
-from .console import CommandError, complain, quiet
+from .console import complain, quiet
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ def load_pipeline(options: ModelOptions):
 
     Raises:
         ValueError: there is no such model, or it cannot be read.
-        CommandError: the device cannot be used.
+        ValueError: the device cannot be used.
     """
     from minigpt3d.hub import default_model, load_model
     from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
@@ -55,9 +55,7 @@ def load_pipeline(options: ModelOptions):
     try:
         return PointCloudToTextPipeline(model=model, processor=processor, device=options.device)
     except Exception as error:
-        raise CommandError(
-            f"cannot use the device {options.device}: {one_line(error)} (leave out --device)"
-        ) from error
+        raise ValueError(f"cannot use the device {options.device}: {one_line(error)} (leave out --device)") from error
 
 
 def read_cloud(pipeline, path: Path, options: ReadingOptions):
@@ -67,7 +65,7 @@ def read_cloud(pipeline, path: Path, options: ReadingOptions):
     differently, and a conversation reads its file once.
 
     Raises:
-        CommandError: it cannot be read.
+        ValueError: it cannot be read.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -75,7 +73,7 @@ def read_cloud(pipeline, path: Path, options: ReadingOptions):
             cloud = pipeline.processor.feature_extractor(path, **options.reading)["point_clouds"][0]
     except Exception as error:  # whatever is wrong with a file, the others are still read
         text = one_line(error).removeprefix(f"{path}: ")  # the reader names its file
-        raise CommandError(f"{path}: {text}") from error
+        raise ValueError(f"{path}: {text}") from error
     for warning in caught:
         text = str(warning.message).removeprefix(f"{path}: ")
         complain(f"{path}: warning: {' '.join(text.split())}")

@@ -9,11 +9,11 @@ import argparse
 import os
 import sys
 
-from minigpt3d.arguments import add_options, normalize, read_options
-from minigpt3d.messages import one_line
+from minigpt3d.arguments import add_options, normalize, read_options, with_flags
+from minigpt3d.messages import MultilineError, one_line
 
 from . import card, chat, compare, convert, describe, evaluate, pack, verify
-from .console import FAILED, CommandError, complain, name_flags, warnings_in_one_line
+from .console import FAILED, complain, warnings_in_one_line
 
 
 COMMANDS = {
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has left, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (CommandError, OSError, ValueError, ImportError) as error:
-        message = str(error) if isinstance(error, CommandError) else one_line(error)
-        complain(name_flags(message, command.Options))
+    except (OSError, ValueError, ImportError) as error:
+        message = str(error) if isinstance(error, MultilineError) else one_line(error)
+        complain(with_flags(message, command.Options, "-"))
         return FAILED
 
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import natural_int, option, positive_int
-from minigpt3d.messages import one_line
 
-from .console import CommandError, complain, line_by_line
+from .console import complain
 from .inference import ReadingOptions
 
 
@@ -53,15 +52,14 @@ def run(options: Options, argv: list[str]) -> int:
         entries = shards.table_entries(options.from_)
     else:
         entries = shards.release_entries(options.data, options.annotations)
-    with line_by_line():
-        manifest = shards.pack(
-            entries,
-            options.out,
-            options.seed,
-            max_broken=options.max_broken,
-            num_workers=options.num_workers,
-            reading=options.reading,
-        )
+    manifest = shards.pack(
+        entries,
+        options.out,
+        options.seed,
+        max_broken=options.max_broken,
+        num_workers=options.num_workers,
+        reading=options.reading,
+    )
     for line in manifest["broken"]:
         complain(f"skipped: {line}")
     sources = ", ".join(f"{source} {sum(rows):,}" for source, rows in manifest["shards"].items())
@@ -70,38 +68,21 @@ def run(options: Options, argv: list[str]) -> int:
         f"coordinates {manifest['max_coord_error']:.1e}; {len(manifest['broken'])} skipped"
     )
     if options.push_to_hub is not None:
-        print(upload(options))
+        print(shards.push(options.out, options.push_to_hub, options.private))
     return 0
 
 
 def check(options: Options):
     """
     Raises:
-        CommandError: options that exclude each other, or one that is missing.
+        ValueError: options that exclude each other, or one that is missing.
     """
     given = (options.data is not None, bool(options.annotations), options.from_ is not None)
     if given not in ((True, True, False), (False, False, True)):
-        raise CommandError("give --data and --annotations, or --from")
+        raise ValueError("give --data and --annotations, or --from")
     if not 0 <= options.max_broken <= 1:
-        raise CommandError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
+        raise ValueError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:
-        raise CommandError(
+        raise ValueError(
             "--up-axis and --missing-color are for your own objects, --from: PointLLM's clouds need neither"
         )
-
-
-def upload(options: Options) -> str:
-    """Upload the packed data; returns the address.
-
-    Raises:
-        CommandError: the upload failed; the data stay on disk.
-    """
-    from minigpt3d.data.shards import push
-
-    try:
-        return push(options.out, options.push_to_hub, options.private)
-    except Exception as error:  # the network can fail in many ways
-        retry = f"hf upload {options.push_to_hub} {options.out} --repo-type dataset"
-        raise CommandError(
-            f"{options.out} was not uploaded: {one_line(error)} (it is on disk; try again: {retry})"
-        ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minigpt3d.arguments import option
 
-from .console import CommandError, complain
+from .console import complain
 
 
 HELP = "check that a converted model computes here what it computed where it was made"
@@ -31,7 +31,7 @@ def run(options: Options, argv: list[str]) -> int:
     computed = verification.compute(options.model)
     print(verification.to_text(computed))
     if stored is None:
-        raise CommandError(
+        raise ValueError(
             f"{options.model} has no {verification.VERIFICATION_FILE}, so there is nothing to compare with "
             "(minigpt3d convert --verify writes one)"
         )
@@ -40,7 +40,7 @@ def run(options: Options, argv: list[str]) -> int:
         complain(line)
     if differences:
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-        raise CommandError(f"{options.model} computes something else here than where it was made (with {versions})")
+        raise ValueError(f"{options.model} computes something else here than where it was made (with {versions})")
     if computed["text"] == stored["text"]:
         print("agrees with verification.json")
     else:
@@ -52,7 +52,7 @@ def run(options: Options, argv: list[str]) -> int:
 def check_trust(options: Options):
     """
     Raises:
-        CommandError: the model is neither a folder nor a Hub id whose code may be run.
+        ValueError: the model is neither a folder nor a Hub id whose code may be run.
     """
     if Path(options.model).is_dir():
         return
@@ -60,6 +60,6 @@ def check_trust(options: Options):
     from minigpt3d.hub import is_hub_id
 
     if not is_hub_id(options.model):
-        raise CommandError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
+        raise ValueError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
     if options.model != HUB_ID and not options.trust_remote_code:
-        raise CommandError(f"{options.model} comes with its own code, which would be run: pass --trust-remote-code")
+        raise ValueError(f"{options.model} comes with its own code, which would be run: pass --trust-remote-code")

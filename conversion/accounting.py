@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from minigpt3d.messages import MultilineError
+
 from .lora import LORA_KEY
 from .names import (
     FILES,
@@ -90,7 +92,7 @@ def account(
         dtypes: of each slot's keys, such as "float16"; not checked by default.
 
     Raises:
-        ValueError: unknown keys, missing keys, unequal aliases, LoRA halves, wrong shapes or dtypes.
+        MultilineError: unknown keys, missing keys, unequal aliases, LoRA halves, wrong shapes or dtypes.
     """
     result, shapes = Account(), {}
     required = [*expected, *(f"{module}.lora_{matrix}.weight" for module in lora_modules for matrix in "AB")]
@@ -116,7 +118,7 @@ def account(
         if name not in in_model
     ]
     if problems:
-        raise ValueError(_describe(problems, files))
+        raise MultilineError(_describe(problems, files))
     return result
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minigpt3d.messages import one_line
+
 from .names import TRAINER_STATE
 
 
@@ -188,5 +190,5 @@ def _unsafe_names(file: Path) -> list[str]:
 
 
 def _damaged(file: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:150]
-    return f"{file} ({file.stat().st_size:,} bytes) is truncated, damaged or not of its format. Download it again. ({reason})"
+    size, reason = f"{file.stat().st_size:,} bytes", one_line(error)[:150]
+    return f"{file} ({size}) is truncated, damaged or not of its format. Download it again. ({reason})"

@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download
 from huggingface_hub.file_download import http_get
 
+from minigpt3d.messages import one_line
+
 
 AUTHORS_ID = "YuanTang96/MiniGPT-3D"
 # A file of LAVIS, not on the Hub; it has been the same since 2023.
@@ -57,9 +59,9 @@ def find_release(revision: str | None = None) -> Download:
         info = HfApi().model_info(AUTHORS_ID, revision=revision, files_metadata=True)
         blip2_bytes = get_hf_file_metadata(BLIP2_URL, token=False).size or 0  # the Hub's token is not for others
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cannot ask for the released files: {reason}. Check the network, or give the paths of files that you have."
+            f"cannot ask for the released files: {one_line(error)[:200]}. Check the network, or give the paths of files "
+            "that you have."
         ) from error
     if not blip2_bytes:
         raise ValueError(
@@ -86,8 +88,7 @@ def fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
     try:
         return _fetch(download)
     except Exception as error:  # each client under huggingface_hub has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"the download stopped: {reason}. Run it again to resume.") from error
+        raise ValueError(f"the download stopped: {one_line(error)[:200]}. Run it again to resume.") from error
 
 
 def _fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:

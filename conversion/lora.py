@@ -1,4 +1,4 @@
-"""LoRA of MiniGPT-3D: which modules have factors, how their products are scaled, and their PEFT configuration."""
+"""LoRA of MiniGPT-3D: which modules have factors, how their products are scaled, and the files of a PEFT adapter."""
 
 import re
 from collections import Counter
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
+from minigpt3d.files import write_json
+from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE
 
 
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
@@ -67,12 +70,12 @@ def lora_scale(module: str, rank: int) -> float:
 
 def peft_scale(config, module: str) -> float:
     """alpha / r of a module, by our name, in an adapter with this `peft.LoraConfig`."""
-    get_pattern_key, short = _peft().utils.other.get_pattern_key, module.removeprefix("model.")
+    get_pattern_key, short = import_peft().utils.other.get_pattern_key, module.removeprefix("model.")
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, short), config.r)
     return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, short), config.lora_alpha) / rank
 
 
-# ---- PEFT's configuration -------------------------------------------------------------------------------------------
+# ---- PEFT's files ---------------------------------------------------------------------------------------------------
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 # PEFT has one dropout for all modules; training sets the Q-Former's, 0.1, itself.
@@ -95,7 +98,7 @@ def lora_config(
         ValueError: there are no LoRA matrices.
         ImportError: peft is not installed.
     """
-    LoraConfig = _peft().LoraConfig
+    LoraConfig = import_peft().LoraConfig
     ranks = {}
     for name, value in converted.items():
         if (match := LORA_KEY.fullmatch(name)) and match["matrix"] == "A":
@@ -117,6 +120,42 @@ def lora_config(
     )
 
 
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    scale: Callable[[str, int], float],
+    base: str | Path,
+    stage: dict | None = None,
+):
+    """Write a PEFT adapter in float32: LoRA factors, and all parameters of every module that is trained without LoRA.
+
+    Args:
+        tensors: our names → tensors on the CPU.
+        scale: (module, rank) → factor of its LoRA product.
+        base: folder or Hub id of the model that the adapter is for.
+        stage: for stage.json, if a stage made the adapter.
+    """
+    factors = {name: tensor for name, tensor in tensors.items() if LORA_KEY.fullmatch(name)}
+    modules = sorted({name.rpartition(".")[0] for name in tensors.keys() - factors.keys()})
+    options = {
+        # Without "model.", as for the LoRA targets (see `lora_config`).
+        "modules_to_save": [module.removeprefix("model.") for module in modules],
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
+        "inference_mode": True,
+    }
+    peft = import_peft()
+    no_targets = peft.utils.constants.DUMMY_TARGET_MODULES
+    config = (
+        lora_config(factors, scale, **options) if factors else peft.LoraConfig(target_modules=no_targets, **options)
+    )
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    contents = {f"{PEFT_PREFIX}{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
+    save_file(contents, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    if stage is not None:
+        write_json(folder / STAGE_FILE, stage)
+
+
 def read_lora_config(adapter: Path):
     """The `peft.LoraConfig` of an adapter's folder.
 
@@ -124,7 +163,7 @@ def read_lora_config(adapter: Path):
         ValueError: the folder has none, or the adapter is no LoRA.
         ImportError: peft is not installed.
     """
-    peft = _peft()
+    peft = import_peft()
     try:
         config = peft.PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError) as error:
@@ -134,7 +173,11 @@ def read_lora_config(adapter: Path):
     return config
 
 
-def _peft():
+def import_peft():
+    """
+    Raises:
+        ImportError: peft is not installed.
+    """
     try:
         import peft
     except ImportError as error:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import sha256
 from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
-from minigpt3d.messages import one_line
+from minigpt3d.messages import one_line, public_word
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 
@@ -382,7 +382,7 @@ def provenance(plan: Plan, command: list[str], settings: dict) -> dict:
     accounted = plan.accounted
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": ["minigpt3d", *(Path(word).name if "/" in word else word for word in command)],
+        "command": ["minigpt3d", *map(public_word, command)],
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("minigpt3d", "torch", "transformers", "safetensors")},
         **settings,

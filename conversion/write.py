@@ -3,7 +3,6 @@
 The folder appears complete or not at all.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,10 +13,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minigpt3d.files import write_json, written_whole
-from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, BASE_DIR, STAGE_FILE, check_model_dir, write_all_but_weights
+from minigpt3d.hub import ADAPTER_DIR, BASE_DIR, check_model_dir, write_all_but_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
-from .lora import PEFT_PREFIX, lora_config
+from .lora import import_peft, write_adapter
 from .names import STAGE_3_TENSORS, STAGE_4_TENSORS, matches
 from .release import Plan, provenance
 
@@ -47,13 +46,15 @@ def write_release(
 
     Raises:
         ValueError: there is no LoRA to keep, or a value does not fit the dtype.
+        ImportError: LoRA is to be kept, and peft is not installed.
         OSError: the disk is full, or will be.
     """
     output_dir = check_model_dir(output_dir, [source.checkpoint.path for source in plan.sources])
-    if lora == "keep" and not plan.accounted.lora:
-        raise ValueError('`lora` is "keep", but there are no LoRA factors in these files; use "merge".')
-    adapter_config = make_adapter_config(plan, output_dir / BASE_DIR) if lora == "keep" else None
-    _check_space(plan, output_dir, dtype, adapter_config is not None)
+    if lora == "keep":
+        import_peft()
+        if not plan.accounted.lora:
+            raise ValueError('`lora` is "keep", but there are no LoRA factors in these files; use "merge".')
+    _check_space(plan, output_dir, dtype, adapter=lora == "keep")
     settings = {"dtype": str(dtype).removeprefix("torch."), "lora": lora, "router_type": plan.config.router_type}
     record = provenance(plan, list(command), settings)
     with written_whole(output_dir) as partial:
@@ -67,9 +68,9 @@ def write_release(
         plan.config.save_pretrained(folder)
         write_weights(folder, plan, dtype, merge_lora=lora == "merge")
         write_json(folder / PROVENANCE_FILE, record)
-        if adapter_config is not None:
+        if lora == "keep":
             adapter = partial / ADAPTER_DIR
-            write_adapter(adapter, plan, adapter_config)
+            _write_adapter(adapter, plan, output_dir / BASE_DIR)
             write_json(adapter / PROVENANCE_FILE, record)
             for name in ("LICENSE", "NOTICE"):
                 shutil.copyfile(folder / name, adapter / name)
@@ -117,7 +118,7 @@ def write_weights(folder: Path, plan: Plan, dtype: torch.dtype, merge_lora: bool
             plan.release()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -137,34 +138,15 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return cast
 
 
-def make_adapter_config(plan: Plan, base: Path):
-    """The PEFT configuration: LoRA as in the files, and in full every module of which the stages train a parameter.
-
-    Raises:
-        ImportError: peft is not installed.
-    """
+def _write_adapter(folder: Path, plan: Plan, base: Path):
+    """Write LoRA factors and the modules that the stages train; with stage.json if a stage made them."""
     read, patterns = plan.reader(), STAGE_3_TENSORS
     if plan.config.router_type != "none":
         patterns += STAGE_4_TENSORS
-    trained = [name for name in plan.expected if matches(name, patterns)]
-    modules = sorted({name.rpartition(".")[0] for name in trained})
-    shapes = {name: read(name).shape for name in plan.accounted.lora}
-    # Without "model.", as for the LoRA targets (see `lora_config`).
-    modules = [module.removeprefix("model.") for module in modules]
-    options = {"modules_to_save": modules, "base_model_name_or_path": str(base), "inference_mode": True}
-    return lora_config(shapes, plan.scale, **options)
-
-
-def write_adapter(folder: Path, plan: Plan, adapter_config):
-    """Write a PEFT adapter: LoRA factors and the modules that the stages train, in float32; stage.json if a stage made it."""
-    read, modules = plan.reader(), {f"model.{module}" for module in adapter_config.modules_to_save}
+    modules = {name.rpartition(".")[0] for name in plan.expected if matches(name, patterns)}
     names = [*plan.accounted.lora, *(name for name in plan.expected if name.rpartition(".")[0] in modules)]
-    tensors = {f"{PEFT_PREFIX}{name}": _cast(read(name), torch.float32, name) for name in names}
-    folder.mkdir()
-    adapter_config.save_pretrained(folder)
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    tensors = {name: _cast(read(name), torch.float32, name) for name in names}
+    name = {"stage4": "IV", "stage3": "III"}.get(plan.sources[-1].file.slot)
+    stage = name and {"stage": name, "init": "minigpt3d convert", "router_type": plan.config.router_type}
+    write_adapter(folder, tensors, plan.scale, base, stage)  # the next stage reads stage.json
     plan.release()
-    stage = {"stage4": "IV", "stage3": "III"}.get(plan.sources[-1].file.slot)
-    if stage is not None:  # the next stage reads what it starts from
-        facts = {"stage": stage, "init": "minigpt3d convert", "router_type": plan.config.router_type}
-        write_json(folder / STAGE_FILE, facts)

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minigpt3d.files import write_json, write_text, written_file
-from minigpt3d.messages import one_line
+from minigpt3d.messages import MultilineError, one_line
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .clouds import decode_cloud, encode_cloud, point_cloud_path
@@ -204,7 +204,7 @@ def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_wor
             if len(broken) > max_broken * total:
                 pool.shutdown(cancel_futures=True)
                 listed = "\n  ".join(broken[:5])
-                raise ValueError(
+                raise MultilineError(
                     f"{len(broken)} of {total} clouds are missing or broken, more than `max_broken` {max_broken:g}:\n  "
                     f"{listed}\nIf that is expected, raise `max_broken`; what is packed so far is kept."
                 )
@@ -222,7 +222,7 @@ def write_shard(shard: Shard, reading: dict) -> dict:
                 warnings.simplefilter("ignore")
                 cloud = load_point_cloud(entry.path, NUM_POINTS, **reading)
         except Exception as error:  # a reader may raise anything; one file must not end the run
-            broken.append(f"object_id {entry.object_id!r}: {' '.join(str(error).split())[:200]}")
+            broken.append(f"object_id {entry.object_id!r}: {one_line(error)[:200]}")
             continue
         coord, color = encode_cloud(cloud)
         max_error = max(max_error, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max()))
@@ -299,11 +299,19 @@ def dataset_card(manifest: dict) -> str:
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload a packed data set; returns its address."""
+    """Upload a packed data set; returns its address.
+
+    Raises:
+        ValueError: the upload failed; the data stay on disk.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", commit_message="minigpt3d pack")
-    )
+    api, target = HfApi(), {"repo_id": repo_id, "repo_type": "dataset"}
+    try:
+        api.create_repo(**target, private=private, exist_ok=True)
+        return str(api.upload_folder(**target, folder_path=folder, commit_message="minigpt3d pack"))
+    except Exception as error:  # the network can fail in many ways
+        retry = f"hf upload {repo_id} {folder} --repo-type dataset"
+        raise ValueError(
+            f"{folder} was not uploaded: {one_line(error)} (it is on disk; try again: {retry})"
+        ) from error

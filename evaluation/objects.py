@@ -21,6 +21,7 @@ from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_clo
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
 from minigpt3d.data.tables import TABLE_SUFFIXES, UNREADABLE_SUFFIXES, read_table
+from minigpt3d.messages import MultilineError
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .options import EvaluateOptions
@@ -52,10 +53,6 @@ class EvalObject:
     color: str | None = None
 
 
-class BrokenObjectsError(ValueError):
-    """Some clouds cannot be read. The message lists them, one per line."""
-
-
 def read_objects(options: EvaluateOptions) -> list[EvalObject]:
     """All objects of a suite; see the readers below."""
     if options.suite in ("objaverse", "caption"):
@@ -71,7 +68,7 @@ def check_clouds(objects: Collection[EvalObject]) -> str:
     """Read every cloud once; returns a hash of ids, references and clouds.
 
     Raises:
-        BrokenObjectsError: some cannot be read.
+        MultilineError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
     with progress(len(objects), "reading", "object") as bar:
@@ -84,7 +81,7 @@ def check_clouds(objects: Collection[EvalObject]) -> str:
                 broken.append(f"{each.object_id}: {' '.join(str(error).split())[:200]}")
     if broken:
         listed = "\n  ".join(broken)
-        raise BrokenObjectsError(
+        raise MultilineError(
             f"{len(broken)} of {len(objects)} objects cannot be read:\n  {listed}\nRepair them or leave them out."
         )
     return digest.hexdigest()[:16]

@@ -4,7 +4,6 @@ The text is in `card.jinja`. Every number in it is a fact, which knows its sourc
 refused.
 """
 
-import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import minigpt3d
 from minigpt3d.files import write_json, write_text
+from minigpt3d.messages import public_command, public_word
 from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .ablation import ablation_section
@@ -23,7 +23,6 @@ from .facts import find_unsourced, take_marks
 from .model_folder import RECIPE_FILE, read_folder
 from .model_index import HUB_DATASETS, eval_results, model_index
 from .render import render
-from .words import public_path
 
 
 CARD_FILE, SOURCES_FILE = "README.md", "card_sources.json"
@@ -63,7 +62,7 @@ def write_card(
     ablation = None if ablation is None else Path(ablation)
     ablation_file = ablation / ABLATION_FILE if ablation is not None and ablation.is_dir() else ablation
     facts |= {
-        "model_id": model_id or public_path(folder),
+        "model_id": model_id or public_word(str(folder)),
         "runs": runs,
         "limits": find_limits(runs),
         "ablation": None if ablation is None else ablation_section(ablation_file),
@@ -133,16 +132,16 @@ def _command(
     folder: Path, model_id: str | None, result_files: list[Path], given: Mapping[str, Given], ablation: Path | None
 ) -> str:
     """The command that writes this card again."""
-    words = ["minigpt3d", "card", public_path(folder)]
+    words = ["minigpt3d", "card", str(folder)]
     if model_id is not None:
         words += ["--model-id", model_id]
     if result_files:
-        words += ["--results", *(public_path(path.parent) for path in result_files)]
+        words += ["--results", *(str(path.parent) for path in result_files)]
     for name, number in given.items():
         words += ["--co2", f"{name}={number.value:g}:{number.source}"]
     if ablation is not None:
-        words += ["--ablation", public_path(ablation)]
-    return shlex.join(words)
+        words += ["--ablation", str(ablation)]
+    return public_command(words)
 
 
 def _metadata(facts: Mapping) -> str:

@@ -1,7 +1,6 @@
 """Scores and names for people: numbers in their units, intervals, Markdown."""
 
 import re
-from pathlib import Path
 
 
 def scaled(value: float, unit: str) -> float:
@@ -37,11 +36,6 @@ _MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|\A[#>]|\A[+-](?= )
 def same_judge(name: str | None) -> str | None:
     """A model's name for comparisons: without folder or owner, in lower case, with one kind of dash."""
     return name and name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-").replace(" ", "-")
-
-
-def public_path(path: Path) -> str:
-    """A path for a published command: a relative one stays, of others only the last part, since the rest describes a disk."""
-    return path.resolve().name if path.is_absolute() or ".." in path.parts else str(path)
 
 
 def markdown_table(rows: list[list[str]]) -> str:

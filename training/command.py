@@ -3,19 +3,13 @@
 `--help` and mistakes in the options take no second: torch is imported after the options have been checked.
 """
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 
-from minigpt3d.arguments import add_options, normalize, read_options, with_flags
-from minigpt3d.messages import one_line
+from minigpt3d.arguments import run_script, with_flags
 
 from .run_options import RunOptions
 from .stages import RECIPES, Stage
-
-
-OPTION_NAMES = [field.name for field in dataclasses.fields(RunOptions)]
 
 
 def main(stage_name: str, argv: Sequence[str] | None = None):
@@ -29,15 +23,12 @@ def main(stage_name: str, argv: Sequence[str] | None = None):
         SystemExit: 2 for options that cannot be parsed, 1 with a message for errors that the user can mend, 128 + the
             signal's number after a signal.
     """
-    parser = argparse.ArgumentParser(description=_describe(RECIPES["paper"][stage_name]))
-    add_options(parser, RunOptions, "_")
-    arguments = parser.parse_args(normalize(sys.argv[1:] if argv is None else argv, "_"))
-    options = read_options(RunOptions, arguments)
-    try:
+
+    def check_and_run(options: RunOptions):
         options.check()
         _run(RECIPES[options.recipe][stage_name], options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {_show(one_line(error))}") from error
+
+    run_script(check_and_run, RunOptions, argv, _describe(RECIPES["paper"][stage_name]))
 
 
 def _run(stage: Stage, options: RunOptions):
@@ -62,12 +53,8 @@ def _run(stage: Stage, options: RunOptions):
             "--resume auto and a smaller --num_workers; 0 loads data in the main process."
         ) from error
     except Stopped as stopped:
-        print(_show(str(stopped)), file=sys.stderr)
+        print(with_flags(str(stopped), RunOptions, "_"), file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
-
-
-def _show(message: str) -> str:
-    return with_flags(message, OPTION_NAMES, "_")
 
 
 def _describe(stage: Stage) -> str:

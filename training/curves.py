@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.files import written_file
+
 from .history import column, module_groups
 
 
@@ -46,14 +48,8 @@ def draw_curves(history: list[dict], title: str, path: str | Path):
     drawings |= {"speed": _draw_speed, "load": _draw_load, "entropy": _draw_entropy}
     for name, panel in panels.items():
         drawings[name](panel, steps, history)
-
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with written_file(path) as unfinished:
         canvas.print_figure(unfinished, dpi=110, format="png", metadata={"Software": None})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _style(panel, steps: np.ndarray):

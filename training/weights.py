@@ -21,16 +21,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from minigpt3d.conversion.lora import PEFT_PREFIX, lora_config, lora_targets, peft_scale, read_lora_config
+from minigpt3d.conversion.lora import PEFT_PREFIX, lora_targets, peft_scale, read_lora_config, write_adapter
 from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
-from minigpt3d.files import write_json, written_whole
+from minigpt3d.files import written_whole
 from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, ModelFiles, load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
@@ -242,23 +241,8 @@ def save_adapter(
         base: folder or Hub id of the model that the adapter is for.
         run: for stage.json.
     """
-    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    modules = sorted({name.rpartition(".")[0] for name in tensors.keys() - factors.keys()})
-    options = {
-        # Without "model.", so that the suffixes match the model with its head and the one without.
-        "modules_to_save": [module.removeprefix("model.") for module in modules],
-        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
-        "inference_mode": True,
-    }
-    if factors:
-        config = lora_config(factors, lambda module, rank: scales[module], **options)
-    else:
-        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, **options)
     with written_whole(folder) as partial:
-        config.save_pretrained(partial)
-        contents = {f"{PEFT_PREFIX}{name}": tensors[name].float().contiguous() for name in sorted(tensors)}
-        save_file(contents, partial / ADAPTER_FILE, metadata={"format": "pt"})
-        write_json(partial / STAGE_FILE, run)
+        write_adapter(partial, tensors, lambda module, rank: scales[module], base, run)
 
 
 def export_model(adapter: Path, processor, output_dir: Path):

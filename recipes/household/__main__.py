@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, run_script
 from minigpt3d.conversion import verification
+from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.files import write_json, written_whole
 from minigpt3d.hub import load_model, save_pretrained
 
-from .build_data import SOURCES, build
-from .command_line import run_command
+from .build_data import build
 from .heldout import write_heldout
 from .recipe_card import write_model_card
 from .stage_scores import evaluate_models, to_table
@@ -173,7 +173,7 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
 
 
 def main(argv: list[str] | None = None):
-    run_command(run_recipe, RecipeOptions, __doc__, "minigpt3d.recipes.household", argv)
+    run_script(run_recipe, RecipeOptions, argv, __doc__, "minigpt3d.recipes.household")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minigpt3d.data.clouds import point_cloud_path
+from minigpt3d.data.records import SOURCES
+from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.colors import main_color
 from minigpt3d.evaluation.vocabulary.kinds import kind_of
 from minigpt3d.files import write_json, write_text
@@ -35,13 +38,6 @@ from .split import choose_validation, group_objects
 from .views import recolor
 
 
-NUM_POINTS = 8192
-SOURCES = {
-    "simple_description": "brief",
-    "detailed_description": "detailed",
-    "single_round": "single_round",
-    "multi_round": "multi_round",
-}
 # Half of all objects have no known kind. The others are shown more often, with twice as many texts.
 BRIEF_PER_OBJECT = {True: 6, False: 1}
 RECOLORED_PER_OBJECT = {True: 2, False: 0}
@@ -162,11 +158,11 @@ def write_release(items: list[Item], output: Path, seed: int) -> dict[str, int]:
     records = {source: [] for source in SOURCES.values()}
     for item in tqdm(items, desc="annotations", unit=""):
         if item.is_validation:
-            np.save(output / "validation" / f"{item.piece.object_id}_{NUM_POINTS}.npy", item.cloud)
+            np.save(point_cloud_path(output / "validation", item.piece.object_id), item.cloud)
             continue
         rng = np.random.default_rng([seed, *item.piece.object_id.encode()])
         for object_id, cloud in recolored_copies(item, rng).items():
-            np.save(output / "clouds" / f"{object_id}_{NUM_POINTS}.npy", cloud)
+            np.save(point_cloud_path(output / "clouds", object_id), cloud)
             for record in annotate_item(object_id, item, cloud, rng):
                 records[SOURCES[record["conversation_type"]]].append(record)
     for source, content in records.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt3d.data.clouds import encode_cloud
+from minigpt3d.data.clouds import encode_cloud, point_cloud_path
 from minigpt3d.files import written_file
 
-from .build_data import NUM_POINTS, read_metadata
+from .build_data import read_metadata
 from .captions import detailed, get_facts
 
 
@@ -28,7 +28,7 @@ def write_heldout(data_dir: Path, path: Path) -> int:
     for facts in read_metadata(data_dir):
         if facts["split"] != "validation" or not facts["kind"]:
             continue
-        cloud = np.load(data_dir / "validation" / f"{facts['object_id']}_{NUM_POINTS}.npy")
+        cloud = np.load(point_cloud_path(data_dir / "validation", facts["object_id"]))
         coord, rgb = encode_cloud(cloud)
         rng = np.random.default_rng(list(facts["object_id"].encode()))
         caption = detailed(get_facts(facts["name"], facts["category"], cloud), rng)

@@ -24,8 +24,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, run_script
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
+from minigpt3d.data.clouds import point_cloud_path
 from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
 from minigpt3d.files import write_json
@@ -38,9 +39,8 @@ from minigpt3d.processing_minigpt3d import (
     prepare_tokenizer,
 )
 
-from .build_data import NUM_POINTS, read_metadata
+from .build_data import read_metadata
 from .captions import PLACES, USES, Facts, annotate, get_facts, keywords
-from .command_line import run_command
 from .procedural import make_object
 from .views import augment_views, color_shares, group_views
 
@@ -133,7 +133,7 @@ def read_release(data_dir: Path) -> list[Object]:
     for row in read_metadata(data_dir):
         is_validation = row["split"] == "validation"
         folder = data_dir / ("validation" if is_validation else "clouds")
-        cloud = np.load(folder / f"{row['object_id']}_{NUM_POINTS}.npy")
+        cloud = np.load(point_cloud_path(folder, row["object_id"]))
         objects.append(Object(row["name"], row["kind"], row["category"], is_validation, cloud))
     return objects
 
@@ -533,7 +533,7 @@ def main(argv: list[str] | None = None):
     def action(options: PretrainOptions):
         print(json.dumps(pretrain(options), indent=1))
 
-    run_command(action, PretrainOptions, __doc__, "minigpt3d.recipes.household.pretrain", argv)
+    run_script(action, PretrainOptions, argv, __doc__, "minigpt3d.recipes.household.pretrain")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from tiny_model import make_tiny_config, make_tiny_model
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from minigpt3d.cli.main import main
-from minigpt3d.conversion import authors_name, convert_state_dict, our_name, verification, write
+from minigpt3d.conversion import verification, write
 from minigpt3d.conversion.download import AUTHORS_ID, PATHS
+from minigpt3d.conversion.names import authors_name, our_name
+from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.hub import ModelFiles, find_model, load_weights, save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import RECIPES, Lora

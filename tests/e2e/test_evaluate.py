@@ -20,7 +20,6 @@ from accelerate.state import AcceleratorState
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli import main as minigpt3d_cli
-from minigpt3d.conversion import save_pretrained
 from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
@@ -42,6 +41,7 @@ from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
 from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, MODELNET40_CLASSES, SUITES, Question
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
+from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 

@@ -15,13 +15,14 @@ from ways_in import make_processor, make_seeing_model
 
 from minigpt3d.data.clouds import read_point_cloud
 from minigpt3d.data.records import read_annotations
+from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.articles import with_article
 from minigpt3d.evaluation.vocabulary.colors import COLORS, color_indices, first_color, main_color, names_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, kind_of, names_kind
 from minigpt3d.hub import load_model, save_pretrained
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.recipes.household.__main__ import main
-from minigpt3d.recipes.household.build_data import NUM_POINTS, build
+from minigpt3d.recipes.household.build_data import build
 from minigpt3d.recipes.household.captions import annotate, get_facts, what_is_this
 from minigpt3d.recipes.household.heldout import write_heldout
 from minigpt3d.recipes.household.library import FurnitureLibrary, read_properties

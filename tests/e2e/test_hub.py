@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 import minigpt3d
-from minigpt3d.conversion import save_pretrained
+from minigpt3d.hub import save_pretrained
 
 
 QUESTION = "What color is it?"

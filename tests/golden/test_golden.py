@@ -11,7 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from tiny_model import make_tiny_config, tiny_phi_config
 
-from minigpt3d.conversion import authors_name, convert_state_dict, lora_config, our_name
+from minigpt3d.conversion.lora import lora_config
+from minigpt3d.conversion.names import authors_name, our_name
+from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.grouping_minigpt3d import farthest_point_sampling, group, nearest_neighbors
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 

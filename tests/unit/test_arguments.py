@@ -88,10 +88,8 @@ def test_only_names_of_options_are_normalized():
 
 def test_flags_replace_arguments_in_messages():
     message = "`output_dir` and `from_` are needed, `other` and output_dir are not"
-    names = ["output_dir", "from_"]
-    assert with_flags(message, names, "-") == "--output-dir and --from are needed, `other` and output_dir are not"
-    assert with_flags(message, names, "_").startswith("--output_dir and --from")
-    assert with_flags(message, [], "-") == message
+    assert with_flags(message, Options, "-") == "--output-dir and --from are needed, `other` and output_dir are not"
+    assert with_flags(message, Options, "_").startswith("--output_dir and --from")
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "1e999", "many"])

@@ -7,6 +7,7 @@ import pytest
 
 from minigpt3d.cli import describe, main as cli
 from minigpt3d.cli.console import ShowWarnings, printable
+from minigpt3d.messages import MultilineError
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
 
@@ -113,13 +114,11 @@ def test_underscores_are_accepted(monkeypatch):
     assert typed == argv
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("`max_new_tokens`\nis `odd`"), cli.CommandError("`max_new_tokens` is `odd`")]
-)
-def test_errors_name_the_option(error, monkeypatch, capsys):
-    monkeypatch.setattr(describe, "run", fail_with(error))
+@pytest.mark.parametrize(("error", "space"), [(ValueError, " "), (MultilineError, "\n")])
+def test_errors_name_the_option(error, space, monkeypatch, capsys):
+    monkeypatch.setattr(describe, "run", fail_with(error("`max_new_tokens`\nis `odd`")))
     assert cli.main(["describe", "x"]) == 1
-    assert capsys.readouterr().err == "minigpt3d: --max-new-tokens is `odd`\n"
+    assert capsys.readouterr().err == f"minigpt3d: --max-new-tokens{space}is `odd`\n"
 
 
 def test_missing_files_are_one_line(monkeypatch, capsys):

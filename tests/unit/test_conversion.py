@@ -12,10 +12,11 @@ from release_files import release_contents, write_release_files
 from safetensors.torch import load_file
 from tiny_model import make_tiny_config
 
-from minigpt3d.conversion import authors_name, convert_state_dict, our_name, verification, write
+from minigpt3d.conversion import verification, write
 from minigpt3d.conversion.download import find_release
-from minigpt3d.conversion.names import NAMES, STAGE_3_TENSORS, STAGE_4_TENSORS
+from minigpt3d.conversion.names import NAMES, STAGE_3_TENSORS, STAGE_4_TENSORS, authors_name, our_name
 from minigpt3d.conversion.release import Plan, make_plan, make_processor, release_sources, summary
+from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.conversion.write import write_release
 from minigpt3d.training.stages import RECIPES
 

@@ -9,7 +9,7 @@ import torch
 from training_runs import STAGES
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.conversion import authors_name
+from minigpt3d.conversion.names import authors_name
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.stages import learning_rate, select_trainable
 from minigpt3d.training.weights import named_parameters, prepare_model, trainable_table

@@ -20,13 +20,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, run_script
 from minigpt3d.data.sources import fingerprint
 from minigpt3d.files import write_json
 from minigpt3d.hub import fingerprint_model
+from minigpt3d.messages import public_word
 from minigpt3d.model_card.ablation import ablation_table
-from minigpt3d.model_card.words import public_path
-from minigpt3d.recipes.household.command_line import run_command
 
 from .ablation_files import write_ablation
 from .lab import Lab
@@ -101,7 +100,7 @@ def _describe_run(options: AblateOptions) -> dict:
         "date": date.today().isoformat(),
         "cpus": os.cpu_count(),
         "versions": f"Python {platform.python_version()}, {packages}",
-        "given": {"base": public_path(Path(options.base)), "data": public_path(Path(options.data))},
+        "given": {"base": public_word(options.base), "data": public_word(options.data)},
     }
 
 
@@ -164,7 +163,7 @@ def read_runs(runs_dir: Path) -> list[dict]:
 
 
 def main(argv: list[str] | None = None):
-    run_command(ablate, AblateOptions, __doc__, "minigpt3d.recipes.household.ablate", argv)
+    run_script(ablate, AblateOptions, argv, __doc__, "minigpt3d.recipes.household.ablate")
 
 
 if __name__ == "__main__":
