@@ -1,22 +1,27 @@
 """A point cloud from whatever holds a 3D object: file, array, tensor or mesh → float32 (num_points, 6), normalized.
 
-The order: read (readers_minigpt3d.py, meshes_minigpt3d.py) → drop points that are not finite → colors to [0, 1] →
-sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
+The order: find the source (sources_minigpt3d.py) → read (tables_, text_, scans_, scenes_, gltf_, formats_minigpt3d.py) →
+drop points that are not finite → colors to [0, 1] → sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
 
 Shapes: N points in the source, P points of the cloud.
 """
 
 import numbers
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surface
-from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
+from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
+from .gltf_minigpt3d import GLTF_READERS
+from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
+from .readers_minigpt3d import MAX_BAD_SHARE, PointCloudError, Points, called, printable, report_dropped, warn
+from .scans_minigpt3d import SCAN_READERS
+from .scenes_minigpt3d import SURFACE_READERS
+from .sources_minigpt3d import check_content, is_file_like, local_file, sniff_suffix, source_name
+from .tables_minigpt3d import TABLE_READERS, split_columns
+from .text_minigpt3d import TEXT_READERS
 
 
 # From "this axis points up" to "y points up", as in the training data: new = coord @ matrix.T,
@@ -29,9 +34,22 @@ _UP_ROTATIONS = {
 _NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0)}
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
+# Up to this share of 16-bit values may exceed 255 in a scan whose colors have 8 bits; they are clipped.
+STRAY_SHARE = 0.01
+# Above it whole numbers have 16 bits, also where they are stored as floats.
+_LEAST_16_BIT = 1023
 
-_READERS: dict[str, Callable[[Path], Any]] = {".ply": read_ply} | POINT_READERS | MESH_READERS
+_READERS: dict[str, Callable[[Path], Points | list[Surface]]] = (
+    TABLE_READERS | TEXT_READERS | SCAN_READERS | SURFACE_READERS | GLTF_READERS | FORMAT_READERS
+)
 READABLE_SUFFIXES = tuple(_READERS)
+
+
+def is_readable(path: str | Path) -> bool:
+    """Whether a file's name has a suffix that is read, also before .gz."""
+    path = Path(path)
+    suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    return suffix.lower() in READABLE_SUFFIXES
 
 
 def load_point_cloud(
@@ -44,9 +62,11 @@ def load_point_cloud(
     """Read, sample and normalize a 3D object. The same source and arguments always give the same cloud.
 
     Args:
-        source: a path (see `READABLE_SUFFIXES`); an array or tensor (N, 3) of xyz or (N, 6) of xyz and rgb; or a
-            trimesh `Trimesh`, `PointCloud` or `Scene`. Coordinates in any unit, colors in 0–1 or 0–255 (16-bit ones in
-            0–65535), told apart by dtype and range.
+        source: the content of a file (see `READABLE_SUFFIXES`, each also with .gz): a path, an `https://` or `file://`
+            URL, bytes, a binary file open for reading, or a row `{"bytes", "path"}` of a data set; an array or tensor
+            (N, 3) of xyz or (N, 6) of xyz and rgb, or what else `split_columns` knows; a trimesh `Trimesh`,
+            `PointCloud` or `Scene`; or an object with `points` and `colors`, as in Open3D. Coordinates in any unit,
+            colors in 0–1 or 0–255 (16-bit ones in 0–65535), told apart by dtype and range.
         num_points: P. More points are sampled, fewer are repeated, exactly as many keep their order.
         missing_color: for points without color: "black", as ModelNet40 is read in the paper; "gray"; "white"; or
             (r, g, b) in [0, 1]. The model sees it as the object's color and will call a bare mesh black.
@@ -60,103 +80,178 @@ def load_point_cloud(
     Raises:
         PointCloudError: (a ValueError) the source cannot be read, or holds no usable cloud.
         ValueError: an argument out of its range.
-        ImportError: a package that reads this kind of file is missing; the message says which.
+        MissingReaderError: (also an ImportError) a package that reads this kind of file is missing; the message says
+            which.
     """
+    return load_with_facts(source, num_points, missing_color, up_axis, seed)[0]
+
+
+class CloudFacts(NamedTuple):
+    """What a source holds.
+
+    Args:
+        num_points: N; None for surfaces.
+        num_faces: triangles of surfaces; None for points.
+        has_color: whether it has colors, be it in materials or textures.
+    """
+
+    num_points: int | None
+    num_faces: int | None
+    has_color: bool
+
+
+def load_with_facts(
+    source: Any, num_points: int, missing_color: str | tuple[float, float, float], up_axis: str | None, seed: int
+) -> tuple[np.ndarray, CloudFacts]:
+    """What `load_point_cloud` returns for the same arguments, and facts about the source."""
     if not isinstance(num_points, numbers.Integral) or num_points < 1:
         raise ValueError(f"num_points must be a whole number of at least 1, got {num_points!r}.")
     if up_axis is not None and up_axis not in _UP_ROTATIONS:
         raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (not turned), got {up_axis!r}.")
     fill = _rgb(missing_color)
     rng = np.random.default_rng(seed)
-    name = str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
+    name = source_name(source)
     try:
-        content = _read(source)
-        if isinstance(content, Points):
-            coord, color = _sample_points(content, num_points, fill, rng, name)
-        else:
-            coord, color = sample_surface(content, num_points, fill, rng, name)
+        with called(name):
+            content = _read(source)
+            if isinstance(content, Points):
+                coord, color = _sample_points(content, num_points, rng)
+                counts = len(content.coord), None
+            else:
+                coord, color = sample_surface(content, num_points, rng)
+                counts = None, sum(len(surface.corners) for surface in content)
+            facts = CloudFacts(*counts, has_color=not np.isnan(color).all())
+            if not facts.has_color and is_file_like(source):
+                what = "points have" if isinstance(content, Points) else "surface has"
+                warn(
+                    f"its {what} no color, so all points are {missing_color}. What is answered about its color is not to "
+                    "be believed."
+                )
+        color = np.where(np.isnan(color), fill, color)
         if up_axis is not None:
             coord = coord @ _UP_ROTATIONS[up_axis].T
         coord = _normalize(coord)
     except PointCloudError as error:
-        raise PointCloudError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {printable(str(error))}") from error
     cloud = np.empty((6, num_points), dtype=np.float32)
     cloud[:3], cloud[3:] = coord.T, color.T
-    return np.ascontiguousarray(cloud.T)
+    return np.ascontiguousarray(cloud.T), facts
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Any) -> Points | Any:
-    """`Points`, or a trimesh `Scene` that holds faces."""
-    if isinstance(source, (str, os.PathLike)):
-        return _read_file(Path(source))
-    if isinstance(source, torch.Tensor):
+def _read(source: Any) -> Points | list[Surface]:
+    """`Points`, or surfaces with at least one face."""
+    if is_file_like(source):
+        with local_file(source) as path:
+            return _read_file(path)
+    if hasattr(source, "detach"):  # a tensor; torch is not imported, which takes longer than reading a file
         source = source.detach().cpu()
         source = (source.double() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
         return split_columns(source)
     if type(source).__module__.split(".")[0] == "trimesh":
         return open_trimesh(source)
+    if hasattr(source, "points") and hasattr(source, "colors"):
+        return _read_object(source)
+    if hasattr(source, "to_records"):  # a data frame
+        return split_columns(source.to_records(index=False))
     raise PointCloudError(
         f"a {type(source).__name__} cannot be read. Pass a path, an array or tensor (N, 3) or (N, 6), or a trimesh object."
     )
 
 
-def _read_file(path: Path) -> Points | Any:
+def _read_object(source: Any) -> Points:
+    """An object with `points` and `colors`, such as Open3D's `PointCloud`, where colors may be empty."""
+    try:
+        coord, color = np.asarray(source.points, np.float64), np.asarray(source.colors, np.float64)
+    except (TypeError, ValueError) as error:
+        raise PointCloudError(
+            f"its points and colors are no arrays of numbers ({printable(str(error))[:200]})."
+        ) from error
+    if not color.size:
+        return split_columns(coord)._replace(color=None)
+    if (
+        coord.ndim != 2
+        or coord.shape[1] != 3
+        or color.ndim != 2
+        or len(color) != len(coord)
+        or color.shape[1] not in (3, 4)
+    ):
+        raise PointCloudError(f"it must have xyz and rgb of each point, got shapes {coord.shape} and {color.shape}.")
+    return Points(coord, color[:, :3])
+
+
+def _read_file(path: Path) -> Points | list[Surface]:
     suffix = path.suffix.lower()
-    if path.is_dir():
-        raise PointCloudError("this is a folder. Pass one of the files in it.")
-    if not path.is_file():
-        raise PointCloudError("there is no such file. Check the path.")
+    if suffix in CONVERSIONS:
+        raise PointCloudError(f"files of type '{suffix}' are not read. {CONVERSIONS[suffix]}")
     if suffix not in _READERS:
         raise PointCloudError(
-            f"files of type {suffix or '(no extension)'!r} are not known. Expected one of {' '.join(READABLE_SUFFIXES)}; "
-            "convert it, or pass its points as an array."
+            f"files of type '{printable(suffix) or '(no extension)'}' are not known. Expected one of "
+            f"{' '.join(READABLE_SUFFIXES)}; convert it, or pass its points as an array."
         )
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty (0 bytes).")
+    check_content(path)
     try:
         return _READERS[suffix](path)
-    except (PointCloudError, ImportError):
+    except PointCloudError:
         raise
     except MemoryError as error:
         raise PointCloudError("it needs more memory than is available; the file is corrupt or too large.") from error
+    except RecursionError as error:
+        raise PointCloudError("its parts are nested too deeply; the file is corrupt.") from error
     except Exception as error:  # every reader has exceptions of its own for a broken file
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise PointCloudError(
-            f"it cannot be read as {suffix} ({detail[:200]}). The file is truncated or corrupt, or its "
-            "name does not match its format; export it again."
-        ) from error
+        raise _unreadable(path, suffix, error) from error
+    except BaseException as error:  # what a library in Rust makes of a panic
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _unreadable(path, suffix, error) from error
+
+
+def _unreadable(path: Path, suffix: str, error: BaseException) -> PointCloudError:
+    detail = printable(" ".join(str(error).split()) or type(error).__name__)[:200]
+    actual = sniff_suffix(path)
+    if actual not in (None, suffix, ".txt") and {actual, suffix} != {".las", ".laz"}:
+        return PointCloudError(f"its content is {actual}, though its name ends in {suffix}. Rename it.")
+    return PointCloudError(
+        f"it cannot be read as {suffix} ({detail}). The file is truncated or corrupt, or its "
+        "name does not match its format; export it again."
+    )
 
 
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
 
-def _sample_points(
-    points: Points, num_points: int, fill: np.ndarray, rng: np.random.Generator, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1]."""
-    coord, color = points
+def _sample_points(points: Points, num_points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none."""
+    coord, color, may_be_sparse = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
+    if color is not None and _is_all_nan(color):  # columns that are named, but empty
+        color = None
     coord = np.ascontiguousarray(coord)  # otherwise all that follows is several times slower
     color = None if color is None else np.ascontiguousarray(color)
     if not (np.isfinite(coord).all() and (color is None or np.isfinite(color).all())):
         good = np.isfinite(coord).all(axis=1)
         if color is not None:
             good &= np.isfinite(color).all(axis=1)
-        report_dropped(good, "points", name)
+        report_dropped(good, "points", max_share=1 if may_be_sparse else MAX_BAD_SHARE)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
     chosen = _choose(len(coord), num_points, rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:
-        return coord, np.tile(fill, (num_points, 1))
+        return coord, np.full((num_points, 3), np.nan)
     color = color[chosen] if scale == 1 else color[chosen] / scale
     return coord, np.clip(color, 0, 1)
+
+
+def _is_all_nan(color: np.ndarray) -> bool:
+    return color.dtype.kind == "f" and len(color) > 0 and bool(np.isnan(color[0]).all() and np.isnan(color).all())
 
 
 def _color_scale(color: np.ndarray) -> float:
@@ -169,8 +264,9 @@ def _color_scale(color: np.ndarray) -> float:
             return 1.0
         if high <= 255 + slack:
             return 255.0
-        if color.dtype == np.uint16:
-            return 65535.0
+        is_whole = not is_float or high > _LEAST_16_BIT and bool((color == np.rint(color)).all())
+        if is_whole and high <= 65535:
+            return 255.0 if (color > 255).mean() <= STRAY_SHARE else 65535.0
     raise PointCloudError(
         f"its colors are out of range: got {low:g} to {high:g} ({color.dtype}), expected 0 to 1 or 0 to 255 (16 bits: "
         "0 to 65535, as whole numbers). If these columns are not colors (but normals, say), pass xyz alone."
@@ -210,4 +306,4 @@ def _normalize(coord: np.ndarray) -> np.ndarray:
     return (columns / largest).T
 
 
-__all__ = ["READABLE_SUFFIXES", "PointCloudError", "load_point_cloud"]
+__all__ = ["READABLE_SUFFIXES", "PointCloudError", "is_readable", "load_point_cloud"]

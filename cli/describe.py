@@ -79,10 +79,11 @@ def find_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
+    from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
 
-    visible = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    files = sorted(file for file in visible if file.suffix.lower() in READABLE_SUFFIXES)
+    files = sorted(
+        file for file in path.rglob("*") if is_readable(file) and not file.name.startswith(".") and file.is_file()
+    )
     if not files:
         raise ValueError(f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}")
     return files

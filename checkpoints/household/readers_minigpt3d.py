@@ -1,21 +1,28 @@
-"""Points from files: .npy, .npz, .ply, .pcd, .las, .laz and text.
+"""What all readers share: errors, warnings, limits, columns by name; and the points of a .ply.
 
-A reader takes a path and returns `Points`, as stored. To add a format, write its reader and list it in `POINT_READERS`.
-What a header promises is compared with the size of its file before memory is allocated for it.
+A reader takes a path and returns `Points`, as stored, or a list of `Surface`s (meshes_minigpt3d.py). To add a format,
+write its reader and list it in the table at the end of its file. What a header promises is compared with the size of its
+file before memory is allocated for it.
+
+PLY is read by plyfile, text without lists by numpy, which takes a tenth of the time.
 
 Shapes: N points.
 """
 
+import contextlib
+import contextvars
 import importlib
-import io
+import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+
+# ---- Limits (docs/reading.md lists them) ----------------------------------------------------------------------------
 
 # What a file may unpack to. A scan of 10 million points in double precision takes 480 MB.
 MAX_UNPACKED_BYTES = 4 * 1024**3
@@ -24,36 +31,93 @@ MAX_UNPACK_RATIO = 200
 RATIO_FLOOR_BYTES = 100 * 1000**2
 # Above this share of NaN or infinite points the file is considered broken, below they are dropped.
 MAX_BAD_SHARE = 0.5
-
-POINT_NAMES = ("points", "point_cloud", "xyz", "coord", "coords", "pos", "vertices")
-COLOR_NAMES = ("colors", "color", "rgb")
-COLOR_COLUMNS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+# Header of a PLY or PCD. Exporters write settings and licenses into comments.
+MAX_HEADER_BYTES = 16 * 1024**2
+# Lines of a text before its first row of numbers, and characters in one of its lines.
+MAX_HEADER_LINES = 1000
+MAX_LINE_CHARACTERS = 1_000_000
+# Seconds to wait for a server, and for a complete download; redirects that are followed.
+URL_TIMEOUT_SECONDS = 20
+MAX_DOWNLOAD_SECONDS = 600
+MAX_DOWNLOAD_BYTES = 1024**3
+MAX_REDIRECTS = 5
 
 
 class PointCloudError(ValueError):
     """A source that is no usable point cloud; the message says what is wrong with it and what to do."""
 
 
+class MissingReaderError(PointCloudError, ImportError):
+    """A library that reads this format is not installed; the message says how to install it."""
+
+
 class Points(NamedTuple):
-    """What a reader returns: coord (N, 3) of any real dtype; color (N, 3) as stored, or None."""
+    """What a reader returns.
+
+    Args:
+        coord: (N, 3) of any real dtype.
+        color: (N, 3) as stored, or None.
+        may_be_sparse: whether NaN marks a missing measurement in this format, so that most points may be NaN.
+    """
 
     coord: np.ndarray
     color: np.ndarray | None
+    may_be_sparse: bool = False
 
 
 # ---- For all readers ------------------------------------------------------------------------------------------------
 
 
 def import_reader(module: str, package: str | None = None):
-    """Import a library only when a file needs it, so that importing this package stays light."""
+    """Import a library only when a file needs it, so that importing this package stays light.
+
+    Args:
+        module: the name it is imported by.
+        package: the name it is installed by, if that is another.
+
+    Raises:
+        MissingReaderError: it cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = package or module
-        raise ImportError(
+        raise MissingReaderError(
             f"Reading this file needs {package.split('[')[0]}, which cannot be imported ({error}). "
             f"Install it: pip install '{package}'"
         ) from error
+
+
+def printable(text: str) -> str:
+    """A text with control characters escaped, so that the name of a file can neither move the cursor nor add a line."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+    )
+
+
+_NAME = contextvars.ContextVar("name of the source")
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[None]:
+    """Within this context `warn` calls the source so; its file may be a temporary copy with another name."""
+    token = _NAME.set(name)
+    try:
+        yield
+    finally:
+        _NAME.reset(token)
+
+
+def warn(text: str):
+    """Warn about the source that is being read."""
+    warnings.warn(printable(f"{_NAME.get('the source')}: {text}"), UserWarning, stacklevel=3)
+
+
+def unpacked_limit(packed_bytes: int | None) -> int:
+    """How many bytes may come out of a file of so many; None if that is unknown."""
+    if packed_bytes is None:
+        return MAX_UNPACKED_BYTES
+    return min(MAX_UNPACKED_BYTES, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
 
 
 def check_unpacked_size(num_bytes: int, what: str, packed_bytes: int | None = None):
@@ -62,9 +126,7 @@ def check_unpacked_size(num_bytes: int, what: str, packed_bytes: int | None = No
     Raises:
         PointCloudError: it would.
     """
-    limit = MAX_UNPACKED_BYTES
-    if packed_bytes is not None:
-        limit = min(limit, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
+    limit = unpacked_limit(packed_bytes)
     if num_bytes > limit:
         size = "" if packed_bytes is None else f" for its {packed_bytes:,}"
         raise PointCloudError(
@@ -80,117 +142,122 @@ def check_zip(path: Path):
         check_unpacked_size(unpacked, "this archive", path.stat().st_size)
 
 
-def report_dropped(good: np.ndarray, what: str, name: str):
+def report_dropped(good: np.ndarray, what: str, max_share: float = MAX_BAD_SHARE):
     """Warn that the points or faces that are not `good` (bool) are dropped.
 
     Raises:
-        PointCloudError: they are too many.
+        PointCloudError: they are all, or more than `max_share`.
     """
     num_bad, total = int((~good).sum()), len(good)
-    if num_bad > MAX_BAD_SHARE * total:
+    if num_bad > max_share * total or num_bad == total:
         raise PointCloudError(
             f"{num_bad:,} of {total:,} {what} are NaN or infinite. Too many to drop; export the object again."
         )
-    warnings.warn(f"{name}: {num_bad:,} of {total:,} {what} are NaN or infinite and were dropped.", stacklevel=4)
+    warn(f"{num_bad:,} of {total:,} {what} are NaN or infinite and were dropped.")
 
 
-def split_columns(array: np.ndarray) -> Points:
-    """(N, 3) or (N, 6) → xyz, and rgb if there are six columns."""
-    if array.ndim != 2 or array.shape[1] not in (3, 6):
-        raise PointCloudError(
-            f"a cloud has shape (points, 3) for xyz or (points, 6) for xyz and rgb, got {array.shape}. "
-            "Pass one cloud at a time, with these columns only."
-        )
-    if array.dtype.kind not in "fiu":
-        raise PointCloudError(f"a cloud holds real numbers, got dtype {array.dtype}.")
-    if isinstance(array, np.ma.MaskedArray):
-        array = np.ma.compress_rows(array)  # drops points with a masked value
-    return Points(array[:, :3], array[:, 3:] if array.shape[1] == 6 else None)
-
-
-def _named_columns(table: Any, names: list[str]) -> Points | None:
-    """xyz and, if there are all three, red, green, blue of a table with named columns; None without xyz."""
-    lookup = {name.lower(): name for name in names}
-
-    def pick(columns: tuple[str, ...]) -> np.ndarray | None:
-        if not set(columns) <= lookup.keys():
-            return None
-        return np.stack([np.asarray(table[lookup[column]]) for column in columns], axis=1)  # (N, 3)
-
-    coord = pick(("x", "y", "z"))
-    if coord is None:
-        return None
-    colors = (pick(columns) for columns in COLOR_COLUMNS)
-    return Points(coord, next((color for color in colors if color is not None), None))
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read(count)
-
-
-def _too_few(expected: str, actual: str) -> PointCloudError:
+def too_few(expected: str, actual: str) -> PointCloudError:
+    """The error of a file that holds less than its header says."""
     return PointCloudError(
         f"its header says {expected}, but {actual}. The file is truncated or corrupt; export it again."
     )
 
 
-# ---- NumPy ----------------------------------------------------------------------------------------------------------
+# ---- Columns by name ------------------------------------------------------------------------------------------------
+
+# "Points:0", "pos_x", "X (m)" and "x" are all the first coordinate; "diffuse_red", "RGB:0", "Rf" the first of rgb.
+_COORD_NAME = re.compile(
+    r"(?P<set>points?|position|pos|p|coords?|coordinates?|loc|location|vertex|vertices|xyz|cartesian|center)?"
+    r"(?P<axis>[xyz012])(?:m|mm|cm|coord|coordinate|pos|position)?"
+)
+_COLOR_NAME = re.compile(
+    r"(?P<set>rgba?|bgra?|colou?rs?|col|diffuse|scalar|scalarfield|vertexcolou?r|pointcolou?r)?"
+    r"(?P<axis>red|green|blue|[rgb012])(?:f|channel|value|colou?r|8|16)?"
+)
+_MAP_NAMES = {"easting": 0, "east": 0, "northing": 1, "north": 1, "elevation": 2, "altitude": 2, "height": 2}
+_PACKED_NAMES = ("rgb", "rgba", "packedrgb", "packedrgba", "packedcolor")
+# Gaussian splats: color = 0.5 + f_dc times the first spherical harmonic.
+_SPLAT_NAMES = ("fdc0", "fdc1", "fdc2")
+_SPLAT_FACTOR = 0.28209479177387814
 
 
-def _read_array(stream: io.BufferedIOBase, num_bytes: int) -> np.ndarray:
-    """A .npy of `num_bytes` bytes. Nothing is unpickled, and memory is allocated only for values that are there."""
-    version = np.lib.format.read_magic(stream)
-    header_readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in header_readers:
-        raise PointCloudError(f".npy format {version} is not known. Save it again with numpy.save.")
-    shape, fortran_order, dtype = header_readers[version](stream)
-    if dtype.hasobject:
-        raise PointCloudError(
-            "it holds pickled Python objects, which can run any code when read, so it is refused. "
-            "Save a plain array: numpy.save(path, array.astype('float32'))."
-        )
-    expected = int(np.prod([int(size) for size in shape], dtype=object)) * dtype.itemsize
-    remaining = num_bytes - stream.tell()
-    if expected > remaining:
-        raise _too_few(f"{shape} of {dtype}, {expected:,} bytes", f"{remaining:,} follow")
-    check_unpacked_size(expected, "this array")
-    array = np.frombuffer(stream.read(expected), dtype=dtype)
-    return array.reshape(shape, order="F" if fortran_order else "C")
+def _plain_name(name: str) -> str:
+    """A column's name without case, quotes, unit and separators: "Points:0" → "points0", "X (m)" → "x"."""
+    name = re.sub(r"\[(\d)\]", r"\1", name.lower())
+    return re.sub(r"[\s\"'/#%_.:\-]+", "", re.sub(r"[\[(].*?[\])]", "", name))
 
 
-def _read_npy(path: Path) -> Points:
-    with open(path, "rb") as stream:
-        return split_columns(_read_array(stream, path.stat().st_size))
+def _triple(names: list[str], pattern: re.Pattern, letters: dict[str, int]) -> list[str] | None:
+    """The first complete triple of columns whose names match; plain "x", "y", "z" before those with a prefix."""
+    sets: dict[str, dict[int, str]] = {"": {}}
+    for name in names:
+        plain = _plain_name(name)
+        match = pattern.fullmatch(plain)
+        if match and (match["set"] or match["axis"] not in "012"):
+            sets.setdefault(match["set"] or "", {}).setdefault(letters[match["axis"]], name)
+        elif letters.get("x") == 0 and plain in _MAP_NAMES:
+            sets.setdefault("map", {}).setdefault(_MAP_NAMES[plain], name)
+    if "map" in sets:  # "easting, northing, z"
+        sets["map"] = sets[""] | sets["map"]
+    return next(([columns[axis] for axis in range(3)] for columns in sets.values() if len(columns) == 3), None)
 
 
-def _read_npz(path: Path) -> Points:
-    check_zip(path)
-    with zipfile.ZipFile(path) as archive:
-        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+def coord_names(names: list[str]) -> list[str] | None:
+    """Which columns hold x, y, z."""
+    return _triple(names, _COORD_NAME, {"x": 0, "y": 1, "z": 2, "0": 0, "1": 1, "2": 2})
 
-        def read(name: str) -> np.ndarray:
-            with archive.open(members[name]) as stream:
-                return _read_array(stream, members[name].file_size)
 
-        if not members:
-            raise PointCloudError("it holds no array. Save one: numpy.savez(path, points=array).")
-        if len(members) == 1:
-            return split_columns(read(*members))
-        point_name = next((name for name in POINT_NAMES if name in members), None)
-        color_name = next((name for name in COLOR_NAMES if name in members), None)
-        if point_name is None:
-            raise PointCloudError(
-                f"which of its arrays holds the points? Got {', '.join(sorted(members))}; expected one array, or "
-                "'points' and, if there are colors, 'colors'."
-            )
-        points = read(point_name)
-        if color_name is None or points.ndim != 2 or points.shape[1] != 3:
-            return split_columns(points)
-        color = read(color_name)
-        if color.shape != points.shape:
-            raise PointCloudError(f"'{color_name}' must have one rgb per point, {points.shape}, got {color.shape}.")
-        return Points(split_columns(points).coord, color)
+def color_names(names: list[str]) -> list[str] | None:
+    """Which columns hold red, green, blue: three, or one with all of them packed into its bits."""
+    letters = {"red": 0, "r": 0, "0": 0, "green": 1, "g": 1, "1": 1, "blue": 2, "b": 2, "2": 2}
+    triple = _triple(names, _COLOR_NAME, letters)
+    if triple is not None:
+        return triple
+    lookup = {_plain_name(name): name for name in names}
+    if set(_SPLAT_NAMES) <= lookup.keys():
+        return [lookup[name] for name in _SPLAT_NAMES]
+    return next(([lookup[name]] for name in _PACKED_NAMES if name in lookup), None)
+
+
+def named_columns(table: Mapping[str, np.ndarray] | np.ndarray, names: list[str]) -> Points | None:
+    """xyz and, if there are all three, red, green, blue of a table with named columns; None without xyz."""
+    columns = coord_names(names)
+    if columns is None:
+        return None
+    coord = np.stack([np.asarray(table[name]) for name in columns], axis=1)  # (N, 3)
+    columns = color_names(names)
+    if columns is None:
+        return Points(coord, None)
+    if len(columns) == 1:
+        return Points(coord, unpack_rgb(np.asarray(table[columns[0]])))
+    color = np.stack([np.asarray(table[name]) for name in columns], axis=1)
+    if _plain_name(columns[0]) in _SPLAT_NAMES:
+        color = np.clip(0.5 + _SPLAT_FACTOR * color, 0, 1)
+    return Points(coord, color)
+
+
+def unpack_rgb(packed: np.ndarray) -> np.ndarray | None:
+    """Three bytes in the bits of a float or an integer, blue lowest (N,) → (N, 3) uint8.
+
+    PCL prints the bits of a float as a whole number into text, and other programs print the float itself.
+    """
+    if packed.dtype.kind == "f":
+        finite = packed[np.isfinite(packed)]
+        if packed.dtype.itemsize == 4 and not (len(finite) and _are_whole(finite)):
+            bits = np.ascontiguousarray(packed).view(np.uint32)
+        elif len(finite) and _are_whole(finite):
+            bits = np.where(np.isfinite(packed), packed, 0).astype(np.int64)
+        else:
+            with np.errstate(under="ignore", over="ignore"):
+                bits = packed.astype(np.float32).view(np.uint32)
+    else:
+        bits = packed.astype(np.int64)
+    return np.stack([bits >> shift & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    """Whether floats are colors as whole numbers: black may be 0, and no bits of a color make a whole float below 2^25."""
+    return bool((values == np.rint(values)).all() and np.abs(values).max() < 2**32)
 
 
 # ---- PLY ------------------------------------------------------------------------------------------------------------
@@ -203,142 +270,106 @@ class PlyHeader(NamedTuple):
     counts: dict[str, int]
 
 
+_PLY_END = re.compile(rb"[\r\n][ \t]*end_header[ \t]*(\r\n|\r|\n|$)")
+_PLY_BYTES = {"char": 1, "uchar": 1, "int8": 1, "uint8": 1, "short": 2, "ushort": 2, "int16": 2, "uint16": 2}
+_PLY_BYTES |= {"double": 8, "float64": 8}
+
+
+def read_header(path: Path, end: re.Pattern) -> tuple[bytes, int]:
+    """The beginning of a file up to and including what matches `end`, and the file's size.
+
+    Raises:
+        PointCloudError: nothing matches within `MAX_HEADER_BYTES`.
+    """
+    num_bytes, length = path.stat().st_size, 1 << 14
+    with open(path, "rb") as stream:
+        header = stream.read(length)
+        while not (match := end.search(header)) and len(header) < min(num_bytes, MAX_HEADER_BYTES):
+            length *= 4
+            header += stream.read(length)
+    if not match:
+        raise PointCloudError(
+            f"its header does not end within {min(num_bytes, MAX_HEADER_BYTES):,} bytes. The file is truncated, corrupt, "
+            "or of another format than its name says."
+        )
+    return header[: match.end()], num_bytes
+
+
 def read_ply_header(path: Path) -> PlyHeader:
     """Read the header of a PLY.
 
     Raises:
-        PointCloudError: there is none, or it promises more vertices than the file can hold.
+        PointCloudError: there is none, or it promises more than the file can hold.
     """
-    header = _first_bytes(path, 1 << 16)
-    if not header.startswith(b"ply") or b"end_header" not in header:
+    with open(path, "rb") as stream:
+        start = stream.read(3)
+    if start != b"ply":
         raise PointCloudError("this is no PLY: it must begin with 'ply' and a header that ends with 'end_header'.")
-    lines = [line.split() for line in header.decode("latin-1").split("end_header")[0].splitlines()]
+    header, num_bytes = read_header(path, _PLY_END)
+    lines = [line.split() for line in header.decode("latin-1").splitlines()]
     lines = [line for line in lines if line and line[0] in ("format", "element", "property")]
+    if not lines or lines[0][0] != "format" or len(lines[0]) < 2:
+        raise PointCloudError("the header of this PLY has no 'format' line. The file is corrupt; export it again.")
     counts = {line[1]: int(line[2]) for line in lines if line[0] == "element"}
-    num_vertices, num_bytes = counts.get("vertex", 0), path.stat().st_size
-    if num_vertices * 3 > num_bytes:  # a vertex takes at least three bytes
-        raise _too_few(f"{num_vertices:,} vertices", f"the file has {num_bytes:,} bytes")
+    _check_ply_size(lines, num_bytes - len(header))
     return PlyHeader(lines, counts)
+
+
+def _check_ply_size(lines: list[list[str]], num_bytes: int):
+    """Compare the least that every element takes with what follows the header."""
+    is_text, name, count, row_bytes, expected = lines[0][1] == "ascii", "", 0, 0, 0
+    for line in [*lines[1:], ["element", "", "0"]]:
+        if line[0] == "property":  # in text a digit and what separates it; of a list at least its length
+            row_bytes += 2 if is_text else _PLY_BYTES.get(line[2] if line[1] == "list" else line[1], 4)
+            continue
+        expected += count * max(row_bytes, 1)
+        if count < 0 or expected > num_bytes + is_text:  # the last row may lack its end of line
+            rows = f"{count:,} vertices" if name == "vertex" else f"{count:,} rows of {name[:40]!r}"
+            raise too_few(rows, f"the file has {num_bytes:,} bytes for them")
+        name, count, row_bytes = line[1], int(line[2]), 0
 
 
 def read_ply_points(path: Path, header: PlyHeader) -> Points:
     """The vertices of a PLY without faces."""
     lines, counts = header
-    is_plain = list(counts) == ["vertex"] and not any("list" in line for line in lines)
-    if counts.get("vertex") and lines[0][1] == "ascii" and is_plain:
-        vertices = _read_ascii_vertices(path, lines[2:], counts["vertex"])
+    names = list(counts)
+    if "packed_position" in (line[-1] for line in lines):
+        raise PointCloudError(
+            "it holds compressed Gaussian splats (packed_position), which are not read. Export it as an uncompressed PLY."
+        )
+    properties = [line for line in lines[2:] if line[0] == "property"]
+    ends = [index for index, line in enumerate(lines) if line[0] == "element"][1:]
+    if ends:
+        properties = lines[2 : ends[0]]
+    is_table = names[:1] == ["vertex"] and not any("list" in line for line in properties)
+    if counts.get("vertex") and lines[0][1] == "ascii" and is_table:
+        vertices = _read_ascii_vertices(path, properties, counts["vertex"])
     else:
-        vertices = import_reader("plyfile").PlyData.read(str(path))["vertex"].data
-    points = _named_columns(vertices, list(vertices.dtype.names))
+        data = import_reader("plyfile").PlyData.read(str(path))
+        if "vertex" not in data:
+            raise PointCloudError(f"it has no vertices, got the elements {', '.join(names) or 'none'}.")
+        vertices = data["vertex"].data
+    points = named_columns(vertices, list(vertices.dtype.names))
     if points is None:
         raise PointCloudError(f"its vertices have no x, y, z, got {', '.join(vertices.dtype.names)}.")
-    return points
+    return points._replace(may_be_sparse=True)
 
 
 def _read_ascii_vertices(path: Path, properties: list[list[str]], count: int) -> np.ndarray:
-    """The only table of an ascii PLY, (count,) with named fields. plyfile reads it too, but takes ten times as long."""
+    """The first table of an ascii PLY, (count,) with named fields. plyfile reads it too, but takes ten times as long."""
     dtype = [(name, {"char": "i1", "uchar": "u1"}.get(type_name, type_name)) for _, type_name, name in properties]
-    with open(path, encoding="latin-1") as lines:
-        for line in lines:
-            if line.strip() == "end_header":
-                break
-        vertices = np.loadtxt(lines, dtype=dtype, comments=None, max_rows=count, ndmin=1)
-    if len(vertices) != count:
-        raise _too_few(f"{count:,} vertices", f"{len(vertices):,} follow")
-    return vertices
 
+    def read(dtype: list) -> np.ndarray:
+        with open(path, encoding="latin-1") as lines:
+            for line in lines:
+                if line.strip() == "end_header":
+                    break
+            return np.loadtxt(lines, dtype=dtype, comments=None, max_rows=count, ndmin=1)
 
-# ---- Scans and text -------------------------------------------------------------------------------------------------
-
-
-def _read_pcd(path: Path) -> Points:
-    _, mark, tail = _first_bytes(path, 1 << 14).partition(b"DATA binary_compressed\n")
-    if mark and len(tail) >= 8:
-        check_unpacked_size(int.from_bytes(tail[4:8], "little"), "this .pcd", path.stat().st_size)
-    table = import_reader("pypcd4").PointCloud.from_path(path)
-    if table.pc_data.size != table.metadata.points:
-        raise _too_few(f"{table.metadata.points:,} points", f"{table.pc_data.size:,} follow")
-    columns = {name: table.pc_data[name].reshape(-1) for name in table.fields}
-    packed = next((name for name in ("rgb", "rgba") if name in columns), None)
-    if packed:  # three bytes in the bits of a float or an integer, blue lowest
-        bits = np.ascontiguousarray(columns[packed])
-        bits = bits.view(np.uint32) if bits.dtype.itemsize == 4 else bits.astype(np.uint32)
-        for name, shift in (("red", 16), ("green", 8), ("blue", 0)):
-            columns[name] = (bits >> shift & 255).astype(np.uint8)
-    points = _named_columns(columns, list(columns))
-    if points is None:
-        raise PointCloudError(f"its points have no x, y, z, got {', '.join(table.fields)}.")
-    return points
-
-
-def _read_las(path: Path) -> Points:
-    laspy = import_reader("laspy", "laspy[lazrs]")
-    with laspy.open(path) as reader:
-        num_points, num_bytes = reader.header.point_count, reader.header.point_format.size
-        check_unpacked_size(num_points * num_bytes, "this scan")
-        if path.suffix.lower() == ".las" and num_points * num_bytes > path.stat().st_size:
-            raise _too_few(f"{num_points:,} points", f"the file has {path.stat().st_size:,} bytes")
-        if not num_points:
-            return Points(np.zeros((0, 3)), None)
-        if path.suffix.lower() == ".laz":
-            import_reader("lazrs")
-        scan = reader.read()
-    coord = np.stack([scan.x, scan.y, scan.z], axis=1)  # float64, with offset and scale applied
-    if "red" not in scan.point_format.dimension_names:
-        return Points(coord, None)
-    color = np.stack([scan.red, scan.green, scan.blue], axis=1)
-    return Points(coord, color if color.any() else None)  # all zero: the format has colors, but none were recorded
-
-
-def _read_text(path: Path) -> Points:
-    """Rows of numbers between commas, semicolons, tabs or blanks; a header may name the columns; '#' comments."""
-    num_skipped, names, first_row = _find_table(path)
-    delimiter = next((mark for mark in ",;" if mark in first_row), None)
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
-        table = np.loadtxt(lines, delimiter=delimiter, comments="#", skiprows=num_skipped, ndmin=2, dtype=np.float64)
-    if names is not None and len(names) == table.shape[1]:
-        points = _named_columns(dict(zip(names, table.T, strict=True)), names)
-        if points is not None:
-            return points
-    if table.shape[1] not in (3, 6):
-        raise PointCloudError(
-            f"expected 3 columns (x y z) or 6 (x y z r g b), got {table.shape[1]}. "
-            "Name them in a first line, such as 'x,y,z,intensity,red,green,blue'."
-        )
-    return split_columns(table)
-
-
-def _find_table(path: Path) -> tuple[int, list[str] | None, str]:
-    """Lines before a text file's first row of numbers, names of the columns if a line has them, and that row."""
-    num_skipped, names = 0, None
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
-            words = line.partition("#")[0].replace(",", " ").replace(";", " ").split()
-            if words and not _are_numbers(words):
-                if names is not None:
-                    raise PointCloudError(f"line {num_skipped + 1} must be numbers, got {line.strip()[:60]!r}.")
-                names = [word.strip("\"'/ ") for word in words]
-            elif len(words) > 1:  # a single number is a count of points, as .pts files have it
-                return num_skipped, names, line
-            num_skipped += 1
-    raise PointCloudError("there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line.")
-
-
-def _are_numbers(words: list[str]) -> bool:
     try:
-        return [float(word) for word in words] != []
-    except ValueError:
-        return False
-
-
-# PLY is missing: it may hold a mesh (`read_ply` in meshes_minigpt3d.py).
-POINT_READERS: dict[str, Callable[[Path], Points]] = {
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".pcd": _read_pcd,
-    ".xyz": _read_text,
-    ".txt": _read_text,
-    ".csv": _read_text,
-    ".las": _read_las,
-    ".laz": _read_las,
-}
+        vertices = read(dtype)
+    except ValueError:  # some programs print whole numbers as "255.0" or "-1.#IND"
+        vertices = read([(name, "f8") for name, _ in dtype])
+    if len(vertices) != count:
+        raise too_few(f"{count:,} vertices", f"{len(vertices):,} follow")
+    return vertices

@@ -1,0 +1,292 @@
+"""Further formats with faces through libraries of the extra `formats`, and what is not read.
+
+assimp-py 1.1 reads FBX, COLLADA, Blender (before 2.8), 3DS, X3D, AC3D, LightWave, DirectX, ASE, B3D, MilkShape and AMF:
+162 of 176 such files of assimp's own test corpus, the others being empty, broken or of lines. It has no VRML and does not
+show embedded textures; those of FBX are found here. usd-core 26.11 reads USD.
+
+Shapes: V vertices, F triangles.
+"""
+
+import base64
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
+from .readers_minigpt3d import PointCloudError, import_reader
+from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
+
+
+MAX_NODES = 100_000
+_ASSIMP_SUFFIXES = (
+    ".fbx",
+    ".dae",
+    ".zae",
+    ".blend",
+    ".3ds",
+    ".x3d",
+    ".ac",
+    ".lwo",
+    ".x",
+    ".ase",
+    ".b3d",
+    ".ms3d",
+    ".amf",
+)
+# What assimp names the material that it adds, in gray, where a file has none.
+_NO_MATERIAL = ("DefaultMaterial", "%%%DEFAULT", "")
+_DIFFUSE, _BASE_COLOR = 1, 12  # kinds of textures
+
+
+# ---- assimp ---------------------------------------------------------------------------------------------------------
+
+
+def _read_assimp(path: Path) -> list[Surface]:
+    assimp = import_reader("assimp_py", "assimp-py")
+    try:
+        scene = assimp.import_file(str(path), assimp.Process_Triangulate | assimp.Process_SortByPType)
+    except (RuntimeError, ValueError) as error:
+        detail = " ".join(re.sub(r"^Assimp error loading '.*?':", "", str(error)).split()) or "no mesh is found in it"
+        if "triangulated" in detail:
+            detail = "it holds lines or points"
+        raise PointCloudError(
+            f"assimp-py cannot read it ({detail[:200]}). Export it as .glb or .obj, with Blender for example."
+        ) from error
+    placed = list(_walk(scene.root_node))
+    check_num_faces(sum(scene.meshes[index].num_faces for index, _ in placed))
+    textures = TextureFiles()
+    embedded = _embedded_textures(path) if path.suffix.lower() == ".fbx" else {}
+    materials: dict[int, Material | None] = {}
+    surfaces = []
+    for index, matrix in placed:
+        mesh = scene.meshes[index]
+        if mesh.material_index not in materials:
+            properties = scene.materials[mesh.material_index]
+            materials[mesh.material_index] = _assimp_material(path, properties, textures, embedded)
+        surfaces.append(_assimp_surface(mesh, matrix, materials[mesh.material_index]))
+    textures.report()
+    if not surfaces:
+        raise PointCloudError("it holds no mesh.")
+    return surfaces
+
+
+def _walk(root: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Every mesh at every place, by the number of the mesh, and its matrix (4, 4)."""
+    stack, num_nodes = [(root, np.eye(4))], 0
+    while stack:
+        node, matrix = stack.pop()
+        num_nodes += 1
+        if num_nodes > MAX_NODES:
+            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
+        matrix = matrix @ np.array(node.transformation)
+        yield from ((index, matrix) for index in node.mesh_indices)
+        stack.extend((child, matrix) for child in reversed(node.children))
+
+
+def _assimp_surface(mesh: Any, matrix: np.ndarray, material: Material | None) -> Surface:
+    coord = np.asarray(mesh.vertices, dtype=np.float64).reshape(-1, 3)
+    faces = np.asarray(mesh.indices, dtype=np.int64).reshape(-1, 3)
+    check_indices(faces, len(coord))
+    corners = (coord @ matrix[:3, :3].T + matrix[:3, 3])[faces]
+    if material is not None and material.texture is not None and mesh.texcoords:
+        uv = np.asarray(mesh.texcoords[0], dtype=np.float64).reshape(len(coord), -1)[faces][..., :2]
+        return Surface(corners, None, uv, material)
+    if mesh.colors:
+        color = np.clip(np.asarray(mesh.colors[0], dtype=np.float32).reshape(len(coord), -1), 0, 1)
+        if says_color(color):  # many exporters leave a gray or white material beside them
+            return Surface(corners, np.concatenate([color[:, :3], np.ones_like(color[:, :1])], axis=1)[faces])
+    if material is not None and material.texture is not None:
+        material = None
+    return Surface(corners, None, None, material)
+
+
+def _assimp_material(
+    path: Path, properties: dict, textures: TextureFiles, embedded: dict[str, bytes]
+) -> Material | None:
+    """A texture if it has one, which counts alone, as in MTL; else its color."""
+    color = np.asarray(properties.get("COLOR_DIFFUSE", ()), dtype=np.float64)[:3]
+    has_color = len(color) == 3 and np.isfinite(color).all()
+    kinds = properties.get("TEXTURES", {})
+    names = kinds.get(_DIFFUSE) or kinds.get(_BASE_COLOR)
+    if names:
+        name = re.split(r'"+', names[0].strip('"'))[0].removeprefix("file://").removeprefix("//")
+        data = embedded.get(_base_name(name))
+        if name.startswith("*"):
+            textures.lose(name, "embedded, which assimp-py does not show")
+            texture = None
+        else:
+            texture = textures.find(name, [path.parent]) if data is None else textures.decode(name, data)
+        if texture is not None:
+            return Material(texture=texture)
+        if not has_color or np.ptp(color) < 1e-3:  # a gray that stood beside the texture
+            return None
+    if not has_color or (properties.get("NAME", "") in _NO_MATERIAL and np.ptp(color) < 1e-3):
+        return None
+    return Material(np.append(np.clip(color, 0, 1), 1.0))
+
+
+def _base_name(name: str) -> str:
+    return re.split(r"[\\/]", name)[-1].lower()
+
+
+def _embedded_textures(path: Path) -> dict[str, bytes]:
+    """The images inside an FBX by their names without folders: a name, then the content."""
+    data = path.read_bytes()
+    images, name = {}, ""
+    if data.startswith(b"Kaydara"):  # binary: the type R or S, a length of 4 bytes, and the value
+        for match in re.finditer(rb"RelativeFilenameS|ContentR", data):
+            start = match.end() + 4
+            value = data[start : start + int.from_bytes(data[match.end() : start], "little")]
+            if match[0] == b"ContentR":
+                images[name] = value
+            else:
+                name = _base_name(value.decode("utf-8", "replace"))
+        return images
+    for match in re.finditer(rb'(?:RelativeFilename|Content):\s*,?\s*"([^"]*)"((?:\s*,\s*"[^"]*")*)', data):
+        if match[0].startswith(b"C"):
+            text = re.sub(rb'[\s",]', b"", match[1] + match[2])
+            images[name] = base64.b64decode(text + b"=" * (-len(text) % 4))
+        else:
+            name = _base_name(match[1].decode("utf-8", "replace"))
+    return images
+
+
+# ---- USD ------------------------------------------------------------------------------------------------------------
+
+
+def _read_usd(path: Path) -> list[Surface]:
+    usd = import_reader("pxr.Usd", "usd-core")
+    geometry, shading = import_reader("pxr.UsdGeom", "usd-core"), import_reader("pxr.UsdShade", "usd-core")
+    try:
+        stage = usd.Stage.Open(str(path))
+    except Exception as error:  # pxr.Tf.ErrorException, with a report of several lines
+        raise PointCloudError(
+            "usd-core cannot open it. The file is corrupt or names parts that are missing."
+        ) from error
+    textures, surfaces, num_faces = TextureFiles(), [], 0
+    materials: dict[str, Material | None] = {}
+    transforms = geometry.XformCache()
+    for prim in usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies()):
+        imageable = geometry.Imageable(prim)
+        if not prim.IsA(geometry.Mesh) or imageable.ComputePurpose() in ("proxy", "guide"):
+            continue
+        mesh = geometry.Mesh(prim)
+        coord = np.array(mesh.GetPointsAttr().Get() or (), dtype=np.float64).reshape(-1, 3)
+        counts = np.array(mesh.GetFaceVertexCountsAttr().Get() or (), dtype=np.int64)
+        indices = np.array(mesh.GetFaceVertexIndicesAttr().Get() or (), dtype=np.int64)
+        if counts.sum() != len(indices) or (counts < 0).any():
+            raise PointCloudError("a mesh has faces with missing corners. The file is corrupt; export it again.")
+        check_indices(indices, len(coord))
+        num_faces += int(np.maximum(counts - 2, 0).sum())
+        check_num_faces(num_faces)
+        corners, polygon = split_polygons(counts)
+        matrix = np.array(transforms.GetLocalToWorldTransform(prim))
+        coord = coord @ matrix[:3, :3] + matrix[3, :3]
+        whole = _UsdMesh(coord[indices[corners]], geometry.PrimvarsAPI(prim), indices, corners, polygon)
+        pieces = [(prim, np.arange(len(polygon)))]
+        subsets = shading.MaterialBindingAPI(prim).GetMaterialBindSubsets()
+        if subsets:
+            owner = np.zeros(len(counts), dtype=np.int64)
+            for number, subset in enumerate(subsets, start=1):
+                chosen = np.array(subset.GetIndicesAttr().Get() or (), dtype=np.int64)
+                owner[chosen[(chosen >= 0) & (chosen < len(counts))]] = number
+            prims = [prim, *(subset.GetPrim() for subset in subsets)]
+            pieces = [(prims[number], np.arange(len(polygon))[here]) for number, here in split_groups(owner[polygon])]
+        for owner_prim, here in pieces:
+            bound = shading.MaterialBindingAPI(owner_prim).ComputeBoundMaterial()[0]
+            key = str(bound.GetPath()) if bound else ""
+            if key not in materials:
+                materials[key] = _usd_material(bound, textures, path) if bound else None
+            surfaces.append(whole.surface(here, materials[key]))
+    textures.report()
+    if not surfaces:
+        raise PointCloudError("it holds no mesh.")
+    return surfaces
+
+
+class _UsdMesh:
+    """A mesh's triangles (F, 3, 3), and what it says about their corners."""
+
+    def __init__(
+        self, corners: np.ndarray, primvars: Any, indices: np.ndarray, positions: np.ndarray, polygon: np.ndarray
+    ):
+        self.corners, self._indices, self._positions, self._polygon = corners, indices, positions, polygon
+        self._color = self._values(primvars.GetPrimvar("displayColor"), 3)
+        names = ("st", "UVMap", "st0", "uv", "st1")
+        self._uv = next(
+            (uv for uv in (self._values(primvars.GetPrimvar(name), 2) for name in names) if uv is not None), None
+        )
+
+    def _values(self, primvar: Any, width: int) -> np.ndarray | None:
+        """Of every triangle's corners, (F, 3, width)."""
+        values = primvar.ComputeFlattened() if primvar and primvar.HasValue() else None
+        values = np.array([] if values is None else values, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != width or not len(values):
+            return None
+        by = {
+            "constant": np.zeros((len(self._polygon), 3), dtype=np.int64),
+            "uniform": np.repeat(self._polygon[:, None], 3, axis=1),
+            "faceVarying": self._positions,
+        }
+        index = by.get(primvar.GetInterpolation(), self._indices[self._positions])
+        return values[index] if index.size and index.max() < len(values) else None
+
+    def surface(self, here: np.ndarray, material: Material | None) -> Surface:
+        if material is not None and (material.texture is None or self._uv is not None):
+            return Surface(self.corners[here], None, None if self._uv is None else self._uv[here], material)
+        if self._color is None:
+            return Surface(self.corners[here])
+        color = to_srgb(np.clip(self._color[here], 0, 1))  # displayColor is linear
+        return Surface(self.corners[here], np.concatenate([color, np.ones_like(color[..., :1])], axis=-1))
+
+
+def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | None:
+    """The texture or color of a UsdPreviewSurface."""
+    shader = bound.ComputeSurfaceSource()[0]
+    entry = shader.GetInput("diffuseColor") if shader else None
+    if not entry:
+        return None
+    source = entry.GetConnectedSources()[0] if entry.HasConnectedSource() else []
+    if source:
+        file = import_reader("pxr.UsdShade", "usd-core").Shader(source[0].source.GetPrim()).GetInput("file")
+        asset = file.Get() if file else None
+        name = asset.path if asset else ""
+        resolution = import_reader("pxr.Ar", "usd-core")
+        resolved = resolution.ResolvedPath(asset.resolvedPath) if asset and asset.resolvedPath else None
+        opened = resolution.GetResolver().OpenAsset(resolved) if resolved else None
+        if opened is not None:
+            texture = textures.decode(name, bytes(opened.GetBuffer()))
+        else:
+            texture = textures.find(name, [path.parent])
+        return None if texture is None else Material(texture=texture)
+    color = entry.Get()
+    return None if color is None else Material(np.append(np.clip(np.array(color), 0, 1), 1.0), linear=True)
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+FORMAT_READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys(_ASSIMP_SUFFIXES, _read_assimp) | dict.fromkeys(
+    (".usd", ".usda", ".usdc", ".usdz"), _read_usd
+)
+# Known formats that are not read, and what to do.
+CONVERSIONS: dict[str, str] = {
+    suffix: remedy
+    for remedy, suffixes in {
+        "Export it as .glb, .obj or .ply from the program that wrote it, or with Blender or MeshLab.": (
+            ".wrl .vrml .max .ma .mb .c4d .skp .lxo .jt .3dm .blend1 .vtk .vtp .drc"
+        ),
+        "It holds exact shapes and no mesh. Export it as .stl, .3mf or .obj from a CAD program, FreeCAD for example.": (
+            ".step .stp .iges .igs .brep .ifc .dwg .dxf .sldprt .ipt .f3d .fcstd .scad"
+        ),
+        "Export it as an uncompressed .ply.": ".splat .spz .ksplat .sog .bag .mcap .pcap",
+        "Export it as .e57 or .pts.": ".ptx .rcp .rcs .fls .lsproj .zfs .imp",
+        "Save it as .csv.": ".parquet .feather .xls .xlsx .ods .mat .h5 .hdf5",
+        "Save its points as .npy.": ".pt .pth .pkl .pickle .safetensors",
+        "Unpack it.": ".zip .tar .tgz .7z .rar .bz2 .xz .zst",
+        "It is a picture and not a 3D object.": ".png .jpg .jpeg .heic .tif .tiff .webp",
+    }.items()
+    for suffix in suffixes.split()
+}

@@ -1,0 +1,262 @@
+"""Sources besides paths: bytes, open files, URLs, rows of data sets, gzip, objects of other libraries; and their limits."""
+
+import gzip
+import http.server
+import io
+import os
+import ssl
+import subprocess
+import threading
+import time
+import types
+import warnings
+
+import numpy as np
+import pytest
+from point_cases import make_object, what_is_seen
+from test_scans import COLORED, PCD_FIELDS, RGB, pcd_bytes, ply_bytes, write_las
+
+from minigpt3d import readers_minigpt3d, sources_minigpt3d
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+
+
+COORD, COLOR = make_object()
+PLY = ply_bytes([*"xyz", *RGB], COLORED)
+TEXT = "".join(" ".join(f"{value:g}" for value in row) + "\n" for row in COLORED).encode()
+OBJ = "".join(f"v {' '.join(f'{value:g}' for value in row)}\n" for row in COLORED / [1, 1, 1, 255, 255, 255]).encode()
+
+
+def refused(source, *words) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(PointCloudError) as caught:
+            load_point_cloud(source)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def contents(folder) -> dict[str, bytes]:
+    """The object in every format of points."""
+    np.save(folder / "a.npy", COLORED)
+    np.savez(folder / "a.npz", COLORED)
+    write_las(folder / "a.las")
+    write_las(folder / "a.laz")
+    files = {path.suffix: path.read_bytes() for path in folder.glob("a.*")}
+    return files | {".ply": PLY, ".pcd": pcd_bytes(*PCD_FIELDS["r_g_b"]), ".txt": TEXT, ".obj": OBJ}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".las", ".laz", ".ply", ".pcd", ".txt", ".obj"])
+def test_bytes_open_files_rows_and_gzip(tmp_path, suffix):
+    content = contents(tmp_path)[suffix]
+    named = io.BytesIO(content)
+    named.name = f"somewhere/cloud{suffix}"
+    (tmp_path / f"cloud{suffix}.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "cloud.gz").write_bytes(gzip.compress(content))
+    (tmp_path / f"cloud{suffix}").write_bytes(content)
+    sources = [content, bytearray(content), memoryview(content), io.BytesIO(content), named]
+    sources += [{"bytes": content, "path": None}, {"bytes": content, "path": f"cloud{suffix}"}]
+    sources += [{"bytes": None, "path": str(tmp_path / f"cloud{suffix}")}]
+    sources += [tmp_path / f"cloud{suffix}.gz", tmp_path / "cloud.gz", (tmp_path / f"cloud{suffix}").as_uri()]
+    for source in sources:
+        assert what_is_seen(source) == "AB"
+    with open(tmp_path / f"cloud{suffix}", "rb") as stream:
+        assert what_is_seen(stream) == "AB"
+
+
+def test_messages_name_the_source():
+    refused(b"\0\1\2\3", "the given bytes: its format cannot be told")
+    refused(io.StringIO("0 0 0\n1 1 1\n"), "open as text")
+    broken = io.BytesIO(b"ply\n")
+    broken.name = "/there/broken.ply"
+    refused(broken, "/there/broken.ply:")
+    refused({"bytes": b"ply\n", "path": "row.ply"}, "row.ply:")
+    refused({"bytes": None, "path": None}, "the given row: ", "neither bytes nor a path")
+    refused("x" * 5000, "cannot be opened")
+
+
+def test_home_and_file_urls(tmp_path, monkeypatch):
+    (tmp_path / "my cloud.ply").write_bytes(PLY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert what_is_seen("~/my cloud.ply") == "AB"
+    assert what_is_seen((tmp_path / "my cloud.ply").as_uri()) == "AB"
+    refused("file://elsewhere/cloud.ply", "another machine")
+    refused("file:///absent/cloud.ply", "no such file")
+    refused("http://example.org/cloud.ply", "https://")
+    refused("s3://bucket/cloud.ply", "https://")
+
+
+def test_control_characters_are_escaped(tmp_path):
+    name = "a\x1b[31m\nb\r\x07.ply"
+    (tmp_path / name).write_bytes(b"ply\n")
+    message = refused(tmp_path / name, r"a\x1b[31m\nb\r\x07.ply")
+    assert message.isprintable()
+    (tmp_path / "x\x1b.txt").write_bytes(b"0 0 0\n0 0 1\n0 1 \x1b[31m\n")
+    assert refused(tmp_path / "x\x1b.txt").isprintable()
+    (tmp_path / "y\x1b.xyz").write_bytes(b"0 0 0\n0 0 1\nnan 0 0\n")
+    with pytest.warns(UserWarning) as warned:
+        load_point_cloud(tmp_path / "y\x1b.xyz")
+    assert len(warned) == 2 and all(str(warning.message).isprintable() for warning in warned)
+    undecodable = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.ply")
+    assert refused(undecodable, "no such file").encode()
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "cloud.ply")
+    refused(tmp_path / "cloud.ply", "pipe, socket or device")
+    (tmp_path / "zero.ply").symlink_to("/dev/zero")
+    refused(tmp_path / "zero.ply", "pipe, socket or device")
+
+
+def test_gzip_bombs_and_damage(tmp_path, monkeypatch):
+    path = tmp_path / "cloud.xyz.gz"
+    path.write_bytes(gzip.compress(TEXT)[:-200])
+    refused(path, "truncated or corrupt")
+    path.write_bytes(b"no gzip at all")
+    refused(path, "cannot be unpacked as .gz")
+    monkeypatch.setattr(readers_minigpt3d, "RATIO_FLOOR_BYTES", 100_000)
+    path.write_bytes(gzip.compress(bytes(5_000_000)))
+    refused(path, "would unpack to")
+    (tmp_path / "cloud.gz.gz").write_bytes(gzip.compress(gzip.compress(TEXT)))
+    refused(tmp_path / "cloud.gz.gz", "twice")
+
+
+def test_open_files_are_read_to_a_limit(monkeypatch):
+    monkeypatch.setattr(sources_minigpt3d, "MAX_UNPACKED_BYTES", 1000)
+    refused(io.BytesIO(PLY), "1,000 bytes allowed")
+
+
+def test_objects_with_points_and_colors():
+    cloud = types.SimpleNamespace(points=COORD.tolist(), colors=(COLOR / 255).tolist())
+    assert what_is_seen(cloud) == "AB"
+    assert what_is_seen(types.SimpleNamespace(points=COORD, colors=np.zeros((0, 3)))) == "none"
+    refused(types.SimpleNamespace(points=COORD, colors=COLOR[:9]), "shapes (200, 3) and (9, 3)")
+    refused(types.SimpleNamespace(points=["a"], colors=[]), "no arrays of numbers")
+
+
+def test_missing_color_is_reported_once_and_only_for_files(tmp_path):
+    np.savetxt(tmp_path / "cloud.xyz", COORD)
+    with pytest.warns(UserWarning, match=r"cloud\.xyz: its points have no color") as warned:
+        load_point_cloud(tmp_path / "cloud.xyz")
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_point_cloud(COORD)
+
+
+# Downloads
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        routes = {
+            "/cloud.ply": (200, PLY),
+            "/cloud": (200, PLY),
+            "/my%20cloud.ply": (200, PLY),
+            "/short.ply": (200, PLY),
+            "/huge.ply": (200, b""),
+        }
+        status, body = routes.get(self.path.partition("?")[0], (404, b""))
+        location = {
+            "/moved": "/cloud.ply",
+            "/loop": "/loop",
+            "/down": "http://localhost/cloud.ply",
+            "/inside": "https://10.0.0.1/cloud.ply",
+            "/file": "file:///etc/passwd",
+        }.get(self.path)
+        self.send_response(302 if location else status)
+        if location:
+            self.send_header("Location", location)
+        size = {"/huge.ply": 1 << 50, "/short.ply": len(PLY) + 9}.get(self.path, len(body))
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An https server on this machine, whose certificate is valid for localhost."""
+    folder = tmp_path_factory.mktemp("server")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9 -subj /CN=localhost"
+    command += f" -addext subjectAltName=DNS:localhost -keyout {folder}/key.pem -out {folder}/certificate.pem"
+    try:
+        subprocess.run(command.split(), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs openssl to make a certificate")
+    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    service.socket = context.wrap_socket(service.socket, server_side=True)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    yield f"https://localhost:{service.server_port}", folder / "certificate.pem"
+    service.shutdown()
+
+
+@pytest.fixture
+def trusted(server, monkeypatch):
+    url, certificate = server
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("MINIGPT3D_ALLOW_PRIVATE_URLS", "1")
+    real = sources_minigpt3d.socket.getaddrinfo
+    monkeypatch.setattr(  # the server listens on IPv4 alone
+        sources_minigpt3d.socket, "getaddrinfo", lambda host, *args, **kwargs: real(host, args[0], family=2, type=1)
+    )
+    return url
+
+
+@pytest.mark.parametrize(
+    "path", ["/cloud.ply", "/cloud", "/my cloud.ply", "/my%20cloud.ply", "/moved", "/cloud.ply?a=1#b"]
+)
+def test_downloads(trusted, path):
+    assert what_is_seen(trusted + path) == "AB"
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/absent.ply", "404"),
+        ("/loop", "redirected more than"),
+        ("/down", "only https://"),
+        ("/file", "only https://"),
+        ("/huge.ply", "more than the"),
+        ("/short.ply", "ended after"),
+    ],
+)
+def test_downloads_that_are_refused(trusted, path, word):
+    refused(trusted + path, word)
+
+
+def test_names_in_messages_have_no_secrets(trusted):
+    message = refused(
+        trusted.replace("https://", "https://user:secret@") + "/absent.ply?token=secret", "/absent.ply: "
+    )
+    assert "secret" not in message
+
+
+def test_private_addresses_are_refused(server, trusted, monkeypatch):
+    monkeypatch.delenv("MINIGPT3D_ALLOW_PRIVATE_URLS")
+    refused(trusted + "/cloud.ply", "not a public address", "MINIGPT3D_ALLOW_PRIVATE_URLS")
+    monkeypatch.undo()
+    start = time.perf_counter()
+    for host in ("127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "[::1]", "[::ffff:10.0.0.1]", "0.0.0.0"):
+        refused(f"https://{host}/cloud.ply", "not a public address")
+    assert time.perf_counter() - start < 5
+
+
+def test_redirects_are_checked(server, trusted, monkeypatch):
+    real = sources_minigpt3d._public_address
+
+    def first_is_allowed(host, port):
+        monkeypatch.setenv("MINIGPT3D_ALLOW_PRIVATE_URLS", "1" if host == "localhost" else "0")
+        return real(host, port)
+
+    monkeypatch.setattr(sources_minigpt3d, "_public_address", first_is_allowed)
+    refused(trusted + "/inside", "10.0.0.1", "not a public address")
+
+
+def test_a_certificate_of_nobody_is_refused(server, trusted, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    refused(trusted + "/cloud.ply", "cannot be downloaded", "certificate")

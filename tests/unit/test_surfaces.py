@@ -1,0 +1,418 @@
+"""Meshes from OBJ, OFF, STL, 3MF, PLY and the further formats: colors, names of files, and files that do harm.
+
+In tests/cases/ an object is (200, 100, 50) where x is smallest and (20, 40, 220) where it is largest.
+"""
+
+import gzip
+import re
+import sys
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+
+
+CASES = Path(__file__).parents[1] / "cases"
+LEFT, RIGHT = np.array([200, 100, 50]) / 255, np.array([20, 40, 220]) / 255
+FORMATS = (".obj", ".off", ".stl", ".3mf")
+REFUSED = {"x_ply_face_no_index.ply", "x_stl_wrong_count.stl"}
+COLORLESS = {
+    *(
+        "3mf_production_external.3mf",
+        "mply_tex_wedge_missing_texture.ply",
+        "obj_missing_mtl.obj",
+        "x_obj_pentagons.obj",
+    ),
+    *("off_comments_blank.off", "off_no_edges_number.off", "off_quads.off", "off_stoff.off", "x_off_pentagons.off"),
+    *("stl_ascii.stl", "stl_ascii_upper_crlf.stl", "stl_bin_solid_header.stl", "x_stl_trailing_bytes.stl"),
+}
+MESHES = sorted(
+    path.name for path in CASES.iterdir() if path.suffix in FORMATS or path.name.startswith(("mply_", "x_ply_"))
+)
+
+
+def verdict(path: Path) -> str:
+    """ "colored" as it should be, "colorless", or what it is instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cloud = load_point_cloud(path, num_points=2048)
+    x, color = cloud[:, 0], cloud[:, 3:]
+    low, high = (np.median(color[part], 0) for part in (x < np.quantile(x, 0.3), x > np.quantile(x, 0.7)))
+    if np.allclose(low, LEFT, atol=0.02) and np.allclose(high, RIGHT, atol=0.02):
+        return "colored"
+    return "colorless" if color.max() < 0.01 else f"{(255 * low).round()} {(255 * high).round()}"
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_colors_of_mesh_files(name):
+    if name in REFUSED:
+        with pytest.raises(PointCloudError, match=re.escape(name)):
+            load_point_cloud(CASES / name)
+    else:
+        assert verdict(CASES / name) == ("colorless" if name in COLORLESS else "colored")
+
+
+# ---- OBJ ------------------------------------------------------------------------------------------------------------
+
+
+def lines_of(name: str) -> str:
+    """An OBJ without its mtllib."""
+    return re.sub(r"(?m)^mtllib.*\n", "", (CASES / name).read_text())
+
+
+MATERIALS = "newmtl ma\nKd 0.784314 0.392157 0.196078\nnewmtl mb\nKd 0.0784314 0.156863 0.862745\n"
+
+
+@pytest.mark.parametrize(
+    "mtllib",
+    [
+        "A.MTL",
+        '"a.mtl"',
+        "C:\\\\Users\\\\me\\\\a.mtl",
+        "./x/../a.mtl",
+        "none.mtl a.mtl",
+        "a.mtl # the colors",
+        "%61.mtl",
+    ],
+)
+def test_mtl_names(tmp_path, mtllib):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "a.mtl").write_text(MATERIALS)
+    (tmp_path / "a.obj").write_text(f"mtllib {mtllib}\n".replace("\\\\", "\\") + lines_of("obj_kd.obj"))
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.replace(" ", "\t").encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: re.sub(r"(?m)^", "  ", text).encode(),
+        lambda text: re.sub(r"(?m)^f (\S+) ", r"f \1 \\" + "\n", text).encode(),
+        lambda text: re.sub(r"(?m)^f (\S+) (\S+) (\S+)", r"f \1/ \2// \3", text).encode(),
+        lambda text: text.replace("usemtl ma", "usemtl MA  # left").encode(),
+        lambda text: ("# ends with a backslash \\\n" + text).encode(),
+    ],
+)
+def test_forms_of_obj_text(tmp_path, change):
+    (tmp_path / "a.mtl").write_text(MATERIALS)
+    (tmp_path / "a.obj").write_bytes(change("mtllib a.mtl\n" + lines_of("obj_kd.obj")))
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        ("-s 1 1 1 -o 0 0 0 tex.png", "-clamp on tex.png"),
+        ("-blendu on -mm 0 1 -bm 1 ./tex.png # c", "-texres 512 -imfchan l TEX.PNG"),
+        ("textures\\tex.png", "C:\\work\\tex.png"),
+    ],
+)
+def test_map_options(tmp_path, left, right):
+    (tmp_path / "tex.png").write_bytes((CASES / "tex.png").read_bytes())
+    (tmp_path / "a.mtl").write_text(f"newmtl ma\nKd 0 0 0\nmap_Kd {left}\nnewmtl mb\n  map_kd {right}\n")
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + lines_of("obj_map.obj"))
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+def test_map_scale_and_offset_move_the_texture(tmp_path):
+    (tmp_path / "tex.png").write_bytes((CASES / "tex.png").read_bytes())
+    (tmp_path / "a.mtl").write_text(
+        "newmtl ma\nmap_Kd -s .5 1 -o .25 0 tex.png\nnewmtl mb\nmap_Kd -o .25 -s .5 tex.png\n"
+    )
+    moved = re.sub(r"(?m)^vt (\S+)", lambda match: f"vt {float(match[1]) * 2 - 0.5}", lines_of("obj_map.obj"))
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + moved)
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+@pytest.mark.parametrize("columns", [r"\1 1.0 \2", r"\1 \2 1.0"])
+def test_vertex_colors_beside_w_and_alpha(tmp_path, columns):
+    text = re.sub(r"(?m)^(v \S+ \S+ \S+) (.*)$", columns, lines_of("obj_vcol_and_meshlab_mtl.obj"))
+    (tmp_path / "a.obj").write_text(text)
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+def test_white_vertex_colors_leave_the_material(tmp_path):
+    (tmp_path / "a.mtl").write_text(MATERIALS)
+    text = re.sub(r"(?m)^(v \S+ \S+ \S+).*$", r"\1 1 1 1", lines_of("obj_kd.obj"))
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + text)
+    assert verdict(tmp_path / "a.obj") == "colored"
+
+
+@pytest.mark.parametrize("missing", ["a.mtl", "tex.png"])
+def test_one_warning_for_what_is_missing(tmp_path, missing):
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + lines_of("obj_map.obj"))
+    if missing == "tex.png":
+        (tmp_path / "a.mtl").write_text("newmtl ma\nKd .8 .8 .8\nmap_Kd tex.png\nnewmtl mb\nmap_Kd tex.png\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cloud = load_point_cloud(tmp_path / "a.obj", 100)
+    messages = [str(warning.message) for warning in caught if missing in str(warning.message)]
+    assert len(messages) == 1 and str(tmp_path / "a.obj") in messages[0]
+    assert cloud[:, 3:].max() == 0  # the gray beside the texture is no color
+
+
+# ---- OFF and STL ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("COFF\n85", "COFF85"),
+        lambda text: text.replace("COFF\n85", "COFF 85"),
+        lambda text: text.replace("COFF", "OFF"),
+        lambda text: text.replace("COFF", "CnOFF\n3"),
+        lambda text: text.replace("\n", " # comment\r\n"),
+    ],
+)
+def test_off_headers(tmp_path, change):
+    (tmp_path / "a.off").write_text(change((CASES / "off_coff.off").read_text()), newline="")
+    assert verdict(tmp_path / "a.off") == "colored"
+
+
+def test_stl_of_several_solids(tmp_path):
+    binary, text = (CASES / "stl_viscam_color.stl").read_bytes(), (CASES / "stl_ascii.stl").read_bytes()
+    (tmp_path / "a.stl").write_bytes(binary * 2)
+    assert verdict(tmp_path / "a.stl") == "colored"
+    (tmp_path / "b.stl").write_bytes(text + text.replace(b"solid a", b"solid with a vertex"))
+    assert verdict(tmp_path / "b.stl") == "colorless"
+
+
+# ---- PLY ------------------------------------------------------------------------------------------------------------
+
+
+def write_mixed_ply(path: Path, form: str, colors: tuple[str, str], face_colors: bool = False):
+    """Two rows of triangles and quads: the left two faces in one color, the right two in the other."""
+    x = np.array([0, 1, 2, 3, 4])
+    coord = np.concatenate([np.stack([x, 0 * x + y, 0 * x], axis=1) for y in (0, 1)])
+    faces = [[0, 1, 6, 5], [1, 2, 7], [1, 7, 6], [2, 3, 8, 7], [3, 4, 9], [3, 9, 8]]
+    kind, names = colors
+    scale = {"uchar": 255, "ushort": 65535, "float": 1, "double": 255}[kind]
+
+    def paint(position: float) -> list[float]:
+        color = (LEFT if position < 2 else RIGHT) * scale
+        return [round(float(value), 9 if scale == 1 else 0) for value in color]
+
+    properties = "".join(f"property {kind} {name}\n" for name in names.split())
+    header = (
+        f"ply\nformat {form} 1.0\nelement vertex 10\nproperty float x\nproperty float y\nproperty float z\n"
+        f"{'' if face_colors else properties}element face 6\nproperty list uchar int vertex_index\n"
+        f"{properties if face_colors else ''}end_header\n"
+    )
+    types = {"uchar": "u1", "ushort": "u2", "float": "f4", "double": "f8"}
+    order, body = ">" if "big" in form else "<", []
+    for point in coord:
+        color = [] if face_colors else paint(point[0])
+        body.append([(point, "f4"), (color, types[kind])])
+    for face in faces:
+        color = paint(coord[face, 0].mean()) if face_colors else []
+        body.append([([len(face)], "u1"), (face, "i4"), (color, types[kind])])
+    if form == "ascii":
+        rows = (" ".join(str(value) for values, _ in row for value in np.asarray(values).tolist()) for row in body)
+        path.write_text(header + "\n".join(rows) + "\n")
+    else:
+        content = b"".join(np.asarray(values).astype(order + dtype).tobytes() for row in body for values, dtype in row)
+        path.write_bytes(header.encode() + content)
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian", "binary_big_endian"])
+@pytest.mark.parametrize("face_colors", [False, True])
+def test_ply_of_triangles_and_quads(tmp_path, form, face_colors):
+    for kind, names in [
+        ("uchar", "red green blue"),
+        ("ushort", "diffuse_red diffuse_green diffuse_blue"),
+        ("float", "r g b"),
+        ("double", "scalar_red scalar_green scalar_blue"),
+    ]:
+        write_mixed_ply(tmp_path / "a.ply", form, (kind, names), face_colors)
+        assert verdict(tmp_path / "a.ply") == "colored", (kind, names)
+
+
+def test_ply_with_two_textures(tmp_path):
+    for name, color in (("left one.png", LEFT), ("right.png", RIGHT)):
+        Image.new("RGB", (4, 4), tuple((color * 255).round().astype(int).tolist())).save(tmp_path / name)
+    (tmp_path / "a.ply").write_text(
+        "ply\nformat ascii 1.0\ncomment TextureFile left one.png\ncomment TextureFile right.png\nelement vertex 6\n"
+        "property float x\nproperty float y\nproperty float z\nelement face 2\nproperty list uchar int vertex_indices\n"
+        "property list uchar float texcoord\nproperty int texnumber\nend_header\n0 0 0\n1 0 0\n2 0 0\n0 1 0\n1 1 0\n2 1 0\n"
+        "4 0 1 4 3 8 0 0 1 0 1 1 0 1 0\n4 1 2 5 4 8 0 0 1 0 1 1 0 1 1\n"
+    )
+    assert verdict(tmp_path / "a.ply") == "colored"
+
+
+# ---- 3MF ------------------------------------------------------------------------------------------------------------
+
+NAMESPACES = (
+    'xmlns="http://schemas.microsoft.com/3dmanufacturing/core/2015/02" '
+    'xmlns:m="http://schemas.microsoft.com/3dmanufacturing/material/2015/02"'
+)
+SQUARE = "".join(f'<vertex x="{x}" y="{y}" z="0"/>' for x, y in ((0, 0), (1, 0), (1, 1), (0, 1)))
+TRIANGLES = '<triangle v1="0" v2="1" v3="2"/><triangle v1="0" v2="2" v3="3"/>'
+MESH = f"<mesh><vertices>{SQUARE}</vertices><triangles>{TRIANGLES}</triangles></mesh>"
+COLORS = '<m:colorgroup id="1"><m:color color="#C86432"/><m:color color="#1428DCFF"/></m:colorgroup>'
+MULTI = '<m:multiproperties id="7" pids="5 1"><m:multi pindices="0 0"/><m:multi pindices="0 1"/></m:multiproperties>'
+
+
+def write_3mf(path: Path, resources: str, build: str, before: str = ""):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        model = f"<model {NAMESPACES}><resources>{resources}</resources><build>{build}</build></model>"
+        archive.writestr("3D/3dmodel.model", f'<?xml version="1.0"?>{before}{model}')
+
+
+@pytest.mark.parametrize("pid", [1, 7])
+def test_3mf_color_groups_nested_components_and_transforms(tmp_path, pid):
+    base = '<basematerials id="5"><base name="a" displaycolor="#00FF00"/></basematerials>'
+    objects = "".join(f'<object id="{2 + side}" pid="{pid}" pindex="{side}">{MESH}</object>' for side in (0, 1))
+    pair = (
+        '<object id="9"><components><component objectid="2"/>'
+        '<component objectid="3" transform="1 0 0 0 1 0 0 0 1 1 0 0"/></components></object>'
+        '<object id="10"><components><component objectid="9" transform="2 0 0 0 2 0 0 0 2 5 0 0"/></components></object>'
+    )
+    write_3mf(tmp_path / "a.3mf", base + COLORS + MULTI + objects + pair, '<item objectid="10"/>')
+    assert verdict(tmp_path / "a.3mf") == "colored"
+    assert np.ptp(load_point_cloud(tmp_path / "a.3mf")[:, :3], axis=0) == pytest.approx([1.79, 0.89, 0], abs=0.1)
+
+
+def nested(inner: str) -> str:
+    """Objects that hold ten of the one before, 12 times."""
+    outer = (
+        f'<object id="{i}"><components>{f"<component objectid={chr(34)}{i - 1}{chr(34)}/>" * 10}</components></object>'
+        for i in range(3, 15)
+    )
+    return f'<object id="2">{inner}</object>' + "".join(outer)
+
+
+@pytest.mark.parametrize(
+    "resources, before, reason",
+    [
+        (nested(MESH), "", "faces"),
+        (nested(""), "", "objects"),
+        ('<object id="14"><components><component objectid="14"/></components></object>', "", "themselves"),
+        ('<object id="14" name="&a;">' + MESH + "</object>", '<!DOCTYPE x [<!ENTITY a "b">]>', "document type"),
+        ('<object id="14"><components><component objectid="3"/></components></object>', "", "does not have"),
+    ],
+)
+def test_harmful_3mf(tmp_path, resources, before, reason):
+    write_3mf(tmp_path / "a.3mf", resources, '<item objectid="14"/>', before)
+    with pytest.raises(PointCloudError, match=f"a.3mf.*{reason}"):
+        load_point_cloud(tmp_path / "a.3mf")
+
+
+# ---- Harm in the other formats --------------------------------------------------------------------------------------
+
+PLY_HEADER = (
+    "ply\nformat binary_little_endian 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+    "element face {faces}\nproperty list {count} int vertex_indices\nend_header\n"
+)
+CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], "<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.ply", PLY_HEADER.format(faces=1, count="uint").encode() + CORNERS + b"\xff\xff\xff\x7f", "fewer follow"),
+        ("a.ply", PLY_HEADER.format(faces=2, count="uchar").encode() + CORNERS + b"\3" + bytes(12), "fewer follow"),
+        ("a.ply", PLY_HEADER.format(faces=1, count="uchar").encode() + CORNERS + b"\3" + b"\xff" * 12, "vertex -1"),
+        ("a.off", b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3000000000 0 1 2\n", "fewer corners"),
+        ("a.off", b"OFF\n3000000000 1 0\n0 0 0\n", "header says 3,000,000,000"),
+        ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 3\n", "vertex 2"),
+        ("a.obj", b"v 0 0 zero\nv 1 0 0\nf 1 2 2\n", "'zero'"),
+        ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2\n", "no faces"),
+        ("a.stl", b"solid\nfacet\nvertex 0 0 0\nvertex 1 0 0\nendsolid", "fewer than three"),
+    ],
+)
+def test_broken_files_say_what_is_wrong(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PointCloudError, match=f"{name}.*{reason}"):
+        load_point_cloud(tmp_path / name)
+
+
+def test_many_materials_take_little_time(tmp_path):
+    count = 3000
+    (tmp_path / "a.mtl").write_text("".join(f"newmtl m{i}\nmap_Kd no/{i}.png\n" for i in range(count)))
+    faces = "".join(f"usemtl m{i}\nf 1/1 2/1 3/1\n" for i in range(count))
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\n" + faces)
+    with pytest.warns(UserWarning, match="no/0.png"):
+        load_point_cloud(tmp_path / "a.obj", 10)
+
+
+# ---- Further formats ------------------------------------------------------------------------------------------------
+
+
+def test_gz_holds_any_format(tmp_path):
+    (tmp_path / "a.ply.gz").write_bytes(gzip.compress((CASES / "mply_vcol.ply").read_bytes()))
+    assert verdict(tmp_path / "a.ply.gz") == "colored"
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(PointCloudError, match="b.gz.*what is packed"):
+        load_point_cloud(tmp_path / "b.gz")
+    (tmp_path / "c.ply.gz").write_bytes(gzip.compress(bytes(120_000_000)))
+    with pytest.raises(PointCloudError, match="c.ply.gz.*zip bomb"):
+        load_point_cloud(tmp_path / "c.ply.gz")
+
+
+def test_formats_that_are_not_read_say_how_to_convert(tmp_path):
+    for suffix, remedy in ((".step", "CAD"), (".wrl", "Blender")):
+        (tmp_path / f"a{suffix}").write_text("x")
+        with pytest.raises(PointCloudError, match=remedy):
+            load_point_cloud(tmp_path / f"a{suffix}")
+    (tmp_path / "a.fbx").write_text("x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "assimp_py", None)
+        with pytest.raises(ImportError, match="pip install 'assimp-py'"):
+            load_point_cloud(tmp_path / "a.fbx")
+
+
+def test_scene_of_assimp(tmp_path, monkeypatch):
+    """What assimp-py shows of a file becomes surfaces in their places, also where its library is absent."""
+    square = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32)
+
+    def mesh(material: int, uv: bool) -> types.SimpleNamespace:
+        texcoords = [memoryview(np.zeros((4, 2), np.float32).reshape(-1))] if uv else None
+        return types.SimpleNamespace(
+            vertices=memoryview(square.reshape(-1)),
+            indices=memoryview(np.array([0, 1, 2, 0, 2, 3], np.uint32)),
+            num_faces=2,
+            material_index=material,
+            colors=None,
+            texcoords=texcoords,
+        )
+
+    def node(meshes: list[int], shift: float, children: tuple = ()) -> types.SimpleNamespace:
+        matrix = np.eye(4)
+        matrix[0, 3] = shift
+        return types.SimpleNamespace(mesh_indices=meshes, transformation=matrix.tolist(), children=list(children))
+
+    Image.new("RGB", (2, 2), (20, 40, 220)).save(tmp_path / "B.png")
+    materials = [
+        {"NAME": "a", "COLOR_DIFFUSE": LEFT.tolist(), "TEXTURES": {}},
+        {"NAME": "b", "COLOR_DIFFUSE": [0.8] * 3, "TEXTURES": {1: ["C:\\work\\b.png"]}},
+    ]
+    scene = types.SimpleNamespace(
+        meshes=[mesh(0, False), mesh(1, True)],
+        materials=materials,
+        root_node=node([0], 5.0, (node([1], 1.0),)),
+    )
+    library = types.SimpleNamespace(Process_Triangulate=8, Process_SortByPType=1, import_file=lambda *_: scene)
+    monkeypatch.setitem(sys.modules, "assimp_py", library)
+    (tmp_path / "a.dae").write_text("x")
+    assert verdict(tmp_path / "a.dae") == "colored"
+
+
+def test_usd_when_its_library_is_there(tmp_path):
+    usd, geometry = pytest.importorskip("pxr.Usd"), pytest.importorskip("pxr.UsdGeom")
+    stage = usd.Stage.CreateNew(str(tmp_path / "a.usda"))
+    mesh = geometry.Mesh.Define(stage, "/a")
+    mesh.CreatePointsAttr([(0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 1, 0), (1, 1, 0), (2, 1, 0)])
+    mesh.CreateFaceVertexCountsAttr([4, 4])
+    mesh.CreateFaceVertexIndicesAttr([0, 1, 4, 3, 1, 2, 5, 4])
+    linear = [[((value + 0.055) / 1.055) ** 2.4 for value in color] for color in (LEFT, RIGHT)]
+    mesh.CreateDisplayColorPrimvar("uniform").Set([tuple(color) for color in linear])
+    stage.Save()
+    assert verdict(tmp_path / "a.usda") == "colored"

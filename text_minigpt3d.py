@@ -1,0 +1,326 @@
+"""Points from text with a row for each point: .txt, .csv, .xyz, .pts and so on.
+
+Text is parsed by numpy.loadtxt. Only rows that it cannot parse (quotes, decimal commas, empty cells) pass through Python
+first, at half the speed.
+
+Shapes: N points, C columns.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .readers_minigpt3d import (
+    MAX_HEADER_LINES,
+    MAX_LINE_CHARACTERS,
+    PointCloudError,
+    Points,
+    color_names,
+    coord_names,
+    named_columns,
+    printable,
+)
+from .tables_minigpt3d import split_columns
+
+
+_MISSING_WORDS = {"", "na", "n/a", "null", "none", "-", "--", "?"}
+# Three rows of numbers are notes or a matrix, and three points are at most a triangle.
+_MIN_ROWS = 4
+_COMMENT_MARKS = ("#", "//", "%", "!")
+
+
+# ---- Layout ---------------------------------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """How a text file is written.
+
+    Args:
+        encoding: of its characters.
+        num_skipped: lines before the first row of numbers.
+        delimiter: between cells; None for blanks.
+        decimal_comma: whether "0,5" is a half.
+        is_plain: whether numpy.loadtxt reads its rows as they are.
+        names: of the columns, or None.
+        is_ragged: whether rows may have more cells than there are names, as a list at their end.
+        cells: of the first row.
+    """
+
+    encoding: str
+    num_skipped: int
+    delimiter: str | None
+    decimal_comma: bool
+    is_plain: bool
+    names: list[str] | None
+    is_ragged: bool
+    cells: list[str]
+
+
+def _read_text(path: Path) -> Points:
+    """Rows of numbers, with or without a header; see docs/reading.md for what is understood."""
+    layout = _find_layout(path)
+    names, chosen = layout.names, None
+    if names is not None:
+        columns = (coord_names(names) or []) + (color_names(names) or [])
+        chosen = [names.index(name) for name in columns]
+    else:
+        numbers = _number_columns(layout.cells)
+        chosen = [i for i in range(1, max(numbers)) if i in numbers or _is_missing(layout.cells[i])] + [max(numbers)]
+        chosen = [0, *chosen] if 0 in numbers else chosen
+    table = _load_rows(path, layout, chosen)
+    if 0 < len(table) < _MIN_ROWS:
+        raise PointCloudError(
+            f"it has {len(table)} rows of numbers, expected {_MIN_ROWS} or more: fewer points are no object."
+        )
+    if names is not None:
+        return named_columns(dict(zip(columns, table.T, strict=True)), columns)._replace(may_be_sparse=True)
+    table = _drop_index(table)
+    if table.shape[1] not in (3, 4, 6, 7, 9):
+        raise PointCloudError(
+            f"expected 3 columns (x y z), 4 (x y z intensity), 6 (x y z r g b), 7 or 9, got {table.shape[1]}. "
+            "Name them in a first line, such as 'x,y,z,intensity,red,green,blue'."
+        )
+    return split_columns(table, in_text=True)._replace(may_be_sparse=True)
+
+
+def _find_layout(path: Path) -> _Layout:
+    """Read up to the first row of numbers.
+
+    Raises:
+        PointCloudError: there is none, so the file is text of another kind.
+    """
+    encoding = _find_encoding(path)
+    before: list[str] = []
+    with open(path, encoding=encoding, errors="replace") as stream:
+        lines = _short_lines(stream)
+        for line in lines:
+            if len(before) > MAX_HEADER_LINES:
+                break
+            cells, delimiter, decimal_comma, is_plain = _split_row(line)
+            numbers = _number_columns(cells)
+            if len(numbers) >= 3 and not _is_comment(line):
+                if any(text.lower().startswith("ncols") for text in before):
+                    raise PointCloudError(
+                        "it is a raster of heights (ESRI ASCII grid), not a cloud. Convert it to x, y, z first."
+                    )
+                names, is_ragged = _find_names(before, cells)
+                if names is None and not _is_table(cells, numbers):
+                    before.append(line)
+                    continue
+                num_skipped = len(before) + _is_numbering(cells, next(lines, ""))
+                return _Layout(encoding, num_skipped, delimiter, decimal_comma, is_plain, names, is_ragged, cells)
+            before.append(line)
+    raise PointCloudError(
+        "it is text, not a cloud: there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line."
+    )
+
+
+def _find_encoding(path: Path) -> str:
+    with open(path, "rb") as stream:
+        start = stream.read(4096)
+    for mark, encoding in ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if start.startswith(mark):
+            return encoding
+    if start[1::2].count(0) * 2 > len(start[1::2]) and not start[::2].count(0):
+        return "utf-16-le"
+    if start[::2].count(0) * 2 > len(start[::2]) and not start[1::2].count(0):
+        return "utf-16-be"
+    if b"\0" in start or sum(byte < 32 and byte not in b"\t\n\r\f\v\x1a" for byte in start) * 20 > len(start):
+        raise PointCloudError(
+            "it holds binary data, not text. The file is truncated or corrupt, or its name does not match its format."
+        )
+    return "utf-8-sig"
+
+
+def _short_lines(stream: io.TextIOBase) -> Iterator[str]:
+    while line := stream.readline(MAX_LINE_CHARACTERS):
+        if len(line) == MAX_LINE_CHARACTERS:
+            raise PointCloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
+        yield line
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith(_COMMENT_MARKS)
+
+
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
+_QUOTED_COMMA = re.compile(r'"([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)"')
+
+
+_COMMENT = re.compile(r"(?:^|\s)#")
+_NOT_A_NUMBER = re.compile(r"[-+]?1\.#\w+")  # as Windows prints it
+
+
+def _bare(line: str) -> str:
+    """A row without quotes, brackets around it, and comment."""
+    if '"' in line:
+        line = _QUOTED_COMMA.sub(r"\1.\2", line).replace('"', "")
+    if "#" in line:
+        line = _COMMENT.split(line)[0]
+    line = line.strip("\r\n ")
+    return line.strip("[](){},; ") if line[:1] in ("[", "(", "{") else line
+
+
+def _split_row(line: str) -> tuple[list[str], str | None, bool, bool]:
+    """Cells, delimiter, whether the comma is decimal, and whether numpy.loadtxt can read the row as it is."""
+    plain = _bare(line)
+    is_plain = plain == line.partition("#")[0].strip("\r\n ")
+    delimiter = ";" if ";" in plain else "\t" if "\t" in plain.strip() else None
+    cells = [cell.strip() for cell in plain.split(delimiter)]
+    decimal_comma = False
+    if "," in plain:
+        with_comma = [cell for cell in cells if "," in cell]
+        decimal_comma = len(cells) >= 3 and all(_DECIMAL_COMMA.fullmatch(cell) for cell in with_comma)
+        if not decimal_comma and delimiter != ";":
+            delimiter = ","
+        cells = [cell.strip() for cell in plain.split(delimiter)]
+    if decimal_comma:
+        cells = [cell.replace(",", ".") for cell in cells]
+    parts = [re.split(r"[\s,]+", cell) for cell in cells if cell]
+    if delimiter is not None and any(len(part) > 1 and _are_numbers(part) for part in parts):  # "x y z, r g b"
+        return re.split(r"[\s,;]+", plain.strip(" ,;\t")), " ", False, False
+    return cells, delimiter, decimal_comma, is_plain and not decimal_comma
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell
+
+
+def _are_numbers(cells: list[str]) -> bool:
+    return all(map(_is_number, cells))
+
+
+def _is_missing(cell: str) -> bool:
+    return cell.lower() in _MISSING_WORDS or _NOT_A_NUMBER.fullmatch(cell) is not None
+
+
+def _number_columns(cells: list[str]) -> list[int]:
+    return [index for index, cell in enumerate(cells) if _is_number(cell)]
+
+
+def _find_names(lines: list[str], cells: list[str]) -> tuple[list[str] | None, bool]:
+    """Names of the columns out of the lines before the first row; the last line that names x, y, z and fits counts."""
+    for line in reversed(lines):
+        line = line.strip().lstrip("#/%! \t")
+        line, _, rest = line.partition("[]")  # COLMAP: "…, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)"
+        is_ragged = bool(rest)
+        delimiter = next((mark for mark in ",;\t" if mark in line), None)
+        names = [name.strip("\"' \t") for name in line.split(delimiter)]
+        if coord_names(names) is None:
+            continue
+        surplus = len(cells) - len(names)
+        if is_ragged and surplus >= -1 or surplus > 0 and not any(cells[len(names) :]):
+            names += [""] * max(surplus, 0)
+        elif surplus == 1 and _is_index(cells[0]):  # R and pandas: row names have no name
+            names = ["", *names]
+        elif surplus < 0 and not any(names[len(cells) :]):
+            names = names[: len(cells)]
+        elif surplus:
+            continue
+        return names, is_ragged
+    return None, False
+
+
+def _is_index(cell: str) -> bool:
+    return cell.isdecimal() or not _is_number(cell)
+
+
+def _is_table(cells: list[str], numbers: list[int]) -> bool:
+    """Whether a row without names for its columns can be read by their number: words only first or last, at most one."""
+    others = [index for index in range(len(cells)) if index not in numbers and not _is_missing(cells[index])]
+    return others in ([], [0], [len(cells) - 1])
+
+
+def _is_numbering(cells: list[str], following: str) -> bool:
+    """Whether the first row numbers its columns, as data frames without names are saved: "0,1,2" or ",0,1,2"."""
+    numbers = cells[1:] if cells[0] == "" else cells
+    has_fractions = any("." in cell or "e" in cell.lower() for cell in _split_row(following)[0])
+    return numbers == [str(index) for index in range(len(numbers))] and has_fractions
+
+
+def _drop_index(table: np.ndarray) -> np.ndarray:
+    """Without a first column that counts the rows."""
+    num_rows, width = table.shape
+    is_counter = (
+        width in (4, 5, 7, 8, 10) and num_rows > 3 and (np.diff(table[:, 0]) == 1).all() and table[0, 0] in (0, 1)
+    )
+    return table[:, 1:] if is_counter else table
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+
+def _load_rows(path: Path, layout: _Layout, chosen: list[int]) -> np.ndarray:
+    """The chosen columns (N, C) as float64, NaN where a cell is empty."""
+    if layout.is_plain and not layout.is_ragged:
+        try:
+            return _load_plain(path, layout, chosen)
+        except ValueError:
+            pass  # an empty cell, perhaps
+    with open(path, encoding=layout.encoding, errors="replace") as lines:
+        rows = _clean_rows(lines, layout, chosen, path.suffix.lower() == ".pts")
+        return np.loadtxt(rows, comments=None, ndmin=2, dtype=np.float64)
+
+
+def _load_plain(path: Path, layout: _Layout, chosen: list[int]) -> np.ndarray:
+    num_columns = len(layout.cells)
+    options = {"delimiter": layout.delimiter, "comments": "#", "skiprows": layout.num_skipped}
+    with open(path, encoding=layout.encoding, errors="replace") as lines:
+        if _are_numbers(layout.cells):
+            table = np.loadtxt(lines, ndmin=2, dtype=np.float64, **options)
+            return table if chosen == list(range(num_columns)) else table[:, chosen]
+        # A structured type requires as many cells of each row; of other columns one character is kept.
+        dtype = [(str(index), "f8" if index in chosen else "U1") for index in range(num_columns)]
+        table = np.loadtxt(lines, ndmin=1, dtype=dtype, **options)
+        return np.stack([table[str(index)] for index in chosen], axis=1)
+
+
+def _clean_rows(lines: io.TextIOBase, layout: _Layout, chosen: list[int], has_counts: bool) -> Iterator[str]:
+    """Rows as numpy.loadtxt reads them: numbers with decimal points between blanks."""
+    width = len(layout.cells)
+    for number, line in enumerate(_short_lines(lines), start=1):
+        if number <= layout.num_skipped or not line.strip() or _is_comment(line):
+            continue
+        line = _bare(line)
+        if layout.delimiter == " ":
+            cells = re.split(r"[\s,;]+", line.strip(" ,;\t"))
+        else:
+            cells = [cell.strip() for cell in line.split(layout.delimiter)]
+        if has_counts and len(cells) == 1 and cells[0].isdecimal():  # of the points of the next scan
+            continue
+        fits = len(cells) > max(chosen) if layout.is_ragged else len(cells) >= width and not any(cells[width:])
+        if not fits:
+            raise _bad_row(number, line, width)
+        try:
+            yield " ".join([_clean_cell(cells[index], layout.decimal_comma) for index in chosen])
+        except ValueError:
+            raise _bad_row(number, line, width) from None
+
+
+def _clean_cell(cell: str, decimal_comma: bool) -> str:
+    if _is_missing(cell):
+        return "nan"
+    if decimal_comma:
+        cell = cell.replace(",", ".")
+    float(cell)
+    return cell
+
+
+def _bad_row(number: int, line: str, width: int) -> PointCloudError:
+    return PointCloudError(
+        f"line {number} must be {width} numbers, got '{printable(line.strip()[:60])}'. The file is truncated or corrupt, "
+        "or it is text and not a cloud."
+    )
+
+
+TEXT_READERS: dict[str, Callable[[Path], Points]] = dict.fromkeys(
+    (".xyz", ".xyzn", ".xyzrgb", ".txt", ".csv", ".tsv", ".pts", ".asc", ".dat"), _read_text
+)
