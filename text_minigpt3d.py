@@ -17,6 +17,7 @@ import numpy as np
 from .readers_minigpt3d import (
     MAX_HEADER_LINES,
     MAX_LINE_CHARACTERS,
+    NotACloudError,
     PointCloudError,
     Points,
     color_names,
@@ -73,7 +74,7 @@ def _read_text(path: Path) -> Points:
         chosen = [0, *chosen] if 0 in numbers else chosen
     table = _load_rows(path, layout, chosen)
     if 0 < len(table) < _MIN_ROWS:
-        raise PointCloudError(
+        raise NotACloudError(
             f"it has {len(table)} rows of numbers, expected {_MIN_ROWS} or more: fewer points are no object."
         )
     if names is not None:
@@ -114,7 +115,7 @@ def _find_layout(path: Path) -> _Layout:
                 num_skipped = len(before) + _is_numbering(cells, next(lines, ""))
                 return _Layout(encoding, num_skipped, delimiter, decimal_comma, is_plain, names, is_ragged, cells)
             before.append(line)
-    raise PointCloudError(
+    raise NotACloudError(
         "it is text, not a cloud: there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line."
     )
 

@@ -116,7 +116,7 @@ class FileReader:
         """Results in the order of the paths. While one is looked at, the next are read.
 
         Raises:
-            RuntimeError: a process cannot be started.
+            OSError: a process cannot be started.
         """
         waiting = deque()
         ahead = LOOKAHEAD * len(self._processes) if len(self._processes) > 1 else 1
@@ -179,10 +179,12 @@ class _Process:
         try:
             self._send((path, arguments, seconds + GRACE_SECONDS, memory))
             result = pickle.load(self._process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except Exception:  # the end of its output, or the beginning of a result
             result = FileResult(path, error=self._post_mortem(path, seconds, memory))
         finally:
             timer.cancel()
+            if self._has_expired:  # it may have answered at the last moment
+                self._process.wait()
         return replace(result, seconds=time.monotonic() - start)
 
     def close(self):
@@ -196,18 +198,19 @@ class _Process:
     def _wait_until_ready(self):
         """
         Raises:
-            RuntimeError: it has ended before it could read a file.
+            OSError: it has ended before it could read a file.
         """
         if self._is_ready:
             return
         try:
             pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError) as error:
+            self._process.kill()
             self._process.wait()
             self._log.seek(0)
             lines = self._log.read().decode(errors="replace").split("\n")
             reason = next((line for line in reversed(lines) if line.strip()), f"code {self._process.returncode}")
-            raise RuntimeError(f"The process that reads files did not start: {reason.strip()}") from error
+            raise OSError(f"The process that reads files did not start: {reason.strip()}") from error
         self._is_ready = True
 
     def _expire(self):
@@ -219,7 +222,9 @@ class _Process:
         code = self._process.wait()
         name = printable(str(path))
         if self._has_expired or code == -getattr(signal, "SIGALRM", 0):
-            return CrashError(f"{name}: it was not read within {seconds:.0f} seconds. It is damaged, or far too detailed.")
+            return CrashError(
+                f"{name}: it was not read within {seconds:.0f} seconds. It is damaged, or far too detailed."
+            )
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return CrashError(
             f"{name}: reading it crashed ({cause}). It is damaged, or needs more than the {memory / 1024**3:.1f} GiB of "
