@@ -90,6 +90,7 @@ def run(options: Options, argv: list[str]) -> int:
             progress.add(path)
         except ValueError as error:
             progress.fail(str(error))
+    progress.in_folders.difference_update(options.paths)
     if progress.files:
         describe_files(progress, options)
         if progress.has_folder:

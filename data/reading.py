@@ -61,6 +61,9 @@ class Limits(NamedTuple):
         return self.seconds + self.seconds_per_mb * size / 1e6, self.memory + self.memory_per_byte * size
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class FileResult:
     """What came of a file.
@@ -94,11 +97,11 @@ class FileReader:
     Args:
         function: (path, **arguments) → what is wanted of the file. Pickled, so it is defined in a module.
         num_processes: they start at once.
-        limits: of one file.
+        limits: of one file; `LIMITS` by default.
     """
 
-    def __init__(self, function: Callable, num_processes: int = 1, limits: Limits = Limits()):
-        self._processes = [_Process(function, limits) for _ in range(num_processes)]
+    def __init__(self, function: Callable, num_processes: int = 1, limits: Limits | None = None):
+        self._processes = [_Process(function, limits or LIMITS) for _ in range(num_processes)]
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)

@@ -10,7 +10,8 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_cloud
+from minigpt3d.data.reading import FileReader
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
 from minigpt3d.data.tables import TABLE_SUFFIXES, UNREADABLE_SUFFIXES, read_table
 from minigpt3d.messages import MultilineError
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.readers_minigpt3d import printable
 
 from .options import EvaluateOptions
 from .progress import progress
@@ -53,6 +56,22 @@ class EvalObject:
     color: str | None = None
 
 
+@dataclass(frozen=True)
+class CloudFile:
+    """Reads one's own file, see `load_point_cloud`.
+
+    Args:
+        path: of any format.
+        reading: `up_axis` and `missing_color`, the same for all objects.
+    """
+
+    path: Path
+    reading: dict
+
+    def __call__(self) -> np.ndarray:
+        return load_point_cloud(self.path, NUM_POINTS, **self.reading)
+
+
 def read_objects(options: EvaluateOptions) -> list[EvalObject]:
     """All objects of a suite; see the readers below."""
     if options.suite in ("objaverse", "caption"):
@@ -71,20 +90,37 @@ def check_clouds(objects: Collection[EvalObject]) -> str:
         MultilineError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
-    with progress(len(objects), "reading", "object") as bar:
-        for each in objects:
+    with progress(len(objects), "reading", "object") as bar, closing(_read_all(objects)) as clouds:
+        for each, cloud in zip(objects, clouds, strict=True):
             bar.update()
             digest.update(json.dumps([each.object_id, each.label, each.caption, each.color]).encode())
-            try:
-                digest.update(np.ascontiguousarray(each.read(), dtype=np.float32).tobytes())
-            except (ValueError, OSError) as error:
-                broken.append(f"{each.object_id}: {' '.join(str(error).split())[:200]}")
+            if isinstance(cloud, Exception):
+                broken.append(f"{each.object_id}: {' '.join(str(cloud).split())[:200]}")
+            else:
+                digest.update(np.ascontiguousarray(cloud, dtype=np.float32).tobytes())
     if broken:
         listed = "\n  ".join(broken)
         raise MultilineError(
             f"{len(broken)} of {len(objects)} objects cannot be read:\n  {listed}\nRepair them or leave them out."
         )
     return digest.hexdigest()[:16]
+
+
+def _read_all(objects: Collection[EvalObject]) -> Iterator[np.ndarray | Exception]:
+    """Clouds, or why there is none. Files of any format are read in a process of their own, since some end it."""
+    files = [each.read for each in objects if isinstance(each.read, CloudFile)]
+    if not files:
+        for each in objects:
+            try:
+                yield each.read()
+            except (ValueError, OSError) as error:
+                yield error
+        return
+    with FileReader(load_point_cloud) as reader:
+        for result in reader.read_files([file.path for file in files], num_points=NUM_POINTS, **files[0].reading):
+            for text in result.warnings:
+                warnings.warn(text, stacklevel=2)
+            yield result.content if result.error is None else result.error
 
 
 # ---- ModelNet40 -----------------------------------------------------------------------------------------------------
@@ -337,8 +373,8 @@ def _read_lines(path: Path, reading: dict) -> list[EvalObject]:
         file = path.parent / line["file"]
         if not file.is_file():
             raise ValueError(f"{where}: there is no file {file}.")
-        object_id = str(line.get("object_id") or Path(line["file"]).stem)
-        objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS, **reading), **facts))
+        object_id = printable(str(line.get("object_id") or Path(line["file"]).stem))
+        objects.append(EvalObject(object_id, CloudFile(file, reading), **facts))
     if unknown:
         warnings.warn(
             f"{path}: of each object, {', '.join(OWN_COLUMNS)} are read; not read: {', '.join(unknown)}.", stacklevel=4
