@@ -79,7 +79,8 @@ class Progress:
 
 def by_type(counts: Counter) -> str:
     """The most frequent type first."""
-    return ", ".join(f"{count} {printable(suffix) or 'without extension'}" for suffix, count in counts.most_common())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {printable(suffix) or 'without extension'}" for suffix, count in ordered)
 
 
 def run(options: Options, argv: list[str]) -> int:
@@ -150,7 +151,6 @@ def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
     if options.json:
         record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts._asdict()
         return json_line(record | measure(cloud, facts.has_color) | {"warnings": result.warnings})
-    answer = printable(" ".join(answer.split()))
     return f"{name}: {answer}" if with_name else answer
 
 
