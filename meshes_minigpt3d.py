@@ -24,7 +24,9 @@ from .readers_minigpt3d import (
 
 # What a scene may hold once its meshes stand at all their places; 72 bytes each.
 MAX_FACES = 16_000_000
-# And all textures of a file together: eight of 4096 × 4096, half a GiB once decoded.
+# Nodes of its graph.
+MAX_NODES = 200_000
+# All textures of a file together: eight of 4096 × 4096, half a GiB once decoded.
 MAX_TEXTURE_PIXELS = 2**27
 # Draws for points that replace transparent ones; each is four times the number of points that are missing.
 MAX_REDRAWS = 16

@@ -266,7 +266,7 @@ def _color_scale(color: np.ndarray) -> float:
             return 255.0
         is_whole = not is_float or high > _LEAST_16_BIT and bool((color == np.rint(color)).all())
         if is_whole and high <= 65535:
-            return 255.0 if (color > 255).mean() <= STRAY_SHARE else 65535.0
+            return 255.0 if np.count_nonzero(color > 255) <= STRAY_SHARE * color.size else 65535.0
     raise PointCloudError(
         f"its colors are out of range: got {low:g} to {high:g} ({color.dtype}), expected 0 to 1 or 0 to 255 (16 bits: "
         "0 to 65535, as whole numbers). If these columns are not colors (but normals, say), pass xyz alone."

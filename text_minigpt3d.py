@@ -29,8 +29,8 @@ from .tables_minigpt3d import split_columns
 
 
 _MISSING_WORDS = {"", "na", "n/a", "null", "none", "-", "--", "?"}
-# Three rows of numbers are notes or a matrix, and three points are at most a triangle.
-_MIN_ROWS = 4
+# Of a .pts, which only scanners write: three points are at most a triangle.
+_MIN_SCAN_POINTS = 4
 _COMMENT_MARKS = ("#", "//", "%", "!")
 
 
@@ -73,9 +73,9 @@ def _read_text(path: Path) -> Points:
         chosen = [i for i in range(1, max(numbers)) if i in numbers or _is_missing(layout.cells[i])] + [max(numbers)]
         chosen = [0, *chosen] if 0 in numbers else chosen
     table = _load_rows(path, layout, chosen)
-    if 0 < len(table) < _MIN_ROWS:
-        raise NotACloudError(
-            f"it has {len(table)} rows of numbers, expected {_MIN_ROWS} or more: fewer points are no object."
+    if path.suffix.lower() == ".pts" and len(table) < _MIN_SCAN_POINTS:
+        raise PointCloudError(
+            f"its scan has {len(table)} points, expected {_MIN_SCAN_POINTS} or more: fewer show no object."
         )
     if names is not None:
         return named_columns(dict(zip(columns, table.T, strict=True)), columns)._replace(may_be_sparse=True)
@@ -140,7 +140,7 @@ def _find_encoding(path: Path) -> str:
 def _short_lines(stream: io.TextIOBase) -> Iterator[str]:
     while line := stream.readline(MAX_LINE_CHARACTERS):
         if len(line) == MAX_LINE_CHARACTERS:
-            raise PointCloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
+            raise NotACloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
         yield line
 
 

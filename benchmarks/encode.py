@@ -14,13 +14,11 @@ Shapes: B clouds, N points, G groups, K neighbors, Q query tokens, E experts, D 
 
 import argparse
 import copy
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -193,6 +191,14 @@ def make_point_clouds(batch_size: int, num_points: int, num_channels: int = 6, s
     return torch.cat([coord, rest], dim=-1)
 
 
+def print_setup(device: torch.device, **settings):
+    """Print what times depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    setup = {"device": f"{device.type} ({name})", "threads": torch.get_num_threads()} | settings
+    setup |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
+
+
 def measure(function: Callable, device: torch.device) -> float:
     """Seconds of one call."""
     if device.type == "cuda":
@@ -311,29 +317,15 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and clouds (default: 0)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 on both sides is fp32
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    setup = {
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "batch": args.batch,
-        "points": args.points,
-        "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
+    print_setup(device, batch=args.batch, points=args.points, repeats=args.repeats)
     model = make_model(seed=args.seed).to(device)
     point_clouds = make_point_clouds(args.batch, args.points, model.config.point_config.num_channels, args.seed)
-    rows = run(model, point_clouds.to(device), args.repeats)
-    print(format_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps({**setup, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    print(format_table(run(model, point_clouds.to(device), args.repeats)))
 
 
 if __name__ == "__main__":

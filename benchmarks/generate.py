@@ -15,7 +15,6 @@ Shapes: B objects, T tokens.
 
 import argparse
 import copy
-import platform
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from encode import measure
+from encode import measure, print_setup
 
 from minigpt3d.arguments import positive_int
 from minigpt3d.hub import BUNDLED_MODEL, load_model
@@ -173,16 +172,7 @@ def main(arguments: list[str] | None = None):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    setup = {
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "limit": args.max_new_tokens,
-        "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
+    print_setup(device, limit=args.max_new_tokens, repeats=args.repeats)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

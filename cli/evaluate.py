@@ -34,7 +34,7 @@ def run(options: Options, argv: list[str]) -> int:
         results = evaluate(
             options,
             command=public_command(["minigpt3d", *argv]),
-            report=lambda message: complain(with_flags(message, Options, "-")),
+            notify=lambda message: complain(with_flags(message, Options, "-")),
         )
     except KeyboardInterrupt:
         complain(f"stopped; the answers so far are kept in {options.out}, and the same command resumes")

@@ -19,14 +19,19 @@ EPILOG = "Exit code: 0 if they agree, 1 if they differ or there is nothing to co
 @dataclass(kw_only=True)
 class Options:
     model: str = option("folder or Hub id", positional=True, metavar="DIR_OR_ID")
-    trust_remote_code: bool = option("run the code of a Hub id that is not this project's own", default=False)
+    trust_remote_code: bool = option("run the code that comes with a Hub id", default=False)
 
 
 def run(options: Options, argv: list[str]) -> int:
     """Compare a model with its verification.json; returns the exit code."""
     from minigpt3d.conversion import verification
+    from minigpt3d.hub import is_hub_id
 
-    check_trust(options)
+    if not Path(options.model).is_dir():
+        if not is_hub_id(options.model):
+            raise ValueError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
+        if not options.trust_remote_code:
+            raise ValueError(f"{options.model} comes with its own code, which would be run: pass --trust-remote-code")
     stored = verification.read_stored(options.model)
     computed = verification.compute(options.model)
     print(verification.to_text(computed))
@@ -47,19 +52,3 @@ def run(options: Options, argv: list[str]) -> int:
         print(f"stored    {stored['text']!r}")
         print("the numbers agree with verification.json; the text differs, which rounding may explain")
     return 0
-
-
-def check_trust(options: Options):
-    """
-    Raises:
-        ValueError: the model is neither a folder nor a Hub id whose code may be run.
-    """
-    if Path(options.model).is_dir():
-        return
-    from minigpt3d import HUB_ID
-    from minigpt3d.hub import is_hub_id
-
-    if not is_hub_id(options.model):
-        raise ValueError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
-    if options.model != HUB_ID and not options.trust_remote_code:
-        raise ValueError(f"{options.model} comes with its own code, which would be run: pass --trust-remote-code")

@@ -86,20 +86,15 @@ def fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
         ValueError: the connection broke; what was fetched is kept.
     """
     try:
-        return _fetch(download)
+        local = {path: Path(hf_hub_download(AUTHORS_ID, path, revision=download.revision)) for path in download.files}
+        paths = {"blip2": _fetch_blip2(download.blip2_bytes)}
     except Exception as error:  # each client under huggingface_hub has errors of its own
         raise ValueError(f"the download stopped: {one_line(error)[:200]}. Run it again to resume.") from error
-
-
-def _fetch(download: Download) -> tuple[dict[str, Path], dict[str, str]]:
-    local = {path: Path(hf_hub_download(AUTHORS_ID, path, revision=download.revision)) for path in download.files}
-    paths = {}
     for slot, path in PATHS.items():
         paths[slot] = next(p for name, p in local.items() if name.startswith(path))
         if path.endswith("/"):
             depth = next(name for name in local if name.startswith(path)).removeprefix(path).count("/")
             paths[slot] = paths[slot].parents[depth]
-    paths["blip2"] = _fetch_blip2(download.blip2_bytes)
     origins = {slot: f"{AUTHORS_ID}@{download.revision}/{path}" for slot, path in PATHS.items()}
     return paths, origins | {"blip2": BLIP2_URL}
 

@@ -82,6 +82,11 @@ PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 LANGUAGE_LORA_DROPOUT = 0.05
 
 
+def merge_lora_factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + alpha/r · B A, in float32."""
+    return weight.float() + scale * (lora_b.float() @ lora_a.float())
+
+
 def lora_config(
     converted: dict[str, torch.Tensor] | dict[str, torch.Size],
     scale: Callable[[str, int], float] = lora_scale,

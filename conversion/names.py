@@ -180,13 +180,7 @@ FILES = (
         gives=(r"model\.qformer\.(?!.*lora_).*", r"model\.query_experts\.0\.weight"),
         leftovers=_IMAGE_SIDE | {r"(t5_proj|t5_model|opt_proj)\..*": "BLIP-2's own language model"},
     ),
-    File(
-        "point_encoder",
-        "Point-BERT",
-        gives=(_POINT_ENCODER,),
-        prefix="pc_encoder.",
-        container="base_model",
-    ),
+    File("point_encoder", "Point-BERT", gives=(_POINT_ENCODER,), prefix="pc_encoder.", container="base_model"),
     File(
         "tinygpt_v",
         "TinyGPT-V's stage 3",

@@ -7,8 +7,8 @@ import torch
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
-from .accounting import Account, Origin, account, converted_shape
-from .lora import lora_scale
+from .accounting import Account, account, converted_shape
+from .lora import lora_scale, merge_lora_factors
 from .names import File
 
 
@@ -39,11 +39,10 @@ def convert_state_dict(
     accounted = account({file: shapes}, expected, are_equal=are_equal)
     reader = Reader(accounted, config, expected, lambda slot, key: state_dict[key])
     names = [*expected, *([] if merge_lora else accounted.lora)]
-    return {name: _like(reader(name, merge_lora), state_dict, accounted.origins.get(name)) for name in names}
-
-
-def _like(tensor: torch.Tensor, state_dict: dict[str, torch.Tensor], origin: Origin | None) -> torch.Tensor:
-    return tensor if origin is None else tensor.to(state_dict[origin.keys[0]].dtype)
+    result = {name: reader(name, merge_lora) for name in names}
+    for name in result.keys() & accounted.origins.keys():  # merged weights are float32
+        result[name] = result[name].to(state_dict[accounted.origins[name].keys[0]].dtype)
+    return result
 
 
 def expected_shapes(config: MiniGPT3DConfig, part: str = "") -> dict[str, torch.Size]:
@@ -102,8 +101,3 @@ def convert_tensor(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConf
 def fuse_attention(parts: list[torch.Tensor], num_heads: int) -> torch.Tensor:
     """q, k, v of shape (D, ...) each → (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's."""
     return torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
-def merge_lora_factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + alpha/r · B A, in float32."""
-    return weight.float() + scale * (lora_b.float() @ lora_a.float())

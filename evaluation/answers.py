@@ -1,4 +1,4 @@
-"""Answers of another program, to score instead of a model's."""
+"""Answers of another program, which are scored instead of a model's."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def read_answers(path: Path) -> list[dict]:
         Dictionaries with `object_id`, a text or a number; `answer`; and `question`, `prompt` and `condition`, or None.
 
     Raises:
-        ValueError: the file is neither, with the line.
+        ValueError: the file has another format; with the line.
     """
     answers = []
     for where, line, prompt in _read_lines(path):
@@ -39,7 +39,7 @@ def read_answers(path: Path) -> list[dict]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict, str | None]]:
-    """Each line with its place and the prompt of the file, if that has one."""
+    """Each line with its place in the file, and the prompt of the file or None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError:
@@ -57,7 +57,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict, str | None]]:
 
 
 def match_answers(plan: Evaluation) -> list[dict]:
-    """The answers in the form of this package's own lines, checked against the suite.
+    """The answers as lines for the run's folder, checked against the suite.
 
     Raises:
         ValueError: an unknown object, question or condition, an answer that is given twice, or one that is missing.
@@ -67,17 +67,17 @@ def match_answers(plan: Evaluation) -> list[dict]:
     for answer in read_answers(path):
         question = _question_of(plan, answer)
         condition, object_id = answer["condition"] or SEEING, answer["object_id"]
-        if isinstance(object_id, int):  # own ids, or ModelNet40's as PointLLM numbers them, without leading zeros
+        if isinstance(object_id, int):  # PointLLM's ModelNet40 ids lack the leading zeros
             spellings = (str(object_id), f"{object_id:04d}")
-            object_id = next((name for name in spellings if name in plan.objects), spellings[0])
-        for value, known, what in (
+            object_id = next((spelling for spelling in spellings if spelling in plan.objects), spellings[0])
+        for value, known, name in (
             (question, questions, "question"),
             (condition, plan.conditions(robustness=True), "condition"),
             (object_id, plan.objects, "object"),
         ):
             if value not in known:
                 examples = ", ".join(sorted(known)[:8]) + (" …" if len(known) > 8 else "")
-                raise ValueError(f"`answers` {path}: {value!r} is no {what} of {plan.suite.name} ({examples}).")
+                raise ValueError(f"`answers` {path}: {value!r} is not a {name} of {plan.suite.name} ({examples}).")
         key = (question, condition, object_id)
         if key in matched:
             raise ValueError(f"`answers` {path}: {', '.join(key)} is answered twice.")
@@ -88,7 +88,7 @@ def match_answers(plan: Evaluation) -> list[dict]:
 
 
 def _question_of(plan: Evaluation, answer: dict) -> str:
-    """The name of the question that was answered: by its prompt, else as given, else the main one."""
+    """Name of the answered question: by its prompt, else as given, else the main one."""
     if answer["prompt"] is None:
         return answer["question"] or plan.suite.questions[0].name
     prompts = {" ".join(question.prompt.split()): question.name for question in plan.suite.questions}

@@ -1,8 +1,7 @@
-"""Ask a model: batched, on all processes of Accelerate, appended to files, resumed after any interruption.
+"""Ask a model: in batches, on all processes of Accelerate; answers are appended to files, and an interrupted run resumes.
 
-The objects of a job are cut into batches, always the same ones. The answers of a batch are appended in one write and
-sampled with a seed of their own, so a killed run resumes with the missing batches, and neither that nor the number of
-processes changes an answer.
+Batches are the same in every run. Each has its own seed and its answers are appended in one write, so a killed run resumes with
+the missing batches, and answers do not depend on interruptions or the number of processes.
 
 Shapes: B objects of a batch, N points, T tokens.
 """
@@ -40,10 +39,10 @@ Work = Callable[[Job, list[EvalObject], list[np.ndarray], int], list[dict]]
 
 @dataclass
 class Asked:
-    """How the answers in a folder were given: their settings, and what the history of runs tells.
+    """How the answers in a folder were made.
 
     Args:
-        history: see `RunFolder.record_run`; None on all processes but the first.
+        history: what `RunFolder.record_run` returns; None on all processes but the first.
     """
 
     settings: Settings
@@ -52,7 +51,7 @@ class Asked:
 
 
 def keep_answers(plan: Evaluation, answers: list[dict], fingerprint: str, command: str) -> Asked:
-    """Put another program's answers into the folder."""
+    """Write another program's answers to the folder."""
     settings = _make_settings(plan, fingerprint)
     if not PartialState().is_main_process:
         return Asked(settings, None)
@@ -64,7 +63,7 @@ def keep_answers(plan: Evaluation, answers: list[dict], fingerprint: str, comman
 
 
 def ask_model(plan: Evaluation, name: str, fingerprint: str, command: str) -> Asked:
-    """Put the missing answers of a model, and its likelihoods of classes, into the folder.
+    """Write a model's missing answers, and its likelihoods of classes, to the folder.
 
     Args:
         name: folder or Hub id of the model.
@@ -84,7 +83,7 @@ def ask_model(plan: Evaluation, name: str, fingerprint: str, command: str) -> As
         is_complete = _is_done(jobs, folder.answers) and _is_done(likelihood_jobs, folder.likelihoods)
         device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
         asked.history = folder.record_run(command, device, asked=not is_complete)
-    up_axis = "y" if options.up_axis else None  # then the objects have been turned when they were read
+    up_axis = "y" if options.up_axis else None  # then the reader has rotated the objects
 
     def answer(job: Job, objects: list[EvalObject], clouds: list[np.ndarray], seed: int) -> list[dict]:
         prompt = job.question.prompt
@@ -122,7 +121,7 @@ def load_for_evaluation(
 
 
 def _hash_questions(plan: Evaluation, processor: MiniGPT3DProcessor) -> str:
-    """Hash of the token ids of all questions, thus of template and tokenizer as far as they matter."""
+    """Hash of the token ids of all questions, which template and tokenizer determine."""
     ids = [
         encode_answers(processor, question.prompt, ["a"], plan.options.template)[0]
         for question in plan.suite.questions
@@ -131,26 +130,26 @@ def _hash_questions(plan: Evaluation, processor: MiniGPT3DProcessor) -> str:
 
 
 def _is_done(jobs: list[Job], lines: Lines) -> bool:
-    keys = {(job.question.name, job.condition, each.object_id) for job in jobs for each in job.objects}
+    keys = {(job.question.name, job.condition, item.object_id) for job in jobs for item in job.objects}
     return keys <= lines.keys()
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
-def run_batches(jobs: list[Job], lines: Lines, batch_size: int, seed: int, work: Work, what: str):
-    """Do what is missing, this process its share.
+def run_batches(jobs: list[Job], lines: Lines, batch_size: int, seed: int, work: Work, title: str):
+    """Process this process's share of the batches that are missing in `lines`.
 
     Args:
         lines: where the results go.
         seed: of corruptions, and of the batches.
         work: (job, objects, clouds, seed of the batch) → a line per object, without question, condition and object_id.
-        what: for the progress bar.
+        title: of the progress bar.
     """
     state = PartialState()
     state.wait_for_everyone()
     done = lines.keys()
-    state.wait_for_everyone()  # nobody writes before everybody has read
+    state.wait_for_everyone()  # no process writes before all have read
     part = lines.open(state.process_index)
     batches = [
         (job, list(job.objects[first : first + batch_size]), first)
@@ -160,33 +159,33 @@ def run_batches(jobs: list[Job], lines: Lines, batch_size: int, seed: int, work:
     missing = [
         (job, objects, first)
         for job, objects, first in batches
-        if any((job.question.name, job.condition, each.object_id) not in done for each in objects)
+        if any((job.question.name, job.condition, item.object_id) not in done for item in objects)
     ]
-    own = missing[state.process_index :: state.num_processes]
-    # The bar counts all processes together, assuming that the others are as far as this one.
+    share = missing[state.process_index :: state.num_processes]
+    # The bar counts all processes, assuming that the others are as far as this one.
     rounds = [missing[first : first + state.num_processes] for first in range(0, len(missing), state.num_processes)]
     sizes = [sum(len(objects) for _, objects, _ in batches) for batches in rounds]
 
     def load(batch: tuple) -> list[np.ndarray]:
         job, objects, _ = batch
-        return [apply(job.condition, each.read(), each.object_id, seed) for each in objects]
+        return [apply(job.condition, item.read(), item.object_id, seed) for item in objects]
 
     with (
-        ThreadPoolExecutor(1) as pool,  # reads the clouds of the next batch during this one
-        progress(sum(sizes), what, "object", shown=state.is_main_process) as bar,
+        ThreadPoolExecutor(1) as pool,  # reads the next batch's clouds meanwhile
+        progress(sum(sizes), title, "object", shown=state.is_main_process) as bar,
     ):
-        waiting = [pool.submit(load, batch) for batch in own[:1]]
-        for number, (job, objects, first) in enumerate(own):
+        waiting = [pool.submit(load, batch) for batch in share[:1]]
+        for number, (job, objects, first) in enumerate(share):
             clouds = waiting.pop().result()
-            waiting += [pool.submit(load, batch) for batch in own[number + 1 : number + 2]]
+            waiting += [pool.submit(load, batch) for batch in share[number + 1 : number + 2]]
             key = {"question": job.question.name, "condition": job.condition}
             name = zlib.crc32(f"{job.question.name} {job.condition}".encode())
             batch_seed = int(np.random.SeedSequence([seed, name, first]).generate_state(1)[0])
             start = time.perf_counter()
-            found = work(job, objects, clouds, batch_seed)
+            results = work(job, objects, clouds, batch_seed)
             key["seconds"] = round((time.perf_counter() - start) / len(objects) / state.num_processes, 4)
-            found = [{"object_id": each.object_id} | key | line for each, line in zip(objects, found, strict=True)]
-            append_lines(part, [line for line in found if line_key(line) not in done])
+            new = [{"object_id": item.object_id} | key | line for item, line in zip(objects, results, strict=True)]
+            append_lines(part, [line for line in new if line_key(line) not in done])
             bar.set_postfix_str(f"{job.question.name}, {job.condition}", refresh=False)
             bar.update(sizes[number])
     state.wait_for_everyone()
@@ -194,15 +193,15 @@ def run_batches(jobs: list[Job], lines: Lines, batch_size: int, seed: int, work:
 
 # ---- Generation -----------------------------------------------------------------------------------------------------
 
-# The chat template needs a cloud, and the processor refuses to read a blind one; it is replaced afterwards.
-_STAND_IN = np.eye(2, 6, dtype=np.float32)
+# The chat template needs a cloud that the processor can read, which a blind one is not; it is replaced afterwards.
+_PLACEHOLDER_CLOUD = np.eye(2, 6, dtype=np.float32)
 
 
 def encode_question(
     processor: MiniGPT3DProcessor, clouds: list[np.ndarray], prompt: str, template: str, up_axis: str | None = None
 ) -> BatchFeature:
     """Inputs of the model for one question about each of B clouds: `input_ids`, `attention_mask` (B, T), `point_clouds`."""
-    content = [{"type": "point_cloud", "point_cloud": _STAND_IN}, {"type": "text", "text": prompt}]
+    content = [{"type": "point_cloud", "point_cloud": _PLACEHOLDER_CLOUD}, {"type": "text", "text": prompt}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}]] * len(clouds),
         chat_template=template,
@@ -241,7 +240,7 @@ def generate(
     tokenizer = processor.tokenizer
     inputs = encode_question(processor, clouds, prompt, template, up_axis)
     torch.manual_seed(seed)
-    # Only eos is an end token here. If `###` were one too, as in a model's own settings, `min_new_tokens` would forbid it.
+    # Only eos ends an answer here: if `###` did, as in the model's settings, `min_new_tokens` would suppress it.
     output = model.generate(
         **inputs.to(model.device),
         **decoding,
@@ -252,7 +251,7 @@ def generate(
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     lines = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        row = row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
+        row = row[: next((position for position, token in enumerate(row) if token in ends), len(row))]
         text = tokenizer.decode(row, skip_special_tokens=True)
         ended = len(row) < decoding["max_new_tokens"] or END_OF_ANSWER in text
         lines.append({"answer": text.split(END_OF_ANSWER)[0].strip(), "tokens": len(row), "cut": not ended})
@@ -265,7 +264,7 @@ def take_likelihoods(
     processor: MiniGPT3DProcessor,
     up_axis: str | None = None,
 ):
-    """Compute what is missing of the likelihoods of all class names as the answer to the main question."""
+    """Compute the missing likelihoods of all class names as the answer to the main question."""
     options = plan.options
     names = [name for names in plan.suite.classes.values() for name in names]
     settings = {"template": options.template, "batch_size": max(1, options.batch_size // 4), "up_axis": up_axis}

@@ -8,47 +8,47 @@ from PIL import Image
 
 from minigpt3d.model_card.words import scaled
 
+from .metrics.table import METRICS
 from .results import Results, Score, as_corruption
-from .suites import BLIND, CONTROLS, METRICS, NO_COLOR, SEEING, SHUFFLED
+from .suites import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 
 
-# Okabe and Ito's, which the color-blind tell apart; the same condition has the same color in every picture.
+# Okabe and Ito's palette for color-blind readers. A condition has the same color in every picture.
 COLORS = {SEEING: "#0072B2", BLIND: "#000000", NO_COLOR: "#E69F00", SHUFFLED: "#CC79A7"}
 NAMES = {SEEING: "as it is", **CONTROLS}
 CORRUPTED = "#D55E00"
 GRAY = "#777777"
-MAX_NAMED_CLASSES = 60  # more names than that cannot be read beside a matrix
-MAX_COUNTED_CLASSES = 45  # nor the counts in its cells
+MAX_NAMED_CLASSES = 60  # of a confusion matrix; more names are too small to read
+MAX_COUNTED_CLASSES = 45  # likewise for the counts in its cells
 
 
 def draw_cloud(cloud: np.ndarray) -> bytes:
     """An object in its own colors, from the front and from behind, y up.
 
     Args:
-        cloud: (N, 6), xyz and rgb in [0, 1]. One without colors (all the same, as ModelNet40's black) is shaded by
-            depth instead, for a silhouette does not show what it is.
+        cloud: (N, 6), xyz and rgb in [0, 1]. If all points have the same color, as in ModelNet40, they are shaded by depth.
     """
     coord, rgb = cloud[:, :3] - (cloud[:, :3].max(0) + cloud[:, :3].min(0)) / 2, cloud[:, 3:].clip(0, 1)
     radius = max(np.linalg.norm(coord, axis=1).max(), 1e-6)
     plain = not np.ptp(rgb, axis=0).any()
     figure = _figure(4.8, 2.4)
-    figure.set_facecolor("#c9ced6")  # before it neither white objects vanish nor black ones
+    figure.set_facecolor("#c9ced6")  # contrasts with white and with black objects
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(-2, 2), ylim=(-1, 1))
-    for place, azimuth in ((-1, 30), (1, 210)):
+    for center, azimuth in ((-1, 30), (1, 210)):
         right, up, depth = _view(azimuth, elevation=20) @ coord.T / radius
-        order = np.argsort(depth)  # what is near covers what is far
+        order = np.argsort(depth)  # near points cover far ones
         color = np.repeat(0.1 + 0.35 * (1 - depth[:, None]), 3, axis=1).clip(0, 1) if plain else rgb
         axes.scatter(
-            place + 0.97 * right[order], 0.97 * up[order], c=color[order], s=np.clip(45000 / len(cloud), 3, 30),
+            center + 0.97 * right[order], 0.97 * up[order], c=color[order], s=np.clip(45000 / len(cloud), 3, 30),
             linewidths=0,
         )  # fmt: skip
-    return _png(figure, dpi=100, num_colors=256)  # a third of the size, and a page holds twenty
+    return _png(figure, dpi=100, num_colors=256)  # a third of the size: a page has twenty pictures
 
 
 def _view(azimuth: float, elevation: float) -> np.ndarray:
-    """(3, 3): the directions right, up and toward the viewer, who stands there; angles in degrees, y up."""
+    """(3, 3): the directions right, up and toward a viewer at these angles in degrees; y is up."""
     a, e = np.radians([azimuth, elevation])
     toward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
     right = np.array([np.cos(a), 0, -np.sin(a)])
@@ -56,9 +56,9 @@ def _view(azimuth: float, elevation: float) -> np.ndarray:
 
 
 def draw_scores(results: Results) -> bytes | None:
-    """Every score of the objects as they are with its interval, and the controls below it; None if there is nothing.
+    """The scores of the objects as they are and of the controls, with intervals; None if there are none.
 
-    Counts of details have another scale and are left out.
+    Counts of details are left out, since they have another scale.
     """
     conditions = [SEEING, *CONTROLS]
     rows = {}
@@ -73,11 +73,11 @@ def draw_scores(results: Results) -> bytes | None:
     panel = figure.add_subplot()
     gap = 0.68 / max(len(shown), 3)
     for height, row in enumerate(rows.values()):
-        for place, condition in enumerate(shown):
+        for position, condition in enumerate(shown):
             if condition not in row:
                 continue
-            score, y = row[condition], height + (place - (len(shown) - 1) / 2) * gap
-            value, low, high = (scaled(end, score.unit) for end in (score.value, score.low, score.high))
+            score, y = row[condition], height + (position - (len(shown) - 1) / 2) * gap
+            value, low, high = (scaled(number, score.unit) for number in (score.value, score.low, score.high))
             first = condition == SEEING
             panel.plot([low, high], [y, y], color=COLORS[condition], linewidth=2.2 if first else 1.2, alpha=0.8)
             panel.plot(
@@ -101,7 +101,7 @@ def draw_scores(results: Results) -> bytes | None:
 
 
 def draw_robustness(scores: list[Score], title: str) -> bytes | None:
-    """One metric over the severities of each corruption, a panel each; None if nothing was corrupted.
+    """One metric over the severities, with a panel per corruption; None without corruptions.
 
     Args:
         scores: of one question and metric, under all conditions.
@@ -123,13 +123,13 @@ def draw_robustness(scores: list[Score], title: str) -> bytes | None:
     for panel, (name, curve) in zip(panels, curves.items(), strict=False):
         for condition, style in ((SEEING, "-"), (BLIND, (0, (4, 3)))):
             if score := by_condition.get(condition):
-                value, low, high = (scaled(end, unit) for end in (score.value, score.low, score.high))
+                value, low, high = (scaled(number, unit) for number in (score.value, score.low, score.high))
                 panel.axhspan(low, high, color=COLORS[condition], alpha=0.1, linewidth=0)
                 panel.axhline(value, color=COLORS[condition], linewidth=1, linestyle=style, label=NAMES[condition])
         curve.sort(key=lambda point: point[0])
         x = [severity for severity, _ in curve]
-        ends = [[scaled(end, unit) for end in (score.value, score.low, score.high)] for _, score in curve]
-        value, low, high = np.array(ends).T
+        points = [[scaled(number, unit) for number in (score.value, score.low, score.high)] for _, score in curve]
+        value, low, high = np.array(points).T
         panel.errorbar(
             x, value, [value - low, high - value], color=CORRUPTED, marker="o", markersize=4, linewidth=1.6,
             elinewidth=1, capsize=2, label="corrupted",
@@ -143,7 +143,7 @@ def draw_robustness(scores: list[Score], title: str) -> bytes | None:
     panels[0].set_ylim(bottom=min(0, panels[0].get_ylim()[0]))
     for panel in panels[len(curves) - columns : len(curves)]:
         panel.set_xlabel("severity", fontsize=8)
-        panel.tick_params(labelbottom=True)  # also above an empty place of the last line
+        panel.tick_params(labelbottom=True)  # also above an empty panel of the last row
     figure.supylabel({"share": "per cent", "score100": "points of 100", "count": "details"}[unit], fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -151,13 +151,13 @@ def draw_robustness(scores: list[Score], title: str) -> bytes | None:
 
 
 def draw_confusion(names: list[str], confusion: list[list[int]]) -> bytes:
-    """Rows: what the objects are; columns: what they are taken for. Cells have counts, the color is the row's share.
+    """Confusion matrix: true class (row), predicted class (column). Cells have counts; the color is the share of the row.
 
-    Classes that no object is and none is taken for are left out.
+    Classes without true or predicted objects are left out.
     """
     counts = np.array(confusion)
     occurs = counts.any(0) | counts.any(1)
-    names, counts = [name for name, each in zip(names, occurs, strict=True) if each], counts[occurs][:, occurs]
+    names, counts = [name for name, is_used in zip(names, occurs, strict=True) if is_used], counts[occurs][:, occurs]
     totals = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     size = np.clip(0.33 * len(names), 2.5, 10)
@@ -175,7 +175,7 @@ def draw_confusion(names: list[str], confusion: list[list[int]]) -> bytes:
             panel.text(column, row, counts[row, column], ha="center", va="center", fontsize=font, color=color)
     panel.tick_params(length=0)
     panel.spines[:].set_color("#cccccc")
-    panel.set_title("rows: what it is (objects)\ncolumns: what it was taken for", fontsize=9, loc="left")
+    panel.set_title("rows: true class (objects)\ncolumns: predicted class", fontsize=9, loc="left")
     bar = figure.colorbar(
         image, fraction=0.04, pad=0.02, label="share of the row", format=lambda share, _: f"{share:.0%}"
     )
@@ -185,7 +185,7 @@ def draw_confusion(names: list[str], confusion: list[list[int]]) -> bytes:
 
 
 def _figure(width: float, height: float, **settings):
-    """A figure in inches, with a canvas of its own: a display is not needed, and pyplot's state is left alone."""
+    """A figure in inches with its own canvas, which needs no display and does not change pyplot's state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -198,10 +198,8 @@ def _figure(width: float, height: float, **settings):
 
 def _png(figure, dpi: int = 110, num_colors: int | None = None) -> bytes:
     figure.set_dpi(dpi)
-    with (
-        warnings.catch_warnings()
-    ):  # what matplotlib's font lacks, such as Chinese, is drawn as boxes; the tables have it
-        warnings.filterwarnings("ignore", message="Glyph")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # missing in the font; the tables show the text
         figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
     if num_colors:

@@ -1,6 +1,6 @@
-"""Runs side by side, with published scores of the same suite, prompt, metric and judge.
+"""Compare runs with each other, and with published scores of the same suite, prompt, metric and judge.
 
-Scores of different judges are different measures and never stand in one table.
+There is one table per judge model, since scores of different judges are different measures.
 """
 
 import json
@@ -14,10 +14,10 @@ import numpy as np
 from minigpt3d.model_card.words import escaped, interval, markdown_table, number, same_judge
 
 from .metrics import PROMPTS
+from .metrics.table import METRICS
 from .results import Results, ScoredAnswer, hash_prompt, values_of
 from .run_folder import RunFolder
 from .statistics import bootstrap, holm, in_words, paired_difference
-from .suites import METRICS
 
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
@@ -39,7 +39,7 @@ class Run:
 
 @dataclass
 class Cell:
-    """A score in a table: of a run's question (empty for a mean of several), or from a published `source`."""
+    """A score in a table: of a run's question (empty for a mean over several), or from a published `source`."""
 
     value: float
     low: float | None = None
@@ -58,7 +58,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """Scores by one metric, by column; `variant` as in `Results.variant_of`; several prompts: their mean."""
+    """Scores of one metric by column; of several prompts, the mean. `variant` as in `Results.variant_of`."""
 
     prompts: tuple[str, ...]
     metric: str
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass
 class RunTest:
-    """A paired test between the runs `a` and `b`, with p corrected for the number of tests in its table (Holm)."""
+    """A paired test of the runs `a` and `b`, with p corrected for the number of tests in the table (Holm)."""
 
     row: Row
     a: str
@@ -91,7 +91,7 @@ class RunTest:
 
 @dataclass
 class Table:
-    """Runs of one suite, as one judge scored them (None: without a judge)."""
+    """Runs of one suite, scored by one judge (None: without a judge)."""
 
     suite: str
     judge: str | None
@@ -111,7 +111,7 @@ def tabulate(folders: list[str | Path]) -> tuple[list[Run], list[Table]]:
     """The runs and a table for each suite and judge.
 
     Raises:
-        ValueError: no folder, one that is given twice, or one that is no finished run.
+        ValueError: no folder, a repeated one, or one without a finished run.
     """
     if not folders:
         raise ValueError("there is nothing to compare: expected folders of finished runs, got none.")
@@ -160,7 +160,7 @@ def _name_judge(name: str, served: tuple[str, ...], files: str) -> str:
 
 
 def _add_published(rows: dict[tuple, Row], suite: str, judge: JudgeKey, runs: list[Run]) -> list[str]:
-    """Put published scores into the rows that they are comparable with; returns the names of their columns."""
+    """Add published scores to the rows they are comparable with; returns the names of their columns."""
     published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
     columns = {}
     for line in published["rows"]:
@@ -184,9 +184,9 @@ def _add_mean(rows: dict[tuple, Row], prompts: tuple[str, ...], metric: str, run
         if any(run.name not in single.cells for single in singles):
             continue
         values = [run.values(single.cells[run.name].question, metric) for single in singles]
-        if any(found.keys() != values[0].keys() for found in values):
+        if any(by_object.keys() != values[0].keys() for by_object in values):
             continue
-        means = [np.mean([found[object_id] for found in values]) for object_id in sorted(values[0])]
+        means = [np.mean([by_object[object_id] for by_object in values]) for object_id in sorted(values[0])]
         rows.setdefault(key, Row(*key)).cells[run.name] = Cell(float(np.mean(means)), *bootstrap(means))
 
 
@@ -216,11 +216,11 @@ def _add_tests(table: Table):
 
 
 def _add_notes(table: Table):
-    """What differs between runs, and between them and the published scores."""
-    for what, field_name in (("decoding", "decoding"), ("chat template", "template")):
+    """Note differences between the runs, and between them and the published scores."""
+    for title, field_name in (("decoding", "decoding"), ("chat template", "template")):
         settings = [getattr(run.results, field_name) for run in table.runs]
         if len({json.dumps(value, sort_keys=True) for value in settings if value is not None}) > 1:
-            table.notes.append(f"The runs differ in their {what}.")
+            table.notes.append(f"The runs differ in their {title}.")
     published = [row.metric for row in table.rows if row.is_published]
     if not published:
         return
@@ -229,12 +229,12 @@ def _add_notes(table: Table):
         names_by_prompt: dict[str, list[str]] = {}
         for run in table.runs:
             is_ours = any(_has_our_prompt(run.results, metric) for metric in published)
-            prompt = "this project's own prompt" if is_ours else "a prompt of the user's"
+            prompt = "this project's prompt" if is_ours else "a prompt of the user"
             names_by_prompt.setdefault(prompt, []).append(run.name)
         judged = ", ".join(f"{' and '.join(names)} with {prompt}" for prompt, names in names_by_prompt.items())
         table.notes.append(
-            f"Published scores were judged with PointLLM's prompts, {judged}: only scores by the same prompt are the same "
-            "measure."
+            f"Published scores were judged with PointLLM's prompts, {judged}: scores by different prompts are different "
+            "measures."
         )
 
 
@@ -246,7 +246,7 @@ def _has_our_prompt(results: Results, metric: str) -> bool:
 
 
 def to_markdown(runs: list[Run], tables: list[Table]) -> str:
-    """What `tabulate` returns, for people."""
+    """Runs and tables as Markdown."""
     lines = [["run", "suite", "objects", "date", "template", "decoding", "judge"]]
     for run in runs:
         results = run.results

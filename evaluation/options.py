@@ -1,4 +1,4 @@
-"""The options of an evaluation, each a field with its help: the command line is made from this class."""
+"""The options of an evaluation; the command line is made from this class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,11 @@ from typing import Literal
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
 from minigpt3d.messages import one_line
 
+from .metrics.table import JUDGE_PROMPTS
+from .suites import SUITES
 
-# What `data` must be. The household's objects are in the package.
+
+# What `data` must be; household needs none.
 DATA = {
     "modelnet40": "modelnet40_test_8192pts_fps.dat of PointLLM's data",
     "objaverse": "the folder of PointLLM's clouds",
@@ -22,19 +25,17 @@ JUDGE_OPTIONS = ("judge_url", "judge_prompt", "judge_cache", "judge_max_tokens",
 
 @dataclass
 class EvaluateOptions:
-    """What is evaluated and how; see the help of each field."""
+    """Options of an evaluation; see the help of each field."""
 
-    suite: Literal["modelnet40", "objaverse", "caption", "household", "own"] = option(
-        "objects and questions, see below", positional=True, metavar="SUITE"
-    )
+    suite: str = option("objects and questions, see below", positional=True, metavar="SUITE", choices=list(SUITES))
     out: Path = option("folder for answers, scores and report", metavar="DIR")
     model: str | None = option("folder or Hub id (default: the bundled model)", None)
     answers: Path | None = option("score the answers in this file instead of asking a model", None, metavar="FILE")
     data: str | None = option("the suite's objects, see below", None, metavar="PATH")
     annotations: list[Path] = option("PointLLM's annotations of the objects", [], metavar="JSON")
     up_axis: Literal["x", "y", "z"] | None = option(
-        "axis that points up in your own files; objects are turned so that y does (default: the model's own setting, else "
-        "not turned)",
+        "axis that points up in your own files; objects are rotated so that y points up (default: the model's setting, else "
+        "no rotation)",
         None,
     )
     missing_color: Literal["black", "gray", "white"] | None = option(
@@ -133,27 +134,27 @@ class EvaluateOptions:
 
     @property
     def reading(self) -> dict[str, str]:
-        """How own files are read: arguments of `load_point_cloud` that were given."""
+        """Arguments of `load_point_cloud` for own files, as far as given."""
         given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def encoders(self) -> dict[str, str]:
-        """Sentence encoders that were given, by metric."""
+        """The given sentence encoders, by metric."""
         return {name: encoder for name, encoder in (("s_bert", self.s_bert), ("simcse", self.simcse)) if encoder}
 
     def check(self):
-        """Check the options against each other, before anything heavy.
+        """Check the options against each other, before any heavy work.
 
         Raises:
-            ValueError: options contradict each other, or one lacks another.
+            ValueError: options contradict each other, or a required one is missing.
         """
         if self.model is not None and self.answers is not None:
             raise ValueError("give `model` or `answers`, not both.")
         if self.answers is not None and (unused := self._given(MODEL_OPTIONS)):
             raise ValueError(
                 f"`{unused[0]}` is for asking a model, but `answers` are given: leave it out. (Answers about corrupted "
-                'objects have a "condition", such as "jitter-3".)'
+                'objects have a "condition" such as "jitter-3".)'
             )
         if self.answers is not None and not self.answers.is_file():
             raise ValueError(
@@ -184,8 +185,6 @@ class EvaluateOptions:
         Raises:
             ValueError: an item is not METRIC=FILE, or its file cannot be read.
         """
-        from .suites import JUDGE_PROMPTS  # here, so that the command line's --help needs no numpy
-
         prompts = {}
         for item in self.judge_prompt:
             name, _, path = item.partition("=")

@@ -1,4 +1,4 @@
-"""What an evaluation asks and how it scores: objects, suite, metrics and judge, checked before anything heavy."""
+"""The plan of an evaluation: objects, questions, conditions, metrics and judge, checked before any heavy work."""
 
 import re
 from collections.abc import Iterable
@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.hub import is_hub_id
+
 from .conditions import CORRUPTION_CONDITIONS
-from .judges import EndpointJudge, Judge, LocalJudge
-from .likelihood import check_answers
+from .judges import Judge, make_judge
+from .likelihood import check_texts
 from .metrics import PROMPTS
 from .metrics.closed_set import class_namer
+from .metrics.table import METRICS, Metric
 from .objects import EvalObject, read_objects
 from .options import EvaluateOptions
 from .run_folder import RunFolder
-from .suites import BLIND, METRICS, NO_COLOR, SEEING, SHUFFLED, SUITES, Metric, Question, Suite
+from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED, SUITES, Question, Suite
 from .vocabulary.colors import COLORS, OTHER_WORDS
 from .vocabulary.kinds import KINDS, answer_nouns
 
@@ -71,22 +74,20 @@ class Evaluation:
 
     @property
     def labelled(self) -> tuple[EvalObject, ...]:
-        return tuple(each for each in self.objects.values() if each.label)
+        return tuple(item for item in self.objects.values() if item.label)
 
     def conditions(self, robustness: bool) -> list[str]:
         """Conditions of the clouds: as they are, controls and, with `robustness`, corruptions."""
         corruptions = CORRUPTION_CONDITIONS if robustness else ()
-        of_color = (NO_COLOR, *(name for name in corruptions if name.startswith("color")))
-        return [
-            name for name in (SEEING, BLIND, NO_COLOR, *corruptions) if self.suite.has_color or name not in of_color
-        ]
+        names = [SEEING, BLIND, NO_COLOR, *corruptions]
+        return [name for name in names if self.suite.has_color or "color" not in name]
 
     def answer_jobs(self) -> list[Job]:
-        """Everything that is asked; only the main question is asked about corrupted objects."""
+        """All questions; only the main one is asked about corrupted objects."""
         objects, jobs = tuple(self.objects.values()), []
         for number, question in enumerate(self.suite.questions):
             for condition in self.conditions(self.options.robustness and number == 0):
-                # Blind, all objects look the same, so greedy decoding gives one answer for all.
+                # All blind objects are the same, so greedy decoding gives the same answer for all.
                 is_same = condition == BLIND and self.options.greedy
                 jobs.append(Job(question, condition, objects[:1] if is_same else objects))
         return jobs
@@ -103,19 +104,19 @@ class Evaluation:
     def arrange(
         self, lines: Iterable[dict], objects: Iterable[EvalObject]
     ) -> tuple[Answers, dict[tuple[str, str], int]]:
-        """Lines of all processes in the suite's order; one line about a blind object stands for all objects.
+        """Lines of all processes in the suite's order; a single line about a blind object is used for all objects.
 
         Returns:
-            Those that are about all objects, and otherwise the number of objects, by (question, condition). A killed run may
-            have begun a condition that this run does not ask about.
+            By (question, condition): lines about all objects; and the number of objects where some are missing, for a killed run
+            may have begun a condition that this run does not ask about.
         """
-        found: Answers = {}
+        by_key: Answers = {}
         for line in lines:
-            found.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
-        order = [each.object_id for each in objects]
+            by_key.setdefault((line["question"], line["condition"]), {})[line["object_id"]] = line
+        order = [item.object_id for item in objects]
         complete, incomplete = {}, {}
         for key in ((question.name, name) for question in self.suite.questions for name in self.conditions(True)):
-            by_object = found.get(key, {})
+            by_object = by_key.get(key, {})
             if key[1] == BLIND and len(by_object) == 1:
                 by_object = dict.fromkeys(order, *by_object.values())
             in_order = {object_id: by_object[object_id] for object_id in order if object_id in by_object}
@@ -128,12 +129,12 @@ class Evaluation:
     # ---- Scoring ----------------------------------------------------------------------------------------------------
 
     def judge_for(self, metric: Metric) -> Judge | None:
-        """The judge, if there is one and it scores this metric."""
+        """The judge of a metric; None if the metric or the run has none."""
         is_judged = metric.needs == "judge" or (metric.prompt and self.suite.judges_classes)
         return self.judge if is_judged else None
 
     def prompts(self) -> dict[str, str]:
-        """The prompts that the judge is asked by in this run, by name of `JUDGE_PROMPTS`."""
+        """The prompts of the judge in this run, by name of `JUDGE_PROMPTS`."""
         judged = [METRICS[name] for name in self.metrics if self.judge_for(METRICS[name])]
         return {metric.prompt: self.judge_prompts.get(metric.prompt, PROMPTS[metric.prompt]) for metric in judged}
 
@@ -142,30 +143,30 @@ class Evaluation:
         return self.options.encoders.get(name, METRICS[name].needs)
 
     def references(self, reference: str, ids: Iterable[str], condition: str) -> dict[str, str]:
-        """What answers are compared with, for objects that have it; under `SHUFFLED`, that of another object."""
+        """References of the objects that have one; under `SHUFFLED`, those of other objects."""
         ids = set(ids)
-        objects = [each for each in self.objects.values() if getattr(each, reference) and each.object_id in ids]
+        objects = [item for item in self.objects.values() if getattr(item, reference) and item.object_id in ids]
         compared = objects
         if condition == SHUFFLED:
             compared = shuffle(objects, reference, self.options.seed) if len(objects) > 1 else []
             objects = objects[: len(compared)]
-        return {each.object_id: getattr(other, reference) for each, other in zip(objects, compared, strict=True)}
+        return {item.object_id: getattr(other, reference) for item, other in zip(objects, compared, strict=True)}
 
     def classes(self, reference: str) -> dict:
         """Classes and their other names, as `closed_set_accuracy` takes them."""
         if reference == "color":
             aliases = {color: [word for word, name in OTHER_WORDS.items() if name == color] for color in COLORS}
             return {"classes": list(COLORS), "aliases": {color: words for color, words in aliases.items() if words}}
-        classes = list(self.suite.classes or sorted({each.label for each in self.labelled}))
+        classes = list(self.suite.classes or sorted({item.label for item in self.labelled}))
         aliases = {kind: answer_nouns(kind) for kind in classes} if set(classes) <= set(KINDS) else {}
         return {"classes": classes, "aliases": aliases}
 
 
 def shuffle(objects: list[EvalObject], reference: str, seed: int) -> list[EvalObject]:
-    """For each object another one, to compare its answer with: one random cycle through all objects.
+    """Assign another object to each one: a random cycle through all objects.
 
-    Two objects of one class are paired as often as by chance, so the control scores what answers get that only know how
-    frequent each class is.
+    Objects of one class are paired as often as by chance, so the control measures answers that only know how frequent each class
+    is.
     """
     order = np.random.default_rng([seed, *reference.encode()]).permutation(len(objects))
     partner = dict(zip(order, np.roll(order, 1), strict=True))
@@ -176,7 +177,7 @@ def shuffle(objects: list[EvalObject], reference: str, seed: int) -> list[EvalOb
 
 
 def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluation:
-    """Read the objects and decide what is asked and scored.
+    """Read the objects and make the plan.
 
     Args:
         judge: instead of the one that the options describe.
@@ -190,9 +191,9 @@ def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluatio
     folder = RunFolder(options.out)
     folder.check()
     available = read_objects(options)
-    objects = {each.object_id: each for each in available[: options.limit]}
+    objects = {item.object_id: item for item in available[: options.limit]}
     suite = _adapt_suite(options, objects)
-    plan = Evaluation(options, suite, objects, [], judge or _make_judge(options), judge_prompts, len(available))
+    plan = Evaluation(options, suite, objects, [], judge or make_judge(options), judge_prompts, len(available))
     plan.earlier_judges = folder.earlier_judges()
     _choose_metrics(plan)
     _check_judge(plan)
@@ -200,38 +201,25 @@ def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluatio
     return plan
 
 
-def _make_judge(options: EvaluateOptions) -> Judge | None:
-    if options.judge is None:
-        return None
-    cache = options.judge_cache or options.out / "judge"
-    limits = {name: getattr(options, f"judge_{name}") for name in ("max_tokens", "concurrency", "timeout")}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if options.judge_url is None:
-        return LocalJudge(options.judge, cache, options.device, **limits)
-    price = None if options.judge_price is None else tuple(options.judge_price)
-    settings = {"requests_per_minute": options.judge_rpm, "price": price}
-    return EndpointJudge(options.judge, options.judge_url, cache, **settings, **limits)
-
-
 def _adapt_suite(options: EvaluateOptions, objects: dict[str, EvalObject]) -> Suite:
-    """The suite with the user's phrases; for own objects, with their labels as classes and the metrics that they allow."""
+    """The suite with the user's phrases; for own objects, with their labels as classes and the metrics they have references for."""
     suite = SUITES[options.suite]
     if options.phrase:
         suite = replace(suite, phrases=tuple(options.phrase))
     if suite.name != "own":
         return suite
-    known = {name for name in ("label", "caption", "color") if any(getattr(each, name) for each in objects.values())}
+    known = {name for name in ("label", "caption", "color") if any(getattr(item, name) for item in objects.values())}
     questions = []
     for question in suite.questions:
         metrics = tuple(name for name in question.metrics if METRICS[name].reference in known)
         questions += [replace(question, metrics=metrics)] if metrics else []
-    labels = sorted({each.label for each in objects.values() if each.label})
+    labels = sorted({item.label for item in objects.values() if item.label})
     classes = {label: (label,) for label in labels} if len(labels) > 1 else None  # one class leaves no choice
     return replace(suite, questions=tuple(questions), classes=classes)
 
 
 def _choose_metrics(plan: Evaluation):
-    """Fill in `metrics` and `not_scored`: all metrics, or the given ones and those with earlier scores."""
+    """Set `metrics` and `not_scored`: all metrics, or the given ones and those with earlier scores."""
     known = list(dict.fromkeys(name for question in plan.suite.questions for name in question.metrics))
     given = plan.options.metrics
     if unknown := [name for name in given if name not in known]:
@@ -251,7 +239,7 @@ def _choose_metrics(plan: Evaluation):
             plan.not_scored[name] = problem
     if not plan.metrics and not plan.has_likelihoods:
         reasons = "; ".join(f"{name} {reason}" for name, reason in plan.not_scored.items())
-        raise ValueError(f"{plan.suite.name} has no metric that can be computed: {reasons}. Provide for one of these.")
+        raise ValueError(f"{plan.suite.name} has no metric that can be computed: {reasons}. Meet the needs of one.")
 
 
 def _find_problem(plan: Evaluation, name: str) -> str | None:
@@ -263,7 +251,7 @@ def _find_problem(plan: Evaluation, name: str) -> str | None:
         return "needs WordNet (python -m nltk.downloader wordnet)"
     if "/" in needs:
         encoder = plan.encoder(name)
-        if encoder.count("/") != 1 and not Path(encoder).is_dir():
+        if not is_hub_id(encoder) and not Path(encoder).is_dir():
             return f"has no encoder {encoder}: give a folder, or a model's name on the Hub, such as {needs}"
         if name not in (*options.metrics, *options.encoders):
             return f"downloads an encoder, {needs} (`{name}` {needs}, or a folder)"
@@ -273,15 +261,13 @@ def _find_problem(plan: Evaluation, name: str) -> str | None:
 
 
 def _has_wordnet() -> bool:
-    import nltk
+    from nltk.corpus import wordnet
 
-    for name in ("corpora/wordnet.zip", "corpora/wordnet"):
-        try:
-            nltk.data.find(name)
-            return True
-        except LookupError:
-            continue
-    return False
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return False
+    return True
 
 
 def _check_judge(plan: Evaluation):
@@ -318,6 +304,6 @@ def _check_texts(plan: Evaluation):
     if "closed_set_accuracy" in plan.metrics and plan.labelled:
         class_namer(**plan.classes("label"))
     if plan.has_likelihoods:
-        check_answers([name for names in plan.suite.classes.values() for name in names], plan.suite.phrases)
+        check_texts([name for names in plan.suite.classes.values() for name in names], plan.suite.phrases)
     elif plan.options.phrase:
         raise ValueError("`phrase`: likelihoods need a closed set of classes and a model.")

@@ -1,10 +1,11 @@
-"""A run for people: report.md, report.html and pictures, made from `Results` and the scored answers.
+"""The report of a run: report.md, report.html and pictures, made from `Results` and the scored answers.
 
-The page contains everything itself, pictures too, and runs no script. Texts of models and judges are escaped.
+The HTML page contains its pictures and runs no script. Texts of models and judges are escaped.
 """
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,15 @@ from minigpt3d.files import write_bytes
 from minigpt3d.model_card.words import escaped, interval, markdown_table, number
 
 from .charts import draw_cloud, draw_confusion, draw_robustness, draw_scores
+from .metrics.table import METRICS
 from .results import Classes, JudgeFacts, Results, Score, ScoredAnswer, as_corruption, values_of
 from .statistics import SIGNIFICANT, bootstrap, wilson
-from .suites import BLIND, CONTROLS, METRICS, NO_COLOR, SEEING, SHUFFLED
+from .suites import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
 
 
 NUM_SHOWN = 10  # best and worst objects
 POINTS_TITLE = "Each difference, and whether it is significant"
-# What a control shows: if the objects as they are have a better main score, and if not.
+# What a control shows: if the main score of the objects as they are is significantly better, and if not.
 READINGS = {
     BLIND: (
         "The geometry is used: with every point and color at zero, the main score is worse.",
@@ -54,7 +56,7 @@ class Section:
 def write_report(
     folder: Path, results: Results, answers: list[ScoredAnswer], read_cloud: Callable[[str], np.ndarray | None]
 ):
-    """Write report.md, report.html and pictures/ into a run's folder; each file appears complete or not at all.
+    """Write report.md, report.html and pictures/ into a run's folder; each file is written completely or not at all.
 
     Args:
         read_cloud: object_id → (N, 6), xyz and rgb in [0, 1]; None if there is no cloud to draw.
@@ -90,7 +92,7 @@ def write_report(
     for section in sections:
         for name, picture in section.pictures.items():
             write_bytes(folder / "pictures" / f"{name}.png", picture)
-    # A model's answer may contain half a surrogate pair, which UTF-8 does not have.
+    # A model's answer may contain half a surrogate pair, which UTF-8 cannot encode.
     write_bytes(folder / "report.md", to_markdown(title, sections).encode("utf-8", errors="replace"))
     write_bytes(folder / "report.html", page.encode("utf-8", errors="replace"))
 
@@ -98,7 +100,7 @@ def write_report(
 def score_table(results: Results) -> str:
     """Scores with their controls, as lines for a terminal."""
     rows = _score_rows(results)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
@@ -140,7 +142,7 @@ def _differences(results: Results) -> Section:
         if test is None:
             continue
         if test.p >= SIGNIFICANT:
-            others = [results.name_of(each) for each in results.tests if each.b == control and each.is_gain]
+            others = [results.name_of(other) for other in results.tests if other.b == control and other.is_gain]
             section.words.append(not_used + (f" Other scores show it: {'; '.join(others)}." if others else ""))
         elif test.is_gain:
             section.words.append(used)
@@ -168,7 +170,7 @@ def _unparsed_and_cut(results: Results) -> list[str]:
             words[-1] += " So this score says nothing about the model: use another judge, or allow it longer replies."
     words = words or ["Every answer could be read."]
     cut, count = results.generation.cut, results.generation.answers
-    if cut is not None:  # another program's answers do not tell
+    if cut is not None:  # unknown for another program's answers
         limit = f" of {results.decoding['max_new_tokens']} tokens" if results.decoding else ""
         reached = f"{cut:,} of {count:,} answers reached the limit{limit} and were cut."
         words.append(reached if cut else f"No answer reached the limit{limit}.")
@@ -183,9 +185,10 @@ def _robustness(results: Results, answers: list[ScoredAnswer]) -> list[Section]:
         if not corrupted:
             continue
         seeing, title = row[SEEING], results.name_of(row[SEEING])
-        means = {}
-        for name, _ in corrupted:
-            means[name] = float(np.mean([score.value for (other, _), score in corrupted.items() if other == name]))
+        by_name: dict[str, list[float]] = {}
+        for (name, _), score in corrupted.items():
+            by_name.setdefault(name, []).append(score.value)
+        means = {name: float(np.mean(values)) for name, values in by_name.items()}
         severities = sorted({severity for _, severity in corrupted})
         section = Section(f"Robustness: {title}")
         section.table = [["corruption", *(f"severity {severity}" for severity in severities), "mean"]]
@@ -216,13 +219,13 @@ def _mean_in_words(seeing: Score, corrupted: list[Score], by_object: list[float]
 def _mean_by_object(answers: list[ScoredAnswer], question: str, metric: str, conditions: list[str]) -> list[float]:
     """Each object's mean over the conditions; empty if an object lacks one."""
     values = [values_of(answers, question, metric, condition) for condition in sorted(conditions)]
-    if any(found.keys() != values[0].keys() for found in values):
+    if any(by_object.keys() != values[0].keys() for by_object in values):
         return []
-    return np.mean([[found[object_id] for object_id in sorted(found)] for found in values], axis=0).tolist()
+    return np.mean([[by_object[i] for i in sorted(by_object)] for by_object in values], axis=0).tolist()
 
 
 def _classes(results: Results, answers: list[ScoredAnswer]) -> list[Section]:
-    """The main score by class and, where it was measured, the class by likelihood beside it."""
+    """The main score by class, and the classes by likelihood if there are any."""
     main, classes = results.main_score, results.classes
     by_label = _main_score_by_label(main, answers, is_closed=classes is not None)
     if not by_label and not classes:
@@ -248,7 +251,7 @@ def _classes(results: Results, answers: list[ScoredAnswer]) -> list[Section]:
 
 
 def _likelihoods_in_words(classes: Classes) -> str:
-    """The shares, and the forms of an answer that they are about."""
+    """The shares, and the forms of the answer whose likelihoods were computed."""
     forms = [f"“{phrase.replace('{}', '…')}”" for phrase in classes.phrases]
     top_5 = "" if classes.top_5 is None else f", and {number(classes.top_5, 'share')} are among the first five"
     return (
@@ -262,7 +265,7 @@ def _likelihoods_in_words(classes: Classes) -> str:
 
 
 def _main_score_by_label(main: Score, answers: list[ScoredAnswer], is_closed: bool) -> dict[str, list[float]]:
-    """{label: hits}; empty if the score is no share of hits, or if nearly every object has a label of its own."""
+    """{label: hits}; empty if the score is not a share of hits, or if there are too many labels for a table."""
     if not main.about.is_hit:
         return {}
     labels = {answer.object_id: answer.label for answer in answers if answer.label is not None}
@@ -281,7 +284,7 @@ def _share(hits: float, total: int) -> str:
 
 
 def _settings(results: Results) -> Section:
-    """Everything that is needed to repeat the run."""
+    """What is needed to repeat the run."""
     model, dataset, generation = results.model, results.dataset, results.generation
     of = f", the first of {dataset.of:,}" if dataset.objects < dataset.of else ""
     facts = {
@@ -318,21 +321,21 @@ def _judge_facts(judge: JudgeFacts) -> dict[str, str]:
         "judge": f"{judge.model}{' at ' + judge.endpoint if judge.endpoint else ''}, {judge.date}",
         "judge's prompts": _listed(judge.prompts, " sha256 "),
         "judge's use": f"{judge.replies:,} replies{cut}{sampled}; {tokens[0]} tokens in, {tokens[1]} out; cost {cost}",
-        "judge's own name": ", ".join(judge.served_models),
+        "judge as served": ", ".join(judge.served_models),
     }
 
 
-def _listed(settings: dict, joint: str = " ") -> str:
-    return ", ".join(f"{name}{joint}{value}" for name, value in settings.items())
+def _listed(settings: dict, separator: str = " ") -> str:
+    return ", ".join(f"{name}{separator}{value}" for name, value in settings.items())
 
 
 # ---- Best and worst objects -----------------------------------------------------------------------------------------
 
 
 def best_and_worst(results: Results, answers: list[ScoredAnswer]) -> tuple[list[str], list[str], str]:
-    """Object ids from the best down and from the worst up, and a sentence on how they were chosen.
+    """The ids of the best and of the worst objects, and a sentence on how they were chosen.
 
-    By the main score; between equals by the mean of the object's other shares, then by `object_id`. No object is in both.
+    Sorted by the main score, then by the mean of the object's other shares, then by `object_id`. No object is in both lists.
     """
     main = results.main_score
     values = values_of(answers, *main.key)
@@ -346,22 +349,21 @@ def best_and_worst(results: Results, answers: list[ScoredAnswer]) -> tuple[list[
                     others[answer.object_id].append(value)
     sign = -1 if main.about.lower_is_better else 1
     goodness = {i: (sign * value, np.mean(others[i]) if others[i] else 0.0) for i, value in values.items()}
-    in_order = sorted(goodness)  # sorting is stable: equals stay in this order
+    in_order = sorted(goodness)  # sorting is stable: ties keep this order
     half = -(-len(in_order) // 2)
     best = sorted(in_order, key=goodness.get, reverse=True)[: min(NUM_SHOWN, half)]
     worst = [object_id for object_id in sorted(in_order, key=goodness.get) if object_id not in best][:NUM_SHOWN]
-    highest, lowest = (
-        sum(value == end for value in values.values()) for end in (max(values.values()), min(values.values()))
-    )
+    counts = Counter(values.values())
+    highest, lowest = counts[max(counts)], counts[min(counts)]
     how_chosen = (
-        f"By {results.name_of(main)}; between equals by the mean of the object's other scores, then by name. "
+        f"By {results.name_of(main)}; ties by the mean of the object's other scores, then by name. "
         f"{highest:,} of {len(values):,} objects have the highest score, {lowest:,} the lowest."
     )
     return best, worst, how_chosen
 
 
 def _card(object_id: str, results: Results, answers: list[ScoredAnswer], cloud: np.ndarray | None) -> dict:
-    """What the page shows of an object: its picture, the truth, and each answer with scores and the judge's replies."""
+    """What the page shows of an object: picture, references, and answers with scores and the judge's replies."""
     shown = [answer for answer in answers if answer.object_id == object_id and answer.condition == SEEING]
     shown.sort(key=lambda answer: answer.question != results.main_score.question)
     units = {score.key: score.unit for score in results.scores}
@@ -373,7 +375,7 @@ def _card(object_id: str, results: Results, answers: list[ScoredAnswer], cloud: 
             {
                 "text": answer,
                 "scores": {
-                    METRICS[metric].title: _value_of_one(metric, value, units[answer.question, metric])
+                    METRICS[metric].title: _object_score(metric, value, units[answer.question, metric])
                     for metric, value in answer.scores.items()
                 },
                 "reasons": {METRICS[metric].title: reason for metric, reason in answer.reasons.items() if reason},
@@ -383,7 +385,7 @@ def _card(object_id: str, results: Results, answers: list[ScoredAnswer], cloud: 
     }
 
 
-def _value_of_one(metric: str, value: float, unit: str) -> str:
+def _object_score(metric: str, value: float, unit: str) -> str:
     if METRICS[metric].is_hit:
         return "right" if value else "wrong"
     return f"{value:.0f}" if unit == "count" else number(value, unit)
@@ -393,7 +395,7 @@ def _value_of_one(metric: str, value: float, unit: str) -> str:
 
 
 def to_markdown(title: str, sections: list[Section]) -> str:
-    """The text of report.md, which refers to the pictures beside it."""
+    """The text of report.md, with links to the pictures."""
     parts = [f"# {escaped(title)}"]
     for section in sections:
         parts += [f"## {escaped(section.title)}", *map(escaped, section.words)]

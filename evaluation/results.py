@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field, fields
 
 from minigpt3d.model_card.words import interval, number, same_judge
 
+from .metrics.table import METRICS, Metric
 from .statistics import CONFIDENCE, SIGNIFICANT
-from .suites import METRICS, SEEING, SUITES, Metric
+from .suites import SEEING, SUITES
 
 
 SCHEMA = 2
-FEW_OBJECTS = 20  # with fewer, intervals and tests say little
+FEW_OBJECTS = 20  # with fewer, intervals and tests are unreliable
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Test:
 
 @dataclass
 class ScoredAnswer:
-    """An answer about one object, what it was compared with, its scores by metric, and the judge's replies by metric."""
+    """An answer about one object, its references, and its scores and the judge's replies by metric."""
 
     object_id: str
     question: str
@@ -101,7 +102,7 @@ class ModelFacts:
 
 @dataclass
 class Generation:
-    """All answers, in whichever runs they were given; None where another program's answers do not tell."""
+    """All answers of the folder; None where another program's answers lack the number."""
 
     answers: int
     new_tokens: int | None
@@ -112,7 +113,7 @@ class Generation:
 
 @dataclass
 class JudgeFacts:
-    """Who judged, with the hashes of its prompts, and what it took; see `Judge.sum_up`."""
+    """The judge, the hashes of its prompts, and its usage; see `Judge.sum_up`."""
 
     model: str
     files: str | None
@@ -154,7 +155,7 @@ class Classes:
 
 @dataclass
 class Results:
-    """Everything that results.json says about a run."""
+    """The content of results.json."""
 
     suite: str
     title: str
@@ -178,7 +179,7 @@ class Results:
     classes: Classes | None
 
     def to_json(self) -> dict:
-        """The content of results.json, which explains its metrics itself, for readers that do not know them."""
+        """The content of results.json, with the facts about its metrics that readers of the file need."""
         content = asdict(self)
         for line, test in zip(content["tests"], self.tests, strict=True):
             line["gain"] = test.is_gain
@@ -195,7 +196,7 @@ class Results:
         Raises:
             KeyError, TypeError: a field is missing or unknown.
         """
-        content = {name: content[name] for name in (each.name for each in fields(cls))}
+        content = {item.name: content[item.name] for item in fields(cls)}
         for name, record in (("model", ModelFacts), ("generation", Generation), ("judge", JudgeFacts)):
             content[name] = content[name] and record(**content[name])
         content["dataset"] = Dataset(**content["dataset"])
@@ -211,13 +212,13 @@ class Results:
 
     @property
     def main_score(self) -> Score:
-        """The score that the suite is about; of several questions, the one that is asked first.
+        """The score of the suite's main metric; of several questions, that of the first.
 
         Raises:
             ValueError: there is no score of the objects as they are.
         """
         if not self.seeing:
-            raise ValueError(f"the {self.suite} run has no score of the objects as they are, so it has no result.")
+            raise ValueError(f"the {self.suite} run has no score of the objects as they are, so it has no main score.")
         metrics, questions = list(METRICS), list(self.questions)
         return min(self.seeing, key=lambda score: (metrics.index(score.metric), questions.index(score.question)))
 
@@ -226,18 +227,18 @@ class Results:
         return f"{METRICS[score.metric].title}, “{self.questions[score.question].strip()}”"
 
     def by_key(self) -> dict[tuple[str, str], dict[str, Score]]:
-        """{(question, metric): {condition: score}} of what was scored on the objects as they are."""
+        """{(question, metric): {condition: score}}, if there is a score of the objects as they are."""
         rows: dict[tuple[str, str], dict[str, Score]] = {}
         for score in self.scores:
             rows.setdefault(score.key, {})[score.condition] = score
         return {key: row for key, row in rows.items() if SEEING in row}
 
     def cautions(self) -> list[str]:
-        """What limits all numbers of the run."""
+        """Limits of all numbers of the run."""
         words, dataset = [], self.dataset
         if dataset.objects < dataset.of:
             words.append(
-                f"Only the first {dataset.objects:,} of {dataset.of:,} objects were evaluated: this is no result of the complete suite."
+                f"Only the first {dataset.objects:,} of {dataset.of:,} objects were evaluated: this is not a result of the complete suite."
             )
         if any(score.objects < FEW_OBJECTS for score in self.scores):
             words.append(
@@ -264,7 +265,7 @@ class Results:
         return served or (same_judge(score.judge),), self.judge.files or ""
 
     def variant_of(self, score: Score) -> str | None:
-        """The encoder or the phrases, where they are not the default, which makes the metric a different measure."""
+        """The encoder or the phrases if they are not the default ones, which makes the score a different measure."""
         if encoder := self.encoders.get(score.metric):
             return None if same_judge(encoder) == same_judge(score.about.needs) else encoder
         if score.about.function or not self.classes:
@@ -285,11 +286,11 @@ def values_of(
 
 
 def as_corruption(condition: str) -> tuple[str, int] | None:
-    """ "jitter-3" → ("jitter", 3); None if the condition is no corruption."""
+    """ "jitter-3" → ("jitter", 3); None for other conditions."""
     name, dash, severity = condition.rpartition("-")
     return (name, int(severity)) if dash and severity.isdecimal() else None
 
 
 def hash_prompt(text: str) -> str:
-    """How results identify the text of a judge's prompt."""
+    """Hash by which results identify a judge's prompt."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

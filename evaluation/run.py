@@ -13,12 +13,13 @@ from minigpt3d.hub import default_model, fingerprint_model
 from .answers import match_answers
 from .ask import Asked, ask_model, keep_answers
 from .judges import Judge
+from .metrics.table import METRICS
 from .options import EvaluateOptions
 from .plan import Answers, Evaluation, make_plan
 from .report import write_report
 from .results import Dataset, Generation, JudgeFacts, ModelFacts, Results, hash_prompt
 from .score import score
-from .suites import METRICS, SEEING
+from .suites import SEEING
 
 
 def evaluate(
@@ -27,22 +28,21 @@ def evaluate(
     command: str = "",
     name: str | None = None,
     judge: Judge | None = None,
-    report: Callable[[str], None] = print,
+    notify: Callable[[str], None] = print,
 ) -> Results | None:
-    """Evaluate a model or another program's answers; what the folder already holds is not done again.
+    """Evaluate a model or another program's answers. What the folder already contains is not computed again.
 
     Args:
-        options: what and how.
-        command: that repeats this run, for the report.
+        command: the command line of this run, for the report.
         name: of the model in the report (default: its Hub id, or the name of its folder).
-        judge: instead of the one that the options describe.
-        report: called with messages for the user.
+        judge: replaces the judge of the options.
+        notify: called with messages for the user.
 
     Returns:
-        What results.json holds; None on all processes but the first.
+        The content of results.json; None on all processes but the first.
 
     Raises:
-        ValueError: something is wrong with the options or the files, mostly before anything heavy.
+        ValueError: options or files are invalid; most are checked before any heavy work.
         ImportError: a package is missing.
     """
     plan = make_plan(options, judge)
@@ -53,7 +53,7 @@ def evaluate(
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     with plan.folder.locked() if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            _report_left_out(plan, report)
+            _notify_left_out(plan, notify)
         if given is None:
             asked = ask_model(plan, source, fingerprint, command)
         else:
@@ -64,23 +64,23 @@ def evaluate(
         lines = list(plan.folder.answers.read())
         answers, incomplete = plan.arrange(lines, plan.objects.values())
         likelihoods, _ = plan.arrange(plan.folder.likelihoods.read() if plan.has_likelihoods else (), plan.labelled)
-        _report_incomplete(plan, incomplete, report)
-        _report_judge(plan, answers, report)
+        _notify_incomplete(plan, incomplete, notify)
+        _notify_judge(plan, answers, notify)
         scores, tests, classes, rows = score(plan, answers, likelihoods)
         results = Results(**_describe(plan, asked, lines, name), scores=scores, tests=tests, classes=classes)
-        _report_mute_judge(plan, results, report)
+        _notify_mute_judge(plan, results, notify)
         plan.folder.write(results, rows)
         write_report(plan.folder.path, results, rows, lambda object_id: plan.objects[object_id].read())
         for words in results.cautions():
-            report(words)
+            notify(words)
         return results
 
 
 def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> dict:
-    """All fields of `Results` that are no scores: how the run was made."""
+    """The fields of `Results` other than scores: how the run was made."""
     settings, suite = asked.settings, plan.suite
     encoders = {metric: plan.encoder(metric) for metric in plan.metrics if "/" in METRICS[metric].needs}
-    labels = {each.label for each in plan.labelled}
+    labels = {item.label for item in plan.labelled}
     return asked.history | {
         "suite": suite.name,
         "title": suite.title,
@@ -91,7 +91,7 @@ def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> d
         "batch_size": settings.batch_size,
         "questions": {question.name: question.prompt for question in suite.questions},
         "generation": _sum_up(lines),
-        "encoders": {metric: Path(each).resolve().name if Path(each).exists() else each for metric, each in encoders.items()},
+        "encoders": {metric: Path(name).resolve().name if Path(name).exists() else name for metric, name in encoders.items()},
         "judge": _describe_judge(plan),
         "dataset": Dataset(suite.name, len(plan.objects), plan.available, settings.dataset, len(labels)),
         "not_scored": plan.not_scored,
@@ -119,25 +119,25 @@ def _sum_up(lines: list[dict]) -> Generation:
 # ---- Messages for the user ------------------------------------------------------------------------------------------
 
 
-def _report_left_out(plan: Evaluation, report: Callable[[str], None]):
+def _notify_left_out(plan: Evaluation, notify: Callable[[str], None]):
     for name, reason in plan.not_scored.items():
-        report(f"not scored{' any more' if name in plan.earlier_judges else ''}: {name} {reason}")
+        notify(f"not scored{' any more' if name in plan.earlier_judges else ''}: {name} {reason}")
 
 
-def _report_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int], report: Callable[[str], None]):
+def _notify_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int], notify: Callable[[str], None]):
     for (_, condition), count in incomplete.items():
         of = f"{count} of {len(plan.objects)} objects"
-        report(
+        notify(
             f"not scored: {condition}, with answers about only {of}. With `robustness`, the others are asked about."
         )
 
 
-def _report_judge(plan: Evaluation, answers: Answers, report: Callable[[str], None]):
-    """How many questions the judge gets, and whose scores it replaces."""
+def _notify_judge(plan: Evaluation, answers: Answers, notify: Callable[[str], None]):
+    """Report how many questions the judge gets, and which judge's scores are replaced."""
     if plan.judge is None:
         return
     if others := {judge for judge in plan.earlier_judges.values() if judge} - {plan.judge.name}:
-        report(
+        notify(
             f"scores by {', '.join(sorted(others))} are replaced by those of {plan.judge.name}; the replies are kept"
         )
     judged = [name for name in plan.metrics if plan.judge_for(METRICS[name])]
@@ -145,17 +145,17 @@ def _report_judge(plan: Evaluation, answers: Answers, report: Callable[[str], No
         question.name: len({METRICS[name].prompt for name in question.metrics if name in judged})
         for question in plan.suite.questions
     }
-    # Answers about objects as they are count twice: each is also compared with another object.
+    # Answers about objects as they are count twice: each is also scored against another object.
     count = sum(
         prompts[name] * len(lines) * (1 + (condition == SEEING)) for (name, condition), lines in answers.items()
     )
-    report(f"{plan.judge.name} is asked up to {count:,} questions; kept replies are not asked for again")
+    notify(f"{plan.judge.name} is asked up to {count:,} questions; kept replies are not asked for again")
 
 
-def _report_mute_judge(plan: Evaluation, results: Results, report: Callable[[str], None]):
+def _notify_mute_judge(plan: Evaluation, results: Results, notify: Callable[[str], None]):
     if mute := sorted({score.about.title for score in results.seeing if score.is_mute}):
-        report(
-            f"{plan.judge.name} gave no readable verdict on {', '.join(mute)}, which says nothing about the model. Use another "
-            "judge; one that thinks before it replies needs more `judge_max_tokens`. If the server was at fault, run again: "
-            f"replies without text are asked for again. Other replies are kept: delete {plan.judge.cache_dir} before."
+        notify(
+            f"{plan.judge.name} gave no readable verdict on {', '.join(mute)}, so these scores say nothing about the model. Use "
+            "another judge; one that thinks before it replies needs more `judge_max_tokens`. If the server was at fault, run "
+            f"again: replies without text are asked for again. To ask for all again, delete {plan.judge.cache_dir}."
         )

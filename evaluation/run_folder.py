@@ -1,6 +1,6 @@
-"""The folder of a run: everything that an evaluation writes and reads again, except pictures and reports.
+"""The folder of a run: all files of an evaluation, written and read here except reports and pictures.
 
-settings.json       what the answers depend on; a rerun with other settings is refused
+settings.json       what the answers depend on; a run with other settings is refused
 history.json        one entry per run: date, command, versions, and whether it asked the model
 answers/            answers, one file per process; likelihood/ the same for likelihoods of classes
 judge/              the judge's replies
@@ -23,17 +23,17 @@ from filelock import FileLock, Timeout
 
 from minigpt3d.files import write_json, write_text
 
+from .metrics.table import METRICS
 from .results import SCHEMA, Results, ScoredAnswer, values_of
-from .suites import METRICS
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # whose versions are recorded
+PACKAGES = ("torch", "transformers", "accelerate", "evaluate")  # their versions are recorded
 _REPAIR = "Delete this file and run `minigpt3d evaluate` again: answers are kept, only scores are computed again."
 
 
 @dataclass
 class Settings:
-    """What the answers depend on. Unset for another program's answers: decoding to device."""
+    """What the answers depend on. `decoding` to `device` are None for another program's answers."""
 
     suite: str
     objects: int
@@ -113,13 +113,13 @@ class RunFolder:
     def check(self):
         """
         Raises:
-            ValueError: the path is a file, or a folder of something else than an evaluation.
+            ValueError: the path is a file, or a folder with other content than an evaluation.
         """
         content = self.path.iterdir() if self.path.is_dir() else ()
         foreign = [path for path in content if path.suffix != ".tmp" and path != self.lock]
         if (self.path.exists() and not self.path.is_dir()) or (foreign and not self.settings.exists()):
             raise ValueError(
-                f"`out` {self.path} is a file, or holds other things than an evaluation. Give a new folder."
+                f"`out` {self.path} is a file, or contains other files than an evaluation's. Give a new folder."
             )
 
     @contextmanager
@@ -127,7 +127,7 @@ class RunFolder:
         """Create the folder and keep other runs out of it.
 
         Raises:
-            ValueError: another run is working in it.
+            ValueError: another run is using it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -135,15 +135,15 @@ class RunFolder:
                 yield
         except Timeout:
             raise ValueError(
-                f"`out` {self.path}: another process is working in it. Wait for it, or give another folder. (Start several "
-                "processes of one run by `accelerate launch`; with torchrun on a CPU, set ACCELERATE_USE_CPU=true.)"
+                f"`out` {self.path}: another process is using it. Wait for it, or give another folder. (Start a run on several "
+                "processes by `accelerate launch`; with torchrun on a CPU, set ACCELERATE_USE_CPU=true.)"
             ) from None
 
     def claim(self, settings: Settings):
         """Write the settings, or check that the folder's answers have the same.
 
         Raises:
-            ValueError: the folder holds answers with other settings.
+            ValueError: the folder contains answers with other settings.
         """
         settings = asdict(settings)
         if self.settings.exists() and any(next(lines.read(), None) for lines in (self.answers, self.likelihoods)):
@@ -152,11 +152,11 @@ class RunFolder:
                 if earlier.get(name) != value:
                     hint = "; another `limit` needs another folder" if name == "objects" else ""
                     raise ValueError(
-                        f"`out` {self.path} holds answers with {name} {earlier.get(name)!r}, but now it is {value!r}. Give "
+                        f"`out` {self.path} contains answers with {name} {earlier.get(name)!r}, but now it is {value!r}. Give "
                         f"another folder, or the earlier settings{hint}."
                     )
         else:
-            self.history.unlink(missing_ok=True)  # it is about answers that were deleted
+            self.history.unlink(missing_ok=True)  # of answers that were deleted
         write_json(self.settings, settings)
 
     def record_run(self, command: str, device: str | None, asked: bool) -> dict:
@@ -188,13 +188,13 @@ class RunFolder:
     # ---- Results ----------------------------------------------------------------------------------------------------
 
     def write(self, results: Results, answers: list[ScoredAnswer]):
-        """Write objects.jsonl and results.json, right after each other because they belong together."""
+        """Write objects.jsonl and results.json, in immediate succession since they must match."""
         lines = (json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
         write_text(self.objects, "".join(lines))
         write_json(self.results, results.to_json())
 
     def earlier_judges(self) -> dict[str, str | None]:
-        """The metrics of earlier results, if there are any, each with its judge or None."""
+        """The metrics of earlier results, each with its judge or None; empty without results."""
         return {score.metric: score.judge for score in self.read_results().scores} if self.results.is_file() else {}
 
     def read(self) -> tuple[Results, list[ScoredAnswer]]:
@@ -208,7 +208,7 @@ class RunFolder:
             count = len(values_of(answers, score.question, score.metric, score.condition))
             if count != score.objects and not METRICS[score.metric].is_ratio:  # objects without details have no ratio
                 raise ValueError(
-                    f"{self.objects} is damaged: it holds {count:,} of {score.objects:,} scores for {score.metric}. {_REPAIR}"
+                    f"{self.objects} is damaged: it contains {count:,} of {score.objects:,} scores for {score.metric}. {_REPAIR}"
                 )
         return results, answers
 
@@ -225,22 +225,19 @@ class RunFolder:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            schema = content.get("schema") if isinstance(content, dict) else None
-            results = Results.from_json(content) if schema == SCHEMA else None
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']!r}, of another version")
+            return Results.from_json(content)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected what `minigpt3d evaluate` writes, got {error!r}. {_REPAIR}") from error
-        if schema is None:
             raise ValueError(
-                f"{path} is of another program: expected what `minigpt3d evaluate` writes. Give the folder of a run."
-            )
-        if results is None:
-            raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema!r}, of another version. {_REPAIR}")
-        return results
+                f"{path}: expected schema {SCHEMA} as `minigpt3d evaluate` writes it, got {error!r}. Give the folder of a run. "
+                f"{_REPAIR}"
+            ) from error
 
     def read_objects(self) -> list[ScoredAnswer]:
         """
         Raises:
-            ValueError: objects.jsonl is missing, or a line is no scored answer.
+            ValueError: objects.jsonl is missing, or a line is not a scored answer.
         """
         if not self.objects.is_file():
             raise ValueError(

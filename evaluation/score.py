@@ -1,13 +1,14 @@
-"""From answers to scores, without files: each metric of each question under each condition, and tests of the controls."""
+"""Score answers: each metric of each question under each condition, and tests of the controls. Reads and writes no files."""
 
 import numpy as np
 
 from . import metrics
 from .likelihood import rank_classes
+from .metrics.table import METRICS, Metric
 from .plan import Answers, Evaluation
 from .results import Classes, Score, ScoredAnswer, Test
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
-from .suites import CONTROLS, METRICS, SEEING, SHUFFLED, Metric, Question
+from .suites import CONTROLS, SEEING, SHUFFLED, Question
 
 
 LIKELIHOOD_METRICS = {"likelihood_top_1": 1, "likelihood_top_5": 5}
@@ -50,7 +51,7 @@ def _to_row(plan: Evaluation, question: Question, condition: str, object_id: str
 
 
 def score_answers(plan: Evaluation, question: Question, rows: list[ScoredAnswer]) -> list[Score]:
-    """Score the answers to one question under one condition, and note scores and the judge's replies in the rows."""
+    """Score the answers to one question under one condition; scores and the judge's replies are also written to the rows."""
     scores, computed = [], {}
     by_id, condition = {row.object_id: row for row in rows}, rows[0].condition
     for name in (name for name in question.metrics if name in plan.metrics):
@@ -88,19 +89,19 @@ def _compute(plan: Evaluation, name: str, answers: list[str], references: list[s
     if metric.function == "closed_set_accuracy":
         keywords = plan.classes(metric.reference)
     elif metric.function == "caption_overlap":
-        names = [each for each in plan.metrics if METRICS[each].function == metric.function]
-        keywords["scores"] = [each for each in names if METRICS[each].needs == metric.needs]
+        same = (metric.function, metric.needs)
+        keywords["scores"] = [name for name in plan.metrics if (METRICS[name].function, METRICS[name].needs) == same]
     elif metric.function == "sentence_similarity":
         keywords["encoder"] = plan.encoder(name)
         keywords["pooling"] = "pooler_output" if name == "simcse" else "sentence-transformers"
     if judge is not None:
-        keywords.pop("aliases", None)  # a judge knows other names itself
+        keywords.pop("aliases", None)  # a judge knows synonyms
         keywords |= {"judge": judge, "prompt": plan.judge_prompts.get(metric.prompt)}
     return getattr(metrics, metric.function)(answers, references, **keywords)
 
 
 def _summarize(metric: Metric, values, seed: int) -> tuple[list[float | None], float | None, float | None]:
-    """The objects' values of one metric and the interval of its score; no interval if there is no score."""
+    """Each object's value of a metric, and the interval of the score; None without a score."""
     if metric.is_ratio:
         right, wrong = (np.array(values[name], float) for name in ("correct", "wrong"))
         total = right + wrong
@@ -114,7 +115,7 @@ def _summarize(metric: Metric, values, seed: int) -> tuple[list[float | None], f
 
 
 def score_likelihoods(plan: Evaluation, likelihoods: Answers, groups: Groups) -> tuple[list[Score], Classes | None]:
-    """Classify by likelihood, and note the hits in the rows of `groups`."""
+    """Classify by likelihood; the hits are also written to the rows of `groups`."""
     scores, classes = [], None
     for (question, condition), lines in _with_shuffled(likelihoods).items():
         labels = plan.references("label", lines, condition)
@@ -136,7 +137,7 @@ def score_likelihoods(plan: Evaluation, likelihoods: Answers, groups: Groups) ->
 def _classify(
     plan: Evaluation, lines: dict[str, dict], labels: dict[str, str]
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """{metric: {object_id: hit}}, and how often each class (row) is taken for each (column)."""
+    """{metric: {object_id: hit}}, and the confusion matrix: true class (row), most likely class (column)."""
     classes = list(plan.suite.classes)
     ranks = {name: k for name, k in LIKELIHOOD_METRICS.items() if k == 1 or k < len(classes)}  # else all are hits
     class_of_name = [index for index, names in enumerate(plan.suite.classes.values()) for _ in names]
@@ -144,10 +145,10 @@ def _classify(
     for object_id, label in labels.items():
         line = lines[object_id]
         (order,) = rank_classes([line["log_likelihood"]], line["tokens"], class_of_name)
-        place = int(np.flatnonzero(order == classes.index(label))[0])
+        rank = int(np.flatnonzero(order == classes.index(label))[0])
         confusion[classes.index(label), order[0]] += 1
         for name, k in ranks.items():
-            hits[name][object_id] = float(place < k)
+            hits[name][object_id] = float(rank < k)
     return hits, confusion
 
 
@@ -155,7 +156,7 @@ def _classify(
 
 
 def compare_conditions(groups: Groups, metric_names: list[str]) -> list[Test]:
-    """Paired tests of the objects as they are against each control, with p corrected for the number of tests."""
+    """Paired tests of objects as they are against each control, with p corrected for the number of tests."""
     tests = []
     for (question, condition), rows in groups.items():
         if condition not in CONTROLS:

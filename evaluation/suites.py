@@ -1,6 +1,6 @@
-"""The suites as a table: what is asked about which objects, and which metrics score the answers. Paper: §4.
+"""The suites as a table: questions, classes, decoding, and the metrics of each question. Paper: §4.
 
-One row per suite. Prompts and decoding are those of the paper's benchmarks: `DECODING` is the default, `GREEDY` the option.
+Prompts and decoding are those of the paper's benchmarks: `DECODING` is the default, `GREEDY` an option.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from .vocabulary.kinds import KINDS
 DECODING = {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
 GREEDY = {"num_beams": 1, "do_sample": False}
 
-# What a model is shown, see `conditions`: the objects as they are, and controls, whose names in reports follow. Under SHUFFLED,
-# the answer about an object as it is gets scored against another object.
+# Conditions, see `conditions`: objects as they are, and controls with their names in reports. Under SHUFFLED, the answers about
+# objects as they are (SEEING) are scored against other objects.
 SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
 CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
 
@@ -26,77 +26,6 @@ MODELNET40_CLASSES = (
     "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
     "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score of answers.
-
-    Args:
-        title: in reports.
-        function: in `evaluation.metrics`; empty for likelihoods.
-        reference: the field of `EvalObject` that answers are compared with: "label", "caption" or "color".
-        result, values: keys of the score and of the objects' values in what the function returns, where `result` is not
-            the metric's name and `values` is not a plain list.
-        unit: "share" in [0, 1], "score100" in [0, 100], or "count".
-        is_hit: whether an object's value is 0 or 1, so that the score is a share of objects.
-        is_ratio: whether the score is a ratio of two sums instead of a mean over objects. It has no paired test; its two
-            parts are tested.
-        lower_is_better: for counts of mistakes.
-        needs: "judge", "wordnet", the Hub id of a sentence encoder, or nothing.
-        prompt: name of the prompt that a judge replies to; one reply may give several scores.
-    """
-
-    title: str
-    function: str
-    reference: str
-    unit: str = "share"
-    result: str = ""
-    values: str = ""
-    is_hit: bool = False
-    is_ratio: bool = False
-    lower_is_better: bool = False
-    needs: str = ""
-    prompt: str = ""
-
-
-# In the order of reports. The main score of a run is the first one that it has.
-METRICS = {
-    "closed_set_accuracy": Metric(
-        "closed-set accuracy", "closed_set_accuracy", "label", result="accuracy", is_hit=True, prompt="closed_set_accuracy"
-    ),
-    "open_vocabulary_accuracy": Metric(
-        "open-vocabulary accuracy", "open_vocabulary_accuracy", "label", result="accuracy", is_hit=True, needs="judge",
-        prompt="open_vocabulary_accuracy",
-    ),
-    "caption_score": Metric(
-        "caption score", "caption_judge_score", "caption", "score100", result="score", needs="judge", prompt="caption_score"
-    ),
-    "precision": Metric(
-        "precision of details", "hallucination", "caption", is_ratio=True, needs="judge", prompt="hallucination"
-    ),
-    "correctness": Metric(
-        "right details", "hallucination", "caption", "count", values="correct", needs="judge", prompt="hallucination"
-    ),
-    "hallucination": Metric(
-        "wrong details", "hallucination", "caption", "count", values="wrong", lower_is_better=True, needs="judge",
-        prompt="hallucination",
-    ),
-    "color_accuracy": Metric("color accuracy", "closed_set_accuracy", "color", result="accuracy", is_hit=True),
-    "likelihood_top_1": Metric("likelihood, top 1", "", "label", is_hit=True),
-    "likelihood_top_5": Metric("likelihood, top 5", "", "label", is_hit=True),
-    "s_bert": Metric(
-        "S-BERT", "sentence_similarity", "caption", result="similarity", needs="sentence-transformers/all-mpnet-base-v2"
-    ),
-    "simcse": Metric(
-        "SimCSE", "sentence_similarity", "caption", result="similarity", needs="princeton-nlp/sup-simcse-roberta-large"
-    ),
-    "meteor": Metric("METEOR", "caption_overlap", "caption", values="meteor", needs="wordnet"),
-    "rouge_l": Metric("ROUGE-L", "caption_overlap", "caption", values="rouge_l"),
-    "bleu_4": Metric("BLEU-4", "caption_overlap", "caption", values="bleu_4"),
-    "bleu_1": Metric("BLEU-1", "caption_overlap", "caption", values="bleu_1"),
-}  # fmt: skip
-JUDGE_PROMPTS = tuple(dict.fromkeys(metric.prompt for metric in METRICS.values() if metric.prompt))
 
 
 @dataclass(frozen=True)
@@ -139,8 +68,7 @@ class Suite:
     has_color: bool = True
 
 
-# Forms of an answer. Their likelihoods are added up per class, so a form that the model was never taught costs nothing
-# beside one that it uses. Both articles stand here because each fits other names.
+# Forms of an answer, whose likelihoods are added up per class (see `likelihood`). Some class names need "a", others "an".
 PLAIN_PHRASES = ("{}", "This is a {}.", "This is an {}.", "A 3D model of a {}.", "A 3D model of an {}.")
 COLOR_PHRASES = tuple(f"This is {with_article(color)} {{}}." for color in COLORS)
 
@@ -189,7 +117,7 @@ HOUSEHOLD = Suite(
         Question("caption", CAPTION_PROMPT, (*OVERLAP, *JUDGED_CAPTION, *ENCODED)),
     ),
     max_new_tokens=100,
-    # A kind has several names; the most likely one counts.
+    # A kind has several names; the most likely one is used.
     classes={kind: tuple(answers) for kind, answers in KINDS.items()},
     # The form that the checkpoint was trained on, with any color.
     phrases=COLOR_PHRASES,

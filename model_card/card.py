@@ -74,7 +74,9 @@ def write_card(
     write_json(folder / SOURCES_FILE, sources)
     _write_eval_results(folder, [run.raw for run in runs])
     if ablation is not None:
-        _copy_picture(ablation_file.with_suffix(".png"), folder)
+        picture = ablation_file.with_suffix(".png")
+        if picture.is_file() and picture.resolve() != (folder / picture.name).resolve():
+            shutil.copyfile(picture, folder / picture.name)
     return folder / CARD_FILE
 
 
@@ -167,8 +169,3 @@ def _write_eval_results(folder: Path, runs: list[dict]):
     for name, text in (eval_results(runs) if runs else {}).items():
         target.mkdir(exist_ok=True)
         write_text(target / name, text)
-
-
-def _copy_picture(picture: Path, folder: Path):
-    if picture.is_file() and picture.resolve() != (folder / picture.name).resolve():
-        shutil.copyfile(picture, folder / picture.name)

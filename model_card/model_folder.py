@@ -15,6 +15,8 @@ from statistics import fmean
 
 from safetensors import safe_open
 
+from minigpt3d.hub import is_hub_id
+
 from .facts import Fact, read_fact
 
 
@@ -72,7 +74,7 @@ def _read_origin(
     in_two_parts = record is not None and record["lora"] == "keep"
     base_config = read_fact(folder / "adapter" / "adapter_config.json") if config else adapter
     base = base_config["base_model_name_or_path"].raw if base_config else None
-    is_path = base is None or Path(base).is_absolute() or Path(base).exists() or base.count("/") != 1
+    is_path = base is None or Path(base).is_absolute() or Path(base).exists() or not is_hub_id(base)
     return {
         "whole": config is not None,
         "part": "" if not in_two_parts else "base" if config else "adapter",

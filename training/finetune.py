@@ -1,6 +1,8 @@
 """Your own objects: train a finished model on the output of `minigpt3d pack --from`.
 
-accelerate launch training/finetune.py --init org/minigpt3d --data packed --output_dir mine
+What it trains and how fast is `OWN` in training/stages.py.
+
+accelerate launch training/finetune.py --init MODEL --data packed --output_dir mine
 """
 
 from minigpt3d.training.command import main

@@ -332,7 +332,7 @@ def find_start(stage: Stage, options: RunOptions) -> ModelFiles:
         raise ValueError(
             f"Stage {stage.name} starts from the result of stage {stage.starts_from}, but `init` {options.init} is the "
             f"result of stage {start.stage['stage']}. Pass another model; to train a finished model on your own objects, "
-            "use training/finetune.py."
+            "use minigpt3d.training.finetune."
         )
     if options.push_to_hub:
         if (options.hub_every or not (options.export or stage.exports)) and Path(start.base).is_dir():

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -53,22 +54,20 @@ class Publisher:
         self.api = HfApi()
         self.running: Future | None = None
 
-    def push(self, folder: Path, message: str, tag: str | None = None) -> bool:
-        """Upload a folder as a commit and tag it; an existing tag is moved. Returns whether it succeeded."""
+    def push(self, folder: Path, message: str, tag: str):
+        """Upload a folder as a commit and tag it; an existing tag is moved."""
         self.wait()
         try:
             self._upload(folder, message)
-            if tag is not None:
-                try:
-                    self.api.delete_tag(self.repo_id, tag=tag)
-                except HfHubHTTPError:
-                    pass  # there is none yet
-                self.api.create_tag(self.repo_id, tag=tag, tag_message=message)
-        except Exception as error:  # the result is on disk
-            self._report_failure(folder, error)
-            return False
-        print(f"{folder} is published: {self.api.endpoint}/{self.repo_id}")
-        return True
+            with suppress(HfHubHTTPError):  # there is none yet
+                self.api.delete_tag(self.repo_id, tag=tag)
+            self.api.create_tag(self.repo_id, tag=tag, tag_message=message)
+        except Exception as error:
+            again = f"hf upload {self.repo_id} {folder} --exclude 'logs/*'{' --private' if self.private else ''}"
+            problem = f"{folder} was not published: {one_line(error)[:300]}"
+            print(f"{problem}\nIt is on disk; try again: {again}", file=sys.stderr)
+        else:
+            print(f"{folder} is published: {self.api.endpoint}/{self.repo_id}")
 
     def push_in_background(self, folder: Path, message: str):
         """Upload while the run continues, unless an upload is running; the folder is removed afterwards."""
@@ -100,10 +99,4 @@ class Publisher:
             commit_message=message,
             delete_patterns=REPLACED_FILES,
             ignore_patterns="logs/*",
-        )
-
-    def _report_failure(self, folder: Path, error: Exception):
-        again = f"hf upload {self.repo_id} {folder} --exclude 'logs/*'{' --private' if self.private else ''}"
-        print(
-            f"{folder} was not published: {one_line(error)[:300]}\nIt is on disk; try again: {again}", file=sys.stderr
         )

@@ -33,7 +33,7 @@ class RunOptions:
     )
     data: str = option(
         "Output of `minigpt3d pack`, a folder or a Hub id. With --annotations: a folder with a point cloud "
-        "{object_id}_8192.npy for every annotated object.",
+        "{object_id}_8192.npy for every annotated object."
     )
     output_dir: Path = option("Folder for the result. It appears when the stage is done; until then see *.unfinished.")
     annotations: list[Path] = option(

@@ -1,5 +1,7 @@
 """Stage I: the point projection learns to carry the frozen encoder's features to a frozen Q-Former and language model.
 
+What it trains, on which data and how fast is `STAGE_1` in training/stages.py.
+
 accelerate launch training/stage1.py --init BASE --data packed --output_dir stage1
 """
 

@@ -1,5 +1,7 @@
 """Stage III: the same parameters learn detailed descriptions and conversations.
 
+What it trains, on which data and how fast is `STAGE_3` in training/stages.py.
+
 accelerate launch training/stage3.py --init stage2 --data packed --output_dir stage3
 """
 

@@ -112,7 +112,7 @@ def prepare_model(
         raise ValueError(
             f"Stage {stage.name} trains expert 0 only, but the model to start from has a router "
             f"({model.config.router_type}). Start from the result of an earlier stage, with router_type none in its "
-            "config.json; to train a finished model on your own objects, use training/finetune.py."
+            "config.json; to train a finished model on your own objects, use minigpt3d.training.finetune."
         )
     router_before = (run or {}).get("router_type", model.config.router_type)
     model.config.router_type = stage.router_type or router_before
@@ -135,7 +135,7 @@ def prepare_model(
 def copy_expert_0(model: MiniGPT3DForConditionalGeneration):
     """Initialize the experts with the queries that the stages before have trained.
 
-    The authors copy BLIP-2's queries instead, before they load stage III (DESIGN: the four stages).
+    The authors copy BLIP-2's queries instead, before they load stage III.
     """
     first, *others = model.model.query_experts
     with torch.no_grad():

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, import_reader
+from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, to_srgb
+from .readers_minigpt3d import PointCloudError, check_zip, import_reader
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
-MAX_NODES = 100_000
 _ASSIMP_SUFFIXES = (
     ".fbx",
     ".dae",
@@ -46,6 +45,8 @@ _DIFFUSE, _BASE_COLOR = 1, 12  # kinds of textures
 
 def _read_assimp(path: Path) -> list[Surface]:
     assimp = import_reader("assimp_py", "assimp-py")
+    if path.suffix.lower() == ".zae":
+        check_zip(path)
     try:
         scene = assimp.import_file(str(path), assimp.Process_Triangulate | assimp.Process_SortByPType)
     except (RuntimeError, ValueError) as error:
@@ -169,7 +170,9 @@ def _read_usd(path: Path) -> list[Surface]:
     textures, surfaces, num_faces = TextureFiles(), [], 0
     materials: dict[str, Material | None] = {}
     transforms = geometry.XformCache()
-    for prim in usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies()):
+    for num_prims, prim in enumerate(usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies())):
+        if num_prims > MAX_NODES:
+            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
         imageable = geometry.Imageable(prim)
         if not prim.IsA(geometry.Mesh) or imageable.ComputePurpose() in ("proxy", "guide"):
             continue

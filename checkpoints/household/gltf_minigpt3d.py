@@ -18,12 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .gltf_file_minigpt3d import GltfFile, Values, import_decoder, read_vector
-from .meshes_minigpt3d import Material, Surface, check_num_faces, paint, to_srgb
+from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, paint, to_srgb
 from .readers_minigpt3d import PointCloudError, Points, warn
 
 
-# Limits of a scene, so that none takes minutes; its faces have one in meshes_minigpt3d.py.
-MAX_NODES = 200_000
+# Limits of a scene, so that none takes minutes; faces and nodes have theirs in meshes_minigpt3d.py.
 MAX_PRIMITIVES = 50_000
 MAX_INSTANCES = 1_000_000
 

@@ -24,7 +24,7 @@ from .wavefront_minigpt3d import read_obj
 
 # Objects within objects of a 3MF: how deep, and how many in all.
 MAX_DEPTH = 32
-MAX_INSTANCES = 100_000
+MAX_OBJECTS = 100_000
 
 
 # ---- Models of a 3MF ------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ class _Reader:
         items = model.items or [_Use(root, object_id, np.eye(4, 3)) for object_id in self._top_objects(model)]
         totals = [self._count((self._key(item.part), item.object_id), ()) for item in items]
         check_num_faces(sum(faces for faces, _ in totals))
-        if sum(uses for _, uses in totals) > MAX_INSTANCES:
-            raise PointCloudError(f"it places more than the {MAX_INSTANCES:,} objects allowed. Merge them first.")
+        if sum(uses for _, uses in totals) > MAX_OBJECTS:
+            raise PointCloudError(f"it places more than the {MAX_OBJECTS:,} objects allowed. Merge them first.")
         return [surface for item in items for surface in self._place(item, np.eye(4))]
 
     @staticmethod

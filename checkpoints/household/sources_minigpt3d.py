@@ -183,6 +183,7 @@ _MAGIC = {
     b"Kaydara FBX": ".fbx",
     b"BLENDER": ".blend",
     b"PXR-USDC": ".usdc",
+    b"#usda": ".usda",
     b"# .PCD": ".pcd",
 }
 _BEGINNINGS = (
@@ -192,6 +193,7 @@ _BEGINNINGS = (
     (rb"(?s)(\s*(#[^\n]*)?\n)*\s*(v|mtllib|o|g)\s+\S", ".obj"),
     (rb"(?s)\s*solid\b.*\bfacet\b", ".stl"),
     (rb"(?s)\s*<\?xml.*<COLLADA", ".dae"),
+    (rb"(?s)\s*<\?xml.*<X3D", ".x3d"),
 )
 
 

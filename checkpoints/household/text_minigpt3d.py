@@ -17,6 +17,7 @@ import numpy as np
 from .readers_minigpt3d import (
     MAX_HEADER_LINES,
     MAX_LINE_CHARACTERS,
+    NotACloudError,
     PointCloudError,
     Points,
     color_names,
@@ -28,8 +29,8 @@ from .tables_minigpt3d import split_columns
 
 
 _MISSING_WORDS = {"", "na", "n/a", "null", "none", "-", "--", "?"}
-# Three rows of numbers are notes or a matrix, and three points are at most a triangle.
-_MIN_ROWS = 4
+# Of a .pts, which only scanners write: three points are at most a triangle.
+_MIN_SCAN_POINTS = 4
 _COMMENT_MARKS = ("#", "//", "%", "!")
 
 
@@ -72,9 +73,9 @@ def _read_text(path: Path) -> Points:
         chosen = [i for i in range(1, max(numbers)) if i in numbers or _is_missing(layout.cells[i])] + [max(numbers)]
         chosen = [0, *chosen] if 0 in numbers else chosen
     table = _load_rows(path, layout, chosen)
-    if 0 < len(table) < _MIN_ROWS:
+    if path.suffix.lower() == ".pts" and len(table) < _MIN_SCAN_POINTS:
         raise PointCloudError(
-            f"it has {len(table)} rows of numbers, expected {_MIN_ROWS} or more: fewer points are no object."
+            f"its scan has {len(table)} points, expected {_MIN_SCAN_POINTS} or more: fewer show no object."
         )
     if names is not None:
         return named_columns(dict(zip(columns, table.T, strict=True)), columns)._replace(may_be_sparse=True)
@@ -114,7 +115,7 @@ def _find_layout(path: Path) -> _Layout:
                 num_skipped = len(before) + _is_numbering(cells, next(lines, ""))
                 return _Layout(encoding, num_skipped, delimiter, decimal_comma, is_plain, names, is_ragged, cells)
             before.append(line)
-    raise PointCloudError(
+    raise NotACloudError(
         "it is text, not a cloud: there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line."
     )
 
@@ -139,7 +140,7 @@ def _find_encoding(path: Path) -> str:
 def _short_lines(stream: io.TextIOBase) -> Iterator[str]:
     while line := stream.readline(MAX_LINE_CHARACTERS):
         if len(line) == MAX_LINE_CHARACTERS:
-            raise PointCloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
+            raise NotACloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
         yield line
 
 

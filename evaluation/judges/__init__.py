@@ -6,10 +6,10 @@ request that was answered.
 """
 
 from .endpoint import EndpointJudge
-from .judge import MAX_TOKENS, Judge, JudgeError
+from .judge import MAX_TOKENS, Judge, JudgeError, make_judge
 
 
-__all__ = ["MAX_TOKENS", "EndpointJudge", "Judge", "JudgeError", "LocalJudge"]
+__all__ = ["MAX_TOKENS", "EndpointJudge", "Judge", "JudgeError", "LocalJudge", "make_judge"]
 
 
 def __getattr__(name: str):

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from minigpt3d.files import write_text
 
-END_OF_THOUGHT = "</think>"  # of Qwen3, DeepSeek-R1 and most others that think aloud
+
+END_OF_THOUGHT = "</think>"  # of Qwen3, DeepSeek-R1 and most others that think before they reply
 FINAL_REASONS = ("length", "content_filter")  # finish reasons for which asking again would give no text either
 _VERDICT = re.compile(r"\s*(?:[TF]|-?[0-9.]+)\s*#", re.IGNORECASE)  # how a reply to each default prompt begins
 
@@ -75,12 +75,9 @@ class ReplyCache:
         return reply if reply.key == self.key(prompt) and reply.is_final else None
 
     def write(self, reply: Reply):
-        """Write a reply in one step: other processes see the complete file or none."""
-        path = self._path(reply.key["prompt"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two processes may write the same reply
-        partial.write_text(json.dumps(asdict(reply), indent=1), encoding="utf-8")
-        os.replace(partial, path)
+        """Write a reply; other processes see the complete file or none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._path(reply.key["prompt"]), json.dumps(asdict(reply), indent=1))
 
     def _path(self, prompt: str) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(prompt), sort_keys=True).encode()).hexdigest()

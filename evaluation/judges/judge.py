@@ -1,4 +1,4 @@
-"""What both judges share: cache, totals and progress bar. They differ in how they ask."""
+"""What judges share, cache, totals and progress bar, and `make_judge`, which chooses one. Judges differ in how they ask."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
+from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.progress import progress
 
 from .cache import Reply, ReplyCache
@@ -112,3 +113,29 @@ class Judge(ABC):
 def without_surrogates(text: str) -> str:
     """Replace half an emoji, cut at a token limit or escaped in JSON, by a question mark: it cannot be encoded."""
     return text.encode("utf-8", "replace").decode()
+
+
+def make_judge(options: EvaluateOptions) -> Judge | None:
+    """The judge that the options describe: a model behind an endpoint, or in this process.
+
+    Raises:
+        ValueError: it cannot be used; names the option.
+        ImportError: a package is missing.
+    """
+    if options.judge is None:
+        return None
+    cache = options.judge_cache or options.out / "judge"
+    limits = {name: getattr(options, f"judge_{name}") for name in ("max_tokens", "concurrency", "timeout")}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    try:
+        if options.judge_url is None:
+            from .local import LocalJudge
+
+            return LocalJudge(options.judge, cache, options.device, **limits)
+        from .endpoint import EndpointJudge
+
+        price = None if options.judge_price is None else tuple(options.judge_price)
+        settings = {"requests_per_minute": options.judge_rpm, "price": price}
+        return EndpointJudge(options.judge, options.judge_url, cache, **settings, **limits)
+    except ValueError as error:  # arguments of a judge have other names here
+        raise ValueError(str(error).replace("`model`", "`judge`").replace("`url`", "`judge_url`")) from error

@@ -1,5 +1,7 @@
 """Metrics of answers: functions of (predictions, references, keywords) that return a dict with a value per object.
 
+`METRICS` in table.py has a row for each score that an evaluation can report.
+
 The folders in `spaces/` offer the same functions to `evaluate.load`.
 """
 

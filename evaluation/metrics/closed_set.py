@@ -21,7 +21,7 @@ def closed_set_accuracy(
 ) -> dict:
     """Share of answers that name their object's class, out of a given list of classes.
 
-    Without a judge, the first class that an answer names counts, a repeatable rule. With a judge, the judge picks.
+    Without a judge, it is the first class that the answer names (see `class_namer`). With a judge, the judge picks it.
 
     Args:
         predictions: the answers, one text per object.
@@ -70,12 +70,12 @@ def closed_set_accuracy(
 def _check_classes(classes, references):
     check_texts("classes", classes)
     if len(set(classes)) < len(classes):
-        raise ValueError(f"`classes` must hold each name once, got {classes!r}.")
+        raise ValueError(f"`classes` must contain each name once, got {classes!r}.")
     unknown = sorted(set(references) - set(classes))
     if unknown:
         raise ValueError(
-            f"`references` holds {len(unknown)} names that are not in `classes`: {', '.join(map(repr, unknown[:5]))}. "
-            "Spell each as in `classes`."
+            f"`references` contains {len(unknown)} names that are not in `classes`: {', '.join(map(repr, unknown[:5]))}. "
+            "Use the spelling of `classes`."
         )
 
 
@@ -90,7 +90,7 @@ def class_namer(classes: Sequence[str], aliases: dict[str, Sequence[str]]) -> Ca
     ("TV stand", not "TV"). If names follow one another, the last counts: a "table lamp" is a lamp.
 
     Raises:
-        ValueError: an alias is given for no class, a name has no letters, or one name means two classes.
+        ValueError: an alias of an unknown class, a name without letters, or one name for two classes.
     """
     unknown = [label for label in aliases if label not in classes]
     if unknown:
@@ -124,7 +124,7 @@ def _normalized_names(classes, aliases) -> dict[str, str]:
         for name in (label, *aliases.get(label, ())):
             normalized = re.sub(" ?/ ?", "/", _normalize(" ".join(name.split())))
             if not normalized.replace("/", "").strip():
-                raise ValueError(f"{name!r} is no name that an answer could hold, for class {label!r}.")
+                raise ValueError(f"{name!r} of class {label!r} has no letters, so no answer can contain it.")
             class_by_name[normalized] = label
             other = class_by_reading.setdefault(normalized.replace("/", " "), label)
             if other != label:
@@ -139,7 +139,7 @@ def _normalize(text: str) -> str:
 
 
 def _inflections(name: str) -> Iterator[str]:
-    """The regular plural of a name, and its singular if it is a plural. Of other words they make forms that nobody writes."""
+    """The regular plural of a name, and its singular if it is a plural; other forms that result are not words."""
     if re.search(r"(s|x|z|ch|sh|o)$", name):
         yield name + "es"
     if re.search(r"[^aeiou]y$", name):

@@ -1,4 +1,4 @@
-"""What the folders in `spaces/` share: each is a metric for `evaluate.load` and can be pushed to the Hub as a Space."""
+"""Base of the folders in `spaces/`, which are metrics for `evaluate.load` and can be pushed to the Hub as Spaces."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from .checks import check_pairs
 
 
 class HubMetric(evaluate.Metric, ABC):
-    """A metric function as `evaluate` wants it.
+    """A metric function with the interface of `evaluate`.
 
     Abstract, since `evaluate.load` takes the first class that is not abstract from a script, imported ones included.
 
@@ -50,7 +50,7 @@ class HubMetric(evaluate.Metric, ABC):
 
 
 def launch_card():
-    """Serve the page of a Space: its README. A form cannot ask for a judge, for classes or for an encoder."""
+    """Serve the README as the page of a Space whose metric needs a judge, classes or an encoder, which a form cannot give."""
     import gradio
     from evaluate.utils.gradio import parse_readme
 

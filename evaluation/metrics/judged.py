@@ -43,7 +43,7 @@ def open_vocabulary_accuracy(
 def caption_judge_score(
     predictions: Sequence[str], references: Sequence[str], *, judge: Callable, prompt: str | None = None
 ) -> dict:
-    """How much of each reference its description also says, from 0 to 100; a judge decides.
+    """How much of each reference is also in its description, from 0 to 100; a judge decides.
 
     Args:
         predictions: the descriptions, one text per object.

@@ -16,7 +16,7 @@ SCORES = ("bleu_1", "bleu_4", "rouge_l", "meteor")
 def caption_overlap(
     predictions: Sequence[str], references: Sequence[str | Sequence[str]], *, scores: Sequence[str] = SCORES
 ) -> dict:
-    """Words that descriptions share with their references, as BLEU-1, BLEU-4, ROUGE-L and METEOR.
+    """Words in common of descriptions and their references: BLEU-1, BLEU-4, ROUGE-L and METEOR.
 
     Args:
         predictions: the descriptions, one text per object.
@@ -35,8 +35,11 @@ def caption_overlap(
     unknown = [score for score in scores if score not in SCORES]
     if isinstance(scores, str) or unknown or not scores:
         raise ValueError(f"`scores` must be a list of one or more of {', '.join(SCORES)}, got {scores!r}.")
-    # Each score looks for its library and data first, so that nothing is computed before all are known to be there.
-    functions = {score: _FUNCTIONS[score]() for score in scores}
+    try:  # all libraries and data, before anything is computed
+        functions = {score: _FUNCTIONS[score]() for score in scores}
+    except ImportError as error:
+        package = error.name.partition(".")[0].replace("_", "-")
+        raise ImportError(f'caption_overlap needs {package}: pip install "minigpt3d[eval]"') from error
     references = [[texts] if isinstance(texts, str) else texts for texts in references]
     values = {
         score: [float(function(texts, answer)) for texts, answer in zip(references, predictions, strict=True)]
@@ -49,10 +52,8 @@ def caption_overlap(
 
 
 def _bleu(order: int) -> Callable:
-    try:
-        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    except ImportError as error:
-        raise ImportError(_missing("BLEU", "nltk")) from error
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
     weights = [1 / order] * order
     smoothing = SmoothingFunction().method1
     return lambda references, answer: sentence_bleu(
@@ -61,16 +62,14 @@ def _bleu(order: int) -> Callable:
 
 
 def _rouge_l() -> Callable:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError(_missing("ROUGE-L", "rouge-score")) from error
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return lambda references, answer: scorer.score_multi(references, answer)["rougeL"].fmeasure
 
 
 class _Words:
-    """rouge-score's tokenizer for all scripts; its own keeps English letters only and leaves nothing of other scripts."""
+    """A tokenizer for rouge-score that supports all scripts; the default one keeps English letters only."""
 
     def tokenize(self, text):
         text = unicodedata.normalize("NFC", text.lower())
@@ -78,11 +77,9 @@ class _Words:
 
 
 def _meteor() -> Callable:
-    try:
-        from nltk.corpus import wordnet
-        from nltk.translate.meteor_score import meteor_score
-    except ImportError as error:
-        raise ImportError(_missing("METEOR", "nltk")) from error
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import meteor_score
+
     try:
         wordnet.ensure_loaded()
     except LookupError as error:
@@ -96,7 +93,3 @@ def _meteor() -> Callable:
 
 
 _FUNCTIONS = {"bleu_1": lambda: _bleu(1), "bleu_4": lambda: _bleu(4), "rouge_l": _rouge_l, "meteor": _meteor}
-
-
-def _missing(score: str, package: str) -> str:
-    return f'{score} needs {package}: pip install "minigpt3d[eval]", or pip install {package}'

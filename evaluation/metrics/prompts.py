@@ -1,4 +1,4 @@
-"""What a judge is asked: the default prompts, how a prompt is filled, and how it is sent."""
+"""The default prompts of a judge, and a function that fills a prompt and asks."""
 
 import re
 from collections.abc import Callable
@@ -87,8 +87,8 @@ def ask_judge(judge: Callable, prompt: str, rows: list[dict[str, str]]) -> list[
         )
     missing = [f"{{{name}}}" for name in rows[0] if f"{{{name}}}" not in prompt]
     if missing:
-        raise ValueError(f"`prompt` lacks {' and '.join(missing)}: put it where that text belongs.")
-    # All placeholders in one pass: what looks like a placeholder in an answer must stay as it is.
+        raise ValueError(f"`prompt` lacks {' and '.join(missing)}: put it where the text is to be inserted.")
+    # One pass for all placeholders, so that an answer that contains one is not changed.
     placeholder = re.compile(r"\{(" + "|".join(rows[0]) + r")\}")
     replies = list(judge([placeholder.sub(lambda match, row=row: row[match[1]], prompt) for row in rows]))
     if len(replies) != len(rows) or not all(reply is None or isinstance(reply, str) for reply in replies):

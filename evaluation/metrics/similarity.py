@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from minigpt3d.messages import one_line
+
 from .checks import check_pairs
 
 
@@ -38,7 +40,10 @@ def sentence_similarity(
     check_pairs(predictions, references)
     if pooling not in POOLINGS:
         raise ValueError(f"`pooling` must be {' or '.join(POOLINGS)}, got {pooling!r}.")
-    encode = _load_pooler(encoder) if pooling == "pooler_output" else _load_sentence_transformer(encoder)
+    try:
+        encode = _load_pooler(encoder) if pooling == "pooler_output" else _load_sentence_transformer(encoder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the sentence encoder {encoder} cannot be loaded: {one_line(error)}") from error
     texts = sorted({*predictions, *references}, key=lambda text: (len(text), text))  # similar lengths: little padding
     row = {text: index for index, text in enumerate(texts)}
     vectors = encode(texts).astype(np.float64)  # (texts, D)

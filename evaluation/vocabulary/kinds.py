@@ -56,7 +56,7 @@ OTHER_NOUNS = frozenset(
     "house hut kettle knob mat mirror ottoman paper phone pot rack remote ring sheet shoe shutter slot stand switch "
     "toy trolley vase".split()
 )
-# Head nouns of names that in an answer more often mean a color, a wood, a part, an owner or something else.
+# Head nouns of catalog names which in an answer usually mean something else: a color, a wood, a part, an owner.
 ONLY_IN_NAMES = frozenset(
     "acacia audi bamboo basin beech beetle birch blossom cedar child citroen cypress female fiat fir ford human leon light "
     "male maple oak palm peugeot pine poplar renault rose seat spruce vanity washing willow yamaha".split()

@@ -173,18 +173,15 @@ def write_release(items: list[Item], output: Path, seed: int) -> dict[str, int]:
 
 
 def recolored_copies(item: Item, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The cloud and copies of it in other colors, by object id."""
+    """The cloud and copies of it in other colors, part by part, by object id."""
     clouds = {item.piece.object_id: item.cloud}
+    coord, color = item.cloud[:, :3], torch.from_numpy(item.cloud[None, :, 3:])
     for number in range(RECOLORED_PER_OBJECT[item.kind is not None]):
-        clouds[f"{item.piece.object_id}-r{number + 1}"] = recolored(item.cloud, int(rng.integers(2**31)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        new_color = recolor(color, torch.tensor([True]), generator)[0].numpy()
+        cloud = np.concatenate([coord, new_color], axis=1).astype(np.float32)
+        clouds[f"{item.piece.object_id}-r{number + 1}"] = cloud
     return clouds
-
-
-def recolored(cloud: np.ndarray, seed: int) -> np.ndarray:
-    """The same shape in other colors, part by part."""
-    generator = torch.Generator().manual_seed(seed)
-    color = recolor(torch.from_numpy(cloud[None, :, 3:]), torch.tensor([True]), generator)[0].numpy()
-    return np.concatenate([cloud[:, :3], color], axis=1).astype(np.float32)
 
 
 def annotate_item(object_id: str, item: Item, cloud: np.ndarray, rng: np.random.Generator) -> list[dict]:

@@ -64,7 +64,6 @@ DETAILED_QUESTIONS = (
     "Tell me all about this object.",
 )
 COLOR_QUESTIONS = ("What color is it?", "What color is it?", "What is its main color?", "Which color does it have?")
-_SIDES = ("width", "height", "depth")
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,6 @@ def what_is_this(facts: Facts) -> str:
     return f"This is {with_article(f'{facts.colors[0]} {facts.noun}')}."
 
 
-def color_answer(facts: Facts) -> str:
-    """The main color alone: trained to name a second one, so small a model says "mostly white, with some white"."""
-    return f"It is {facts.colors[0]}."
-
-
 def shape_answer(facts: Facts) -> str:
     """Its proportions in words, from the bounding box."""
     width, height, depth = facts.extent
@@ -136,23 +130,12 @@ def shape_answer(facts: Facts) -> str:
     return "wider than tall" if height < 0.83 * side else "about as tall as wide"
 
 
-def longest_side_answer(facts: Facts) -> str:
-    width, height, depth = facts.extent
-    if height >= max(width, depth):
-        return "Its height is the longest side."
-    return "It is longer sideways than it is tall."
-
-
-def place_answer(facts: Facts) -> str | None:
-    return PLACES.get(facts.category)
-
-
 def detailed(facts: Facts, rng: np.random.Generator) -> str:
     """A long description: kind and color, then shape, place and use."""
     thing = with_article(f"{facts.colors[0]} {facts.noun}")
     sentences = [_pick(rng, f"This is {thing}.", f"This is {thing}.", f"The object is {thing}.")]
     sentences.append(_pick(rng, f"It is {shape_answer(facts)}.", f"Its shape is {shape_answer(facts)}."))
-    use, place = USES.get(facts.kind), place_answer(facts)
+    use, place = USES.get(facts.kind), PLACES.get(facts.category)
     if use and place:
         sentences.append(f"It is used for {use} and can be found {place}.")
     elif use:
@@ -164,17 +147,17 @@ def detailed(facts: Facts, rng: np.random.Generator) -> str:
 
 def questions(facts: Facts, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions with answers, in random order, without those about name and color, which every object has."""
+    width, height, depth = facts.extent
+    is_tall = height >= max(width, depth)
+    longest_side = "Its height is the longest side." if is_tall else "It is longer sideways than it is tall."
     pairs = [
         (
             _pick(rng, "What shape is it?", "Describe its proportions.", "How is it proportioned?"),
             f"It is {shape_answer(facts)}.",
         ),
-        (
-            _pick(rng, "Which side is the longest?", "Is it taller than it is wide?"),
-            longest_side_answer(facts),
-        ),
+        (_pick(rng, "Which side is the longest?", "Is it taller than it is wide?"), longest_side),
     ]
-    if place := place_answer(facts):
+    if place := PLACES.get(facts.category):
         is_room = facts.category in ("Living room", "Kitchen", "Bedroom", "Bathroom", "Office")
         question = "Which room does it belong in?" if is_room and rng.random() < 0.5 else "Where would you find it?"
         pairs.append((question, f"You would find it {place}."))
@@ -192,13 +175,15 @@ def keywords(facts: Facts, rng: np.random.Generator) -> list[str]:
     """The facts as a few words in random order; each is missing with probability 0.08."""
     words = [facts.colors[0], facts.noun, shape_answer(facts)]
     words += [f"some {color}" for color in facts.colors[1:]]
-    words += [place_answer(facts) or "", facts.name]
+    words += [PLACES.get(facts.category) or "", facts.name]
     return [words[i] for i in rng.permutation(len(words)) if words[i] and rng.random() < 0.92]
 
 
 def annotate(object_id: str, facts: Facts, num_brief: int, rng: np.random.Generator) -> list[dict]:
     """Records in PointLLM's layout: `num_brief` brief ones, two detailed, some single rounds and two multi-rounds."""
-    what, color = ("What is this?", what_is_this(facts)), (_pick(rng, *COLOR_QUESTIONS), color_answer(facts))
+    what = ("What is this?", what_is_this(facts))
+    # The main color alone: trained to name a second one, so small a model says "mostly white, with some white".
+    color = (_pick(rng, *COLOR_QUESTIONS), f"It is {facts.colors[0]}.")
     records = [
         _record(object_id, "simple_description", [(_pick(rng, *BRIEF_QUESTIONS), brief(facts, rng))])
         for _ in range(num_brief)

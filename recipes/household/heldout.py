@@ -1,7 +1,7 @@
 """Write the held-out objects of a release as one small file, such as evaluation/household.parquet.
 
 A row for each validation object of a known kind: the cloud as `data.clouds.encode_cloud` packs it, its name, kind, color and
-caption, and its creator and license.
+caption, and its creator and license. `evaluation/household.parquet` is a copy of the recipe's `WORK_DIR/heldout.parquet`.
 """
 
 from pathlib import Path

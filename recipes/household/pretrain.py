@@ -254,27 +254,19 @@ def make_views(config: MiniGPT3DPointConfig, objects: list[Object], num_procedur
     categories = sorted({o.category for o in objects if not o.is_validation})
     kinds = [*KINDS, None]
 
-    neighborhoods, centers, targets, weights = [], [], [], []
-    for obj in tqdm(objects, desc="grouping", unit="", mininterval=5):
-        neighborhood, center = group_views(obj.cloud, config, CLOUD_POINTS, 1 if obj.is_validation else 16, rng)
+    def index_in(names: list[str], name: str | None) -> int:
+        return names.index(name) if name in names else -100
+
+    rows = [(o.cloud, 1 if o.is_validation else 16, o.kind, head_noun(o.name), o.category) for o in objects]
+    rows += [(cloud, 2, kind, noun, None) for noun, kind, cloud in procedural]
+    neighborhoods, centers, targets = [], [], []
+    for cloud, num_views, kind, noun, category in tqdm(rows, desc="grouping", unit="", mininterval=5):
+        neighborhood, center = group_views(cloud, config, CLOUD_POINTS, num_views, rng)
         neighborhoods.append(neighborhood.half())
         centers.append(center)
-        noun = head_noun(obj.name)
-        targets.append(
-            (
-                kinds.index(obj.kind),
-                nouns.index(noun) if noun in nouns else -100,
-                categories.index(obj.category) if obj.category in categories else -100,
-            )
-        )
-        weights.append(0.0 if obj.is_validation else 1.0)
-    for noun, kind, cloud in tqdm(procedural, desc="grouping", unit="", mininterval=5):
-        neighborhood, center = group_views(cloud, config, CLOUD_POINTS, 2, rng)
-        neighborhoods.append(neighborhood.half())
-        centers.append(center)
-        targets.append((kinds.index(kind), nouns.index(noun), -100))
-        weights.append(1.0)
-    targets, weights = torch.tensor(targets), np.array(weights)  # (M, 3), (M,)
+        targets.append((kinds.index(kind), index_in(nouns, noun), index_in(categories, category)))
+    targets = torch.tensor(targets)  # (M, 3)
+    weights = np.array([not o.is_validation for o in objects] + [True] * num_procedural, dtype=float)  # (M,)
     weights = balance(weights, targets[:, 0].numpy(), len(objects), len(kinds))
     sizes = {"kind": len(kinds), "noun": len(nouns), "category": len(categories), "color": len(COLORS)}
     return Views(neighborhoods, centers, targets, weights, sizes, rng, generator)
@@ -457,8 +449,8 @@ def train_language_model(
     progress = tqdm(range(steps), desc="language model", unit="step", mininterval=5)
     for step in progress:
         conversations = [texts.conversation() for _ in range(batch_size)]
-        batch = encode_text(processor, conversations)
-        loss = model(**batch).loss
+        batch = processor.encode_training(conversations, [])  # without clouds
+        loss = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = cosine(step, steps, 2e-3, warmup=50)
         optimizer.zero_grad()
         loss.backward()
@@ -468,12 +460,6 @@ def train_language_model(
         if step % 10 == 0:
             progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
     return float(np.mean(losses[-20:])) if losses else math.nan
-
-
-def encode_text(processor: MiniGPT3DProcessor, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-    """Conversations without clouds, right-padded: input_ids, attention_mask, labels (B, T)."""
-    batch = processor.encode_training(conversations, [])
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 # ---- All parts ------------------------------------------------------------------------------------------------------

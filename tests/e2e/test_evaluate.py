@@ -1,4 +1,4 @@
-"""`minigpt3d evaluate`: objects of every suite, answers that survive a kill, scores, and the command line."""
+"""`minigpt3d evaluate`: objects of every suite, interrupted runs, scores, and the command line."""
 
 import hashlib
 import json
@@ -25,6 +25,7 @@ from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
 from minigpt3d.evaluation.judges import Judge
+from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.objects import (
     EvalObject,
     check_clouds,
@@ -40,7 +41,7 @@ from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.run_folder import Lines, RunFolder, append_lines
 from minigpt3d.evaluation.score import compare_conditions, score_answers
 from minigpt3d.evaluation.statistics import bootstrap, holm, mcnemar
-from minigpt3d.evaluation.suites import DECODING, GREEDY, METRICS, MODELNET40_CLASSES, SUITES, Question
+from minigpt3d.evaluation.suites import DECODING, GREEDY, MODELNET40_CLASSES, SUITES, Question
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.hub import save_pretrained
@@ -62,7 +63,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_objects(tmp_path_factory) -> Path:
-    """Seven boxes with labels, captions and colors, as a user's lines of JSON."""
+    """Seven boxes with labels, captions and colors, in a .jsonl file."""
     folder = tmp_path_factory.mktemp("own")
     lines = []
     for seed in range(7):
@@ -94,8 +95,8 @@ def write_modelnet40(path: Path, protocol: int = 2) -> tuple[list, list]:
 def test_modelnet40_file(tmp_path, protocol):
     clouds, _ = write_modelnet40(tmp_path / "test.dat", protocol)
     objects = read_modelnet40(tmp_path / "test.dat")
-    assert [each.label for each in objects] == ["car", "airplane", "xbox"]
-    assert [each.object_id for each in objects] == ["0000", "0001", "0002"]
+    assert [item.label for item in objects] == ["car", "airplane", "xbox"]
+    assert [item.object_id for item in objects] == ["0000", "0001", "0002"]
     cloud = objects[1].read()
     assert cloud.shape == (64, 6) and not cloud[:, 3:].any()  # black
     xyz = clouds[1][:, :3] - clouds[1][:, :3].mean(0)
@@ -116,12 +117,12 @@ class Hostile:
 def test_modelnet40_runs_nothing(tmp_path, wrap):
     trap = tmp_path / "trap"
     (tmp_path / "evil.dat").write_bytes(pickle.dumps(wrap(Hostile(str(trap)))))
-    with pytest.raises(ValueError, match="refused or damaged: it (would call .*mkdir|holds an array of dtype 'O8')"):
+    with pytest.raises(ValueError, match="refused or damaged: it (names .*mkdir|contains an array of dtype 'O8')"):
         read_modelnet40(tmp_path / "evil.dat")
     assert not trap.exists()
 
 
-# What made numpy's own functions, called by a pickle, read or write memory that is none of theirs.
+# Pickles with which numpy's functions would read or write memory outside their arrays.
 FORGED_ARRAYS = """
 import pickle, sys
 from pathlib import Path
@@ -164,7 +165,7 @@ for forged in (
 """
 
 
-def test_modelnet40_forges_no_memory(tmp_path):
+def test_modelnet40_accesses_no_other_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", FORGED_ARRAYS, tmp_path / "x.dat"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("refused: `data`")]) == 22
@@ -185,7 +186,7 @@ def test_modelnet40_forges_no_memory(tmp_path):
         pickle.dumps(3),
     ],
 )
-def test_modelnet40_says_what_it_wants(tmp_path, content):
+def test_modelnet40_errors_name_the_expected_file(tmp_path, content):
     (tmp_path / "bad.dat").write_bytes(content)
     with pytest.raises(ValueError, match="`data` .*bad.dat"):
         read_modelnet40(tmp_path / "bad.dat")
@@ -204,7 +205,7 @@ def test_objaverse_files(tmp_path):
     records = [{"object_id": i, "conversations": [*turns, {"from": "gpt", "value": f"Object {i}."}]} for i in "ba"]
     (tmp_path / "gt.json").write_text(json.dumps(records))
     objects = read_objaverse(tmp_path, [tmp_path / "gt.json"])
-    assert [(each.object_id, each.caption) for each in objects] == [("b", "Object b."), ("a", "Object a.")]
+    assert [(item.object_id, item.caption) for item in objects] == [("b", "Object b."), ("a", "Object a.")]
     np.testing.assert_array_equal(objects[0].read(), make_cloud(0))
     (tmp_path / "a_8192.npy").unlink()
     with pytest.raises(ValueError, match="has no a_8192.npy .1 of 2 missing"):
@@ -213,47 +214,47 @@ def test_objaverse_files(tmp_path):
 
 def test_household_objects_are_the_held_out_ones():
     objects = read_household()
-    assert len(objects) == 100 == len({each.object_id for each in objects})
-    assert {each.label for each in objects} <= set(KINDS)
-    for each in objects[::10]:
-        cloud = each.read()
+    assert len(objects) == 100 == len({item.object_id for item in objects})
+    assert {item.label for item in objects} <= set(KINDS)
+    for item in objects[::10]:
+        cloud = item.read()
         assert cloud.shape == (8192, 6) and cloud.dtype == np.float32
         assert np.linalg.norm(cloud[:, :3], axis=1).max() == pytest.approx(1, abs=1e-4)
-        assert each.color == main_color(cloud[:, 3:])
-        assert each.color in each.caption
+        assert item.color == main_color(cloud[:, 3:])
+        assert item.color in item.caption
 
 
 def test_own_objects(own_objects):
     objects = read_own(str(own_objects))
-    assert [each.object_id for each in objects] == [f"box{i}" for i in range(7)]
+    assert [item.object_id for item in objects] == [f"box{i}" for i in range(7)]
     assert objects[1].label == "crate" and objects[1].caption == "A box, number 1." and objects[1].color in COLORS
     assert objects[0].read().shape == (8192, 6)
 
 
 def test_own_objects_in_a_table(own_objects):
-    """As a spreadsheet writes it and people type: with a mark, Windows' line ends, blanks and capitals."""
+    """With a byte order mark, Windows line ends, blanks and capitals."""
     table = own_objects.with_suffix(".csv")
     table.write_bytes(
         "\ufefffile, label ,color\r\nbox0.npy,Big  box ,Red\r\nbox1.npy,crate,\r\nbox2.npy, big box,red\r\n".encode()
     )
-    objects = [(each.object_id, each.label, each.color) for each in read_own(str(table))]
+    objects = [(item.object_id, item.label, item.color) for item in read_own(str(table))]
     assert objects == [("box0", "Big box", "red"), ("box1", "crate", None), ("box2", "Big box", "red")]
 
 
-def test_a_line_ends_where_json_has_its_end(own_objects):
-    """A text may hold line breaks that are none of the file's, such as U+2028 as a browser writes it."""
+def test_texts_may_contain_other_line_breaks(own_objects):
+    """Such as U+2028, which does not end a line of JSON."""
     lines = own_objects.with_name("breaks.jsonl")
     lines.write_text('{"file": "box0.npy", "caption": "A box.\u2028Red."}\r\n\n', encoding="utf-8", newline="")
-    assert [each.caption for each in read_own(str(lines))] == ["A box.\u2028Red."]
+    assert [item.caption for item in read_own(str(lines))] == ["A box.\u2028Red."]
 
 
-def test_columns_that_nobody_reads_are_told(own_objects):
+def test_unused_and_repeated_columns(own_objects):
     table = own_objects.with_name("colour.csv")
     table.write_text("file,label,colour\nbox0.npy,box,red\n")
-    with pytest.warns(UserWarning, match="colour.csv: .* color, object_id are read; not read: colour"):
+    with pytest.warns(UserWarning, match="colour.csv: .*not used: colour"):
         read_own(str(table))
-    table.write_text("file,label,,\nbox0.npy,box,,\n")  # of columns that were cleared, a spreadsheet keeps the commas
-    assert [each.label for each in read_own(str(table))] == ["box"]
+    table.write_text("file,label,,\nbox0.npy,box,,\n")  # a spreadsheet keeps the commas of cleared columns
+    assert [item.label for item in read_own(str(table))] == ["box"]
     table.write_text("file, label,label\nbox0.npy,box,chair\n")
     with pytest.raises(ValueError, match="names the column 'label' more than once"):
         read_own(str(table))
@@ -270,16 +271,16 @@ def test_columns_that_nobody_reads_are_told(own_objects):
     [
         ('{"file": "box0.npy"}', "line 1: expected 'file' and at least one of"),
         ('{"label": "x"}', "line 1: expected 'file'"),
-        ('{"file": "no.npy", "label": "x"}', "line 1: there is no file"),
+        ('{"file": "no.npy", "label": "x"}', "line 1: no such file"),
         ('{"file": "box0.npy", "label": 3}', "line 1: 'label' must be a text"),
         ('{"file": "box0.npy", "color": "mauve"}', "'color' must be one of black"),
         ("[1]", "line 1: expected 'file'"),
         ("{", "line 1: not JSON"),
-        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is there twice"),
-        ("", "holds no objects: expected a line for each"),
+        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is given 2 times"),
+        ("", "no objects. Expected a line for each"),
     ],
 )
-def test_own_objects_out_of_schema(own_objects, line, message):
+def test_malformed_lines_of_own_objects(own_objects, line, message):
     bad = own_objects.with_name("bad.jsonl")
     bad.write_text(line)
     with pytest.raises(ValueError, match=message):
@@ -304,18 +305,18 @@ def test_ids_are_printable(own_objects):
     assert [each.object_id for each in read_own(str(table))] == ["a\\x1b"]
 
 
-def test_own_objects_that_are_packed(own_objects, tmp_path):
+def test_packed_own_objects(own_objects, tmp_path):
     out = tmp_path / "packed"
     assert minigpt3d_cli.main(["pack", "--from", str(own_objects), "--out", str(out), "--num-workers", "1"]) == 0
-    objects = {each.object_id: each for each in read_own(str(out))}
+    objects = {item.object_id: item for item in read_own(str(out))}
     assert sorted(objects) == [f"box{i}" for i in range(7)]
     assert objects["box3"].caption == "A box, number 3." and objects["box3"].read().shape == (8192, 6)
 
 
 def test_answers_of_pointllm(tmp_path):
     results = [{"object_id": 3, "ground_truth": 1, "model_output": "A cup.", "label_name": "cup"}]
-    (tmp_path / "theirs.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
-    (answer,) = read_answers(tmp_path / "theirs.json")
+    (tmp_path / "pointllm.json").write_text(json.dumps({"prompt": "What is this?", "results": results}))
+    (answer,) = read_answers(tmp_path / "pointllm.json")
     assert answer == {
         "object_id": 3, "answer": "A cup.", "question": None, "condition": None, "prompt": "What is this?"
     }  # fmt: skip
@@ -327,7 +328,7 @@ def test_answers_of_pointllm(tmp_path):
 # ---- Suites ---------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_decoding_are_the_papers():
+def test_prompts_and_decoding_of_the_paper():
     modelnet, objaverse, caption = SUITES["modelnet40"], SUITES["objaverse"], SUITES["caption"]
     assert [q.prompt for q in modelnet.questions] == ["What is this?", "This is an object of "]
     assert [q.prompt for q in objaverse.questions] == ["What is this?", "This is an object of "]
@@ -351,10 +352,10 @@ def jobs() -> list[Job]:
 
 
 def note(log: list):
-    """Work that notes what it was asked and answers with it."""
+    """Work that logs what it is asked and returns it as the answer."""
 
     def work(job, objects, clouds, seed):
-        log.extend((job.question.name, job.condition, each.object_id) for each in objects)
+        log.extend((job.question.name, job.condition, item.object_id) for item in objects)
         return [{"answer": f"{seed}"} for _ in objects]
 
     return work
@@ -369,7 +370,7 @@ def test_every_object_is_asked_once(jobs, tmp_path):
     assert len(log) == 20  # nothing is left to ask
 
 
-def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
+def test_only_a_torn_line_is_asked_again(jobs, tmp_path):
     run_batches(jobs, Lines(tmp_path), 2, 0, note([]), "")
     whole = {json.dumps(line) for line in without_seconds(Lines(tmp_path).read())}
     part = tmp_path / "part-0.jsonl"
@@ -381,8 +382,8 @@ def test_a_torn_line_is_asked_again_and_nothing_else_is_written(jobs, tmp_path):
     assert len(lines) == 20 and {json.dumps(line) for line in lines} == whole
 
 
-def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
-    """Its other object is asked in the company that it would have had, whose answer is not written again."""
+def test_an_incomplete_batch_writes_missing_answers_only(jobs, tmp_path):
+    """The complete batch is asked again, so that sampling repeats; existing answers are not written again."""
     run_batches(jobs, Lines(tmp_path), 2, 0, note([]), "")
     whole = list(without_seconds(Lines(tmp_path).read()))
     (tmp_path / "part-0.jsonl").unlink()
@@ -394,7 +395,7 @@ def test_a_batch_that_is_there_in_part_repeats_nothing(jobs, tmp_path):
     assert len(lines) == 20 and sorted(map(json.dumps, lines)) == sorted(map(json.dumps, whole))
 
 
-def test_every_batch_draws_by_a_seed_of_its_own(jobs, tmp_path):
+def test_every_batch_has_its_own_seed(jobs, tmp_path):
     def run(folder, seed):
         seeds = {}
 
@@ -416,7 +417,7 @@ def without_seconds(lines):
         yield line
 
 
-def test_a_damaged_line_is_told_by_its_place(tmp_path):
+def test_a_damaged_line_is_named(tmp_path):
     append_lines(Lines(tmp_path).open(0), [{"n": 1}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
@@ -424,13 +425,13 @@ def test_a_damaged_line_is_told_by_its_place(tmp_path):
         list(Lines(tmp_path).read())
 
 
-def test_parts_of_a_run_with_more_processes_are_read(tmp_path):
+def test_files_of_more_processes_are_read(tmp_path):
     for rank in range(3):
         append_lines(Lines(tmp_path).open(rank), [{"n": rank}])
     assert [line["n"] for line in Lines(tmp_path).read()] == [0, 1, 2]
 
 
-def test_results_are_in_one_order_whichever_process_was_first(tmp_path):
+def test_results_are_in_the_order_of_the_suite(tmp_path):
     objects = [EvalObject("a", None), EvalObject("b", None)]
     lines = [
         {"question": question, "condition": condition, "object_id": object_id}
@@ -448,7 +449,7 @@ def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> Ev
     """An evaluation of all metrics of a suite."""
     options = EvaluateOptions(suite, Path("nowhere"), seed=fields.pop("seed", 0))
     return Evaluation(
-        options, SUITES[suite], {each.object_id: each for each in objects}, list(METRICS), judge, **fields
+        options, SUITES[suite], {item.object_id: item for item in objects}, list(METRICS), judge, **fields
     )
 
 
@@ -461,7 +462,7 @@ def score_texts(
     return scores, {row.object_id: row.scores for row in rows}
 
 
-def test_sampling_is_a_function_of_the_seed(tiny_processor):
+def test_sampling_depends_on_the_seed(tiny_processor):
     model, clouds = make_seeing_model(), [make_cloud(1), make_cloud(2)]
     decoding = DECODING | {"max_new_tokens": 12, "temperature": 5.0, "top_p": 1.0}
     first, again, other = (
@@ -470,18 +471,18 @@ def test_sampling_is_a_function_of_the_seed(tiny_processor):
     assert first == again != other
 
 
-def test_the_papers_ten_new_tokens_do_not_forbid_the_end(monkeypatch):
+def test_min_new_tokens_allows_the_end_mark(monkeypatch):
     """`###` is an end token in the model's own settings, and one token of its tokenizer."""
     model, processor = (
         cls.from_pretrained(SHIPPED) for cls in (MiniGPT3DForConditionalGeneration, MiniGPT3DProcessor)
     )
     end = processor.tokenizer.convert_tokens_to_ids("###")
     assert end in model.generation_config.eos_token_id and DECODING["min_new_tokens"] == 10
-    clouds = [each.read() for each in read_household()[:6]]
+    clouds = [item.read() for item in read_household()[:6]]
     lines = generate(model.eval(), processor, clouds, "What is this?", "default", DECODING | {"max_new_tokens": 40}, 0)
     assert min(line["tokens"] for line in lines) < 10 and not any(line["cut"] for line in lines)
     assert all(re.fullmatch("This is an? [a-z ]+\\.", line["answer"]) for line in lines), lines
-    # An answer whose end is just what the limit leaves room for is whole; with a token less it is cut.
+    # An answer that ends exactly at the limit is complete; with a limit of one token less it is cut.
     longest = max(line["tokens"] for line in lines)
     for limit in (longest, longest - 1):
         again = generate(model, processor, clouds, "What is this?", "default", GREEDY | {"max_new_tokens": limit}, 0)
@@ -500,7 +501,7 @@ def test_blind_clouds_reach_the_model_as_zeros(tiny_processor, template, monkeyp
     assert all(line["tokens"] <= 3 for line in lines)
 
 
-def test_one_object_has_no_other_to_shuffle_with_and_proves_nothing(own_objects, model_dir, tmp_path):
+def test_one_object_has_no_shuffled_control(own_objects, model_dir, tmp_path):
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--limit", 1]
     assert run_command(*arguments, "--out", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -508,8 +509,8 @@ def test_one_object_has_no_other_to_shuffle_with_and_proves_nothing(own_objects,
     assert results["tests"] and all(test["p"] == 1 for test in results["tests"])
 
 
-def test_details_that_nobody_counted_have_no_precision():
-    """A judge that finds nothing: there is no ratio; one that says nothing readable: every such answer is wrong."""
+def test_no_precision_without_details():
+    """Without any detail there is no ratio; an unreadable verdict counts as wrong."""
     objects = [EvalObject(name, None, caption="A red chair.") for name in "ab"]
     question = Question("caption", "", ("precision", "hallucination"))
 
@@ -530,8 +531,8 @@ def test_details_that_nobody_counted_have_no_precision():
     assert values == {"precision": 0.75, "hallucination": 0.5} and scores["b"] == {"precision": 0, "hallucination": 1}
 
 
-def test_the_interval_of_precision_is_that_of_all_details():
-    """An object of many details weighs as much as it has: a mean over objects would be another number."""
+def test_interval_of_precision_is_over_all_details():
+    """Objects are weighted by their number of details, which a mean over objects is not."""
     right, wrong = np.array([9, 1, 2, 0, 1]), np.array([1, 3, 0, 1, 0])
     objects = [EvalObject(str(i), None, caption="A red chair.") for i in range(5)]
 
@@ -546,8 +547,8 @@ def test_the_interval_of_precision_is_that_of_all_details():
     assert (precision.low, precision.high) == bootstrap((right, right + wrong), seed=3)
 
 
-def test_differences_are_corrected_for_their_number():
-    """Four tests of one run: each p is Holm's, and the words are about it."""
+def test_p_is_corrected_for_the_number_of_tests():
+    """Four tests of one run: p is Holm's, also in words."""
     rng = np.random.default_rng(4)
     values = {
         ("what", condition): [
@@ -577,8 +578,8 @@ def test_differences_are_corrected_for_their_number():
     assert all(f"p = {test.p:.3f}" in test.words or test.p < 0.001 for test in tests)
 
 
-def test_the_judge_is_asked_by_the_users_prompt():
-    """Details are asked for once, for three scores, by the prompt that the result names."""
+def test_the_judge_gets_the_users_prompt():
+    """One question for all three scores of details, with the prompt whose hash is in the results."""
     asked = []
 
     def judge(prompts):
@@ -597,7 +598,7 @@ def test_the_judge_is_asked_by_the_users_prompt():
     assert list(scores) == ["correctness", "hallucination", "precision"]
 
 
-def test_shuffling_gives_every_object_another_one():
+def test_shuffling_assigns_another_object():
     objects = [EvalObject(str(i), None, label="x") for i in range(9)]
     others = shuffle(objects, "label", 0)
     assert all(one.object_id != other.object_id for one, other in zip(objects, others, strict=True))
@@ -610,14 +611,14 @@ def test_shuffling_gives_every_object_another_one():
      ("A rose-colored chair with four legs.", "chair"), ("An oak wardrobe", "cabinet"), ("A child's bed", "bed"),
      ("A chandelier.", "lamp"), ("Three couches", "sofa"), ("A washing machine", "appliance"), ("A mattress", "bed")]
 )  # fmt: skip
-def test_kinds_in_free_words(answer, kind):
-    """A color, a wood, an owner is no kind, though "Light" and "Pine" are names of the catalog."""
+def test_kinds_in_answers(answer, kind):
+    """Words such as "light" and "pine", which are kinds in catalog names only, do not count."""
     plan = make_plan("household", [EvalObject("a", None, label=kind)])
     scores, _ = score_texts(plan, Question("what", "", ("closed_set_accuracy",)), {"a": answer})
     assert scores["closed_set_accuracy"].value == 1
 
 
-# ---- The whole ------------------------------------------------------------------------------------------------------
+# ---- Complete runs --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
@@ -632,7 +633,11 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     found = {(e["question"], e["condition"], e["metric"]) for e in results["scores"]}
     for condition in ("seeing", "blind", "no_color", "shuffled"):
         assert {("what", condition, m) for m in ("closed_set_accuracy", "color_accuracy", "likelihood_top_1")} <= found
-        assert ("what", condition, "likelihood_top_5") not in found  # of two classes both are among the first five
+        assert (
+            "what",
+            condition,
+            "likelihood_top_5",
+        ) not in found  # with two classes, both are always among the first five
         assert ("caption", condition, "rouge_l") in found
     for entry in results["scores"]:
         assert entry["low"] <= entry["value"] <= entry["high"] or entry["metric"] == "precision"
@@ -640,31 +645,33 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     assert len(rows) == 7 * 3 * 4
     for name in ("report.md", "report.html"):
         assert "With fewer than 20 objects" in (out / name).read_text()
-    # Again, with nothing to do but to score.
+    # The second run only scores.
     before = sorted(Lines(out / "answers").read(), key=json.dumps)
     assert run_command(*arguments, "--batch-size", 4) == 0
     assert sorted(Lines(out / "answers").read(), key=json.dumps) == before
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
-    # One score more, or only one: what there was stays.
+    # More or fewer metrics: earlier scores are kept.
     assert run_command(*arguments, "--batch-size", 4, "--metrics", "rouge_l") == 0
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
-    # And with other settings, which is refused.
+    # Other settings are refused.
     assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
-    assert "holds answers with seed 0, but now it is 1" in capsys.readouterr().err
+    assert "answers with seed 0, but now it is 1" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
-    """kill -9 in the midst of it, twice; the answers are those of a run that was left alone."""
+def test_a_killed_run_resumes(own_objects, model_dir, tmp_path):
+    """After two SIGKILLs, the answers equal those of an uninterrupted run."""
     command = [sys.executable, "-m", "minigpt3d.cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
     command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
     assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
-    for wanted in (3, 9):
+    for num_answers in (3, 9):
         process = subprocess.Popen(
             [*map(str, command), "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         until = time.time() + 60
-        while len(list(Lines(out / "answers").read())) < wanted and process.poll() is None and time.time() < until:
+        while (
+            len(list(Lines(out / "answers").read())) < num_answers and process.poll() is None and time.time() < until
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -677,12 +684,12 @@ def test_a_killed_run_goes_on(own_objects, model_dir, tmp_path):
 
 
 def evaluate_in_processes(own_objects, model_dir, out):
-    AcceleratorState._reset_state(True)  # the parent's, who is alone
+    AcceleratorState._reset_state(True)  # of the parent process
     assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", out, "--batch-size", 2,
                        "--metrics", "closed_set_accuracy", "--device", "cpu") == 0  # fmt: skip
 
 
-def test_two_processes_answer_as_one(own_objects, model_dir, tmp_path):
+def test_two_processes_give_the_answers_of_one(own_objects, model_dir, tmp_path):
     evaluate_in_processes(own_objects, model_dir, tmp_path / "one")
     debug_launcher(evaluate_in_processes, (own_objects, model_dir, tmp_path / "two"), num_processes=2)
     one, two = (
@@ -714,12 +721,12 @@ def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_
         template.write_text(template.read_text().replace("[INST]", "[ASK]"))
     before = sorted((out / "answers").glob("*"))[0].read_bytes()
     assert run_command(*arguments, *change) == 1
-    assert f"holds answers with {name} " in capsys.readouterr().err
+    assert f"answers with {name} " in capsys.readouterr().err
     assert sorted((out / "answers").glob("*"))[0].read_bytes() == before
     for folder in ("answers", "likelihood"):
         shutil.rmtree(out / folder)
     (out / "settings.json.tmp").write_text("{")
-    assert run_command(*arguments, *change) == 0  # no answers, so nothing to mix
+    assert run_command(*arguments, *change) == 0  # allowed without answers
 
 
 def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
@@ -727,12 +734,12 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
     with RunFolder(out).locked():
         assert run_command(*arguments) == 1
-    assert f"--out {out}: another process is working in it" in capsys.readouterr().err
+    assert f"--out {out}: another process is using it" in capsys.readouterr().err
     assert not (out / "answers").exists()
 
 
-def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, monkeypatch):
-    """And who reads them learns every command, and the versions that the answers were given with."""
+def test_scores_are_added_to_earlier_ones(own_objects, model_dir, tmp_path, monkeypatch):
+    """Results name all commands, and the versions of the runs that asked."""
     out, installed = tmp_path / "out", version("torch")
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     found = []
@@ -745,13 +752,13 @@ def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, m
     first, second = results["command"].split(" && ")
     assert first.endswith("--metrics rouge_l") and second.endswith("--metrics color_accuracy")
     assert results["versions"]["torch"] == installed and results["device"] == "cpu"
-    # An answer is missing, and given by the new versions.
+    # A missing answer is given with the new versions.
     (part,) = (out / "answers").glob("*.jsonl")
     part.write_text("".join(part.read_text().splitlines(keepends=True)[:-1]))
     assert run_command(*arguments, "--metrics", "rouge_l") == 0
     results = json.loads((out / "results.json").read_text())
     assert results["versions"]["torch"] == f"{installed}, 99" and results["command"].count(" && ") == 1
-    # All are given anew.
+    # All answers are new.
     for folder in ("answers", "likelihood"):
         shutil.rmtree(out / folder)
     assert run_command(*arguments) == 0
@@ -759,8 +766,8 @@ def test_scores_are_added_to_those_of_before(own_objects, model_dir, tmp_path, m
     assert results["versions"]["torch"] == "99" and " && " not in results["command"]
 
 
-def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp_path, capsys):
-    """As a run with --robustness leaves it when it is killed, and goes on without."""
+def test_incomplete_conditions_are_not_scored(own_objects, model_dir, tmp_path, capsys):
+    """As after a killed run with --robustness that is resumed without it."""
     out = tmp_path / "out"
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     assert run_command(*arguments) == 0
@@ -779,8 +786,8 @@ def test_a_condition_is_scored_on_all_objects_or_not(own_objects, model_dir, tmp
     assert {score["objects"] for score in scores if score["condition"] == "jitter-1"} == {7}
 
 
-def test_a_judge_without_verdicts_is_named(own_objects, model_dir, tmp_path, capsys):
-    """Its scores are zero by its own fault."""
+def test_a_judge_without_verdicts_is_reported(own_objects, model_dir, tmp_path, capsys):
+    """Its scores of zero are not the model's fault."""
 
     class Mute(Judge):
         def _ask(self, prompts):
@@ -791,18 +798,18 @@ def test_a_judge_without_verdicts_is_named(own_objects, model_dir, tmp_path, cap
     options = EvaluateOptions("own", tmp_path / "out", str(model_dir), data=str(own_objects), greedy=True,
                               metrics=["caption_score"])  # fmt: skip
     judge = Mute("m", tmp_path / "judge", {"model": "m"})
-    results = evaluate(options, judge=judge, report=messages.append)
+    results = evaluate(options, judge=judge, notify=messages.append)
     (words,) = (line for line in messages if "m gave no readable verdict on caption score" in line)
-    assert f"Other replies are kept: delete {tmp_path / 'judge'} before" in words
-    assert set(results.judge.prompts) == {"caption_score"}  # the only one that was asked
+    assert f"delete {tmp_path / 'judge'}" in words
+    assert set(results.judge.prompts) == {"caption_score"}  # the only prompt in use
     assert "So this score says nothing about the model" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
     assert minigpt3d_cli.main(["compare", *folders]) == 0
     assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
 
 
-def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
-    """And what is odd about a file is told once, on a line, however often it is read."""
+def test_one_label_gives_no_closed_set(own_objects, model_dir, tmp_path, capsys):
+    """A warning about a file is printed once, on one line, however often the file is read."""
     table = own_objects.with_name("one.csv")
     table.write_text("file,label,caption\nbox0.npy,box,\nhole.npy,box,\nbox3.npy,,A box.\n")
     cloud = make_cloud(1)
@@ -821,15 +828,15 @@ def test_one_label_is_no_closed_set(own_objects, model_dir, tmp_path, capsys):
         "cpu",
     ]
     assert run_command(*arguments) == 0
-    told = capsys.readouterr().err
-    for words in (told, (tmp_path / "out" / "report.md").read_text()):
-        assert "All labels are the same" in words
-    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", told)
+    messages = capsys.readouterr().err
+    for text in (messages, (tmp_path / "out" / "report.md").read_text()):
+        assert "All labels are the same" in text
+    (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", messages)
     assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
 
 
 def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
-    """By hand, from the scores to the report: one whose every second reply is nonsense, and nothing is asked twice."""
+    """Scores and report of a judge whose every second reply is nonsense; nothing is asked twice."""
     asked = []
 
     class TestJudge(Judge):
@@ -858,15 +865,15 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     def run():
         judge = TestJudge("m", tmp_path / "out" / "judge", {"model": "m"}, price=(1e5, 1e5))
         options = EvaluateOptions(**shared, judge_prompt=[f"hallucination={tmp_path / 'prompt.txt'}"], judge="m")
-        return evaluate(options, judge=judge, report=messages.append)
+        return evaluate(options, judge=judge, notify=messages.append)
 
     messages = []
     first = run()
-    (told,) = [line for line in messages if line.startswith("m is asked up to ")]
+    (message,) = [line for line in messages if line.startswith("m is asked up to ")]
     count = len(asked)
-    # Three prompts, of seven objects under four conditions, the blind among them; some are equal.
-    assert "up to 84 questions" in told and 84 * 0.7 < count <= 84
-    assert [line for line in messages if "no readable verdict" in line] == []  # it gave some
+    # Three prompts about seven objects under four conditions, some of them equal.
+    assert "up to 84 questions" in message and 84 * 0.7 < count <= 84
+    assert [line for line in messages if "no readable verdict" in line] == []  # some verdicts were readable
     judged = {score.metric: score for score in first.seeing if score.judge}
     assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}
     assert sum(prompt.startswith("MINE") for prompt in asked) > 0
@@ -879,25 +886,25 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     again = run()
     assert len(asked) == count and again.judge == first.judge and again.scores == first.scores
     assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
-    # Its scores are not lost without a message: not to none, nor to those of another judge.
+    # Runs without a judge, or with another one, report that its scores are lost.
     with pytest.raises(ValueError, match="holds scores by the judge m. Give `judge` again"):
         evaluate(EvaluateOptions(**shared))
     messages.clear()
     other = TestJudge("n", tmp_path / "n", {"model": "n"})
-    again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, report=messages.append)
+    again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, notify=messages.append)
     assert "scores by m are replaced by those of n; the replies are kept" in messages
     assert {score.judge for score in again.scores} == {None, "n"} and again.judge.files is None
 
 
-def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir, tmp_path, capsys):
+def test_limited_runs_are_reported_as_such(own_objects, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     assert run_command(*arguments, "--limit", 3) == 0
-    told = capsys.readouterr().err
+    messages = capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())
     assert (results["dataset"]["objects"], results["dataset"]["of"]) == (3, 7)
-    for words in (told, (out / "report.md").read_text()):
-        assert "Only the first 3 of 7 objects were evaluated" in words and "With fewer than 20 objects" in words
+    for text in (messages, (out / "report.md").read_text()):
+        assert "Only the first 3 of 7 objects were evaluated" in text and "With fewer than 20 objects" in text
     assert "3 of own, the first of 7, fingerprint" in (out / "report.md").read_text()
     assert run_command(*arguments, "--limit", 5) == 1
     assert "with objects 3, but now it is 5. Give another folder, or the earlier settings; another --limit" in (
@@ -907,7 +914,7 @@ def test_a_part_of_the_objects_is_no_result_of_the_whole(own_objects, model_dir,
     assert "Only the first" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
 
 
-def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_reports_that_answers_are_kept(own_objects, model_dir, tmp_path, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -926,8 +933,8 @@ def test_ctrl_c_says_that_nothing_is_lost(own_objects, model_dir, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("minigpt3d.evaluation.ask.take_likelihoods", stop)
         assert run_command(*arguments) == minigpt3d_cli.INTERRUPTED
-    told = capsys.readouterr().err
-    assert f"minigpt3d: stopped; the answers so far are kept in {tmp_path / 'out'}" in told
+    messages = capsys.readouterr().err
+    assert f"minigpt3d: stopped; the answers so far are kept in {tmp_path / 'out'}" in messages
     assert run_command(*arguments) == 0
 
 
@@ -953,7 +960,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
     assert entry["value"] == pytest.approx(3 / 7) and entry["objects"] == 7
     assert results["decoding"] is None and results["model"]["parameters"] is None
     assert results["device"] is None and "the limit" not in (out / "report.md").read_text()
-    # Objects that are called by numbers, which JSON has no zeros in front of.
+    # Numbers as object ids, without leading zeros.
     for number, ids in enumerate((["7", "0007"], ["7", "12"], ["0007", "0012"])):
         table, numbered = tmp_path / f"{number}.csv", tmp_path / f"{number}.jsonl"
         table.write_text("file,label,object_id\n" + "".join(f"{own_objects.parent}/box{i}.npy,{label},{ids[i]}\n"
@@ -967,16 +974,16 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
             row["object_id"]: row["scores"]["closed_set_accuracy"] for row in rows if row["condition"] == "seeing"
         }
         assert found == {ids[0]: 1.0, ids[1]: 0.0}
-    # Answers to the prompt that their file names, and to none of the suite's.
+    # A file with a prompt of the suite, and with another one.
     numbered = [{"object_id": f"box{i}", "model_output": "A red box."} for i in range(7)]
     for prompt, question in (
         ("What color is it?", "color"),
         (" What is this? ", "what"),
         ("Hello, what is it?", None),
     ):
-        (tmp_path / "theirs.json").write_text(json.dumps({"prompt": prompt, "results": numbered}))
+        (tmp_path / "pointllm.json").write_text(json.dumps({"prompt": prompt, "results": numbered}))
         folder = tmp_path / f"to-{question}"
-        code = run_command("own", "--data", own_objects, "--answers", tmp_path / "theirs.json", "--out", folder)
+        code = run_command("own", "--data", own_objects, "--answers", tmp_path / "pointllm.json", "--out", folder)
         assert code == (question is None)
         if question:
             rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
@@ -991,7 +998,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
     )  # fmt: skip
     code = run_command("own", "--data", own_objects, "--answers", tmp_path / "both.jsonl", "--out", tmp_path / "both")
     assert code == 1 and "has an answer to 'What color is it?'" in capsys.readouterr().err
-    # An object without an answer to a question that others have one to.
+    # An object that lacks an answer.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments[-1] = tmp_path / "more"
@@ -1009,7 +1016,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
         (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
         (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
-        (["household", "--phrase", "a thing"], "answers must hold {} once"),
+        (["household", "--phrase", "a thing"], "--phrase must contain {} once"),
         (
             ["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"],
             "--phrase: likelihoods need a closed set",
@@ -1041,9 +1048,9 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["own", "--data", "BROKEN"], "7 of 8 objects cannot be read:\n  nan: "),
         (["own", "--data", "BROKEN"], "\n  torn: "),
         (["own", "--data", "BROKEN"], "\n  nan5: "),
-        (["own", "--data", "sub/mine.csv"], "sub/mine.csv: there is no such file"),
-        (["own", "--data", "sub/mine.jsonl"], "sub/mine.jsonl: there is no such file"),
-        (["own", "--data", "sub/mine.xlsx"], "sub/mine.xlsx: there is no such file"),
+        (["own", "--data", "sub/mine.csv"], "sub/mine.csv: no such file"),
+        (["own", "--data", "sub/mine.jsonl"], "sub/mine.jsonl: no such file"),
+        (["own", "--data", "sub/mine.xlsx"], "sub/mine.xlsx: no such file"),
         (["own", "--data", "TABS"], "a .tsv is not read. Save it as .csv"),
         (["own", "--data", "SHEET"], "a .xlsx is not read. Save it as .csv"),
         (["household", "--answers", "GT", "--robustness"], "--robustness is for asking a model"),
@@ -1066,7 +1073,7 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, capsys):
+def test_mistakes_are_reported_before_heavy_work(arguments, message, tmp_path, capsys):
     (tmp_path / "DIR").mkdir()
     np.save(tmp_path / "DIR" / "a_8192.npy", make_cloud(1))
     np.save(tmp_path / "DIR" / "nan.npy", np.full((9, 6), np.nan, np.float32))
@@ -1086,16 +1093,16 @@ def test_mistakes_are_told_before_anything_heavy(arguments, message, tmp_path, c
     (tmp_path / "TWINS.jsonl").write_text("\n".join(lines))
     files = {"DIR": "DIR", "GT": "GT", "BROKEN": "BROKEN.jsonl", "TWINS": "TWINS.jsonl", "TABS": "TABS.tsv"}
     files["SHEET"] = "SHEET.xlsx"
-    arguments = [tmp_path / files[each] if each in files else each for each in arguments]
-    arguments = [str(each).replace("PROMPT", str(tmp_path / "PROMPT")) for each in arguments]
-    arguments = [each.replace("=SHEET", f"={tmp_path / files['SHEET']}") for each in arguments]
+    arguments = [tmp_path / files[argument] if argument in files else argument for argument in arguments]
+    arguments = [str(argument).replace("PROMPT", str(tmp_path / "PROMPT")) for argument in arguments]
+    arguments = [argument.replace("=SHEET", f"={tmp_path / files['SHEET']}") for argument in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_nothing_is_asked_that_cannot_be_scored(tmp_path, capsys):
-    """Objaverse without a judge and without an encoder: no answer would have a score."""
+def test_without_metrics_nothing_is_asked(tmp_path, capsys):
+    """Objaverse without a judge and an encoder has no metric."""
     (tmp_path / "clouds").mkdir()
     np.save(tmp_path / "clouds" / "a_8192.npy", make_cloud(1))
     conversations = [{"from": "human", "value": "<point>\nWhat?"}, {"from": "gpt", "value": "A."}]
@@ -1108,8 +1115,8 @@ def test_nothing_is_asked_that_cannot_be_scored(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatch):
-    """A model that turns what it reads does not turn it twice."""
+def test_up_axis_and_missing_color(tmp_path, capsys, monkeypatch):
+    """Objects are not rotated twice, by the reader and by the model's processor."""
     coord = np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.2, 0.4, 1.0]
     np.save(tmp_path / "tower.npy", coord.astype(np.float32))
     (tmp_path / "own.csv").write_text("file,label\ntower.npy,tower\n")
@@ -1133,21 +1140,21 @@ def test_own_objects_are_turned_and_colored_as_said(tmp_path, capsys, monkeypatc
         monkeypatch.setattr(f"minigpt3d.evaluation.{module}.read_clouds", spy)
     arguments = ["own", "--data", tmp_path / "own.csv", "--model", model, "--greedy", "--device", "cpu"]
     assert run_command(*arguments, "--out", tmp_path / "turned", "--up-axis", "z", "--missing-color", "white") == 0
-    assert set(seen) == {("x", "y", 1)}  # it was turned when it was read, and stays upright
+    assert set(seen) == {("x", "y", 1)}  # rotated by the reader only
     seen.clear()
     assert run_command(*arguments, "--out", tmp_path / "plain") == 0
-    assert set(seen) == {("x", None, 2)}  # the model's own setting, about the tower's axis
+    assert set(seen) == {("x", None, 2)}  # rotated by the model's processor
     monkeypatch.undo()
     assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
     assert "--up-axis and --missing-color are for your own files" in capsys.readouterr().err
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "packed.json").write_text("{}")
-    with pytest.raises(ValueError, match="packed data are turned and colored already"):
+    with pytest.raises(ValueError, match="packed data .*`up_axis` and `missing_color`"):
         read_own(str(tmp_path / "packed"), reading)
 
 
-def test_other_files_are_left_alone(tmp_path, own_objects, model_dir, capsys):
+def test_folders_with_other_files_are_refused(tmp_path, own_objects, model_dir, capsys):
     (tmp_path / "letter.txt").write_text("dear")
     (tmp_path / "results.json").write_text("{}")
     assert run_command("own", "--data", own_objects, "--model", model_dir, "--out", tmp_path) == 1
-    assert "holds other things than an evaluation" in capsys.readouterr().err
+    assert "other files than an evaluation" in capsys.readouterr().err

@@ -98,7 +98,12 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(distributions):
     with tarfile.open(distributions[1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     assert {*FLAT_FILES, "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "Makefile"} <= names
-    assert {"tests/conftest.py", "benchmarks/encode.py", "checkpoints/household/model.safetensors"} <= names
+    assert {
+        "tests/conftest.py",
+        "benchmarks/encode.py",
+        "docs/training.md",
+        "checkpoints/household/model.safetensors",
+    } <= names
     assert "evaluation/household.parquet" in names
     assert not any("__pycache__" in name for name in names)
 

@@ -42,6 +42,15 @@ def start_process(function, *args) -> multiprocessing.Process:
     return process
 
 
+@pytest.fixture(autouse=True)
+def children_end_with_their_test():
+    """A child that hangs is killed; multiprocessing would wait for it at exit without a limit."""
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join(TIMEOUT)
+
+
 def wait_until(condition):
     deadline = time.monotonic() + TIMEOUT
     while not condition() and time.monotonic() < deadline:

@@ -226,7 +226,7 @@ def run_make(targets: list[str], cwd: Path) -> str | None:
     if shutil.which("make") is None:
         pytest.skip("no make")
     if targets != ["demo"]:
-        process = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
+        process = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert process.returncode == 0, process.stderr
         return None
     python = cwd / "environment" / "bin" / "python"  # an environment that is up to date and runs this very Python

@@ -1,10 +1,11 @@
-"""Folders of runs as `minigpt3d evaluate` leaves them, made of drawn answers: for reports, comparisons and cards."""
+"""Folders of finished runs with random answers, for tests of reports, comparisons and cards."""
 
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.results import (
     Classes,
     Dataset,
@@ -18,10 +19,10 @@ from minigpt3d.evaluation.results import (
 )
 from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
-from minigpt3d.evaluation.suites import DECODING, METRICS, SUITES
+from minigpt3d.evaluation.suites import DECODING, SUITES
 
 
-# Class: objects of it among the household's 100 validation objects.
+# Number of the household's 100 validation objects by class.
 KINDS = {
     "animal": 3, "appliance": 4, "bed": 4, "bike": 3, "cabinet": 8, "car": 5, "chair": 16, "door": 2, "lamp": 8,
     "person": 7, "plant": 10, "sink": 4, "sofa": 6, "table": 13, "toilet": 3, "window": 4,
@@ -34,7 +35,7 @@ JUDGED = ("open_vocabulary_accuracy", "caption_score", "correctness", "hallucina
 
 
 def household_run(folder: Path, seed: int = 0, skill: float = 0.71, controls=True, corruptions=True) -> Path:
-    """Kinds and colors said of 100 objects, with controls, corruptions and classes by likelihood."""
+    """Answers about kinds and colors of 100 objects, with controls, corruptions and classes by likelihood."""
     generator = np.random.default_rng(seed)
     labels = [kind for kind, count in KINDS.items() for _ in range(count)]
     colors = np.random.default_rng(7).choice(COLORS, len(labels)).tolist()  # the objects are the same in every run
@@ -49,20 +50,20 @@ def household_run(folder: Path, seed: int = 0, skill: float = 0.71, controls=Tru
     rows, confusion = [], np.zeros((len(names), len(names)), int)
     for condition, chance in chances.items():
         for index, (label, color) in enumerate(zip(labels, colors, strict=True)):
-            said = label if generator.random() < chance else str(generator.choice(names))
-            said_color = color if generator.random() < min(1, chance + 0.1) else str(generator.choice(COLORS))
-            scores = {"closed_set_accuracy": float(said == label)}
+            answer_kind = label if generator.random() < chance else str(generator.choice(names))
+            answer_color = color if generator.random() < min(1, chance + 0.1) else str(generator.choice(COLORS))
+            scores = {"closed_set_accuracy": float(answer_kind == label)}
             if condition in ("seeing", "blind", "no_color"):
-                guess = said if generator.random() < 0.8 else str(generator.choice(names))
+                guess = answer_kind if generator.random() < 0.8 else str(generator.choice(names))
                 scores["likelihood_top_1"] = float(guess == label)
                 scores["likelihood_top_5"] = max(scores["likelihood_top_1"], float(generator.random() < 0.6))
                 if condition == "seeing":
                     confusion[names.index(label), names.index(guess)] += 1
             object_id, truth = f"scopia-{index:03}", (label, f"A {color} {label}.", color)
-            answer = f"This is a {said_color} {said}."
+            answer = f"This is a {answer_color} {answer_kind}."
             rows.append(ScoredAnswer(object_id, "what", "What is this?", condition, answer, *truth, scores))
             if not condition[-1].isdigit():
-                answer, scores = f"It is {said_color}.", {"color_accuracy": float(said_color == color)}
+                answer, scores = f"It is {answer_color}.", {"color_accuracy": float(answer_color == color)}
                 rows.append(ScoredAnswer(object_id, "color", "What color is it?", condition, answer, *truth, scores))
     results = results_of(rows, suite="household", questions={"what": "What is this?", "color": "What color is it?"})
     results.classes = Classes(
@@ -75,7 +76,7 @@ def household_run(folder: Path, seed: int = 0, skill: float = 0.71, controls=Tru
 def judged_run(
     folder: Path, suite="objaverse", judge="Qwen2-72B-Instruct", skill=0.65, seed=0, name="me/MiniGPT-3D", num=200
 ) -> Path:
-    """A benchmark with a judge, its reasons among them, and without corruptions."""
+    """A benchmark with a judge and its reasons, without corruptions."""
     generator = np.random.default_rng(seed)
     metric = {"objaverse": "open_vocabulary_accuracy", "modelnet40": "closed_set_accuracy"}.get(suite)
     questions = {"instruction": "What is this?", "completion": "This is an object of "}
@@ -104,7 +105,7 @@ def judged_run(
 
 
 def foreign_run(folder: Path) -> Path:
-    """Somebody else's answers to the household questions: no model here, hence no controls but the shuffled one."""
+    """Answers of another program to the household questions; without a model, the shuffled control is the only one."""
     household_run(folder, seed=5, skill=0.6, corruptions=False)
     results, rows = RunFolder(folder).read()
     rows = [row for row in rows if row.condition in ("seeing", "shuffled")]
@@ -124,15 +125,15 @@ def results_of(rows: list[ScoredAnswer], suite: str, questions: dict, judge: str
         for metric, value in row.scores.items():
             values[row.question, row.condition, metric].append(value)
     scores, tests = [], []
-    for (question, condition, metric), found in values.items():
+    for (question, condition, metric), group in values.items():
         is_hit, unit = METRICS[metric].is_hit, METRICS[metric].unit
-        low, high = wilson(int(sum(found)), len(found)) if is_hit else bootstrap(found)
+        low, high = wilson(int(sum(group)), len(group)) if is_hit else bootstrap(group)
         judged = judge if metric in JUDGED or suite == "modelnet40" else None
         method = "Wilson" if is_hit else "bootstrap"
-        value = float(np.mean(found))
-        scores.append(Score(question, condition, metric, value, low, high, unit, len(found), 0, judged, method))
+        value = float(np.mean(group))
+        scores.append(Score(question, condition, metric, value, low, high, unit, len(group), 0, judged, method))
         if condition in ("blind", "no_color", "shuffled"):
-            difference = paired_difference(values[question, "seeing", metric], found)
+            difference = paired_difference(values[question, "seeing", metric], group)
             numbers = [difference[key] for key in ("difference", "low", "high", "p")]
             words = in_words(*numbers, unit, "seeing", condition)
             tests.append(Test(question, metric, "seeing", condition, **difference, words=words))
@@ -192,7 +193,7 @@ def write(folder: Path, results: Results, rows: list[ScoredAnswer]) -> Path:
 
 
 def read_cloud(object_id: str) -> np.ndarray:
-    """A colored box (2000, 6), of other proportions for each object."""
+    """A colored box (2000, 6), with different proportions per object."""
     generator = np.random.default_rng(sum(object_id.encode()))
     coord = generator.uniform(-1, 1, (2000, 3))
     side = generator.integers(0, 3, 2000)

@@ -13,10 +13,9 @@ CASES = Path(__file__).parents[1] / "cases"
 LEFT, RIGHT = np.array([200, 100, 50]), np.array([20, 40, 220])
 
 
-def case_files(*prefixes: str) -> dict[Path, str]:
-    """Files of known content whose names begin so → what is expected: "AB", "none" (no color) or "refuse"."""
-    expected = json.loads((CASES / "points.json").read_text())
-    return {CASES / name: answer for name, answer in expected.items() if name.startswith(prefixes)}
+def read_expected() -> dict[str, str]:
+    """Names of the case files → what is expected: "AB", "none" (no color) or "refuse"."""
+    return json.loads((CASES / "expected.json").read_text())
 
 
 def make_object(num_points: int = 200) -> tuple[np.ndarray, np.ndarray]:

@@ -152,3 +152,12 @@ def test_a_warning_for_users_is_printed_once_on_one_line(capsys):
 def test_names_that_are_not_utf8_are_printable():
     assert printable("a\udcff.npy") == "a\\udcff.npy"
     assert printable("Möbel.npy") == "Möbel.npy"
+
+
+def test_files_in_a_folder(tmp_path):
+    for name in ("b.OBJ", "a.ply.gz", "notes.gz", "notes.md", ".hidden.ply", "below/c.usdz", "d.wrl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in describe.find_files(tmp_path)]
+    assert found == ["a.ply.gz", "b.OBJ", "below/c.usdz"]

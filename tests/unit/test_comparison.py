@@ -1,4 +1,4 @@
-"""Runs side by side: what may stand in one table, the paired tests, published scores, and results as the Hub reads them."""
+"""Comparisons of runs: tables per judge, paired tests, published scores, and results in the Hub's format."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def tables(*folders) -> dict[tuple, Table]:
 
 
 def test_judges_never_share_a_table(runs):
-    """Every run at once: a table's scores, published ones too, are of its judge."""
+    """All scores of a table are of its judge, published ones too."""
     compared, all_tables = tabulate(list(runs.values()))
     folder_of = {run.name: folder for run, folder in zip(compared, runs.values(), strict=True)}
     published = json.loads((Path(__file__).parents[2] / "evaluation/published.json").read_text(encoding="utf-8"))[
@@ -95,7 +95,7 @@ def test_same_judge_under_two_names(runs):
     assert len(table.tests) == 2
 
 
-def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
+def test_different_judge_prompts_are_not_tested(runs, tmp_path):
     folder = judged_run(tmp_path / "own_rubric", seed=3, name="me/own-rubric")
     judge = read_results(folder)["judge"] | {"prompts": {"open_vocabulary_accuracy": "ee" * 8}}
     change_results(folder, judge=judge)
@@ -112,7 +112,7 @@ def test_another_prompt_of_the_judge_is_not_tested(runs, tmp_path):
         ({"served_models": [], "files": "0a" * 8}, f"{QWEN} (files {'0a' * 8})"),
     ],
 )
-def test_other_models_of_one_name_share_no_table(runs, tmp_path, change, name):
+def test_different_judges_of_one_name_have_separate_tables(runs, tmp_path, change, name):
     folder = judged_run(tmp_path / "other", seed=3, name="me/other")
     assert set(tables(runs["qwen"], folder)) == {("objaverse", QWEN)}
     change_results(folder, judge=read_results(folder)["judge"] | change)
@@ -122,18 +122,18 @@ def test_other_models_of_one_name_share_no_table(runs, tmp_path, change, name):
     assert f"judge {name}" in compare([runs["qwen"], folder])
 
 
-def test_a_judge_is_known_by_the_name_that_it_served_under(runs, tmp_path):
+def test_judges_are_identified_by_the_served_name(runs, tmp_path):
     folder = judged_run(tmp_path / "alias", judge="judge", seed=3, name="me/alias")
     change_results(folder, judge=read_results(folder)["judge"] | {"served_models": [f"Qwen/{QWEN}"]})
     (table,) = tables(runs["qwen"], folder).values()
     assert len(table.tests) == 2
 
 
-def test_scores_of_other_encoders_or_phrases_are_other_measures(runs, tmp_path):
-    """They stand in rows of their own, without tests and published scores."""
+def test_other_encoders_or_phrases_have_separate_rows(runs, tmp_path):
+    """Without tests and published scores."""
     folder = judged_run(tmp_path / "encoder", suite="caption", seed=3, name="me/encoder")
     assert len([t for t in tables(runs["caption"], folder)["caption", None].tests if t.row.metric == "s_bert"]) == 1
-    change_results(folder, encoders={"s_bert": "all-mpnet-base-v2"})  # a folder of the default's name
+    change_results(folder, encoders={"s_bert": "all-mpnet-base-v2"})  # a folder with the name of the default
     assert len([t for t in tables(runs["caption"], folder)["caption", None].tests if t.row.metric == "s_bert"]) == 1
     change_results(folder, encoders={"s_bert": "tiny-encoder"})
     table = tables(runs["caption"], folder)["caption", None]
@@ -163,7 +163,7 @@ INSTRUCTION, COMPLETION, CAPTION = "What is this?", "This is an object of", "Cap
 
 
 def test_published_scores(runs):
-    """Against NUMBERS of the papers, typed anew."""
+    """Numbers of the papers, typed again."""
     by_key = tables(runs["qwen"], runs["gpt"], runs["caption"], runs["modelnet40"])
     objaverse, gpt, modelnet40 = (
         by_key["objaverse", QWEN],
@@ -197,23 +197,23 @@ def test_published_scores(runs):
         assert cells(by_key["caption", judge], [CAPTION], metric) == expected
 
 
-def test_it_is_told_whose_prompt_judged(tmp_path):
-    """Published scores are of PointLLM's, which do not come along."""
+def test_notes_on_judge_prompts(tmp_path):
+    """Published scores are of PointLLM's prompts, which are not part of this project."""
     folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
     notes = " ".join(tables(folders[0])["objaverse", QWEN].notes)
-    assert "with PointLLM's prompts, user with a prompt of the user's: only scores by the same prompt" in notes
+    assert "with PointLLM's prompts, user with a prompt of the user" in notes
     judge = read_results(folders[1])["judge"]
     judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(PROMPTS["open_vocabulary_accuracy"])
     change_results(folders[1], judge=judge)
     notes = " ".join(tables(*folders)["objaverse", QWEN].notes)
-    assert "prompts, user with a prompt of the user's, rubric with this project's own prompt: only" in notes
-    # Of captions, details were judged with ours, and what is published with the user's.
+    assert "prompts, user with a prompt of the user, rubric with this project's prompt" in notes
+    # Details were judged with this project's prompt, the published metric with the user's.
     caption = judged_run(tmp_path / "caption", suite="caption", num=4, name="caption")
     judge = read_results(caption)["judge"]
     judge["prompts"] |= {"hallucination": hash_prompt(PROMPTS["hallucination"]), "of_another_version": "0"}
     change_results(caption, judge=judge)
     notes = " ".join(tables(caption)["caption", QWEN].notes)
-    assert "prompts, caption with a prompt of the user's: only" in notes
+    assert "prompts, caption with a prompt of the user" in notes
 
 
 def test_published_captions_of_gpt4(tmp_path):
@@ -222,8 +222,8 @@ def test_published_captions_of_gpt4(tmp_path):
     assert list(cells(table, [CAPTION], "caption_score").values()) == [57.06, 44.85, 48.15, 46.92, 48.94]
 
 
-def test_published_scores_only_beside_their_like(runs, tmp_path):
-    """Another prompt, another judge, another suite: no published score."""
+def test_published_scores_need_equal_prompt_judge_and_suite(runs, tmp_path):
+    """Otherwise none are shown."""
     folder = judged_run(tmp_path / "asked", num=4)
     change_results(folder, questions={"instruction": "What is that?", "completion": "Name it."})
     other_judge = judged_run(tmp_path / "judge", judge="Qwen2.5-72B-Instruct", num=4)
@@ -232,7 +232,7 @@ def test_published_scores_only_beside_their_like(runs, tmp_path):
 
 
 def test_mean_of_both_prompts(runs):
-    """By object, so that its interval knows that both prompts saw the same objects."""
+    """The mean is by object, so that the interval is over objects."""
     table = tables(runs["qwen"])["objaverse", QWEN]
     (row,) = [row for row in table.rows if len(row.prompts) == 2]
     singles = [row.cells["me/MiniGPT-3D"].value for row in table.rows if len(row.prompts) == 1]
@@ -245,7 +245,7 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
     rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if (row["object_id"], row["question"]) != ("0003", "completion")]
     (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    with pytest.raises(ValueError, match="objects.jsonl is damaged: it holds 19 of 20 scores for open_vocabulary_acc"):
+    with pytest.raises(ValueError, match="objects.jsonl is damaged: .* 19 of 20 scores for open_vocabulary_acc"):
         compare([folder])
     scores = read_results(folder)["scores"]
     for score in scores:
@@ -260,7 +260,7 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
 
 
 def test_paired_tests(runs):
-    """Against the same test made by hand, corrected for four comparisons."""
+    """Equal to the same tests made here, corrected for four comparisons."""
     table = tables(runs["a"], runs["b"])["household", None]
     rows = [RunFolder(runs[name]).read_objects() for name in ("a", "b")]
     assert [test.row.metric for test in table.tests] == [
@@ -289,14 +289,14 @@ def test_order_of_lines_does_not_matter(runs, tmp_path):
     assert [t.low for t in tests[0]] == [t.low for t in tests[1]]
 
 
-def test_scores_that_are_no_hits(tmp_path):
+def test_scores_other_than_hits(tmp_path):
     folders = [
         judged_run(tmp_path / name, suite="caption", seed=seed, name=name) for name, seed in (("x", 0), ("y", 1))
     ]
     by_key = tables(*folders)
     tests = by_key["caption", QWEN].tests + by_key["caption", None].tests
     assert {test.test for test in tests} == {"sign flips"}
-    # Precision is a ratio of sums, no mean over objects.
+    # Precision is a ratio of sums and has no test.
     assert [test.row.metric for test in tests] == ["caption_score", "correctness", "hallucination", "s_bert", "simcse"]
 
 
@@ -327,7 +327,7 @@ def test_markdown(runs):
     assert "| checkpoints/household (a) | checkpoints/household (b) | PointLLM-7B |" in household
     assert "60.00 % (no interval)" in gpt and "60.00 %" not in qwen
     assert "65.00 % (no interval)" in qwen and "65.00 %" not in gpt
-    assert "The runs differ" not in household  # that of another program's answers is not known
+    assert "The runs differ" not in household  # the decoding of another program is unknown
     assert "p corrected for 8 comparisons" in household
     for score in read_results(runs["a"])["scores"]:
         if score["condition"] == "seeing":
@@ -375,15 +375,15 @@ def test_nothing_to_compare(runs, tmp_path):
     with pytest.raises(ValueError, match="has no results.json"):
         compare([runs["a"], tmp_path])
     (tmp_path / "results.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="results.json is of another program: .* Give the folder of a run"):
+    with pytest.raises(ValueError, match="results.json: expected schema 2 .* Give the folder of a run"):
         compare([runs["a"], tmp_path])
 
 
-# ---- As the Hub reads it --------------------------------------------------------------------------------------------
+# ---- The Hub's format ----------------------------------------------------------------------------------------------
 
 
 def test_model_index_of_a_card(runs, tmp_path):
-    """Through a card's text and back, as the Hub's library reads it."""
+    """Written to a card and read by the Hub's library."""
     results = [read_results(runs["qwen"]), read_results(runs["caption"])]
     card = ModelCard(f"---\n{ModelCardData(**{'model-index': model_index(results)})}\n---\n# A model\n")
     card.save(tmp_path / "README.md")
@@ -420,7 +420,7 @@ def test_model_index_of_a_card(runs, tmp_path):
 
 
 def test_two_runs_of_one_suite(runs, tmp_path):
-    """Greedily and sampled: each keeps its own settings, in the card and in files."""
+    """Greedy and sampled: both keep their settings, in the card and in files."""
     greedy = change_results(judged_run(tmp_path / "greedy", seed=4), decoding={"num_beams": 1})
     results = [read_results(runs["qwen"]), read_results(greedy)]
     first, second = model_index(results)[0]["results"]

@@ -1,4 +1,4 @@
-"""Judges: an endpoint on loopback that fails in every known way, and a tiny local chat model."""
+"""Judges: a local endpoint with all known failures, and a tiny local chat model."""
 
 import json
 import os
@@ -9,9 +9,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from datetime import date, datetime, timedelta, timezone
+from datetime import date
 from email.message import Message
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minigpt3d.cli.main import main
 from minigpt3d.evaluation.judges import (
     MAX_TOKENS,
     EndpointJudge,
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Endpoint:
-    """Replies "reply to PROMPT" until `answer` is set: (request, how often its prompt was asked) → answer."""
+    """Replies "reply to PROMPT" unless `answer` is set: (request, how often its prompt was asked) → answer."""
 
     def __init__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -113,7 +113,7 @@ class Endpoint:
         return completion(f"reply to {request.prompt}")
 
     def asked(self) -> Counter:
-        """How often each prompt was."""
+        """Number of requests by prompt."""
         return Counter(request.prompt for request in self.requests)
 
 
@@ -154,7 +154,7 @@ def replies_to(prompts: list[str]) -> list[str]:
 
 
 def read_entries(folder: Path) -> list[dict]:
-    """Everything in a cache. Nothing else may lie there."""
+    """All files of a cache, which must be entries."""
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
@@ -164,7 +164,7 @@ def read_entries(folder: Path) -> list[dict]:
 def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
     others_replied = threading.Barrier(4)
 
-    def the_first_last(request, nth):
+    def reply_to_3_last(request, nth):
         if request.prompt != "3":
             others_replied.wait(10) if request.prompt in "012" else None
             return completion(f"reply to {request.prompt}")
@@ -172,7 +172,7 @@ def test_replies_come_in_the_order_of_the_prompts(endpoint, make_judge):
         time.sleep(0.1)
         return completion("reply to 3")
 
-    endpoint.answer = the_first_last
+    endpoint.answer = reply_to_3_last
     prompts = list("3012465")
     assert make_judge(concurrency=4)(prompts) == replies_to(prompts)
 
@@ -195,12 +195,12 @@ def test_equal_prompts_are_asked_once(endpoint, make_judge):
     assert endpoint.asked() == {"a": 1, "b": 1}
 
 
-def test_the_limit_of_requests_at_a_time_is_kept_and_used(endpoint, make_judge):
+def test_concurrency(endpoint, make_judge):
     three = threading.Barrier(3)
 
     def together(request, nth):
         three.wait(10)
-        time.sleep(0.05)  # in which a fourth would come
+        time.sleep(0.05)  # in this time a fourth request would come
         return completion()
 
     endpoint.answer = together
@@ -208,7 +208,7 @@ def test_the_limit_of_requests_at_a_time_is_kept_and_used(endpoint, make_judge):
     assert endpoint.most_active == 3
 
 
-def test_requests_per_minute_are_kept(endpoint, make_judge):
+def test_requests_per_minute(endpoint, make_judge):
     judge, interval = make_judge(requests_per_minute=600, concurrency=6), 0.1
     endpoint.answer = lambda request, nth: refusal(500, "oops") if (request.prompt, nth) == ("1", 1) else completion()
     begin = time.monotonic()
@@ -233,7 +233,7 @@ def test_requests_per_minute_are_kept(endpoint, make_judge):
     ],
 )
 def test_replies_without_text_or_cut_off(endpoint, make_judge, tmp_path, answer, reply):
-    """A run asks once. The next run asks again if no text came without a reason, as from a broken server."""
+    """A run asks once. The next run asks again if there is no text and no reason for that, as from a broken server."""
     endpoint.answer = lambda request, nth: answer
     judge = make_judge()
     assert judge(["a"]) == judge(["a"]) == [reply]
@@ -249,13 +249,13 @@ def test_replies_without_text_or_cut_off(endpoint, make_judge, tmp_path, answer,
 
 
 def test_thoughts_are_cached_but_not_returned(endpoint, make_judge, tmp_path):
-    """With or without the mark that begins one: some templates have it in the prompt."""
+    """With or without the mark at the start, which some templates put into the prompt."""
     quoted = 'F#the answer says "</think>T#the same"'
     replies = {
         "a": ("<think>\nF#? No.\n</think>\n\nT#the same", "T#the same"),
         "b": ("It may be.\n</think>T#so", "T#so"),
         "c": ("<think>F#", "<think>F#"),
-        "d": (quoted, quoted),  # an answer that a judge quotes must not change its verdict
+        "d": (quoted, quoted),  # a quoted answer must not change the verdict
         "e": (f"<think>{quoted}</think>F#no", f"<think>{quoted}</think>F#no"),
         "f": (" 85.5 # so </think> 3#", " 85.5 # so </think> 3#"),
     }
@@ -273,7 +273,7 @@ def test_half_an_emoji_is_replaced(endpoint, make_judge):
 
 
 def test_sum_up_counts_cached_and_new_replies(endpoint, make_judge, tmp_path):
-    """A run that was stopped and resumed on the next day."""
+    """As in a run that was resumed on another day."""
     make_judge()(["a", "b"])
     for path in (tmp_path / "cache").iterdir():
         path.write_text(path.read_text().replace(date.today().isoformat(), "2026-01-31"))
@@ -289,7 +289,7 @@ def test_sum_up_counts_cached_and_new_replies(endpoint, make_judge, tmp_path):
 
 
 def test_sum_up_names_the_endpoint_that_replied(endpoint, make_judge):
-    """And not the one that would have been asked."""
+    """Not the one that this run would have asked."""
     elsewhere = "http://someone:secret@127.0.0.2:9/v1?token=secret"
     make_judge()(["a", "b"])
     judge = make_judge(url=elsewhere)
@@ -330,7 +330,7 @@ def test_unknown_tokens_make_the_sum_unknown(endpoint, make_judge, tokens, known
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_asks_nothing_and_other_questions_ask_again(endpoint, make_judge, tmp_path):
+def test_only_equal_requests_use_the_cache(endpoint, make_judge, tmp_path):
     prompts = ["a", "b"]
     make_judge(concurrency=2, timeout=5)(prompts)
     again = make_judge()
@@ -401,7 +401,7 @@ def test_killed_run_resumes_without_asking_twice(endpoint, make_judge, tmp_path)
 
     endpoint.answer = seven_then_silence
     run = subprocess.Popen([sys.executable, "-c", ASK, endpoint.url, str(tmp_path / "cache"), *prompts])
-    # Both threads ask anew, so they have kept what they got.
+    # Both threads have sent new requests, so their replies are written.
     came = arrived.acquire(timeout=60) and arrived.acquire(timeout=60)
     run.send_signal(signal.SIGKILL)
     assert came and run.wait(10) == -signal.SIGKILL
@@ -418,39 +418,18 @@ def test_killed_run_resumes_without_asking_twice(endpoint, make_judge, tmp_path)
 # ---- Servers that are busy, broken or silent ------------------------------------------------------------------------
 
 
-def test_retry_after_is_respected_by_all_threads(endpoint, make_judge):
-    on_its_way = threading.Event()
-
-    def busy(request, nth):
-        if request.prompt == "a" and nth == 1:
-            assert on_its_way.wait(10)
-            return refusal(429, "slow down")._replace(headers={"Retry-After": "1"})
-        if request.prompt == "b":
-            on_its_way.set()
-            time.sleep(0.4)  # its thread goes on with c or d while a waits
-        return completion(f"reply to {request.prompt}")
-
-    endpoint.answer = busy
-    assert make_judge(concurrency=2)(list("abcd")) == replies_to("abcd")
-    refused_at = next(request.time for request in endpoint.requests if request.prompt == "b")  # a little after that
-    later = [request.time - refused_at for request in endpoint.requests[2:]]
-    assert {request.prompt for request in endpoint.requests[:2]} == {"a", "b"}
-    assert len(later) == 3 and min(later) >= 1
-
-
-def test_retry_after_as_a_date_or_nonsense():
-    date = datetime.now(timezone.utc) + timedelta(seconds=60)
-    for value in (format_datetime(date, usegmt=True), format_datetime(date.astimezone(timezone(timedelta(hours=9))))):
-        assert 50 < endpoint_module._retry_after({"retry-after": value}) <= 60
-    past = format_datetime(datetime.now(timezone.utc) - timedelta(seconds=60), usegmt=True)
-    for headers in ({}, *({"retry-after": value} for value in (past, "", "soon", "-3", "nan", "Mon, 99 Foo 2026"))):
-        assert endpoint_module._retry_after(headers) == 0
-    assert endpoint_module._retry_after({"retry-after": "2.5"}) == 2.5
+def test_retry_after_is_respected(endpoint, make_judge):
+    endpoint.answer = lambda request, nth: (
+        refusal(429, "slow down")._replace(headers={"Retry-After": "1"}) if nth == 1 else completion("at last")
+    )
+    assert make_judge()(["a"]) == ["at last"]
+    first, second = (request.time for request in endpoint.requests)
+    assert second - first >= 1
 
 
 def test_long_retry_after_is_not_waited_for(endpoint, make_judge):
     endpoint.answer = lambda request, nth: refusal(429, "daily limit")._replace(headers={"Retry-After": "7200"})
-    with pytest.raises(JudgeError, match=r"HTTP 429 .*daily limit.*it asks to wait 7200 s"):
+    with pytest.raises(JudgeError, match=r"HTTP 429 .*daily limit.*Retry-After 7200"):
         make_judge()(["a"])
     assert len(endpoint.requests) == 1
 
@@ -513,7 +492,7 @@ def test_single_failure_ends_the_run_after_all_others(endpoint, make_judge, tmp_
         judge(prompts)
     assert str(caught.value) == (
         f'{endpoint.url} did not reply to 1 of 5 prompts; the last: HTTP 500 {{"error": {{"message": "cannot do a"}}}} '
-        f"({ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to resume."
+        f"(up to {ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to resume."
     )
     assert endpoint.asked() == {"a": ATTEMPTS, "b": 1, "c": 1, "d": 1, "e": 1}
     del endpoint.answer
@@ -531,7 +510,7 @@ def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
 @pytest.mark.parametrize(("concurrency", "in_vain"), [(1, 3), (5, 5)])
 def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
     def slow_page(request, nth):
-        time.sleep(0.01)  # so that the main thread can stop the others before they try the next prompt in vain, too
+        time.sleep(0.01)  # so that the main thread can stop the others before their next prompt fails
         return Answer(b"<html>no API here</html>")
 
     endpoint.answer = slow_page
@@ -540,7 +519,7 @@ def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
         pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
-    # Each thread may have begun with one more.
+    # Each thread may have begun one more prompt.
     assert in_vain <= len(endpoint.asked()) <= in_vain + concurrency
     assert len(warned) == 1, [str(warning.message) for warning in warned]
 
@@ -585,7 +564,7 @@ def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, 
 
 
 def refuses(name: str, status: int) -> Answer:
-    """As OpenAI or, with 422, Mistral says it."""
+    """In the words of OpenAI or, with 422, of Mistral."""
     if status == 422:
         return Answer(json.dumps({"detail": [{"loc": ["body", name], "type": "extra_forbidden"}]}).encode(), 422)
     message = f"Unsupported parameter: '{name}' is not supported with this model."
@@ -610,7 +589,7 @@ def test_refused_settings_are_left_out_or_renamed(endpoint, make_judge, refused,
     prompts = [str(i) for i in range(20)]
     judge = make_judge(concurrency=4)
     assert judge(prompts) == replies_to(prompts)
-    # Each of four threads is refused at most once per setting, and the limit on the reply's length is never dropped.
+    # Each of four threads is refused at most once per setting; the limit on the reply's length is kept.
     assert len(endpoint.requests) <= 20 + 4 * len(refused)
     assert all({"max_tokens", "max_completion_tokens"} & request.body.keys() for request in endpoint.requests)
     sent = endpoint.requests[-1].body
@@ -619,11 +598,12 @@ def test_refused_settings_are_left_out_or_renamed(endpoint, make_judge, refused,
     judge(["one more"])
     again = make_judge()
     assert again(prompts) == replies_to(prompts) and len(endpoint.requests) == num_requests + 1
-    # Without temperature 0 another run's replies would differ, which its results say, from the cache, too.
+    # Replies without temperature 0 would differ in another run; results count them, cached ones too.
     assert again.sum_up()["sampled"] == (20 if "temperature" in refused else 0)
 
 
-def test_a_refusal_ends_the_waits_of_others(endpoint, make_judge):
+def test_a_refusal_does_not_wait_for_busy_requests(endpoint, make_judge, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "GRACE", 0.5)
     three_wait = threading.Barrier(4)
 
     def one_refuses(request, nth):
@@ -674,7 +654,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(endpoint, make_judge, tmp_path
 
     endpoint.answer = interrupt
     begin = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt):
             make_judge(concurrency=2)(list("abcdef"))
@@ -689,10 +669,12 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(endpoint, make_judge, tmp_path
 # ---- Keys and arguments ---------------------------------------------------------------------------------------------
 
 
-def test_no_key_is_needed_and_no_other_is_sent(endpoint, make_judge):
+def test_no_key_is_needed_and_no_other_is_sent(endpoint, make_judge, monkeypatch):
     endpoint.answer = lambda request, nth: refusal(401, "nonetheless: none of your business")
-    with pytest.raises(JudgeError, match="nonetheless: none of .*variable MY_KEY to a key that it accepts"):
-        make_judge(api_key_variable="MY_KEY")(["a"])
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", KEY)
+    with pytest.raises(JudgeError, match="nonetheless: none of .*variable OPENAI_API_KEY"):
+        make_judge()(["a"])
     assert KEY not in str(endpoint.requests[0].headers)
 
 
@@ -714,12 +696,6 @@ def test_blanks_around_a_key_are_removed(endpoint, make_judge, monkeypatch):
 def test_urls_are_checked(make_judge, url):
     with pytest.raises(ValueError, match="`url` must look like http://127.0.0.1:8000/v1, got"):
         make_judge(url=url)
-
-
-@pytest.mark.parametrize("options", [{"concurrency": 0}, {"requests_per_minute": 0}, {"requests_per_minute": -1}])
-def test_limits_are_checked(make_judge, options):
-    with pytest.raises(ValueError, match="`(concurrency|requests_per_minute)` must be (at least 1|above 0)"):
-        make_judge(**options)
 
 
 @pytest.mark.parametrize("prompts", ["a text", ["a", None], [["a"]]])
@@ -744,7 +720,7 @@ LOCAL_MAX_TOKENS = 12
 
 
 def greedy(model, tokenizer, prompt: str) -> list[int]:
-    """The tokens of the reply, by one complete forward pass for each."""
+    """The tokens of the reply, with a complete forward pass per token."""
     ids = tokenizer(f"<user>{prompt}<end><assistant>", return_tensors="pt").input_ids
     start, ends = ids.shape[1], model.generation_config.eos_token_id
     while ids.shape[1] < start + LOCAL_MAX_TOKENS and (ids.shape[1] == start or int(ids[0, -1]) not in ends):
@@ -849,3 +825,10 @@ def test_local_model_must_be_a_chat_model(chat_model, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="base has no chat template"):
         LocalJudge(tmp_path / "base", tmp_path)
+
+
+def test_a_wrong_judge_is_named_by_its_flag(tmp_path, capsys):
+    for judge, flag in ((["nosuch/model"], "--judge"), (["m", "--judge-url", "ftp://x"], "--judge-url")):
+        command = ["evaluate", "household", "--out", str(tmp_path / "out"), "--limit", "2", "--judge", *judge]
+        assert main(command) == 1
+        assert f"{flag} " in capsys.readouterr().err

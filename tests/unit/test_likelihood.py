@@ -1,4 +1,4 @@
-"""Class likelihoods: equal to scoring every answer from scratch, with the tokens of training, and the prefix run once."""
+"""Class likelihoods: equal to separate passes for each answer, tokens as in training, shared prefix computed once."""
 
 from pathlib import Path
 
@@ -10,7 +10,13 @@ from tiny_model import make_tiny_config, make_tiny_model
 from tokenizers_of_others import llama_style, qwen_style, wordpiece_style
 
 from minigpt3d.evaluation.conditions import apply
-from minigpt3d.evaluation.likelihood import ANSWERS_AT_ONCE, class_log_likelihoods, encode_answers, rank_classes
+from minigpt3d.evaluation.likelihood import (
+    ANSWERS_AT_ONCE,
+    check_texts,
+    class_log_likelihoods,
+    encode_answers,
+    rank_classes,
+)
 from minigpt3d.evaluation.suites import SUITES
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -19,13 +25,13 @@ from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "What is this?"
-# A name that begins another, names of one and several tokens, blanks, signs, other scripts.
+# A prefix of another name, names of one and of several tokens, blanks, signs, other scripts.
 CLASSES = ["lamp", "lamp post", "chair", "night stand", "TV (old)", "Stühle", "x", "灯"]
 
 
 @pytest.fixture(scope="module")
 def clouds():
-    """As different as can be: the random network hardly tells clouds apart."""
+    """Very different clouds, because a random network hardly distinguishes similar ones."""
     rng = np.random.default_rng(0)
     rod, sheet, cube = rng.random((100, 6)), rng.random((150, 6)), rng.random((200, 6))
     rod[:, 1:3], rod[:, 3:] = 0, 0
@@ -34,7 +40,7 @@ def clouds():
 
 
 def make_model(backbone: str = "phi") -> MiniGPT3DForConditionalGeneration:
-    """A tiny model, what it sees of a cloud made loud: scores differ by more than the tolerance between clouds."""
+    """A tiny model whose projections are scaled up, so that scores of different clouds differ by more than the tolerance."""
     model = make_tiny_model(make_tiny_config(**BACKBONES[backbone]))
     for part in (model.model.point_projection, model.model.language_projection):
         part.linear_2.weight.data *= 20
@@ -52,8 +58,8 @@ def conversation(cloud: np.ndarray, answer: str) -> list[dict]:
 
 
 @torch.no_grad()
-def from_scratch(model, processor, clouds, texts) -> tuple[np.ndarray, np.ndarray]:
-    """Each answer in a pass of its own over the whole text, as training sees it: (B, texts) and tokens (texts,)."""
+def separate_passes(model, processor, clouds, texts) -> tuple[np.ndarray, np.ndarray]:
+    """Likelihoods from one pass over the complete text per answer, as in training: (B, texts) and tokens (texts,)."""
     sums, counts = np.zeros((len(clouds), len(texts))), np.zeros(len(texts))
     for row, cloud in enumerate(clouds):
         for column, text in enumerate(texts):
@@ -66,13 +72,13 @@ def from_scratch(model, processor, clouds, texts) -> tuple[np.ndarray, np.ndarra
     return sums, counts
 
 
-# ---- Equal to scoring from scratch ------------------------------------------------------------------------------------
+# ---- Equal to separate passes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", ["phi", "llama", "qwen3", "gpt2-tied", "opt-tied"])
-def test_equal_to_each_answer_from_scratch(tiny_processor, clouds, backbone):
+def test_equal_to_separate_passes(tiny_processor, clouds, backbone):
     model = make_model(backbone)
-    expected, counts = from_scratch(model, tiny_processor, clouds, CLASSES)
+    expected, counts = separate_passes(model, tiny_processor, clouds, CLASSES)
     assert counts.min() == 3 and len(set(counts)) > 4 and expected.std(axis=0).min() > 1e-3  # the cloud matters
     for batch_size in (1, 2, 32):
         got, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, batch_size=batch_size)
@@ -81,26 +87,26 @@ def test_equal_to_each_answer_from_scratch(tiny_processor, clouds, backbone):
 
 
 @pytest.mark.parametrize("answer", ["This is a {}.", "{} it is", "a{}b"])
-def test_a_name_in_an_answer(model, tiny_processor, clouds, answer):
+def test_names_in_a_phrase(model, tiny_processor, clouds, answer):
     texts = [answer.replace("{}", name) for name in CLASSES]
-    expected, counts = from_scratch(model, tiny_processor, clouds, texts)
+    expected, counts = separate_passes(model, tiny_processor, clouds, texts)
     got, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, [answer])
     assert np.array_equal(tokens, counts)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
-def test_several_answers_count_together(model, tiny_processor, clouds):
+def test_likelihoods_of_several_phrases_are_added(model, tiny_processor, clouds):
     answers = ["A red {}.", "A big {}.", "A {} is it."]
     got, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, answers)
     texts = [answer.replace("{}", name) for name in CLASSES for answer in answers]
-    expected, counts = from_scratch(model, tiny_processor, clouds, texts)
+    expected, counts = separate_passes(model, tiny_processor, clouds, texts)
     probabilities = np.exp(expected.reshape(3, len(CLASSES), 3)).sum(-1)
     np.testing.assert_allclose(got, np.log(probabilities), rtol=0, atol=1e-4)
-    assert (got - expected.reshape(3, len(CLASSES), 3).max(-1)).min() > 0.01  # the best one alone would be less
+    assert (got - expected.reshape(3, len(CLASSES), 3).max(-1)).min() > 0.01  # the best phrase alone has less
     np.testing.assert_allclose(tokens, counts.reshape(-1, 3).mean(1))
 
 
-def test_the_benchmarks_template(model, tiny_processor, clouds):
+def test_benchmark_template(model, tiny_processor, clouds):
     (got,), _ = class_log_likelihoods(model, tiny_processor, clouds[:1], QUESTION, ["chair"], template="benchmark")
     chat = conversation(clouds[0], "chair")
     arguments = {"chat_template": "benchmark", "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -114,22 +120,22 @@ def test_the_benchmarks_template(model, tiny_processor, clouds):
     assert abs(default[0] - got[0]) > 1e-3
 
 
-def test_a_class_alone_and_in_company(model, tiny_processor, clouds):
-    """Alone, nearly all of an answer is what all answers begin with."""
-    together, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
+def test_a_class_has_the_same_likelihood_alone(model, tiny_processor, clouds):
+    """Alone, nearly the complete answer is the common prefix."""
+    all_classes, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
     for column, name in enumerate(CLASSES):
         alone, count = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, [name])
-        np.testing.assert_allclose(alone[:, 0], together[:, column], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(alone[:, 0], all_classes[:, column], rtol=0, atol=1e-4)
         assert count == tokens[column]
 
 
-def test_the_same_to_the_bit_every_time(model, tiny_processor, clouds):
+def test_results_repeat_exactly(model, tiny_processor, clouds):
     first, _ = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
     again, _ = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
     assert np.array_equal(first, again)
 
 
-def test_blind_clouds_are_all_alike(model, tiny_processor, clouds):
+def test_blind_clouds_give_equal_likelihoods(model, tiny_processor, clouds):
     blind = [apply("blind", cloud, "a") for cloud in clouds]
     got, _ = class_log_likelihoods(model, tiny_processor, blind, QUESTION, CLASSES)
     seeing, _ = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
@@ -138,7 +144,7 @@ def test_blind_clouds_are_all_alike(model, tiny_processor, clouds):
 
 
 def test_half_precision(model, tiny_processor, clouds):
-    """Sums are taken in float64, so that only the model rounds."""
+    """Sums are float64, so only the model rounds."""
     expected, _ = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES)
     got, _ = class_log_likelihoods(make_model().to(torch.bfloat16), tiny_processor, clouds, QUESTION, CLASSES)
     np.testing.assert_allclose(got, expected, rtol=0.03)
@@ -160,7 +166,7 @@ def test_tokens_are_those_of_training(tiny_tokenizer, clouds, make):
     assert prompt.count(processor.point_token_id) == 5
 
 
-# ---- What it costs ----------------------------------------------------------------------------------------------------
+# ---- Cost -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_cloud_is_encoded_once_and_rows_are_bounded(model, tiny_processor, clouds, monkeypatch):
@@ -183,9 +189,9 @@ def test_a_cloud_is_encoded_once_and_rows_are_bounded(model, tiny_processor, clo
     prompt, answers = encode_answers(tiny_processor, QUESTION, [f"Here is a {name}." for name in CLASSES])
     begin = len(encode_answers(tiny_processor, QUESTION, ["Here is a"])[1][0]) - 1  # without ###
     prefixes = [width for rows, width in passes if width >= len(prompt) + begin - 1]
-    assert len(prefixes) == 2  # of each batch, once
+    assert len(prefixes) == 2  # one per batch
     lengths = {len(ids) for ids in answers}
-    assert len(passes) <= 2 + 2 * len(lengths)  # answers of one length go together
+    assert len(passes) <= 2 + 2 * len(lengths)  # answers of equal length share a pass
     assert max(width for _, width in passes if width not in prefixes) <= max(lengths) - begin
     passes.clear()
     monkeypatch.setattr("minigpt3d.evaluation.likelihood.ANSWERS_AT_ONCE", 1)
@@ -196,19 +202,19 @@ def test_a_cloud_is_encoded_once_and_rows_are_bounded(model, tiny_processor, clo
 # ---- Ranking ----------------------------------------------------------------------------------------------------------
 
 
-def test_ranked_by_likelihood_per_token():
+def test_rank_by_likelihood_per_token():
     log_likelihoods = np.array([[-4.0, -6.0, -3.0, -3.0], [-8.0, -6.0, -30.0, -1.0]])
     tokens = np.array([2.0, 4.0, 1.0, 1.0])
     # per token: -2, -1.5, -3, -3 and -4, -1.5, -30, -1
     assert rank_classes(log_likelihoods, tokens, range(4)).tolist() == [[1, 0, 2, 3], [3, 1, 0, 2]]
-    # Two names of a class: the better one counts. Here 0 and 2 are of one, 1 and 3 of the other.
+    # A class has the likelihood of its better name. Here names 0 and 2 belong to one class, 1 and 3 to the other.
     assert rank_classes(log_likelihoods.tolist(), tokens.tolist(), [1, 0, 1, 0]).tolist() == [[0, 1], [0, 1]]
     assert rank_classes(log_likelihoods[:1], tokens, [0, 1, 1, 1]).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("suite", ["household", "own"])
-def test_the_bundled_model_knows_the_demos_objects(suite):
-    """Also among forms that it was never taught to say, which cost the one that it was nothing."""
+def test_bundled_model_classifies_the_demo_objects(suite):
+    """Also with phrases that it was not trained on."""
     folder = ROOT / "checkpoints" / "household"
     model = MiniGPT3DForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = MiniGPT3DProcessor.from_pretrained(folder)
@@ -222,36 +228,21 @@ def test_the_bundled_model_knows_the_demos_objects(suite):
     ]
 
 
-# ---- What cannot be scored --------------------------------------------------------------------------------------------
+# ---- Checks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("classes", "phrases", "words"),
     [
-        ({"clouds": []}, "clouds is empty"),
-        ({"classes": []}, "classes must be a list of texts"),
-        ({"classes": ["a", " "]}, "none of them blank"),
-        ({"classes": "chair"}, "classes must be a list of texts"),
-        ({"classes": ["a", 3]}, "classes must be a list of texts"),
-        ({"classes": ["a", "b", "a"]}, "classes must all differ, but 'a' comes more than once"),
-        ({"classes": ["a###"]}, "'a###' holds ###"),
-        ({"classes": ["<point>"]}, "holds <point>"),
-        ({"answers": []}, "answers must be a list of texts"),
-        ({"answers": "{}"}, "answers must be a list of texts"),
-        ({"answers": ["{}", "{}"]}, "answers must all differ"),
-        ({"answers": ["a chair"]}, "answers must hold {} once, .* got 'a chair'"),
-        ({"answers": ["{} {}"]}, "answers must hold {} once"),
-        ({"answers": ["{} [/INST]"]}, r"holds \[/INST\]"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"template": "authors"}, "chat_template must be one of default, benchmark"),
+        (["a", "b", "a"], ["{}"], "classes.*'a'"),
+        (["a###"], ["{}"], "classes.*'a###' contains ###"),
+        (["<point>"], ["{}"], "classes.*contains <point>"),
+        (["a"], ["{}", "{}"], "`phrase`.*more than once"),
+        (["a"], ["a chair"], "`phrase`.*{} once.* got 'a chair'"),
+        (["a"], ["{} {}"], "`phrase`.*{} once"),
+        (["a"], ["{} [/INST]"], r"`phrase`.*contains \[/INST\]"),
     ],
 )
-def test_errors_before_any_compute(model, tiny_processor, clouds, changes, words):
-    arguments = {"clouds": clouds, "question": QUESTION, "classes": ["a", "b"]} | changes
+def test_texts_are_checked(classes, phrases, words):
     with pytest.raises(ValueError, match=words):
-        class_log_likelihoods(model, tiny_processor, **arguments)
-
-
-def test_training_mode(tiny_processor, clouds):
-    with pytest.raises(ValueError, match=r"training mode.* Call model.eval\(\)"):
-        class_log_likelihoods(make_model().train(), tiny_processor, clouds, QUESTION, ["a"])
+        check_texts(classes, phrases)

@@ -387,7 +387,7 @@ print(hashlib.sha256(load_point_cloud(sys.argv[1]).tobytes()).hexdigest())
 """
     environment = {"PYTHONHASHSEED": "5", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "-c", program, str(tmp_path / "scene.glb")]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     here = hashlib.sha256(load_point_cloud(tmp_path / "scene.glb").tobytes()).hexdigest()
     assert done.stdout.splitlines()[-2:] == ["[]", here]

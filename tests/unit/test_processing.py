@@ -126,7 +126,7 @@ def golden_conversations(golden, kind: str) -> list[list[dict]]:
 def test_ids_labels_and_mask_are_the_authors(tiny_processor, golden, case, max_text_length):
     """Their batches are embeddings; each text embedding is compared with its row of the embedding table.
 
-    A known fault of theirs (DESIGN.md §5): bos has mask 0 inside multi-round batches, because bos = pad. Ours is 1 there.
+    A known fault of theirs: bos has mask 0 inside multi-round batches, because bos = pad. Ours is 1 there.
     """
     expected = golden("full.loss.io")
     conversations = golden_conversations(golden, case.removesuffix("_trunc"))

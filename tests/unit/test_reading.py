@@ -92,6 +92,18 @@ def test_a_reader_that_cannot_start_says_why(tmp_path, monkeypatch):
         list(reader.read_files([path]))
 
 
+def test_damaged_files_are_read_or_refused():
+    tool = Path(__file__).parents[1] / "tools" / "mutate.py"
+    cases = tool.parents[1] / "cases"
+    seeds = [cases / name for name in ("g_texture.glb", "npz_points_colors.npz")]
+    done = subprocess.run(
+        [sys.executable, tool, *seeds, "--number", "12"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:]]
+    assert [sum(map(int, row[1:3])) for row in rows] == [12, 12, 24]
+
+
 PROGRAM = """
 import sys
 import bad_readers

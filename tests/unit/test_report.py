@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it says about runs whose truth is known, and that nothing said breaks the page."""
+"""The report of an evaluation: its statements about known runs, escaping of texts, and pictures."""
 
 import re
 import sys
@@ -44,7 +44,7 @@ VOID = ("meta", "img", "link", "br")
 
 
 class Page(HTMLParser):
-    """The tags, addresses and text of a page, and whether every tag is closed in order."""
+    """Tags, addresses and text of a page, and whether tags are closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -71,11 +71,11 @@ def page_of(folder) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-# ---- What is said ---------------------------------------------------------------------------------------------------
+# ---- Statements -----------------------------------------------------------------------------------------------------
 
 
 def test_household(household):
-    """The numbers of results.json stand in both reports, as people write them."""
+    """Both reports have the numbers of results.json, formatted."""
     results = RunFolder(household).read_results()
     markdown, page = (household / "report.md").read_text(encoding="utf-8"), page_of(household)
     for score in results.scores:
@@ -99,7 +99,7 @@ def test_household(household):
 
 
 def test_table_of_classes(household):
-    """A class's row against a count of its own."""
+    """A class's row equals a count made here."""
     results, rows = RunFolder(household).read()
     chairs = [row for row in rows if row.label == "chair" and row.condition == "seeing" and row.question == "what"]
     hits = sum(row.answer.endswith(" chair.") for row in chairs)
@@ -133,13 +133,13 @@ def test_judged_run(tmp_path):
     assert "2 of 200 could not be read for open-vocabulary accuracy" in markdown and "count as wrong" in markdown
     assert "open_vocabulary_accuracy sha256 bbbbbbbbbbbbbbbb" in markdown and "cost unknown" in markdown
     assert "200 replies, 4 of them cut off, 196 sampled" in markdown
-    assert "judge's own name | Qwen2-72B-Instruct" in markdown
-    assert "Classes" not in markdown  # each object has a name of its own
+    assert "judge as served | Qwen2-72B-Instruct" in markdown
+    assert "Classes" not in markdown  # every object has a different label
     assert "T#the same" in page.text and "F#another" in page.text
 
 
-def test_somebody_elses_answers(tmp_path):
-    """No model, no clouds, no blind control: the report says so and stands."""
+def test_answers_of_another_program(tmp_path):
+    """Without model, clouds and blind control, which the report states."""
     folder = foreign_run(tmp_path / "run")
     report_on(folder, lambda object_id: None)
     markdown, page = (folder / "report.md").read_text(encoding="utf-8"), page_of(folder)
@@ -157,8 +157,8 @@ def _set_tests(p: float, difference: float):
     return change
 
 
-def test_classes_of_one_object_each_have_their_answers(tmp_path):
-    """Where the classes are given, a label is one, though no other object has it."""
+def test_classes_with_one_object(tmp_path):
+    """In a closed set, a label of a single object is in the table of classes."""
 
     def change(results, rows):
         first = {row.label: row.object_id for row in reversed(rows)}
@@ -174,7 +174,7 @@ def test_classes_of_one_object_each_have_their_answers(tmp_path):
     assert "| class |" not in changed(household_run(tmp_path / "other", corruptions=False), change_without_classes)
 
 
-def test_the_forms_of_an_answer_are_named(tmp_path, household):
+def test_phrases_are_listed(tmp_path, household):
     text = (household / "report.md").read_text(encoding="utf-8")
     assert "11 forms of the answer are added up: “This is a black ….”, “This is a white ….”," in text
 
@@ -186,7 +186,7 @@ def test_the_forms_of_an_answer_are_named(tmp_path, household):
 
 
 @pytest.mark.parametrize(
-    ("p", "difference", "said"),
+    ("p", "difference", "sentence"),
     [
         (1e-9, 0.5, "The geometry is used"),
         (0.8, 0.01, "The main score does not show that the geometry is used"),
@@ -194,26 +194,26 @@ def test_the_forms_of_an_answer_are_named(tmp_path, household):
         (1e-9, -0.5, "Unexpected: blind, the main score is better than as it is"),
     ],
 )
-def test_blind_control_in_words(tmp_path, p, difference, said):
+def test_blind_control_in_words(tmp_path, p, difference, sentence):
     folder = household_run(tmp_path / "run", corruptions=False)
     markdown = changed(folder, _set_tests(p, difference))
-    assert said in markdown and "Other scores show it" not in markdown
+    assert sentence in markdown and "Other scores show it" not in markdown
 
 
-def test_scores_that_show_more_than_the_main_one_are_named(tmp_path):
+def test_significant_scores_other_than_the_main_one(tmp_path):
     def change(results, rows):
         for test in results.tests:
             test.p = 0.5 if test.metric == "closed_set_accuracy" else 0.01
             test.difference = -0.1 if test.metric == "likelihood_top_5" else 0.1
 
     markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
-    (said,) = [line for line in markdown.splitlines() if "does not show that color is used" in line]
-    assert said.endswith(
+    (sentence,) = [line for line in markdown.splitlines() if "does not show that color is used" in line]
+    assert sentence.endswith(
         "Other scores show it: likelihood, top 1, “What is this?”; color accuracy, “What color is it?”."
     )
 
 
-def test_all_answers_read_and_none_cut(tmp_path):
+def test_no_answer_unparsed_or_cut(tmp_path):
     def change(results, rows):
         results.generation.cut = 0
 
@@ -225,7 +225,7 @@ def test_all_answers_read_and_none_cut(tmp_path):
 
 
 def test_best_and_worst(household):
-    """By the main score, then by the other ones, then by name; the order of the lines does not matter."""
+    """Sorted by main score, other scores and name, whatever the order of the lines."""
     results, rows = RunFolder(household).read()
     best, worst, about = best_and_worst(results, rows)
     assert len(best) == len(worst) == 10 and not set(best) & set(worst)
@@ -246,7 +246,7 @@ def test_best_and_worst(household):
 
 
 def test_few_objects(tmp_path):
-    """None is among the best and the worst at once."""
+    """No object is in both lists."""
     folder = judged_run(tmp_path / "run", suite="caption", num=5)
     best, worst, _ = best_and_worst(*RunFolder(folder).read())
     assert len(best) == 3 and len(worst) == 2 and not set(best) & set(worst)
@@ -264,7 +264,7 @@ def test_objects_of_the_page(household):
     assert len(page.addresses) == 20 + 3 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
 
 
-# ---- The page against what is said on it ----------------------------------------------------------------------------
+# ---- Escaping -------------------------------------------------------------------------------------------------------
 
 NASTY = (
     "</p></div><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} {% raw %} & \" ' | `a` \n\n# head\n"
@@ -272,7 +272,7 @@ NASTY = (
 )
 
 
-def test_nothing_said_becomes_markup(tmp_path):
+def test_texts_are_escaped(tmp_path):
     def change(results, rows):
         results.model.name = results.suite = results.command = NASTY
         results.questions["instruction"] = results.judge.model = NASTY
@@ -308,7 +308,7 @@ def test_page_is_self_contained(household):
     assert len(text) < 2_000_000
 
 
-def test_same_run_same_files(tmp_path):
+def test_reports_repeat_exactly(tmp_path):
     folders = [judged_run(tmp_path / name, suite="caption", num=4) for name in ("a", "b")]
     for folder in folders:
         report_on(folder, read_cloud)
@@ -333,9 +333,9 @@ def no_warnings():
         yield
 
 
-def test_cloud_has_its_colors_and_two_views(no_warnings):
-    """A ball, red in front and blue behind, seen from both sides."""
-    coord = np.random.default_rng(0).normal(size=(30000, 3))  # close enough to be solid
+def test_cloud_has_colors_and_two_views(no_warnings):
+    """A ball, red in front and blue behind."""
+    coord = np.random.default_rng(0).normal(size=(30000, 3))  # dense enough to look solid
     coord /= np.linalg.norm(coord, axis=1, keepdims=True)
     color = np.where(coord[:, 2:] > 0, [[1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0]])
     image = pixels(pictures.draw_cloud(np.concatenate([coord, color], axis=1).astype(np.float32))).astype(int)
@@ -370,7 +370,7 @@ def test_odd_clouds_can_be_drawn(no_warnings, cloud):
     assert pixels(pictures.draw_cloud(cloud.astype(np.float32))).shape == (240, 480, 3)
 
 
-def test_every_score_moves_the_picture(household, no_warnings):
+def test_every_score_changes_the_picture(household, no_warnings):
     results = RunFolder(household).read_results()
     before = pixels(pictures.draw_scores(results))
     assert before.shape[1] == 880
@@ -383,7 +383,7 @@ def test_every_score_moves_the_picture(household, no_warnings):
                 setattr(score, key, kept)
 
 
-def test_counts_are_no_shares(tmp_path, no_warnings):
+def test_counts_are_not_drawn(tmp_path, no_warnings):
     results = RunFolder(judged_run(tmp_path / "run", suite="caption", num=20)).read_results()
     before = pictures.draw_scores(results)
     results.scores = [score for score in results.scores if score.unit != "count"]
@@ -393,7 +393,7 @@ def test_counts_are_no_shares(tmp_path, no_warnings):
 
 
 def test_robustness_curves(household, no_warnings):
-    """A panel for each corruption: another value changes its own panel."""
+    """Another value changes the panel of its corruption only."""
     scores = [s for s in RunFolder(household).read_results().scores if s.metric == "closed_set_accuracy"]
     before = pixels(pictures.draw_robustness(scores, "score"))
     (changed,) = [score for score in scores if score.condition == "jitter-5"]
@@ -409,7 +409,7 @@ def test_few_corruptions(household, no_warnings, kept):
     shown = [s for s in scores if s.condition in {"seeing", *kept}]
     before = pixels(pictures.draw_robustness(shown, "$odd_ title"))
     assert (before != 255).any(-1).mean() > 0.02 and max(before.shape) < 2000
-    for name in kept:  # each is in the picture
+    for name in kept:  # all are in the picture
         changed = [
             replace(s, value=s.value / 2, low=s.low / 2, high=s.high / 2) if s.condition == name else s for s in shown
         ]
@@ -426,15 +426,15 @@ def test_confusion_of_any_size(no_warnings, num_classes):
     assert max(image.shape) < 1500
 
 
-def test_confusion_of_the_classes_that_occur():
-    """Of an evaluation of a few objects: a class that none is but one is taken for stays."""
+def test_confusion_omits_classes_that_do_not_occur():
+    """A class that is only predicted is kept."""
     few = pixels(pictures.draw_confusion(["bed", "chair", "sofa"], [[1, 0, 2], [1, 1, 0], [0, 0, 0]]))
     names = ["bed", "bowl", "chair", "sofa", "vase"]
     counts = [[1, 0, 0, 2, 0], [0] * 5, [1, 0, 1, 0, 0], [0] * 5, [0] * 5]
     assert np.array_equal(pixels(pictures.draw_confusion(names, counts)), few)
 
 
-def test_names_that_the_font_lacks(no_warnings):
+def test_names_that_the_font_cannot_draw(no_warnings):
     assert pixels(pictures.draw_confusion(["стул", "椅子"], [[1, 2], [3, 4]])).size
 
 
@@ -472,10 +472,10 @@ def test_same_judge():
     ("name", "content", "message"),
     [
         ("results.json", None, "has no results.json: expected the folder of a finished run"),
-        ("results.json", '{"schema": 2', "expected what `minigpt3d evaluate` writes"),
-        ("results.json", "[]", "expected what `minigpt3d evaluate` writes"),
-        ("results.json", '{"schema": 2}', "expected what `minigpt3d evaluate` writes"),
-        ("results.json", '{"schema": 1}', "expected schema 2, got 1"),
+        ("results.json", '{"schema": 2', "expected schema 2 as"),
+        ("results.json", "[]", "expected schema 2 as"),
+        ("results.json", '{"schema": 2}', "expected schema 2 as"),
+        ("results.json", '{"schema": 1}', "schema 1, of another version"),
         ("objects.jsonl", None, "has no objects.jsonl"),
         ("objects.jsonl", '{"object_id": 1}\n', "line 1: expected a scored answer"),
         ("objects.jsonl", "[1]\n", "line 1: expected a scored answer"),

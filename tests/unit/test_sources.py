@@ -17,7 +17,7 @@ from point_cases import make_object, what_is_seen
 from test_scans import COLORED, PCD_FIELDS, RGB, pcd_bytes, ply_bytes, write_las
 
 from minigpt3d import readers_minigpt3d, sources_minigpt3d
-from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, is_readable, load_point_cloud
 
 
 COORD, COLOR = make_object()
@@ -142,6 +142,24 @@ def test_missing_color_is_reported_once_and_only_for_files(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_point_cloud(COORD)
+
+
+def test_warnings_name_the_source_and_not_a_temporary_copy(tmp_path):
+    obj = b"mtllib none.mtl\nusemtl \x1b[31m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
+    (tmp_path / "mesh.obj.gz").write_bytes(gzip.compress(obj))
+    row = {"bytes": obj, "path": "row/mesh.obj"}
+    sources = {str(tmp_path / "mesh.obj.gz"): tmp_path / "mesh.obj.gz", "row/mesh.obj": row, "the given bytes": obj}
+    for name, source in sources.items():
+        with pytest.warns(UserWarning) as warned:
+            load_point_cloud(source, 10)
+        texts = [str(warning.message) for warning in warned]
+        assert len(texts) == 2 and len(set(texts)) == 2  # what is missing or not read, and no color
+        assert all(text.startswith(f"{name}: ") and text.isprintable() for text in texts), texts
+
+
+def test_names_that_are_readable():
+    assert all(map(is_readable, ("a.PLY", "a.ply.gz", "folder/a.b.Obj.GZ", ".fbx.glb")))
+    assert not any(map(is_readable, ("a", "a.gz", "a.gz.gz", "a.wrl", "ply", "notes.md.gz")))
 
 
 # Downloads

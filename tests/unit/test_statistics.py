@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy, against formulas, and against what they promise."""
+"""Intervals and tests: equal to scipy and to formulas, and with the promised coverage and error rates."""
 
 import numpy as np
 import pytest
@@ -24,14 +24,14 @@ def test_wilson_is_the_formula(hits, total):
     assert wilson(hits, total) == pytest.approx((center - half, center + half), abs=1e-12)
 
 
-def test_wilson_covers_what_it_should():
+def test_coverage_of_wilson():
     rng = np.random.default_rng(0)
     hits = rng.binomial(200, 0.65, 2000)
-    covered = np.mean([low <= 0.65 <= high for low, high in (wilson(each, 200) for each in hits)])
+    covered = np.mean([low <= 0.65 <= high for low, high in (wilson(count, 200) for count in hits)])
     assert 0.93 < covered < 0.97
 
 
-def test_bootstrap_of_a_mean_is_near_the_normal_one():
+def test_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = np.random.default_rng(0).normal(3, 2, 500)
     half = 1.96 * values.std(ddof=1) / np.sqrt(500)
     low, high = bootstrap(values)
@@ -41,8 +41,8 @@ def test_bootstrap_of_a_mean_is_near_the_normal_one():
 
 def test_bootstrap_agrees_with_scipy():
     values = np.random.default_rng(1).exponential(size=80)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
-    assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
+    assert bootstrap(values) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
 def test_bootstrap_of_a_ratio_of_sums():
@@ -52,7 +52,7 @@ def test_bootstrap_of_a_ratio_of_sums():
     low, high = bootstrap((right, total))
     assert low < right.sum() / total.sum() < high and 0.03 < high - low < 0.09
     assert bootstrap(([2.0] * 9, [4.0] * 9)) == (0.5, 0.5)
-    # One of three objects has all: three resamples of ten miss it, and have no ratio.
+    # A third of the objects has all details: three of ten resamples miss it and have no ratio.
     assert bootstrap(([2.0, 0, 0], [4.0, 0, 0])) == (0.5, 0.5)
 
 
@@ -63,19 +63,19 @@ def test_mcnemar_is_scipys_binomial():
 
 
 def hits_of(both: int, only_a: int, only_b: int, neither: int):
-    """Pairs of hits, as a table of two by two has them."""
+    """Pairs of hits with these counts."""
     return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither
 
 
 def test_newcombe_by_hand():
-    """One pair: Wilson's interval of 1 of 1 reaches down by 0.7935, that of 0 of 1 as far up, and nothing goes together."""
+    """One pair: the half-widths of Wilson's intervals of 1 of 1 and 0 of 1 are 0.7935, and phi is 0."""
     reach = 1 - wilson(1, 1)[0]
     assert newcombe([1], [0]) == pytest.approx((1 - np.sqrt(2) * reach, 1))
     # As published for this table (Fagerland, Lydersen and Laake, 2014, the study of airways).
     assert newcombe(*hits_of(1, 1, 7, 12)) == pytest.approx((-0.507, -0.026), abs=5e-4)
-    # An example of Newcombe's own (1998), where hits of one go with misses of the other.
+    # An example by Newcombe (1998) with a negative correlation.
     assert newcombe(*hits_of(36, 12, 2, 0)) == pytest.approx((0.0569, 0.3404), abs=5e-5)
-    # The same two of four hit by both: phi, corrected, is 1 - 4 / 8, and Wilson's interval reaches as far up as down.
+    # Both hit the same two of four: phi, corrected, is 1 - 4 / 8, and Wilson's interval is symmetric.
     reach = 0.5 - wilson(2, 4)[0]
     assert newcombe(*hits_of(2, 0, 0, 2)) == pytest.approx((-reach, reach))
     low, high = newcombe(*hits_of(1, 7, 1, 12))
@@ -84,8 +84,8 @@ def test_newcombe_by_hand():
         newcombe([0.5], [1])
 
 
-def test_newcombe_covers_what_it_should():
-    """Where a bootstrap of as few objects does not."""
+def test_coverage_of_newcombe():
+    """A bootstrap of as few objects has too little coverage."""
     rng, covered = np.random.default_rng(5), {newcombe: [], bootstrap: []}
     for _ in range(400):
         table = rng.multinomial(8, (0.7, 0.2, 0.02, 0.08))
@@ -95,8 +95,8 @@ def test_newcombe_covers_what_it_should():
     assert np.mean(covered[newcombe]) > 0.93 and np.mean(covered[bootstrap]) < 0.87
 
 
-def test_a_certain_difference_stays_so_among_many_tests():
-    """p of 10,000 draws alone could not fall below 0.0002, and 250 times that is no longer more than noise."""
+def test_large_differences_stay_significant_among_many_tests():
+    """10,000 draws alone give p of at least 0.0002, which is not significant after a correction for 250 tests."""
     rng = np.random.default_rng(6)
     certain = [sign_flip(0.4 + 0.1 * rng.normal(size=100), np.zeros(100)) for _ in range(250)]
     assert max(holm(certain)) < 1e-15
@@ -106,16 +106,16 @@ def test_a_certain_difference_stays_so_among_many_tests():
 
 
 def test_sign_flips_by_hand():
-    """Of the eight signs of (1, 2, 3), two give a mean as far from zero; of the two of one difference, both."""
+    """Two of the eight sign patterns of (1, 2, 3) have a mean as far from zero; both patterns of a single difference do."""
     assert sign_flip([1, 2, 3], [0, 0, 0]) == pytest.approx(2 / 8)
     assert sign_flip([1, 2, 3], [0, 0, 6]) == 1.0
     assert sign_flip([0.9], [0.1]) == 1.0
     hits = np.array([1] * 9 + [0] * 3), np.array([0] * 9 + [1] * 3)
-    assert sign_flip(*hits) == pytest.approx(mcnemar(*hits))  # the same test, where it is of hits
+    assert sign_flip(*hits) == pytest.approx(mcnemar(*hits))  # the same test for hits
 
 
-def test_false_alarms_are_as_many_as_promised():
-    """Of few objects, too, where a bootstrap would cry wolf."""
+def test_false_positive_rate():
+    """Also with few objects, where a bootstrap has too many."""
     rng = np.random.default_rng(3)
     for count in (6, 40):
         noise = [sign_flip(rng.normal(size=count), rng.normal(size=count), seed) for seed in range(200)]
@@ -163,6 +163,6 @@ def test_words():
         lambda: paired_difference([1], []),
     ],
 )
-def test_what_cannot_be_tested_is_said(call):
+def test_invalid_numbers_are_refused(call):
     with pytest.raises(ValueError):
         call()

@@ -20,21 +20,6 @@ from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
 
 CASES = Path(__file__).parents[1] / "cases"
 LEFT, RIGHT = np.array([200, 100, 50]) / 255, np.array([20, 40, 220]) / 255
-FORMATS = (".obj", ".off", ".stl", ".3mf")
-REFUSED = {"x_ply_face_no_index.ply", "x_stl_wrong_count.stl"}
-COLORLESS = {
-    *(
-        "3mf_production_external.3mf",
-        "mply_tex_wedge_missing_texture.ply",
-        "obj_missing_mtl.obj",
-        "x_obj_pentagons.obj",
-    ),
-    *("off_comments_blank.off", "off_no_edges_number.off", "off_quads.off", "off_stoff.off", "x_off_pentagons.off"),
-    *("stl_ascii.stl", "stl_ascii_upper_crlf.stl", "stl_bin_solid_header.stl", "x_stl_trailing_bytes.stl"),
-}
-MESHES = sorted(
-    path.name for path in CASES.iterdir() if path.suffix in FORMATS or path.name.startswith(("mply_", "x_ply_"))
-)
 
 
 def verdict(path: Path) -> str:
@@ -47,15 +32,6 @@ def verdict(path: Path) -> str:
     if np.allclose(low, LEFT, atol=0.02) and np.allclose(high, RIGHT, atol=0.02):
         return "colored"
     return "colorless" if color.max() < 0.01 else f"{(255 * low).round()} {(255 * high).round()}"
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_colors_of_mesh_files(name):
-    if name in REFUSED:
-        with pytest.raises(PointCloudError, match=re.escape(name)):
-            load_point_cloud(CASES / name)
-    else:
-        assert verdict(CASES / name) == ("colorless" if name in COLORLESS else "colored")
 
 
 # ---- OBJ ------------------------------------------------------------------------------------------------------------
@@ -350,7 +326,7 @@ def test_gz_holds_any_format(tmp_path):
     (tmp_path / "a.ply.gz").write_bytes(gzip.compress((CASES / "mply_vcol.ply").read_bytes()))
     assert verdict(tmp_path / "a.ply.gz") == "colored"
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"x"))
-    with pytest.raises(PointCloudError, match="b.gz.*what is packed"):
+    with pytest.raises(PointCloudError, match="b.gz: it is text, not a cloud"):
         load_point_cloud(tmp_path / "b.gz")
     (tmp_path / "c.ply.gz").write_bytes(gzip.compress(bytes(120_000_000)))
     with pytest.raises(PointCloudError, match="c.ply.gz.*zip bomb"):
@@ -358,7 +334,7 @@ def test_gz_holds_any_format(tmp_path):
 
 
 def test_formats_that_are_not_read_say_how_to_convert(tmp_path):
-    for suffix, remedy in ((".step", "CAD"), (".wrl", "Blender")):
+    for suffix, remedy in ((".step", "CAD"), (".wrl", "Blender"), (".spz", "uncompressed"), (".XLSX", "csv")):
         (tmp_path / f"a{suffix}").write_text("x")
         with pytest.raises(PointCloudError, match=remedy):
             load_point_cloud(tmp_path / f"a{suffix}")

@@ -4,14 +4,13 @@ import time
 
 import numpy as np
 import pytest
-from point_cases import case_files, make_normals, make_object, what_is_seen
+from point_cases import make_normals, make_object, what_is_seen
 
 from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
 
 
 COORD, COLOR = make_object()
 NORMALS = make_normals()
-CASES = case_files("csv", "txt", "x_", "np", "cloudcompare", "hash", "latin1", "modelnet", "s3dis", "semantic", "xyz")
 COUNTER = np.arange(len(COORD))[:, None]
 
 
@@ -29,11 +28,6 @@ def rows(*columns, sep=" ", decimal=".") -> list[str]:
 def save(path, lines, encoding="utf-8", newline="\n"):
     path.write_bytes((newline.join(lines) + newline).encode(encoding))
     return path
-
-
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
-def test_cases(path):
-    assert what_is_seen(path) == CASES[path]
 
 
 RANDOM = np.random.default_rng(5)
@@ -281,3 +275,17 @@ ARCHIVES = {
 def test_archives_of_arrays(tmp_path, name):
     np.savez(tmp_path / "cloud.npz", **ARCHIVES[name])
     assert what_is_seen(tmp_path / "cloud.npz") == "AB"
+
+
+def test_scans_as_pts_with_a_count(tmp_path):
+    """Four points are read; three are at most a triangle, though text of another name may hold them."""
+    scan = "0 0 0 -900 200 100 50\n1 0 0 -900 200 100 50\n0 1 0 -900 200 100 50\n"
+    (tmp_path / "scan.pts").write_text("4\n" + scan + "0 0 1 -900 200 100 50\n")
+    np.testing.assert_allclose(
+        load_point_cloud(tmp_path / "scan.pts", 4)[:, 3:] * 255, [[200, 100, 50]] * 4, atol=0.01
+    )
+    (tmp_path / "scan.pts").write_text("3\n" + scan)
+    with pytest.raises(PointCloudError, match=r"scan\.pts: its scan has 3 points, expected 4 or more"):
+        load_point_cloud(tmp_path / "scan.pts")
+    (tmp_path / "scan.txt").write_text(scan)
+    assert len(load_point_cloud(tmp_path / "scan.txt", 3)) == 3
