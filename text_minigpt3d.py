@@ -17,6 +17,7 @@ import numpy as np
 from .readers_minigpt3d import (
     MAX_HEADER_LINES,
     MAX_LINE_CHARACTERS,
+    NotACloudError,
     PointCloudError,
     Points,
     color_names,
@@ -114,7 +115,7 @@ def _find_layout(path: Path) -> _Layout:
                 num_skipped = len(before) + _is_numbering(cells, next(lines, ""))
                 return _Layout(encoding, num_skipped, delimiter, decimal_comma, is_plain, names, is_ragged, cells)
             before.append(line)
-    raise PointCloudError(
+    raise NotACloudError(
         "it is text, not a cloud: there are no rows of numbers in it; expected 'x y z' or 'x y z r g b' on each line."
     )
 
@@ -139,7 +140,7 @@ def _find_encoding(path: Path) -> str:
 def _short_lines(stream: io.TextIOBase) -> Iterator[str]:
     while line := stream.readline(MAX_LINE_CHARACTERS):
         if len(line) == MAX_LINE_CHARACTERS:
-            raise PointCloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
+            raise NotACloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
         yield line
 
 

@@ -9,7 +9,7 @@ from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
 
 from .console import FAILED, complain
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
+from .inference import ModelOptions, ReadingOptions, load_pipeline, read_clouds
 
 
 HELP = "ask several questions about one file"
@@ -25,11 +25,18 @@ class Options(ReadingOptions, ModelOptions):
 
 def run(options: Options, argv: list[str]) -> int:
     """Answer questions from standard input; returns the exit code."""
+    from minigpt3d.data.reading import FileReader
+    from minigpt3d.point_cloud_minigpt3d import load_with_facts
+
     if not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
         raise ValueError(f"{options.path}: {problem}")
-    pipeline = load_pipeline(options)
-    cloud = {"type": "point_cloud", "point_cloud": read_cloud(pipeline, options.path, options)}
+    with FileReader(load_with_facts) as reader:
+        pipeline = load_pipeline(options)
+        (result,) = read_clouds(reader, pipeline, [options.path], options)
+    if result.error is not None:
+        raise result.error
+    cloud = {"type": "point_cloud", "point_cloud": result.content[0]}
     exit_code, turns = 0, []
     for question in read_questions():
         try:

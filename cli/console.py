@@ -6,20 +6,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from minigpt3d.readers_minigpt3d import printable
+
 
 FAILED = 1  # exit code
 
 
 def complain(message: str):
-    """Print a message on standard error, clear of a progress bar."""
+    """Print a message on standard error, clear of a progress bar; control characters other than newlines are escaped."""
     from tqdm import tqdm
 
-    tqdm.write(printable(f"minigpt3d: {message}"), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    r"""Text that a stream accepts even if a file name in it is not UTF-8: its bytes are written as `\udcff`, as in JSON."""
-    return text.encode(errors="backslashreplace").decode()
+    tqdm.write("\n".join(map(printable, f"minigpt3d: {message}".split("\n"))), file=sys.stderr)
 
 
 @contextmanager

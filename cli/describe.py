@@ -2,87 +2,169 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
+from minigpt3d.readers_minigpt3d import NotACloudError, printable
 
-from .console import FAILED, complain, printable
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
+from .console import FAILED, complain
+from .inference import ModelOptions, ReadingOptions, load_pipeline, read_clouds
 
 
 HELP = "describe files, or all readable files in folders"
 DESCRIPTION = "Describe 3D models: answers on standard output, one line each; errors on standard error."
 EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
 
+# Files that belong to meshes; in a folder they are not called skipped.
+PARTS = ".mtl .bin .png .jpg .jpeg .tga .bmp .gif .tif .tiff .webp .dds .ktx2".split()
+# Colors of a smaller share are not listed.
+LEAST_SHARE = 0.01
+
 
 @dataclass(kw_only=True)
 class Options(ReadingOptions, ModelOptions):
     paths: list[Path] = option("point cloud, mesh, or a folder", positional=True, metavar="FILE_OR_FOLDER")
     prompt: str | None = option('the question (default: "What is this?")', default=None)
-    json: bool = option("print one JSON object per line: file, prompt, answer", default=False)
+    json: bool = option("print one JSON object per line: file, prompt, answer, facts and warnings", default=False)
+
+
+@dataclass
+class Progress:
+    """What became of the files."""
+
+    files: list[Path] = field(default_factory=list)
+    in_folders: set[Path] = field(default_factory=set)
+    has_folder: bool = False
+    described: int = 0
+    failed: int = 0
+    skipped: Counter = field(default_factory=Counter)  # by type
+
+    def add(self, path: Path):
+        """Add a file, or all readable files in a folder and its subfolders, sorted.
+
+        Raises:
+            ValueError: there are none in the folder.
+        """
+        if not path.is_dir():
+            self.files.append(path)
+            return
+        from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
+
+        self.has_folder = True
+        visible = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and file.is_file()]
+        readable = [file for file in visible if is_readable(file)]
+        others = Counter(file.suffix.lower() for file in visible if not is_readable(file))
+        self.skipped += others
+        if not readable:
+            content = f" but {by_type(others)}" if others else ""
+            raise ValueError(
+                f"{path}: no point cloud or mesh in this folder{content}; expected {' '.join(READABLE_SUFFIXES)}"
+            )
+        self.files += readable
+        self.in_folders.update(readable)
+
+    def fail(self, message: str):
+        self.failed += 1
+        complain(message)
+
+    def summary(self) -> str:
+        """3 described, 1 failed, 40 skipped: 21 .dae, 19 .fbx"""
+        skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
+        end = f", {skipped.total()} skipped: {by_type(skipped)}" if skipped else ""
+        return f"{self.described} described, {self.failed} failed{end}"
+
+
+def by_type(counts: Counter) -> str:
+    """The most frequent type first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {printable(suffix) or 'without extension'}" for suffix, count in ordered)
 
 
 def run(options: Options, argv: list[str]) -> int:
     """Describe every file; returns the exit code."""
-    from tqdm import tqdm
-
-    exit_code, files = 0, []
+    progress = Progress()
     for path in options.paths:
         try:
-            files += find_files(path)
+            progress.add(path)
         except ValueError as error:
-            complain(str(error))
-            exit_code = FAILED
-    if not files:
-        return exit_code
-    pipeline = load_pipeline(options)
-    # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
-    for path in tqdm(files, unit="file", file=sys.stderr, disable=None if len(files) > 1 else True):
-        try:
-            line = describe_file(pipeline, path, options, with_name=len(files) > 1)
-        except ValueError as error:
-            complain(str(error))
-            exit_code = FAILED
-            continue
-        tqdm.write(printable(line), file=sys.stdout)
-        sys.stdout.flush()
-    return exit_code
+            progress.fail(str(error))
+    progress.in_folders.difference_update(options.paths)
+    if progress.files:
+        describe_files(progress, options)
+        if progress.has_folder:
+            complain(progress.summary())
+    return FAILED if progress.failed else 0
 
 
-def describe_file(pipeline, path: Path, options: Options, with_name: bool) -> str:
+def describe_files(progress: Progress, options: Options):
+    """Print a line for each file; the next one is read while the model answers."""
+    from tqdm import tqdm
+
+    from minigpt3d.data.reading import FileReader
+    from minigpt3d.point_cloud_minigpt3d import load_with_facts
+
+    files = progress.files
+    with FileReader(load_with_facts) as reader:  # it starts while the model loads
+        pipeline = load_pipeline(options)
+        # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
+        bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)
+        with bar:
+            for result in read_clouds(reader, pipeline, files, options):
+                bar.update()
+                if isinstance(result.error, NotACloudError) and result.path in progress.in_folders:
+                    progress.skipped[result.path.suffix.lower()] += 1
+                    continue
+                try:
+                    line = describe_file(pipeline, result, options, with_name=len(files) > 1)
+                except ValueError as error:
+                    progress.fail(str(error))
+                    continue
+                progress.described += 1
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+
+
+def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
     """The line that is printed about a file.
+
+    Args:
+        result: `FileResult` of `load_with_facts`.
 
     Raises:
         ValueError: the file cannot be read, or the model fails on it.
     """
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
+    if result.error is not None:
+        raise result.error
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-    cloud = read_cloud(pipeline, path, options)
+    cloud, facts = result.content
+    name = printable(str(result.path))
     try:
         (output,) = pipeline(cloud, prompt=prompt, up_axis="y", max_new_tokens=options.max_new_tokens)
     except Exception as error:  # out of memory, for example: the next cloud may still fit
-        raise ValueError(f"{path}: no answer: {one_line(error)}") from error
+        raise ValueError(f"{name}: no answer: {one_line(error)}") from error
     answer = output["generated_text"]
     if options.json:
-        return json.dumps({"file": str(path), "prompt": prompt, "answer": answer}, ensure_ascii=False)
-    return f"{path}: {answer}" if with_name else answer
+        record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts._asdict()
+        return json_line(record | measure(cloud, facts.has_color) | {"warnings": result.warnings})
+    return f"{name}: {answer}" if with_name else answer
 
 
-def find_files(path: Path) -> list[Path]:
-    """The file itself, or all readable files in a folder and its subfolders, sorted.
+def measure(cloud, has_color: bool) -> dict:
+    """Sides of the bounding box relative to the longest, y up, and the shares of the main colors, for (P, 6)."""
+    from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
 
-    Raises:
-        ValueError: there are none in the folder.
-    """
-    if not path.is_dir():
-        return [path]
-    from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
+    sides = cloud[:, :3].max(0) - cloud[:, :3].min(0)
+    sides = {axis: round(float(side), 3) for axis, side in zip("xyz", sides / sides.max(), strict=True)}
+    shares = sorted(zip(color_shares(cloud[:, 3:]), COLORS, strict=True), reverse=True) if has_color else ()
+    return {"sides": sides, "colors": {name: round(float(share), 3) for share, name in shares if share >= LEAST_SHARE}}
 
-    visible = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    files = sorted(file for file in visible if is_readable(file))
-    if not files:
-        raise ValueError(f"{path}: no point cloud or mesh in this folder; expected {' '.join(READABLE_SUFFIXES)}")
-    return files
+
+def json_line(record: dict) -> str:
+    """JSON in which letters of all languages are readable and control characters are escaped."""
+    text = json.dumps(record, ensure_ascii=False)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

@@ -1,14 +1,19 @@
 """What `describe` and `chat` share: the model's options, the pipeline, and reading a file."""
 
-import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from minigpt3d.arguments import option, positive_int
 from minigpt3d.messages import one_line
+from minigpt3d.readers_minigpt3d import printable
 
 from .console import complain, quiet
+
+
+if TYPE_CHECKING:
+    from minigpt3d.data.reading import FileReader, FileResult
 
 
 @dataclass(kw_only=True)
@@ -58,23 +63,18 @@ def load_pipeline(options: ModelOptions):
         raise ValueError(f"cannot use the device {options.device}: {one_line(error)} (leave out --device)") from error
 
 
-def read_cloud(pipeline, path: Path, options: ReadingOptions):
-    """The point cloud of a file, (N, 6), y up; warnings about it are printed.
+def read_clouds(
+    reader: "FileReader", pipeline, paths: Iterable[Path], options: ReadingOptions
+) -> Iterator["FileResult"]:
+    """What `load_with_facts` returns for each file: the cloud, (P, 6), y up, and facts; warnings are printed.
 
-    A cloud is read before the pipeline gets it, so that a file that cannot be read and a model that fails are reported
+    Clouds are read before the pipeline gets them, so that a file that cannot be read and a model that fails are reported
     differently, and a conversation reads its file once.
-
-    Raises:
-        ValueError: it cannot be read.
     """
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            cloud = pipeline.processor.feature_extractor(path, **options.reading)["point_clouds"][0]
-    except Exception as error:  # whatever is wrong with a file, the others are still read
-        text = one_line(error).removeprefix(f"{path}: ")  # the reader names its file
-        raise ValueError(f"{path}: {text}") from error
-    for warning in caught:
-        text = str(warning.message).removeprefix(f"{path}: ")
-        complain(f"{path}: warning: {' '.join(text.split())}")
-    return cloud
+    extractor = pipeline.processor.feature_extractor
+    settings = {name: getattr(extractor, name) for name in ("num_points", "missing_color", "up_axis", "seed")}
+    for result in reader.read_files(paths, **settings | options.reading):
+        name = printable(str(result.path))
+        for text in result.warnings:
+            complain(f"{name}: warning: {' '.join(text.removeprefix(f'{name}: ').split())}")
+        yield result

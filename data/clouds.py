@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+
 
 def point_cloud_path(data_dir: str | Path, object_id: str) -> Path:
     """The file of an object's cloud, as PointLLM names it."""
@@ -34,6 +36,13 @@ def encode_cloud(cloud: np.ndarray) -> tuple[bytes, bytes]:
     """(N, 6), xyz in [-1, 1] and rgb in [0, 1] → 6 bytes a point of coordinates, 3 of colors."""
     coord = np.round((cloud[:, :3].astype(np.float64) + 1) * 32767.5)
     return coord.astype("<u2").tobytes(), np.round(cloud[:, 3:] * 255).astype(np.uint8).tobytes()
+
+
+def load_encoded(path: str | Path, num_points: int, **reading) -> tuple[bytes, bytes, float]:
+    """Read a file of any format; returns what `encode_cloud` makes of it, and the largest error of its coordinates."""
+    cloud = load_point_cloud(path, num_points, **reading)
+    coord, color = encode_cloud(cloud)
+    return coord, color, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max())
 
 
 def decode_cloud(coord: bytes, color: bytes) -> np.ndarray:

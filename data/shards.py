@@ -9,14 +9,12 @@ A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a p
 before they are packed, as the model's processor does anyway.
 """
 
-import functools
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,9 @@ from tqdm import tqdm
 
 from minigpt3d.files import write_json, write_text, written_file
 from minigpt3d.messages import MultilineError, one_line
-from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
-from .clouds import decode_cloud, encode_cloud, point_cloud_path
+from .clouds import load_encoded, point_cloud_path
+from .reading import FileReader, FileResult
 from .records import SOURCES, read_records, to_sample
 from .sources import MANIFEST_FILE, ROWS_PER_GROUP
 from .tables import read_table
@@ -191,17 +189,19 @@ def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_wor
     total = sum(len(shard.entries) for shard in shards)
     facts = {shard.path: read_facts(shard.path) for shard in shards if shard.path.exists()}
     waiting = [shard for shard in shards if shard.path not in facts]
-    write = functools.partial(write_shard, reading=reading)
+    paths = [entry.path for shard in waiting for entry in shard.entries]
+    num_processes = max(1, min(num_workers or os.cpu_count() or 1, len(paths)))
     with (
         tqdm(total=total, desc="packing", unit="object", disable=None) as progress,
-        ProcessPoolExecutor(num_workers or os.cpu_count()) as pool,
+        FileReader(load_encoded, num_processes) as reader,
     ):
-        progress.update(total - sum(len(shard.entries) for shard in waiting))
-        for shard, facts[shard.path] in zip(waiting, pool.map(write, waiting), strict=True):
+        progress.update(total - len(paths))
+        results = reader.read_files(paths, num_points=NUM_POINTS, **reading)
+        for shard in waiting:
+            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)))
             progress.update(len(shard.entries))
             broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
             if len(broken) > max_broken * total:
-                pool.shutdown(cancel_futures=True)
                 listed = "\n  ".join(broken[:5])
                 raise MultilineError(
                     f"{len(broken)} of {total} clouds are missing or broken, more than `max_broken` {max_broken:g}:\n  "
@@ -210,21 +210,21 @@ def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_wor
     return facts
 
 
-def write_shard(shard: Shard, reading: dict) -> dict:
-    """Read, pack and write the rows of one shard; returns its facts, which the file holds too."""
+def write_shard(shard: Shard, results: Iterable[FileResult]) -> dict:
+    """Write the rows of one shard; returns its facts, which the file holds too.
+
+    Args:
+        results: of `load_encoded`, one for each entry.
+    """
     pa, pq = _pyarrow()
     columns: dict[str, list] = {"object_id": [], "coord": [], "color": [], "conversations": []}
     broken, max_error = [], 0.0
-    for entry in shard.entries:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                cloud = load_point_cloud(entry.path, NUM_POINTS, **reading)
-        except Exception as error:  # a reader may raise anything; one file must not end the run
-            broken.append(f"object_id {entry.object_id!r}: {one_line(error)[:200]}")
+    for entry, result in zip(shard.entries, results, strict=True):
+        if result.error is not None:  # one file must not end the run
+            broken.append(f"object_id {entry.object_id!r}: {one_line(result.error)[:200]}")
             continue
-        coord, color = encode_cloud(cloud)
-        max_error = max(max_error, float(np.abs(decode_cloud(coord, color)[:, :3] - cloud[:, :3]).max()))
+        coord, color, error = result.content
+        max_error = max(max_error, error)
         for name, value in zip(columns, (entry.object_id, coord, color, entry.conversations), strict=True):
             columns[name].append(value)
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])

@@ -7,7 +7,8 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_cloud
+from minigpt3d.data.reading import FileReader
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
 from minigpt3d.data.tables import TABLE_SUFFIXES, UNREADABLE_SUFFIXES, read_table
 from minigpt3d.messages import MultilineError
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.readers_minigpt3d import printable
 
 from .options import EvaluateOptions
 from .progress import progress
@@ -50,6 +53,22 @@ class EvalObject:
     color: str | None = None
 
 
+@dataclass(frozen=True)
+class CloudFile:
+    """Reads one's own file, see `load_point_cloud`.
+
+    Args:
+        path: of any format.
+        reading: `up_axis` and `missing_color`, the same for all objects.
+    """
+
+    path: Path
+    reading: dict
+
+    def __call__(self) -> np.ndarray:
+        return load_point_cloud(self.path, NUM_POINTS, **self.reading)
+
+
 def read_objects(options: EvaluateOptions) -> list[EvalObject]:
     """All objects of a suite; see the readers below."""
     if options.suite in ("objaverse", "caption"):
@@ -68,20 +87,37 @@ def check_clouds(objects: Collection[EvalObject]) -> str:
         MultilineError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
-    with progress(len(objects), "reading", "object") as bar:
-        for item in objects:
+    with progress(len(objects), "reading", "object") as bar, closing(_read_all(objects)) as clouds:
+        for item, cloud in zip(objects, clouds, strict=True):
             bar.update()
             digest.update(json.dumps([item.object_id, item.label, item.caption, item.color]).encode())
-            try:
-                digest.update(np.ascontiguousarray(item.read(), dtype=np.float32).tobytes())
-            except (ValueError, OSError) as error:
-                broken.append(f"{item.object_id}: {' '.join(str(error).split())[:200]}")
+            if isinstance(cloud, Exception):
+                broken.append(f"{item.object_id}: {' '.join(str(cloud).split())[:200]}")
+            else:
+                digest.update(np.ascontiguousarray(cloud, dtype=np.float32).tobytes())
     if broken:
         listed = "\n  ".join(broken)
         raise MultilineError(
             f"{len(broken)} of {len(objects)} objects cannot be read:\n  {listed}\nRepair them or leave them out."
         )
     return digest.hexdigest()[:16]
+
+
+def _read_all(objects: Collection[EvalObject]) -> Iterator[np.ndarray | Exception]:
+    """Clouds, or why there is none. Files of any format are read in a process of their own, since some end it."""
+    files = [item.read for item in objects if isinstance(item.read, CloudFile)]
+    if not files:
+        for item in objects:
+            try:
+                yield item.read()
+            except (ValueError, OSError) as error:
+                yield error
+        return
+    with FileReader(load_point_cloud) as reader:
+        for result in reader.read_files([file.path for file in files], num_points=NUM_POINTS, **files[0].reading):
+            for text in result.warnings:
+                warnings.warn(text, stacklevel=2)
+            yield result.content if result.error is None else result.error
 
 
 # ---- ModelNet40 -----------------------------------------------------------------------------------------------------
@@ -333,8 +369,8 @@ def _read_lines(path: Path, reading: dict) -> list[EvalObject]:
         file = path.parent / line["file"]
         if not file.is_file():
             raise ValueError(f"{where}: no such file: {file}.")
-        object_id = str(line.get("object_id") or Path(line["file"]).stem)
-        objects.append(EvalObject(object_id, partial(load_point_cloud, file, NUM_POINTS, **reading), **references))
+        object_id = printable(str(line.get("object_id") or Path(line["file"]).stem))
+        objects.append(EvalObject(object_id, CloudFile(file, reading), **references))
     if unknown:
         warnings.warn(f"{path}: columns that are not used: {', '.join(sorted(unknown))}.", stacklevel=4)
     return objects

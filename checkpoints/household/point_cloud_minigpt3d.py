@@ -9,10 +9,9 @@ Shapes: N points in the source, P points of the cloud.
 import numbers
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
@@ -84,6 +83,27 @@ def load_point_cloud(
         MissingReaderError: (also an ImportError) a package that reads this kind of file is missing; the message says
             which.
     """
+    return load_with_facts(source, num_points, missing_color, up_axis, seed)[0]
+
+
+class CloudFacts(NamedTuple):
+    """What a source holds.
+
+    Args:
+        num_points: N; None for surfaces.
+        num_faces: triangles of surfaces; None for points.
+        has_color: whether it has colors, be it in materials or textures.
+    """
+
+    num_points: int | None
+    num_faces: int | None
+    has_color: bool
+
+
+def load_with_facts(
+    source: Any, num_points: int, missing_color: str | tuple[float, float, float], up_axis: str | None, seed: int
+) -> tuple[np.ndarray, CloudFacts]:
+    """What `load_point_cloud` returns for the same arguments, and facts about the source."""
     if not isinstance(num_points, numbers.Integral) or num_points < 1:
         raise ValueError(f"num_points must be a whole number of at least 1, got {num_points!r}.")
     if up_axis is not None and up_axis not in _UP_ROTATIONS:
@@ -96,9 +116,12 @@ def load_point_cloud(
             content = _read(source)
             if isinstance(content, Points):
                 coord, color = _sample_points(content, num_points, rng)
+                counts = len(content.coord), None
             else:
                 coord, color = sample_surface(content, num_points, rng)
-            if np.isnan(color).all() and is_file_like(source):
+                counts = None, sum(len(surface.corners) for surface in content)
+            facts = CloudFacts(*counts, has_color=not np.isnan(color).all())
+            if not facts.has_color and is_file_like(source):
                 what = "points have" if isinstance(content, Points) else "surface has"
                 warn(
                     f"its {what} no color, so all points are {missing_color}. What is answered about its color is not to "
@@ -112,7 +135,7 @@ def load_point_cloud(
         raise type(error)(f"{name}: {printable(str(error))}") from error
     cloud = np.empty((6, num_points), dtype=np.float32)
     cloud[:3], cloud[3:] = coord.T, color.T
-    return np.ascontiguousarray(cloud.T)
+    return np.ascontiguousarray(cloud.T), facts
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -123,7 +146,7 @@ def _read(source: Any) -> Points | list[Surface]:
     if is_file_like(source):
         with local_file(source) as path:
             return _read_file(path)
-    if isinstance(source, torch.Tensor):
+    if hasattr(source, "detach"):  # a tensor; torch is not imported, which takes longer than reading a file
         source = source.detach().cpu()
         source = (source.double() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):

@@ -47,6 +47,10 @@ class PointCloudError(ValueError):
     """A source that is no usable point cloud; the message says what is wrong with it and what to do."""
 
 
+class NotACloudError(PointCloudError):
+    """A text of another kind, such as notes beside the clouds."""
+
+
 class MissingReaderError(PointCloudError, ImportError):
     """A library that reads this format is not installed; the message says how to install it."""
 

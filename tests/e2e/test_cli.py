@@ -7,14 +7,18 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import bad_readers
 import numpy as np
 import pytest
+import trimesh
 from safetensors.torch import load_file, save_file
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli.main import main
+from minigpt3d.data.reading import Limits
 from minigpt3d.hub import save_pretrained
 
 
@@ -61,10 +65,11 @@ def test_one_file_gives_its_answer(run, objects):
 
 def test_a_folder_gives_one_json_line_for_each_readable_file(run, objects):
     code, out, err = run("describe", objects, "--json", "--prompt", "What color is it?")
-    assert (code, err) == (0, [])
+    assert (code, err) == (0, ["minigpt3d: 2 described, 0 failed, 1 skipped: 1 .md"])
     records = [json.loads(line) for line in out]
     assert [record["file"] for record in records] == [str(objects / "b.npy"), str(objects / "more" / "a.npy")]
-    assert all(set(record) == {"file", "prompt", "answer"} for record in records)
+    fields = {"file", "prompt", "answer", "num_points", "num_faces", "has_color", "sides", "colors", "warnings"}
+    assert all(set(record) == fields for record in records)
     assert {record["prompt"] for record in records} == {"What color is it?"}
     assert all(record["answer"] for record in records)
 
@@ -74,8 +79,8 @@ def test_a_bad_file_is_one_line_and_the_others_are_described(run, objects):
     code, out, err = run("describe", objects / "missing.ply", objects, "--json")
     assert code == 1
     assert len(out) == 2
-    assert len(err) == 2
-    for line, path in zip(err, [objects / "missing.ply", objects / "bad.npy"], strict=True):
+    assert err[2:] == ["minigpt3d: 2 described, 2 failed, 1 skipped: 1 .md"]
+    for line, path in zip(err[:2], [objects / "missing.ply", objects / "bad.npy"], strict=True):
         assert line.startswith(f"minigpt3d: {path}: ")
 
 
@@ -83,6 +88,62 @@ def test_a_folder_without_objects(run, tmp_path):
     code, out, err = run("describe", tmp_path)
     assert (code, out) == (1, [])
     assert len(err) == 1 and ".ply" in err[0]
+
+
+def test_a_file_that_ends_or_blocks_the_reader_costs_itself_only(run, objects, monkeypatch):
+    monkeypatch.setattr("minigpt3d.point_cloud_minigpt3d.load_with_facts", bad_readers.load_with_facts)
+    monkeypatch.setattr("minigpt3d.data.reading.LIMITS", Limits(seconds=3, memory=512 * 1024**2))
+    bad = ["aborts", "allocates", "loops"]
+    for name in bad:
+        np.save(objects / f"{name}.npy", make_cloud(2))
+    start = time.monotonic()
+    code, out, err = run("describe", objects, "--json")
+    assert code == 1 and time.monotonic() - start < 60
+    assert [Path(json.loads(line)["file"]).name for line in out] == ["b.npy", "a.npy"]
+    assert [line.startswith(f"minigpt3d: {objects / name}.npy: ") for line, name in zip(err, bad, strict=False)] == [
+        True
+    ] * 3
+    assert "2 described, 3 failed" in err[3]
+
+
+def test_other_files_of_a_folder_are_counted_by_type(run, objects):
+    for name in ("a.fbq", "b.fbq", "c.mtl", "d.png", "e.dxq"):
+        (objects / name).write_text("nothing to see")
+    (objects / "README.txt").write_text("These are chairs.")
+    code, _, err = run("describe", objects)
+    assert (code, err) == (0, ["minigpt3d: 2 described, 0 failed, 5 skipped: 2 .fbq, 1 .dxq, 1 .md, 1 .txt"])
+    code, _, err = run("describe", objects, objects / "README.txt")
+    assert code == 1 and "README.txt: it is text, not a cloud" in err[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="such names are not allowed")
+def test_control_characters_in_file_names_are_escaped(run, objects):
+    name = "a\x1b[31m\n\x9b\U000e0001.npy"
+    np.save(objects / name, make_cloud(2))
+    (objects / "bad\x1b\n.npy").write_bytes(b"not an array")
+    code, out, err = run("describe", objects)
+    assert code == 1 and len(out) == 3 and len(err) == 2
+    assert out[0].startswith(f"{objects}/a\\x1b[31m\\n\\x9b\\U000e0001.npy: ")
+    assert "bad\\x1b\\n.npy: " in err[0]
+    _, out, _ = run("describe", objects, "--json")
+    assert all(line.isprintable() for line in out) and json.loads(out[0])["file"] == str(objects / name)
+
+
+def test_json_says_what_the_file_holds(run, tmp_path):
+    coord = np.random.default_rng(0).uniform(-1, 1, (1000, 3)) * [1, 0.5, 0.25]
+    color = np.tile([1.0, 0, 0], (1000, 1))
+    color[:250] = [0, 0, 1]
+    np.save(tmp_path / "slab.npy", np.concatenate([coord, color], 1))
+    np.save(tmp_path / "bare.npy", coord)
+    trimesh.creation.box().export(tmp_path / "box.stl")
+    _, out, err = run("describe", *(tmp_path / name for name in ("slab.npy", "bare.npy", "box.stl")), "--json")
+    slab, bare, box = map(json.loads, out)
+    assert (slab["num_points"], slab["num_faces"], slab["has_color"], slab["warnings"]) == (1000, None, True, [])
+    assert slab["sides"] == {"x": 1, "y": pytest.approx(0.5, abs=0.02), "z": pytest.approx(0.25, abs=0.02)}
+    assert slab["colors"] == {"red": pytest.approx(0.75, abs=0.02), "blue": pytest.approx(0.25, abs=0.02)}
+    assert (bare["has_color"], bare["colors"], len(bare["warnings"])) == (False, {}, 1)
+    assert (box["num_points"], box["num_faces"], box["has_color"]) == (None, 12, False)
+    assert len(err) == 2 and all("no color" in line for line in err)
 
 
 def test_dropped_points_are_a_warning(run, tmp_path):
@@ -143,7 +204,8 @@ def test_a_model_that_fails_on_one_file_continues_with_the_next(run, objects, mo
     code, out, err = run("describe", objects, "--json")
     assert code == 1
     assert [json.loads(line)["file"] for line in out] == [str(objects / "more" / "a.npy")]
-    assert err == [f"minigpt3d: {objects / 'b.npy'}: no answer: RuntimeError: out of memory"]
+    assert err[0] == f"minigpt3d: {objects / 'b.npy'}: no answer: RuntimeError: out of memory"
+    assert len(err) == 2 and "1 described, 1 failed" in err[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
@@ -154,7 +216,7 @@ def test_file_names_that_are_not_utf8(run, objects):
     code, out, err = run("describe", objects, "--json")
     assert code == 1 and len(out) == 3
     assert json.loads(out[0])["file"] == str(objects / name)
-    assert len(err) == 1 and "bad\\udcff.npy: " in err[0]
+    assert len(err) == 2 and "bad\\udcff.npy: " in err[0]
     code, out, err = run("describe", objects / name, objects / "b.npy")
     assert (code, len(out), err) == (0, 2, [])
     assert out[0].startswith(f"{objects}/a\\udcff.npy: ")
@@ -166,7 +228,7 @@ def test_missing_color_and_up_axis_reach_the_reader(run, tmp_path):
         run("describe", tmp_path / "xyz.npy", *options)
         for options in ([], ["--missing-color", "white"], ["--up-axis", "x"])
     ]
-    assert all(code == 0 and not err for code, _, err in answers)
+    assert all(code == 0 and len(err) == 1 and "no color" in err[0] for code, _, err in answers)
     assert len({tuple(out) for _, out, _ in answers}) == 3
 
 

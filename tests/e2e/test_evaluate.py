@@ -13,6 +13,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import bad_readers
 import numpy as np
 import pytest
 from accelerate import debug_launcher
@@ -25,7 +26,14 @@ from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
 from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.metrics.table import METRICS
-from minigpt3d.evaluation.objects import EvalObject, read_household, read_modelnet40, read_objaverse, read_own
+from minigpt3d.evaluation.objects import (
+    EvalObject,
+    check_clouds,
+    read_household,
+    read_modelnet40,
+    read_objaverse,
+    read_own,
+)
 from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
 from minigpt3d.evaluation.results import Score, ScoredAnswer
@@ -37,6 +45,7 @@ from minigpt3d.evaluation.suites import DECODING, GREEDY, MODELNET40_CLASSES, SU
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
 from minigpt3d.evaluation.vocabulary.kinds import KINDS
 from minigpt3d.hub import save_pretrained
+from minigpt3d.messages import MultilineError
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
@@ -276,6 +285,24 @@ def test_malformed_lines_of_own_objects(own_objects, line, message):
     bad.write_text(line)
     with pytest.raises(ValueError, match=message):
         read_own(str(bad))
+
+
+def test_own_files_that_end_their_reader_are_listed(own_objects, monkeypatch):
+    monkeypatch.setattr("minigpt3d.evaluation.objects.load_point_cloud", bad_readers.load_point_cloud)
+    (own_objects.with_name("aborts.npy")).write_bytes(own_objects.with_name("box0.npy").read_bytes())
+    table = own_objects.with_name("crash.csv")
+    table.write_text("file,label\nbox0.npy,box\naborts.npy,box\n")
+    with pytest.raises(MultilineError, match="1 of 2 objects .*\n.*aborts: .*SIGABRT"):
+        check_clouds(read_own(str(table)))
+    table.write_text("file,label\nbox0.npy,box\n")
+    assert len(check_clouds(read_own(str(table)))) == 16
+
+
+def test_ids_are_printable(own_objects):
+    (own_objects.with_name("a\x1b.npy")).write_bytes(own_objects.with_name("box0.npy").read_bytes())
+    table = own_objects.with_name("escape.jsonl")
+    table.write_text(json.dumps({"file": "a\x1b.npy", "label": "box"}))
+    assert [each.object_id for each in read_own(str(table))] == ["a\\x1b"]
 
 
 def test_packed_own_objects(own_objects, tmp_path):

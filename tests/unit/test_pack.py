@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import bad_readers
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from huggingface_hub import HfFileSystem
 from minigpt3d.cli.main import main
 from minigpt3d.data import shards as packing
 from minigpt3d.data.clouds import decode_cloud, encode_cloud
+from minigpt3d.data.reading import Limits
 from minigpt3d.data.sources import open_sources, read_manifest
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.training.stages import RECIPES
@@ -55,6 +57,20 @@ def packed(release, tmp_path_factory):
     options = ["--data", str(release), "--annotations", str(release / "annotations.json"), "--out", str(out)]
     assert main(["pack", *options, "--max-broken", "0.1", "--num-workers", "2"]) == 0
     return out
+
+
+def test_a_file_that_ends_or_blocks_its_process_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "load_encoded", bad_readers.load_encoded)
+    monkeypatch.setattr("minigpt3d.data.reading.LIMITS", Limits(seconds=3, memory=512 * 1024**2))
+    bad = ["aborts", "allocates", "loops"]
+    names = [*bad, *(f"o{i}" for i in range(5))]
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((50, 6)))
+    lines = [json.dumps({"file": f"{name}.npy", "caption": "A chair."}) for name in names]
+    (tmp_path / "chairs.jsonl").write_text("\n".join(lines))
+    manifest = packing.pack(packing.table_entries(tmp_path / "chairs.jsonl"), tmp_path / "out", max_broken=0.5)
+    assert manifest["rows"] == 5 and len(manifest["broken"]) == 3
+    assert {line.split("'")[1] for line in manifest["broken"]} == set(bad)
 
 
 def test_a_packed_cloud_is_small_and_precise():
