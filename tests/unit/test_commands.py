@@ -160,5 +160,8 @@ def test_files_in_a_folder(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in describe.find_files(tmp_path)]
-    assert found == ["a.ply.gz", "b.OBJ", "below/c.usdz"]
+    progress = describe.Progress()
+    progress.add(tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in progress.files]
+    assert names == ["a.ply.gz", "b.OBJ", "below/c.usdz"]
+    assert progress.skipped == {".md": 1, ".gz": 1, ".wrl": 1}
