@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, separator: Liter
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         settings = _argparse_settings(hints[field.name], settings)
+        settings["help"] = with_flags(settings["help"], options, separator)
         if positional:
             groups[title].add_argument(field.name, **settings)
             continue

@@ -86,6 +86,8 @@ def find_model(name: str | Path) -> ModelFiles:
         ValueError: there is no such model, or the base of an adapter is not where the adapter says.
     """
     folder, offline = Path(name), False
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; a model is a folder, or OWNER/NAME on the Hub.")
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 

@@ -29,7 +29,9 @@ class Options:
         metavar="NAME=VALUE:SOURCE",
     )
     ablation: Path | None = option(
-        "folder that the household ablation wrote; its picture is copied into the card", default=None, metavar="DIR"
+        "folder that the household ablation wrote, or its ablation.json; its picture is copied",
+        default=None,
+        metavar="DIR",
     )
     model_id: str | None = option(
         "Hub id that others load the model by (default: the folder's name)", default=None, metavar="OWNER/NAME"
