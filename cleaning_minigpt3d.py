@@ -39,15 +39,17 @@ _MAX_BELOW = 0.01  # share of the points below a floor
 # Parts of a scene lie this share of its size apart, and each holds this share of its points.
 _CLUSTER_GAP = 1 / 16
 _MIN_CLUSTER_SHARE = 0.1
+_SCENE_POINTS = 2048
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 
 
 class Cleaned(NamedTuple):
-    """What `clean` did: `keep` (N,) bool, and a text that says what was removed, or None if nothing was."""
+    """What `clean` did: `keep` (N,) bool, a text that says what was removed (None: nothing), whether a floor was."""
 
     keep: np.ndarray
     removed: str | None
+    has_floor: bool
 
 
 def clean(coord: np.ndarray, cleaning: str, up_axis: str | None = None) -> Cleaned:
@@ -62,7 +64,7 @@ def clean(coord: np.ndarray, cleaning: str, up_axis: str | None = None) -> Clean
         ValueError: an unknown cleaning.
     """
     check_cleaning(cleaning)
-    keep, parts = np.ones(len(coord), dtype=bool), []
+    keep, parts, has_floor = np.ones(len(coord), dtype=bool), [], False
     if cleaning in ("outliers", "all"):
         outliers = find_outliers(coord)
         if outliers.any():
@@ -70,10 +72,12 @@ def clean(coord: np.ndarray, cleaning: str, up_axis: str | None = None) -> Clean
             parts.append(f"{outliers.sum():,} far outliers")
     if cleaning in ("floor", "all"):
         floor = find_floor(coord[keep], up_axis)
-        if floor.any():
+        has_floor = bool(floor.any())
+        if has_floor:
             keep[np.flatnonzero(keep)[floor]] = False
             parts.append(f"{floor.sum():,} of a floor below the object")
-    return Cleaned(keep, f"removed {(~keep).sum():,} of {len(coord):,} points: {' and '.join(parts)}" if parts else None)
+    removed = f"removed {(~keep).sum():,} of {len(coord):,} points: {' and '.join(parts)}" if parts else None
+    return Cleaned(keep, removed, has_floor)
 
 
 def check_cleaning(cleaning: str):
@@ -104,17 +108,19 @@ def _neighbor_distance(coord: np.ndarray) -> np.ndarray:
     distinct, inverse = np.unique(coord, axis=0, return_inverse=True)
     if len(distinct) <= _NUM_NEIGHBORS:
         return np.zeros(len(coord))
+    return _nearest(distinct, distinct, _NUM_NEIGHBORS + 1)[inverse.reshape(-1)]  # the nearest is the point itself
+
+
+def _nearest(queries: np.ndarray, points: np.ndarray, number: int) -> np.ndarray:
+    """(Q, 3), (N, 3) → (Q,) distance from each query to its nearest point of this number, counted from 1."""
     if cKDTree is not None:
-        distance = cKDTree(distinct).query(distinct, k=[_NUM_NEIGHBORS + 1])[0][:, 0]  # the nearest is the point itself
-    else:
-        points = torch.from_numpy(distinct - distinct.mean(0))
-        distance = torch.cat(
-            [
-                torch.cdist(rows, points).kthvalue(_NUM_NEIGHBORS + 1, dim=1).values
-                for rows in points.split(1024)
-            ]
-        ).numpy()
-    return distance[inverse.reshape(-1)]
+        return cKDTree(points).query(queries, k=[number])[0][:, 0]
+    targets, rows = torch.from_numpy(points).double(), torch.from_numpy(queries).double().split(1024)
+    distance = [
+        torch.cdist(row, targets, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(number, dim=1).values
+        for row in rows
+    ]
+    return torch.cat(distance).numpy()
 
 
 # ---- Floor ----------------------------------------------------------------------------------------------------------
@@ -162,9 +168,31 @@ def _surrounds(floor: np.ndarray, rest: np.ndarray) -> bool:
     filled = np.zeros((cells, cells), dtype=bool)
     filled[place[:, 0], place[:, 1]] = True
     middle = (np.arange(cells) + 0.5) / cells
-    inside = [(middle > a) & (middle < b) for a, b in zip((rest_low - low) / size, (rest_high - low) / size, strict=True)]
+    inside = [
+        (middle > a) & (middle < b) for a, b in zip((rest_low - low) / size, (rest_high - low) / size, strict=True)
+    ]
     around = ~(inside[0][:, None] & inside[1][None])
     return bool(filled[around].mean() >= _FLOOR_COVER)
+
+
+# ---- Up axis --------------------------------------------------------------------------------------------------------
+
+
+def mirror_distances(coord: np.ndarray) -> dict[str, float]:
+    """How far a cloud is from its mirror image along each axis: name → mean distance to the nearest point, above 0.
+
+    Most objects are alike left and right, many front and back, few above and below.
+
+    Args:
+        coord: (N, 3) finite coordinates in any unit.
+    """
+    low, high = np.quantile(coord, [0.01, 0.99], axis=0)
+    coord = coord - (low + high) / 2
+    smallest = np.finfo(np.float32).eps * np.abs(coord).max() + np.finfo(np.float64).tiny
+    return {
+        name: max(float(_nearest(coord * (1 - 2 * np.eye(3)[axis]), coord, 1).mean()), float(smallest))
+        for name, axis in _AXES.items()
+    }
 
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
@@ -174,8 +202,9 @@ def suspect_scene(coord: np.ndarray) -> str | None:
     """Say why a cloud may show more than one object, or None.
 
     Args:
-        coord: (N, 3) finite coordinates in any unit.
+        coord: (N, 3) finite coordinates in any unit; about two thousand are looked at.
     """
+    coord = coord[:: max(1, len(coord) // _SCENE_POINTS)]
     for name in _AXES:
         share = find_floor(coord, name).mean() if len(coord) else 0
         if share:
@@ -193,23 +222,35 @@ def count_clusters(coord: np.ndarray) -> int:
     """Number of groups of points that are far apart, each with a tenth of all points or more."""
     if len(coord) < MIN_POINTS:
         return 1
-    low, high = coord.min(axis=0), coord.max(axis=0)
-    size = (high - low).max()
+    low = coord.min(axis=0)
+    size = (coord.max(axis=0) - low).max()
     if not size > 0:
         return 1
-    cells, inverse, counts = np.unique(
-        np.floor((coord - low) / (_CLUSTER_GAP * size)).astype(int), axis=0, return_inverse=True, return_counts=True
-    )
-    # Cells that touch, at corners, too, belong together: the smallest label spreads until nothing changes.
-    touch = (np.abs(cells[:, None] - cells[None]).max(axis=-1) <= 1)
-    label = np.arange(len(cells))
-    while True:
-        spread = np.where(touch, label[None], len(cells)).min(axis=1)
+    # One empty cell on each side, so that shifts do not wrap around.
+    place = tuple(np.floor((coord - low) / (_CLUSTER_GAP * size)).astype(int).T + 1)
+    occupied = np.zeros([round(1 / _CLUSTER_GAP) + 3] * 3, dtype=bool)
+    occupied[place] = True
+    label = np.where(occupied, np.arange(1, occupied.size + 1).reshape(occupied.shape), 0)
+    while True:  # cells that touch, also at corners, belong together: the largest label spreads until nothing changes
+        spread = label
+        for axis in range(3):
+            spread = np.maximum(spread, np.maximum(np.roll(spread, 1, axis), np.roll(spread, -1, axis)))
+        spread = np.where(occupied, spread, 0)
         if (spread == label).all():
             break
         label = spread
-    shares = np.bincount(label, weights=counts) / len(coord)
+    shares = np.unique(label[place], return_counts=True)[1] / len(coord)
     return max(1, int((shares >= _MIN_CLUSTER_SHARE).sum()))
 
 
-__all__ = ["CLEANINGS", "CLEANING_POINTS", "clean", "check_cleaning", "suspect_scene"]
+__all__ = [
+    "CLEANINGS",
+    "CLEANING_POINTS",
+    "check_cleaning",
+    "clean",
+    "count_clusters",
+    "find_floor",
+    "find_outliers",
+    "mirror_distances",
+    "suspect_scene",
+]

@@ -55,7 +55,7 @@ def ask(pipeline, cloud: dict, turns: list[Turn], question: str, max_new_tokens:
         streamer = AnswerStreamer(pipeline.processor.tokenizer)
         messages = to_messages(cloud, kept, question)
         try:
-            (output,) = pipeline(messages, up_axis="y", max_new_tokens=max_new_tokens, streamer=streamer)
+            (output,) = pipeline(messages, up_axis="y", clean="none", max_new_tokens=max_new_tokens, streamer=streamer)
         except BrokenPipeError:
             raise
         except Exception as error:

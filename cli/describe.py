@@ -62,7 +62,7 @@ def describe_file(pipeline, path: Path, options: Options, with_name: bool) -> st
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
     cloud = read_cloud(pipeline, path, options)
     try:
-        (output,) = pipeline(cloud, prompt=prompt, up_axis="y", max_new_tokens=options.max_new_tokens)
+        (output,) = pipeline(cloud, prompt=prompt, up_axis="y", clean="none", max_new_tokens=options.max_new_tokens)
     except Exception as error:  # out of memory, for example: the next cloud may still fit
         raise CommandError(f"{path}: no answer: {one_line(error)}") from error
     answer = output["generated_text"]

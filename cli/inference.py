@@ -24,19 +24,24 @@ class ModelOptions:
 class ReadingOptions:
     """How to read files that lack an up axis or colors."""
 
-    up_axis: Literal["x", "y", "z"] | None = option(
-        "axis that points up in your files; they are rotated so that y points up (default: the model's setting, else no "
-        "rotation)",
+    up_axis: Literal["x", "y", "z", "auto"] | None = option(
+        "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
+        "model's setting, else no rotation)",
         default=None,
     )
     missing_color: Literal["black", "gray", "white"] | None = option(
         "color of points that have none (default: black)", default=None
     )
+    clean: Literal["none", "outliers", "floor", "all"] | None = option(
+        "what is removed from your files: points far from all others, a floor below the object, or both (default: the "
+        "model's setting, else none)",
+        default=None,
+    )
 
     @property
     def reading(self) -> dict[str, str]:
         """Arguments of the reader that were given."""
-        given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
+        given = {"up_axis": self.up_axis, "missing_color": self.missing_color, "clean": self.clean}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -72,7 +77,7 @@ def read_cloud(pipeline, path: Path, options: ReadingOptions):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            cloud = pipeline.processor.feature_extractor(path, **options.reading)["point_clouds"][0]
+            cloud = pipeline.read_point_cloud(path, **options.reading)
     except Exception as error:  # whatever is wrong with a file, the others are still read
         text = one_line(error).removeprefix(f"{path}: ")  # the reader names its file
         raise CommandError(f"{path}: {text}") from error

@@ -259,6 +259,9 @@ def read_clouds(processor: MiniGPT3DProcessor, clouds: list[np.ndarray], up_axis
     blind = torch.zeros(reader.num_points, 6)
 
     def read(cloud: np.ndarray) -> torch.Tensor:
-        return reader(cloud, return_tensors="pt", up_axis=up_axis)["point_clouds"][0] if np.any(cloud) else blind
+        if not np.any(cloud):
+            return blind
+        # A benchmark's clouds are prepared, and its corruptions are what it measures.
+        return reader(cloud, return_tensors="pt", up_axis=up_axis, clean="none")["point_clouds"][0]
 
     return torch.stack([read(cloud) for cloud in clouds])
