@@ -6,6 +6,7 @@ keeps its parts: a table top lies above the rest, a lamp's base is round or no w
 Shapes: N points.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ except ImportError:  # slower, same neighbors
 
 CLEANINGS = ("none", "outliers", "floor", "all")
 # Cleaning looks at so many points of a larger cloud: enough for its rules, and quick.
-CLEANING_POINTS = 32768
+CLEANING_POINTS = 16384
 MIN_POINTS = 128  # fewer show neither outliers nor a plane
 
 # An outlier's 8th nearest neighbor is so many times farther than that of nine points in ten.
@@ -40,6 +41,8 @@ _MAX_BELOW = 0.01  # share of the points below a floor
 _CLUSTER_GAP = 1 / 16
 _MIN_CLUSTER_SHARE = 0.1
 _SCENE_POINTS = 2048
+# Outliers are searched for if the box of all points is so much larger than that of 98 % of them.
+_TAILS = 1.5
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -52,32 +55,31 @@ class Cleaned(NamedTuple):
     has_floor: bool
 
 
-def clean(coord: np.ndarray, cleaning: str, up_axis: str | None = None) -> Cleaned:
-    """Find the points that belong to the object.
+def clean(coord: np.ndarray, cleaning: str, up_axes: Sequence[str | None] = (None,)) -> list[Cleaned]:
+    """Find the points that belong to the object, for each of several up axes.
 
     Args:
         coord: (N, 3) finite coordinates in any unit.
         cleaning: "none"; "outliers": drop points far from all others; "floor": drop a plane below the object; "all".
-        up_axis: the axis that points up, "x", "y" or "z"; None counts as "y".
+        up_axes: the axes that may point up, "x", "y" or "z"; None counts as "y".
 
     Raises:
         ValueError: an unknown cleaning.
     """
     check_cleaning(cleaning)
-    keep, parts, has_floor = np.ones(len(coord), dtype=bool), [], False
-    if cleaning in ("outliers", "all"):
-        outliers = find_outliers(coord)
-        if outliers.any():
-            keep &= ~outliers
-            parts.append(f"{outliers.sum():,} far outliers")
-    if cleaning in ("floor", "all"):
-        floor = find_floor(coord[keep], up_axis)
-        has_floor = bool(floor.any())
-        if has_floor:
-            keep[np.flatnonzero(keep)[floor]] = False
-            parts.append(f"{floor.sum():,} of a floor below the object")
-    removed = f"removed {(~keep).sum():,} of {len(coord):,} points: {' and '.join(parts)}" if parts else None
-    return Cleaned(keep, removed, has_floor)
+    nobody = np.zeros(len(coord), dtype=bool)
+    outliers = find_outliers(coord) if cleaning in ("outliers", "all") else nobody
+    results = []
+    for up_axis in up_axes:
+        floor = nobody.copy()
+        if cleaning in ("floor", "all"):
+            floor[~outliers] = find_floor(coord[~outliers], up_axis)
+        parts = [(outliers, "far outliers"), (floor, "of a floor below the object")]
+        parts = [f"{part.sum():,} {what}" for part, what in parts if part.any()]
+        keep = ~(outliers | floor)
+        removed = f"removed {(~keep).sum():,} of {len(coord):,} points: {' and '.join(parts)}" if parts else None
+        results.append(Cleaned(keep, removed, bool(floor.any())))
+    return results
 
 
 def check_cleaning(cleaning: str):
@@ -178,28 +180,27 @@ def _surrounds(floor: np.ndarray, rest: np.ndarray) -> bool:
 # ---- Up axis --------------------------------------------------------------------------------------------------------
 
 
-def mirror_distances(coord: np.ndarray) -> dict[str, float]:
-    """How far a cloud is from its mirror image along each axis: name → mean distance to the nearest point, above 0.
+def mirror_distance(coord: np.ndarray, up_axis: str) -> float:
+    """How far a cloud is from its image upside down: the mean distance to the nearest point, above 0.
 
     Most objects are alike left and right, many front and back, few above and below.
 
     Args:
         coord: (N, 3) finite coordinates in any unit.
+        up_axis: "x", "y" or "z".
     """
     low, high = np.quantile(coord, [0.01, 0.99], axis=0)
     coord = coord - (low + high) / 2
-    smallest = np.finfo(np.float32).eps * np.abs(coord).max() + np.finfo(np.float64).tiny
-    return {
-        name: max(float(_nearest(coord * (1 - 2 * np.eye(3)[axis]), coord, 1).mean()), float(smallest))
-        for name, axis in _AXES.items()
-    }
+    mirrored = coord * (1 - 2 * np.eye(3)[_AXES[up_axis]])
+    rounding = np.finfo(np.float32).eps * np.abs(coord).max() + np.finfo(np.float64).tiny
+    return float(_nearest(mirrored, coord, 1).mean() + rounding)
 
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
 
 def suspect_scene(coord: np.ndarray) -> str | None:
-    """Say why a cloud may show more than one object, or None.
+    """Say why a cloud may show more than one object and nothing else, or None.
 
     Args:
         coord: (N, 3) finite coordinates in any unit; about two thousand are looked at.
@@ -212,10 +213,21 @@ def suspect_scene(coord: np.ndarray) -> str | None:
                 f"{share:.0%} of its points lie in one plane below the rest ({name} pointing up), like a floor. Pass "
                 f"clean='floor' with up_axis={name!r} to remove it"
             )
+    share = find_outliers(coord).mean() if _has_tails(coord) else 0
+    if share:
+        return f"about {share:.1%} of its points are far from all others. Pass clean='outliers' to remove them"
     count = count_clusters(coord)
     if count > 1:
         return f"its points form {count} separate clusters, like a scene of several objects. Pass one object at a time"
     return None
+
+
+def _has_tails(coord: np.ndarray) -> bool:
+    """Whether a few points stretch the box in some direction: a quick test before neighbors are searched."""
+    if len(coord) < MIN_POINTS:
+        return False
+    low, high = np.quantile(coord, [0.01, 0.99], axis=0)
+    return bool((coord.max(axis=0) - coord.min(axis=0) > _TAILS * (high - low)).any())
 
 
 def count_clusters(coord: np.ndarray) -> int:
@@ -251,6 +263,6 @@ __all__ = [
     "count_clusters",
     "find_floor",
     "find_outliers",
-    "mirror_distances",
+    "mirror_distance",
     "suspect_scene",
 ]

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.generation.streamers import TextStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .cleaning_minigpt3d import mirror_distances
+from .cleaning_minigpt3d import mirror_distance
 from .point_cloud_minigpt3d import load_orientations
 from .processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER
 
@@ -152,7 +152,7 @@ class PointCloudToTextPipeline(Pipeline):
             return message
         content = [
             item | {"point_cloud": self.read_point_cloud(item["point_cloud"], **reading)}
-            if item.get("type") == "point_cloud"
+            if item.get("type") == "point_cloud" and "point_cloud" in item
             else item
             for item in message["content"]
         ]
@@ -211,7 +211,7 @@ class PointCloudToTextPipeline(Pipeline):
             "x", "y" or "z".
         """
         scores = self._answer_log_likelihoods(clouds)
-        scores += np.log([mirror_distances(cloud[:, :3].astype(np.float64))["y"] for cloud in clouds])
+        scores += np.log([mirror_distance(cloud[:, :3].astype(np.float64), "y") for cloud in clouds])
         scores[0] += UP_AXIS_MARGIN
         return UP_AXES[int(scores.argmax())]
 

@@ -110,8 +110,7 @@ def load_orientations(
         else:
             coord, color = sample_surface(content, count, fill, rng, name)
         orientations = []
-        for up_axis in up_axes:
-            cleaned = clean_points(coord, clean, up_axis)
+        for up_axis, cleaned in zip(up_axes, clean_points(coord, clean, up_axes), strict=True):
             kept = (coord, color) if cleaned.removed is None else (coord[cleaned.keep], color[cleaned.keep])
             cloud = _finish(*kept, num_points, up_axis, copy.deepcopy(rng) if len(up_axes) > 1 else rng)
             notes = [cleaned.removed]

@@ -1,20 +1,24 @@
 """A point cloud from whatever holds a 3D object: file, array, tensor or mesh → float32 (num_points, 6), normalized.
 
 The order: read (readers_minigpt3d.py, meshes_minigpt3d.py) → drop points that are not finite → colors to [0, 1] →
-sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
+clean, if asked to (cleaning_minigpt3d.py) → sample or repeat to `num_points` → turn the up axis → normalize. Surfaces
+are sampled by area instead.
 
 Shapes: N points in the source, P points of the cloud.
 """
 
+import copy
 import numbers
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .cleaning_minigpt3d import CLEANING_POINTS, check_cleaning, clean as clean_points, find_floor, suspect_scene
 from .meshes_minigpt3d import MESH_READERS, open_trimesh, read_ply, sample_surface
 from .readers_minigpt3d import POINT_READERS, PointCloudError, Points, report_dropped, split_columns
 
@@ -40,6 +44,7 @@ def load_point_cloud(
     missing_color: str | tuple[float, float, float] = "black",
     up_axis: str | None = None,
     seed: int = 0,
+    clean: str = "none",
 ) -> np.ndarray:
     """Read, sample and normalize a 3D object. The same source and arguments always give the same cloud.
 
@@ -53,6 +58,8 @@ def load_point_cloud(
         up_axis: the axis that points up in `source`, "x", "y" or "z"; the object is turned so that y points up, as in
             the training data. None does not turn it.
         seed: of the sampling.
+        clean: "outliers" drops points far from all others, "floor" a plane below the object, "all" both; "none" keeps
+            all points. A warning says what was removed.
 
     Returns:
         (num_points, 6) float32: xyz minus its mean, divided by the largest norm; rgb in [0, 1].
@@ -62,24 +69,70 @@ def load_point_cloud(
         ValueError: an argument out of its range.
         ImportError: a package that reads this kind of file is missing; the message says which.
     """
+    (reading,) = load_orientations(source, [up_axis], num_points, missing_color, seed, clean)
+    for note in reading.notes:
+        warnings.warn(note, stacklevel=2)
+    return reading.cloud
+
+
+class Orientation(NamedTuple):
+    """A source read with one up axis: `cloud` as `load_point_cloud` returns it, what is to be said about it, and
+    (if several axes are compared) whether it stands on a floor, which is gone if cleaning removes floors."""
+
+    cloud: np.ndarray
+    notes: list[str]
+    has_floor: bool
+
+
+def load_orientations(
+    source: Any,
+    up_axes: Sequence[str | None],
+    num_points: int = 8192,
+    missing_color: str | tuple[float, float, float] = "black",
+    seed: int = 0,
+    clean: str = "none",
+) -> list[Orientation]:
+    """Read a 3D object once, and turn it for each of several up axes. Arguments and errors as `load_point_cloud`."""
     if not isinstance(num_points, numbers.Integral) or num_points < 1:
         raise ValueError(f"num_points must be a whole number of at least 1, got {num_points!r}.")
-    if up_axis is not None and up_axis not in _UP_ROTATIONS:
-        raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (not turned), got {up_axis!r}.")
+    for up_axis in up_axes:
+        if up_axis is not None and up_axis not in _UP_ROTATIONS:
+            raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (not turned), got {up_axis!r}.")
+    check_cleaning(clean)
     fill = _rgb(missing_color)
     rng = np.random.default_rng(seed)
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
+    count = num_points if clean == "none" else max(num_points, CLEANING_POINTS)
     try:
         content = _read(source)
         if isinstance(content, Points):
-            coord, color = _sample_points(content, num_points, fill, rng, name)
+            coord, color = _sample_points(content, count, fill, rng, name, repeat=clean == "none")
         else:
-            coord, color = sample_surface(content, num_points, fill, rng, name)
-        if up_axis is not None:
-            coord = coord @ _UP_ROTATIONS[up_axis].T
-        coord = _normalize(coord)
+            coord, color = sample_surface(content, count, fill, rng, name)
+        orientations = []
+        for up_axis, cleaned in zip(up_axes, clean_points(coord, clean, up_axes), strict=True):
+            kept = (coord, color) if cleaned.removed is None else (coord[cleaned.keep], color[cleaned.keep])
+            cloud = _finish(*kept, num_points, up_axis, copy.deepcopy(rng) if len(up_axes) > 1 else rng)
+            notes = [cleaned.removed]
+            if isinstance(source, (str, os.PathLike)):
+                notes.append(suspect_scene(kept[0]))
+            # One axis needs no comparison.
+            has_floor = cleaned.has_floor or len(up_axes) > 1 and bool(find_floor(kept[0], up_axis).any())
+            orientations.append(Orientation(cloud, [f"{name}: {note}." for note in notes if note], has_floor))
+        return orientations
     except PointCloudError as error:
         raise PointCloudError(f"{name}: {error}") from error
+
+
+def _finish(
+    coord: np.ndarray, color: np.ndarray, num_points: int, up_axis: str | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Points (N, 3) with colors (N, 3) → cloud (P, 6): choose, turn, normalize."""
+    chosen = _choose(len(coord), num_points, rng)
+    coord, color = coord[chosen], color[chosen]
+    if up_axis is not None:
+        coord = coord @ _UP_ROTATIONS[up_axis].T
+    coord = _normalize(coord)
     cloud = np.empty((6, num_points), dtype=np.float32)
     cloud[:3], cloud[3:] = coord.T, color.T
     return np.ascontiguousarray(cloud.T)
@@ -135,9 +188,9 @@ def _read_file(path: Path) -> Points | Any:
 
 
 def _sample_points(
-    points: Points, num_points: int, fill: np.ndarray, rng: np.random.Generator, name: str
+    points: Points, num_points: int, fill: np.ndarray, rng: np.random.Generator, name: str, repeat: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1]."""
+    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1]; without `repeat` P is at most N."""
     coord, color = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
@@ -151,6 +204,8 @@ def _sample_points(
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
+    if not repeat:
+        num_points = min(num_points, len(coord))
     chosen = _choose(len(coord), num_points, rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:

@@ -12,8 +12,8 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
 # Renaming or dropping one of these breaks somebody's scripts.
 OPTIONS = {
-    "describe": "device json max-new-tokens missing-color model prompt up-axis",
-    "chat": "device max-new-tokens missing-color model up-axis",
+    "describe": "clean device json max-new-tokens missing-color model prompt up-axis",
+    "chat": "clean device max-new-tokens missing-color model up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
     "verify": "trust-remote-code",
