@@ -102,11 +102,12 @@ def load_orientations(
     fill = _rgb(missing_color)
     rng = np.random.default_rng(seed)
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"the given {type(source).__name__}"
-    count = num_points if clean == "none" else max(num_points, CLEANING_POINTS)
+    looks_closer = clean != "none" or len(up_axes) > 1  # for outliers and floors
+    count = max(num_points, CLEANING_POINTS) if looks_closer else num_points
     try:
         content = _read(source)
         if isinstance(content, Points):
-            coord, color = _sample_points(content, count, fill, rng, name, repeat=clean == "none")
+            coord, color = _sample_points(content, count, fill, rng, name, repeat=not looks_closer)
         else:
             coord, color = sample_surface(content, count, fill, rng, name)
         orientations = []

@@ -9,7 +9,7 @@ from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
 
 from .console import FAILED, CommandError, complain
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
+from .inference import CleaningOptions, ModelOptions, load_pipeline, read_cloud
 
 
 HELP = "ask several questions about one file"
@@ -21,7 +21,7 @@ Turn = tuple[str, str]  # question, answer
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(CleaningOptions, ModelOptions):
     path: Path = option("point cloud or mesh", positional=True, metavar="FILE")
 
 

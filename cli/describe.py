@@ -9,7 +9,7 @@ from minigpt3d.arguments import option
 from minigpt3d.messages import one_line
 
 from .console import FAILED, CommandError, complain, printable
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_cloud
+from .inference import CleaningOptions, ModelOptions, load_pipeline, read_cloud
 
 
 HELP = "describe files, or all readable files in folders"
@@ -18,7 +18,7 @@ EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(CleaningOptions, ModelOptions):
     paths: list[Path] = option("point cloud, mesh, or a folder", positional=True, metavar="FILE_OR_FOLDER")
     prompt: str | None = option('the question (default: "What is this?")', default=None)
     json: bool = option("print one JSON object per line: file, prompt, answer", default=False)

@@ -24,13 +24,30 @@ class ModelOptions:
 class ReadingOptions:
     """How to read files that lack an up axis or colors."""
 
-    up_axis: Literal["x", "y", "z", "auto"] | None = option(
-        "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
-        "model's setting, else no rotation)",
+    up_axis: Literal["x", "y", "z"] | None = option(
+        "axis that points up in your files; they are rotated so that y points up (default: the model's setting, else no "
+        "rotation)",
         default=None,
     )
     missing_color: Literal["black", "gray", "white"] | None = option(
         "color of points that have none (default: black)", default=None
+    )
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """Arguments of the reader that were given."""
+        given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class CleaningOptions(ReadingOptions):
+    """How to read files for a model that answers: it can choose the up axis, and scans can be cleaned."""
+
+    up_axis: Literal["x", "y", "z", "auto"] | None = option(
+        "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
+        "model's setting, else no rotation)",
+        default=None,
     )
     clean: Literal["none", "outliers", "floor", "all"] | None = option(
         "what is removed from your files: points far from all others, a floor below the object, or both (default: the "
@@ -41,8 +58,7 @@ class ReadingOptions:
     @property
     def reading(self) -> dict[str, str]:
         """Arguments of the reader that were given."""
-        given = {"up_axis": self.up_axis, "missing_color": self.missing_color, "clean": self.clean}
-        return {name: value for name, value in given.items() if value is not None}
+        return super().reading | ({} if self.clean is None else {"clean": self.clean})
 
 
 def load_pipeline(options: ModelOptions):
@@ -65,7 +81,7 @@ def load_pipeline(options: ModelOptions):
         ) from error
 
 
-def read_cloud(pipeline, path: Path, options: ReadingOptions):
+def read_cloud(pipeline, path: Path, options: CleaningOptions):
     """The point cloud of a file, (N, 6), y up; warnings about it are printed.
 
     A cloud is read before the pipeline gets it, so that a file that cannot be read and a model that fails are reported
