@@ -199,11 +199,12 @@ def mirror_distance(coord: np.ndarray, up_axis: str) -> float:
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
 
-def suspect_scene(coord: np.ndarray) -> str | None:
+def suspect_scene(coord: np.ndarray, cleaning: str = "none") -> str | None:
     """Say why a cloud may show more than one object and nothing else, or None.
 
     Args:
         coord: (N, 3) finite coordinates in any unit; about two thousand are looked at.
+        cleaning: how they have been cleaned; outliers are not searched for twice.
     """
     coord = coord[:: max(1, len(coord) // _SCENE_POINTS)]
     for name in _AXES:
@@ -213,7 +214,7 @@ def suspect_scene(coord: np.ndarray) -> str | None:
                 f"{share:.0%} of its points lie in one plane below the rest ({name} pointing up), like a floor. Pass "
                 f"clean='floor' with up_axis={name!r} to remove it"
             )
-    share = find_outliers(coord).mean() if _has_tails(coord) else 0
+    share = find_outliers(coord).mean() if cleaning in ("none", "floor") and _has_tails(coord) else 0
     if share:
         return f"about {share:.1%} of its points are far from all others. Pass clean='outliers' to remove them"
     count = count_clusters(coord)

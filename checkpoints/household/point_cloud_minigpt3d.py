@@ -116,7 +116,7 @@ def load_orientations(
             cloud = _finish(*kept, num_points, up_axis, copy.deepcopy(rng) if len(up_axes) > 1 else rng)
             notes = [cleaned.removed]
             if isinstance(source, (str, os.PathLike)):
-                notes.append(suspect_scene(kept[0]))
+                notes.append(suspect_scene(kept[0], clean))
             # One axis needs no comparison.
             has_floor = cleaned.has_floor or len(up_axes) > 1 and bool(find_floor(kept[0], up_axis).any())
             orientations.append(Orientation(cloud, [f"{name}: {note}." for note in notes if note], has_floor))

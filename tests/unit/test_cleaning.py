@@ -84,6 +84,7 @@ def test_outliers_are_removed(make, rng):
         f"{(~cleaned.keep).sum()} far outliers"
     )
     assert "far from all others" in cleaning.suspect_scene(together)
+    assert cleaning.suspect_scene(together, "outliers") is None
 
 
 @pytest.mark.parametrize("up_axis", AXES)
