@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,9 +127,9 @@ class FileReader:
             for path in paths:
                 waiting.append(self._threads.submit(self._read, path, arguments))
                 if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+                    yield _result(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
@@ -140,6 +140,13 @@ class FileReader:
             return process.read(path, arguments)
         finally:
             self._idle.put(process)
+
+
+def _result(future: Future) -> FileResult:
+    """The result, waited for in short turns: a Ctrl-C that comes just before the wait does not interrupt it."""
+    while not wait([future], timeout=0.5).done:
+        pass
+    return future.result()
 
 
 class _Process:

@@ -72,6 +72,7 @@ def test_a_light_module_imports_nothing_heavy(module):
     run_python(f"import sys, {module}; assert not {{'torch', 'transformers'}} & sys.modules.keys()")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

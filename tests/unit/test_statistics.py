@@ -24,6 +24,7 @@ def test_wilson_is_the_formula(hits, total):
     assert wilson(hits, total) == pytest.approx((center - half, center + half), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_coverage_of_wilson():
     rng = np.random.default_rng(0)
     hits = rng.binomial(200, 0.65, 2000)
@@ -84,6 +85,7 @@ def test_newcombe_by_hand():
         newcombe([0.5], [1])
 
 
+@pytest.mark.slow
 def test_coverage_of_newcombe():
     """A bootstrap of as few objects has too little coverage."""
     rng, covered = np.random.default_rng(5), {newcombe: [], bootstrap: []}
@@ -95,6 +97,7 @@ def test_coverage_of_newcombe():
     assert np.mean(covered[newcombe]) > 0.93 and np.mean(covered[bootstrap]) < 0.87
 
 
+@pytest.mark.slow
 def test_large_differences_stay_significant_among_many_tests():
     """10,000 draws alone give p of at least 0.0002, which is not significant after a correction for 250 tests."""
     rng = np.random.default_rng(6)
@@ -114,6 +117,7 @@ def test_sign_flips_by_hand():
     assert sign_flip(*hits) == pytest.approx(mcnemar(*hits))  # the same test for hits
 
 
+@pytest.mark.slow
 def test_false_positive_rate():
     """Also with few objects, where a bootstrap has too many."""
     rng = np.random.default_rng(3)
