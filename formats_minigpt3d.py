@@ -1,10 +1,13 @@
-"""Further formats with faces through libraries of the extra `formats`, and what is not read.
+"""Further formats with faces through libraries of the extra `formats`, and what is not read; below, how to add a format.
 
 assimp-py 1.1 reads FBX, COLLADA, Blender (before 2.8), 3DS, X3D, AC3D, LightWave, DirectX, ASE, B3D, MilkShape and AMF:
 162 of 176 such files of assimp's own test corpus, the others being empty, broken or of lines. It has no VRML and does not
 show embedded textures; those of FBX are found here. usd-core 26.11 reads USD.
 
 Shapes: V vertices, F triangles.
+
+To add a format: a reader and its row in scans_minigpt3d.py or text_minigpt3d.py (points), in scenes_minigpt3d.py (surfaces)
+or here (through a library); point_cloud_minigpt3d.py joins the tables.
 """
 
 import base64
