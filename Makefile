@@ -28,10 +28,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## describe three real objects with the bundled checkpoint
 	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) demo/demo.py
 
-test: $(INSTALLED)  ## run the tests but the slow ones: offline, on the CPU (under 8 minutes)
+test: $(INSTALLED)  ## run the tests but the slow ones: offline, on the CPU
 	@$(PYTEST) $(ARGS)
 
-test-fast: $(INSTALLED)  ## run unit tests and goldens (under 2 minutes)
+test-fast: $(INSTALLED)  ## run unit tests and goldens (about 2 minutes on two quiet cores)
 	@$(PYTEST) tests/unit tests/golden $(ARGS)
 
 # pytest exits with 5 if there is no test to run.
