@@ -7,13 +7,34 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from minigpt3d.messages import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors name the mistake and point to `--help`, instead of listing all options."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._words = sys.argv[1:] if args is None else args
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # reported here, because a command's parser knows its own name
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str):
+        files = [word for word in self._words if re.match(r"-[^=]*\.[A-Za-z]\w*$", word)]
+        files += [word for word in self._words if word.startswith("-") and os.path.exists(word)]
+        hint = f" (a file of this name is written ./{files[0]})" if files else ""
+        self.exit(2, f"{self.prog}: {message}{hint}\nRun `{self.prog} --help` for the options.\n")
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **settings) -> Any:
@@ -66,7 +87,7 @@ def _argparse_settings(hint: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `add_argument` from an annotation (`int | None`, `list[Path]`, `Literal["a", "b"]`, `bool`) and what
     the field sets itself."""
     if get_origin(hint) in (Union, UnionType):
-        (hint,) = [part for part in get_args(hint) if part is not NoneType]
+        hint = next(part for part in get_args(hint) if part is not NoneType)
     if hint is bool:
         return {"action": "store_true"} | settings
     if get_origin(hint) is Literal:
@@ -74,8 +95,8 @@ def _argparse_settings(hint: Any, settings: dict[str, Any]) -> dict[str, Any]:
     if get_origin(hint) is list:
         count = {} if settings.get("action") == "append" else {"nargs": "+"}
         return count | _argparse_settings(get_args(hint)[0], settings)
-    is_parser = isinstance(hint, type) and get_origin(hint) is None and hint is not str
-    return ({"type": hint} if is_parser else {}) | settings
+    parsers = {str: non_empty, Path: lambda text: Path(non_empty(text))}
+    return ({"type": parsers.get(hint, hint)} if isinstance(hint, type) else {}) | settings
 
 
 def read_options(options: type, args: argparse.Namespace) -> Any:
@@ -116,7 +137,7 @@ def run_script(
     Raises:
         SystemExit: 2 for options that cannot be parsed, 1 with the message of a ValueError or OSError on one line.
     """
-    parser = argparse.ArgumentParser(prog=module and f"python -m {module}", description=description)
+    parser = Parser(prog=module and f"python -m {module}", description=description)
     if "\n" in description:
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_options(parser, options, "_")
@@ -125,6 +146,18 @@ def run_script(
         action(read_options(options, parsed))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {with_flags(one_line(error), options, '_')}")
+
+
+def non_empty(text: str) -> str:
+    """A text, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def path_or_url(text: str) -> Path | str:
+    """A path, or a URL as text, for argparse; a `Path` would lose a slash of a URL."""
+    return text if re.match(r"[A-Za-z][\w+.-]*://", text) else Path(non_empty(text))
 
 
 def natural_int(text: str, at_least: int = 0) -> int:

@@ -85,6 +85,8 @@ def find_model(name: str | Path) -> ModelFiles:
     Raises:
         ValueError: there is no such model, or the base of an adapter is not where the adapter says.
     """
+    if not str(name).strip():
+        raise ValueError("the name of the model is empty; a model is a folder, or OWNER/NAME on the Hub.")
     folder, offline = Path(name), False
     if folder.is_file():
         raise ValueError(f"{name} is a file; a model is a folder, or OWNER/NAME on the Hub.")
@@ -163,6 +165,23 @@ def load_model(name: str | Path, **options) -> tuple[MiniGPT3DForConditionalGene
     files = find_model(name)
     model = load_weights(files.adapter or files.base, local_files_only=files.offline, **options)
     return model, load_processor(files)
+
+
+def check_device(name: str | None):
+    """
+    Raises:
+        ValueError: `device` is none of this machine; None is any.
+    """
+    if name is None:
+        return
+    import torch
+
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        devices += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in devices:
+        raise ValueError(f"`device` {name!r}: this machine has {', '.join(devices)}. Leave it out for the default.")
 
 
 def load_processor(files: ModelFiles) -> MiniGPT3DProcessor:

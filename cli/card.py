@@ -45,6 +45,6 @@ def run(options: Options, argv: list[str]) -> int:
     from minigpt3d.model_card.emissions import read_given
 
     given = read_given(options.co2)
-    fingerprint = fingerprint_model(options.folder) if options.results else None
+    fingerprint = fingerprint_model(options.folder) if options.results and options.folder.is_dir() else None
     print(write_card(options.folder, options.results, given, options.ablation, options.model_id, fingerprint))
     return 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, path_or_url
 from minigpt3d.messages import one_line
 
 from .console import FAILED, complain
@@ -20,7 +20,9 @@ DESCRIPTION = (
 
 @dataclass(kw_only=True)
 class Options(ReadingOptions, ModelOptions):
-    path: Path = option("point cloud or mesh", positional=True, metavar="FILE")
+    path: Path | str = option(
+        "point cloud or mesh, or an https:// URL", positional=True, type=path_or_url, metavar="FILE"
+    )
 
 
 def run(options: Options, argv: list[str]) -> int:
@@ -28,7 +30,7 @@ def run(options: Options, argv: list[str]) -> int:
     from minigpt3d.data.reading import FileReader
     from minigpt3d.point_cloud_minigpt3d import load_with_facts
 
-    if not options.path.is_file():
+    if isinstance(options.path, Path) and not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
         raise ValueError(f"{options.path}: {problem}")
     with FileReader(load_with_facts) as reader:

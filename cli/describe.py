@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import option, path_or_url
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
 
@@ -26,7 +26,9 @@ LEAST_SHARE = 0.01
 
 @dataclass(kw_only=True)
 class Options(ReadingOptions, ModelOptions):
-    paths: list[Path] = option("point cloud, mesh, or a folder", positional=True, metavar="FILE_OR_FOLDER")
+    paths: list[Path | str] = option(
+        "point cloud, mesh, a folder, or an https:// URL", positional=True, type=path_or_url, metavar="FILE_OR_FOLDER"
+    )
     prompt: str | None = option('the question (default: "What is this?")', default=None)
     json: bool = option("print one JSON object per line: file, prompt, answer, facts and warnings", default=False)
 
@@ -35,20 +37,20 @@ class Options(ReadingOptions, ModelOptions):
 class Progress:
     """What became of the files."""
 
-    files: list[Path] = field(default_factory=list)
+    files: list[Path | str] = field(default_factory=list)
     in_folders: set[Path] = field(default_factory=set)
     has_folder: bool = False
     described: int = 0
     failed: int = 0
     skipped: Counter = field(default_factory=Counter)  # by type
 
-    def add(self, path: Path):
-        """Add a file, or all readable files in a folder and its subfolders, sorted.
+    def add(self, path: Path | str):
+        """Add a file, a URL, or all readable files in a folder and its subfolders, sorted.
 
         Raises:
             ValueError: there are none in the folder.
         """
-        if not path.is_dir():
+        if isinstance(path, str) or not path.is_dir():
             self.files.append(path)
             return
         from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
@@ -137,12 +139,13 @@ def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
         ValueError: the file cannot be read, or the model fails on it.
     """
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
+    from minigpt3d.sources_minigpt3d import source_name
 
     if result.error is not None:
         raise result.error
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
     cloud, facts = result.content
-    name = printable(str(result.path))
+    name = source_name(result.path)
     try:
         (output,) = pipeline(cloud, prompt=prompt, up_axis="y", max_new_tokens=options.max_new_tokens)
     except Exception as error:  # out of memory, for example: the next cloud may still fit

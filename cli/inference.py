@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from minigpt3d.arguments import option, positive_int
 from minigpt3d.messages import one_line
-from minigpt3d.readers_minigpt3d import printable
+from minigpt3d.sources_minigpt3d import source_name
 
 from .console import complain, quiet
 
@@ -52,7 +52,9 @@ def load_pipeline(options: ModelOptions):
         ValueError: there is no such model, or it cannot be read.
         ValueError: the device cannot be used.
     """
-    from minigpt3d.hub import default_model, load_model
+    from minigpt3d.hub import check_device, default_model, load_model
+
+    check_device(options.device)  # before transformers is imported
     from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
     quiet()
@@ -64,7 +66,7 @@ def load_pipeline(options: ModelOptions):
 
 
 def read_clouds(
-    reader: "FileReader", pipeline, paths: Iterable[Path], options: ReadingOptions
+    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: ReadingOptions
 ) -> Iterator["FileResult"]:
     """What `load_with_facts` returns for each file: the cloud, (P, 6), y up, and facts; warnings are printed.
 
@@ -74,7 +76,7 @@ def read_clouds(
     extractor = pipeline.processor.feature_extractor
     settings = {name: getattr(extractor, name) for name in ("num_points", "missing_color", "up_axis", "seed")}
     for result in reader.read_files(paths, **settings | options.reading):
-        name = printable(str(result.path))
+        name = source_name(result.path)
         for text in result.warnings:
             complain(f"{name}: warning: {' '.join(text.removeprefix(f'{name}: ').split())}")
         yield result

@@ -8,8 +8,9 @@ which gets the command line as it was typed for its records, and returns the exi
 import argparse
 import os
 import sys
+from importlib.metadata import version
 
-from minigpt3d.arguments import add_options, normalize, read_options, with_flags
+from minigpt3d.arguments import Parser, add_options, normalize, read_options, with_flags
 from minigpt3d.messages import MultilineError, one_line
 
 from . import card, chat, compare, convert, describe, evaluate, pack, verify
@@ -29,11 +30,20 @@ COMMANDS = {
 INTERRUPTED = 130  # exit code
 
 
-def build_parser() -> argparse.ArgumentParser:
+class VersionAction(argparse.Action):
+    """Print the versions that a bug report needs; nothing is imported for them."""
+
+    def __call__(self, parser, *values):
+        print(", ".join(f"{name} {version(name)}" for name in ("minigpt3d", "torch", "transformers")))
+        parser.exit()
+
+
+def build_parser() -> Parser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minigpt3d", description="Ask a small language model what a 3D object is.", allow_abbrev=False
     )
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="print versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command_parser = commands.add_parser(

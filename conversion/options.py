@@ -63,10 +63,14 @@ class ConvertOptions:
     def check(self):
         """
         Raises:
-            ValueError: `out` cannot be written, or options exclude each other.
+            ValueError: a given file is missing, `out` cannot be written, or options exclude each other.
         """
         from minigpt3d.hub import check_model_dir
 
+        given = self.files | {"stage_result": self.stage_result, "config": self.config}
+        for name, path in given.items():
+            if path is not None and not path.exists():
+                raise ValueError(f"`{name}` {path}: there is no such file or folder. Check the path.")
         out = check_model_dir(self.out, [*self.files.values(), *filter(None, [self.stage_result])])
         if out.exists() and any(out.iterdir()) and not self.overwrite:
             raise ValueError(f"{self.out} holds a model already; pass a new folder, or `overwrite` to replace it")

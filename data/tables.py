@@ -21,17 +21,21 @@ def read_table(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
         ValueError: the file cannot be read, is a table of another format, or has a malformed line.
     """
     suffix = path.suffix.lower()
-    if suffix in UNREADABLE_SUFFIXES:
-        raise ValueError(
-            f"{path}: a {suffix} is not read. Save it as .csv, with commas and in UTF-8, or as lines of JSON."
-        )
+    expected = f"Expected a table with {' and '.join(sorted(columns, reverse=True))}: a .csv in UTF-8, or lines of JSON."
+    if not path.is_file():
+        raise ValueError(f"{path}: {'this is a folder' if path.is_dir() else 'there is no such file'}. {expected}")
+    if suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path}: {suffix or 'a file without extension'} is not read as a table. {expected}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Save it as UTF-8.") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
-    yield from _read_csv(path, text, columns) if suffix == ".csv" else _read_json_lines(path, text)
+    rows = list(_read_csv(path, text, columns) if suffix == ".csv" else _read_json_lines(path, text))
+    if not rows:
+        raise ValueError(f"{path}: it has no rows{' below its header' if suffix == '.csv' else ''}. {expected}")
+    yield from rows
 
 
 def _read_csv(path: Path, text: str, columns: set[str]) -> Iterator[tuple[str, dict]]:

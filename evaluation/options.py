@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
+from minigpt3d.hub import check_device
 from minigpt3d.messages import one_line
 
 from .metrics.table import JUDGE_PROMPTS
@@ -161,6 +162,7 @@ class EvaluateOptions:
                 f"`answers` {self.answers}: no such file. Expected answers of a program, as JSON or JSONL."
             )
         self._check_judge()
+        check_device(self.device)
         if self.reading and self.suite != "own":
             raise ValueError("`up_axis` and `missing_color` are for your own files: the suite must be own.")
         if self.suite in DATA and self.data is None:

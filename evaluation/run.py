@@ -120,8 +120,15 @@ def _sum_up(lines: list[dict]) -> Generation:
 
 
 def _notify_left_out(plan: Evaluation, notify: Callable[[str], None]):
-    for name, reason in plan.not_scored.items():
-        notify(f"not scored{' any more' if name in plan.earlier_judges else ''}: {name} {reason}")
+    """Report on one line what is not scored and why, and on another what the folder has scores of."""
+    for prefix, is_earlier in (("not scored", False), ("not scored any more", True)):
+        names: dict[str, list[str]] = {}
+        for name, reason in plan.not_scored.items():
+            if (name in plan.earlier_judges) == is_earlier:
+                names.setdefault(reason, []).append(name)
+        if names:
+            reasons = "; ".join(f"{', '.join(metrics)}: {reason}" for reason, metrics in names.items())
+            notify(f"{prefix}: {reasons}")
 
 
 def _notify_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int], notify: Callable[[str], None]):

@@ -218,6 +218,10 @@ class RunFolder:
             ValueError: results.json is missing, damaged, of another program or of another version.
         """
         path = self.results
+        if not self.path.is_dir():
+            raise ValueError(
+                f"{self.path}: there is no such folder; expected one that `minigpt3d evaluate SUITE --out {self.path}` writes."
+            )
         if not path.is_file():
             raise ValueError(
                 f"{self.path} has no {path.name}: expected the folder of a finished run. Run `minigpt3d evaluate` with this "

@@ -43,6 +43,11 @@ def read_folder(folder: Path) -> dict:
     Raises:
         ValueError: the folder holds no model, or a file is damaged.
     """
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: there is no such folder; expected the folder of a model or an adapter, as `minigpt3d convert` or "
+            "a training stage writes it."
+        )
     config, adapter, record, stage, recipe = (
         read_fact(folder / name)
         for name in ("config.json", "adapter_config.json", "provenance.json", "stage.json", RECIPE_FILE)

@@ -61,8 +61,8 @@ def _describe(stage: Stage) -> str:
     sources = ", ".join(f"{source.name} ({source.batch} a step)" for source in stage.mixture)
     start = {"base": "the pretrained parts", "any": "a finished model"}
     return (
-        f"Stage {stage.name} of MiniGPT-3D: {stage.teaches}. It starts from "
+        f"{stage.title} of MiniGPT-3D: {stage.teaches}. It starts from "
         f"{start.get(stage.starts_from, f'stage {stage.starts_from}')} and takes {stage.steps:,} steps on {sources}, with "
-        f"learning rates {stage.warmup_lr:g} → {stage.peak_lr:g} → {stage.min_lr:g}. These values are the paper's row in "
-        "training/stages.py; the options say how to run it."
+        f"learning rates {stage.warmup_lr:g} → {stage.peak_lr:g} → {stage.min_lr:g}. These values are those of the recipe "
+        "`paper` in training/stages.py; the options say how to run it."
     )

@@ -39,7 +39,9 @@ def _find_missing_weights(history: list[dict], stage: Stage) -> str | None:
     loss = history[0]["loss"]
     if loss <= MAX_FIRST_LOSS:
         return None
-    weights = "the base weights" if stage.starts_from == "base" else f"stage {stage.starts_from}'s weights"
+    weights = {"base": "the base weights", "any": "the model's weights"}.get(
+        stage.starts_from, f"stage {stage.starts_from}'s weights"
+    )
     return (
         f"The loss of the first step is {loss:.2f}; {USUAL_FIRST_LOSS} is usual, or less in later stages. Usually "
         f"{weights} were not loaded, or language model and tokenizer do not match. Check that the model of `init` "
@@ -89,7 +91,7 @@ def _find_stalled_loss(history: list[dict], stage: Stage) -> str | None:
     if last <= (1 - MIN_FALL) * first:
         return None
     return (
-        f"The loss of stage {stage.name} stalls: {first:.2f} at the beginning, {last:.2f} at the end of "
+        f"{stage.title}: the loss stalls, {first:.2f} at the beginning, {last:.2f} at the end of "
         f"{len(history):,} steps. Usually the Q-Former or the projections after it lack their pretrained weights, so "
         "the language model gets no information about the cloud. Check that the model of `init` has them and that the "
         "updates of the point projection are about 1e-3 of its weights. Ignore this if that model was trained on the "
@@ -119,7 +121,7 @@ def _find_equal_routing(history: list[dict], stage: Stage) -> str | None:
         f"All clouds use the same experts: in the last tenth of {len(history):,} steps, {observed}. Usually the "
         "features of different clouds are too similar (an encoder without its weights, clouds that are not normalized "
         "or have no colors), or the router was trained too briefly to leave the experts it preferred at the start. "
-        f"Check clouds and encoder; if they are right, train stage {stage.name} for more steps or at a higher rate."
+        f"Check clouds and encoder; if they are right, train for more steps or at a higher rate."
     )
 
 

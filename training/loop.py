@@ -43,7 +43,7 @@ from .run_state import (
     newest_checkpoint,
     restore_optimizer,
 )
-from .stages import Stage, learning_rate
+from .stages import Stage, learning_rate, title_of
 from .stream import StageStream, pack_batch, read_ahead, split_micro_batches, takes_one_row
 from .weights import (
     adapter_names,
@@ -124,7 +124,7 @@ class Run:
 
         set_seed(options.seed)  # new LoRA factors
         model = load_stage_model(self.accelerator, self.stage, self.start, options)
-        self.accelerator.print(f"Stage {stage.name}: {stage.teaches}.\n{trainable_table(model)}")
+        self.accelerator.print(f"{stage.title}: {stage.teaches}.\n{trainable_table(model)}")
         if self.start.stage is None and stage.starts_from not in ("base", "any"):
             self.accelerator.print(
                 f"{options.init} has no stage.json, so it may not be the result of stage {stage.starts_from}."
@@ -219,7 +219,7 @@ class Run:
             if self.accelerator.is_main_process:
                 folder = self.work_dir / f"published-{step}"
                 save_adapter(folder, tensors, self.lora_scales, self.start.base, self._public_facts(step))
-                self.publisher.push_in_background(folder, f"Stage {self.stage.name}, step {step}")
+                self.publisher.push_in_background(folder, f"{self.stage.title}, step {step}")
 
     def finish(self):
         """Write the result, warn of known failure patterns, publish."""
@@ -235,9 +235,9 @@ class Run:
             if self.publisher:
                 self.publisher.wait()  # it reads from the folder that is removed next
             shutil.rmtree(self.work_dir)
-            print(f"Stage {self.stage.name} is done: {self.options.output_dir}")
+            print(f"{self.stage.title} is done: {self.options.output_dir}")
             if self.publisher:
-                self.publisher.push(self.options.output_dir, f"Stage {self.stage.name}", f"stage-{self.stage.name}")
+                self.publisher.push(self.options.output_dir, self.stage.title, f"stage-{self.stage.name}")
         self.accelerator.wait_for_everyone()
 
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
@@ -251,7 +251,7 @@ class Run:
         if exports:
             export_model(adapter, self.processor, result)
         shutil.copyfile(self.work_dir / HISTORY_FILE, result / HISTORY_FILE)
-        draw_curves(read_history(result / HISTORY_FILE), f"Stage {self.stage.name}", result / CURVES_FILE)
+        draw_curves(read_history(result / HISTORY_FILE), self.stage.title, result / CURVES_FILE)
         write_card(result, model_id=self.options.hub_model_id or self.options.output_dir.name)
         if (self.work_dir / LOGS_DIR).exists():
             shutil.copytree(self.work_dir / LOGS_DIR, result / LOGS_DIR)
@@ -330,8 +330,8 @@ def find_start(stage: Stage, options: RunOptions) -> ModelFiles:
         raise ValueError(f"`init`: {error}") from error
     if start.stage and stage.starts_from not in (start.stage["stage"], "any"):
         raise ValueError(
-            f"Stage {stage.name} starts from the result of stage {stage.starts_from}, but `init` {options.init} is the "
-            f"result of stage {start.stage['stage']}. Pass another model; to train a finished model on your own objects, "
+            f"{stage.title} starts from the result of stage {stage.starts_from}, but `init` {options.init} is a "
+            f"result of: {title_of(start.stage['stage'])}. Pass another model; to train a finished model on your own objects, "
             "use minigpt3d.training.finetune."
         )
     if options.push_to_hub:

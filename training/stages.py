@@ -40,6 +40,11 @@ class Lora:
     dropout: float
 
 
+def title_of(name: str) -> str:
+    """What messages call a stage."""
+    return "Fine-tuning" if name == "own" else f"Stage {name}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of training.
@@ -87,6 +92,10 @@ class Stage:
     weight_decay: float = 0.05
 
     @property
+    def title(self) -> str:
+        return title_of(self.name)
+
+    @property
     def steps(self) -> int:
         return self.steps_per_epoch * self.epochs
 
@@ -118,7 +127,7 @@ def select_trainable(stage: Stage, names: Iterable[str]) -> set[str]:
         matches = {name for name in names if re.fullmatch(pattern, name)}
         if not matches:
             raise ValueError(
-                f"Stage {stage.name}: the trainable pattern {pattern!r} matches none of the model's {len(names)} "
+                f"{stage.title}: the trainable pattern {pattern!r} matches none of the model's {len(names)} "
                 f"parameters (such as {', '.join(names[:3])}). Correct the pattern in training/stages.py."
             )
         chosen |= matches

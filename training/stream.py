@@ -96,7 +96,7 @@ class StageStream:
         self.process_index, self.num_processes = process_index, num_processes
         per_sample = stage.draw_each == "sample"
         if per_sample and len({source.batch for source in stage.mixture}) > 1:
-            raise ValueError(f"Stage {stage.name} draws each sample's source: give all sources the same batch.")
+            raise ValueError(f"{stage.title} draws each sample's source: give all sources the same batch.")
         weights = np.array([source.weight for source in stage.mixture], dtype=float)
         size = stage.steps, stage.mixture[0].batch if per_sample else 1
         # Index of the source that is drawn, for each step, or for each slot if every sample draws its own.

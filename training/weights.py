@@ -110,7 +110,7 @@ def prepare_model(
     """
     if stage.router_type == "none" != model.config.router_type:
         raise ValueError(
-            f"Stage {stage.name} trains expert 0 only, but the model to start from has a router "
+            f"{stage.title} trains expert 0 only, but the model to start from has a router "
             f"({model.config.router_type}). Start from the result of an earlier stage, with router_type none in its "
             "config.json; to train a finished model on your own objects, use minigpt3d.training.finetune."
         )

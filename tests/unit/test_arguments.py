@@ -8,10 +8,12 @@ from typing import Literal
 import pytest
 
 from minigpt3d.arguments import (
+    Parser,
     add_options,
     normalize,
     number_between,
     option,
+    path_or_url,
     positive_int,
     read_options,
     with_flags,
@@ -33,8 +35,8 @@ class Options:
     command: list[str] = field(default_factory=list)  # no option
 
 
-def make_parser(separator: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="x")
+def make_parser(separator: str) -> Parser:
+    parser = Parser(prog="x")
     add_options(parser, Options, separator)
     return parser
 
@@ -70,7 +72,32 @@ def test_what_is_not_given_keeps_its_default():
 def test_a_wrong_command_line_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as end:
         make_parser("-").parse_args(argv)
-    assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "usage:" not in printed and "x --help" in printed
+
+
+@pytest.mark.parametrize(
+    "argv", [["", "--output-dir", "y"], ["x", "--output-dir="], ["x", "--output-dir", "y", "--from", " "]]
+)
+def test_empty_paths_and_texts_are_refused(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_parser("-").parse_args(argv)
+    assert "empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "has_hint"), [("-x.glb", True), ("-there", True), ("-absent", False)])
+def test_a_file_name_that_looks_like_an_option_gets_a_hint(name, has_hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-there").touch()
+    with pytest.raises(SystemExit, match="2"):
+        make_parser("-").parse_args([name, "--output-dir", "y"])
+    assert (f"./{name}" in capsys.readouterr().err) is has_hint
+    assert make_parser("-").parse_args(["--output-dir", "y", "--", name]).path == Path(name)
+
+
+def test_urls_stay_text():
+    assert path_or_url("https://host/a.glb") == "https://host/a.glb"
+    assert path_or_url("a/b.glb") == Path("a/b.glb") and path_or_url("C:/b.glb") == Path("C:/b.glb")
 
 
 def test_help_shows_defaults_and_groups():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 
 import pytest
 
@@ -63,7 +64,7 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
-    assert "usage: minigpt3d" in done.stdout + done.stderr
+    assert "minigpt3d" in (done.stdout if "--help" in arguments else done.stderr)
 
 
 @pytest.mark.parametrize("arguments", [[], ["describe"], ["paint", "x"], ["describe", "x", "--max-new-tokens", "0"]])
@@ -71,7 +72,65 @@ def test_a_wrong_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
-    assert "usage: minigpt3d" in capsys.readouterr().err
+    error, pointer = capsys.readouterr().err.splitlines()
+    assert error.startswith("minigpt3d") and "--help" in pointer
+
+
+def test_an_unknown_option_points_to_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["describe", "x", "--paint"])
+    error, pointer = capsys.readouterr().err.splitlines()
+    assert "--paint" in error and "minigpt3d describe --help" in pointer
+
+
+def test_version_names_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    packages = ("minigpt3d", "torch", "transformers")
+    assert capsys.readouterr().out.strip().split(", ") == [f"{name} {version(name)}" for name in packages]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["describe", ""], ["describe", "x", "--prompt="], ["verify", " "], ["card", "x", "--model-id="],
+                  ["evaluate", "household", "--out=y", "--phrase="], ["compare", ""]]
+)  # fmt: skip
+def test_empty_texts_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize("command", ["describe x", "evaluate household --out y"])
+def test_a_device_that_is_not_there(command, name, capsys, monkeypatch):
+    monkeypatch.setattr("minigpt3d.hub.load_model", fail_with(AssertionError("before the model is loaded")))
+    assert cli.main([*command.split(), "--device", name]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--device" in line and name in line and "cpu" in line and "mkldnn" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "nope"], ["nope", "minigpt3d evaluate"]),
+        (["card", "nope"], ["nope", "minigpt3d convert"]),
+        (["card", "nope", "--results", "nope"], ["nope", "minigpt3d convert"]),
+        (["convert", "--out", "y", "--phi", "nope"], ["--phi nope", "no such"]),
+        (["convert", "--out", "y", "--stage-result", "nope"], ["--stage-result nope", "no such"]),
+        (["pack", "--out", "y", "--from", "nope.csv"], ["nope.csv", "no such", "caption"]),
+        (["pack", "--out", "y", "--from", "chair.glb"], ["chair.glb", ".glb", "caption"]),
+        (["pack", "--out", "y", "--from", "header.csv"], ["header.csv", "no rows", "caption"]),
+        (["pack", "--out", "y", "--from", "."], ["folder", "caption"]),
+        (["describe", "https://127.0.0.1/a.ply"], ["https://127.0.0.1/a.ply: ", "public"]),
+    ],
+)
+def test_what_is_missing_is_named_with_what_is_expected(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chair.glb").write_bytes(b"glTF")
+    (tmp_path / "header.csv").write_text("file,caption\n")
+    assert cli.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [word for word in words if word not in line] == []
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def test_help_describes_the_stage_and_imports_nothing_heavy(form):
     }
 
 
+def test_fine_tuning_is_called_by_its_name(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main("own", ["--help"])
+    text = capsys.readouterr().out
+    assert "Fine-tuning" in text and "Stage own" not in text
+
+
 def test_mistakes_are_found_before_heavy_imports():
     done = run_stage(*REQUIRED, "--annotations", "none.json")
     assert done.returncode == 1 and "error: --data" in done.stderr and "| torch" not in done.stderr
