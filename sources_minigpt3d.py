@@ -43,7 +43,7 @@ _URL = re.compile(r"(?i)(https?|file|ftp|s3|gs|hf)://")
 def source_name(source: Any) -> str:
     """What messages call a source: its path or URL, without control characters or a password."""
     if isinstance(source, (str, os.PathLike)):
-        return printable(_without_secrets(os.fspath(source)) if isinstance(source, str) else str(source))
+        return printable(_without_secrets(source) if isinstance(source, str) else str(source)) or "the given path"
     if _is_row(source):
         return source_name(source["path"]) if source.get("path") else "the given row"
     name = getattr(source, "name", None)
@@ -102,6 +102,8 @@ def _find(source: Any, stack: contextlib.ExitStack) -> Path:
         raise PointCloudError(
             f"{scheme}:// is not read. Pass an https:// URL, or download the file and pass its path."
         )
+    if not text.strip():
+        raise PointCloudError("a path cannot be empty.")
     if "\0" in text:
         raise PointCloudError("a path cannot hold a zero byte.")
     path = Path(text)

@@ -85,7 +85,7 @@ def table_entries(path: Path) -> dict[str, list[Entry]]:
 
 def _to_record(row, where: str) -> dict:
     """A row of a table in PointLLM's schema."""
-    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+    if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()):
         raise ValueError(f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}")
     record = {"object_id": Path(row["file"]).stem} | row
     if ("caption" in record) == ("conversations" in record):

@@ -21,7 +21,9 @@ def read_table(path: Path, columns: set[str]) -> Iterator[tuple[str, dict]]:
         ValueError: the file cannot be read, is a table of another format, or has a malformed line.
     """
     suffix = path.suffix.lower()
-    expected = f"Expected a table with {' and '.join(sorted(columns, reverse=True))}: a .csv in UTF-8, or lines of JSON."
+    expected = (
+        f"Expected a table with {' and '.join(sorted(columns, reverse=True))}: a .csv in UTF-8, or lines of JSON."
+    )
     if not path.is_file():
         raise ValueError(f"{path}: {'this is a folder' if path.is_dir() else 'there is no such file'}. {expected}")
     if suffix not in TABLE_SUFFIXES:

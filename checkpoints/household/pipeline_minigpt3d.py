@@ -74,7 +74,7 @@ class PointCloudToTextPipeline(Pipeline):
             A list of `num_return_sequences` dicts `{"generated_text": str}`; for a list of inputs a list of such lists.
 
         Raises:
-            ValueError: an input cannot be read, `prompt` is given with a chat, or it is no text.
+            ValueError: an input cannot be read, `prompt` is given with a chat, or it is no text or empty.
         """
         if _is_chat(inputs):
             inputs = {"messages": inputs}  # a bare list would be read as a batch
@@ -91,9 +91,9 @@ class PointCloudToTextPipeline(Pipeline):
         missing_color: str | tuple[float, float, float] | None = None,
         **generate_kwargs,
     ) -> tuple[dict, dict, dict]:
-        if prompt is not None and not isinstance(prompt, str):
+        if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(
-                f"{TASK}: prompt is one text for all inputs, got {prompt!r}. Pass chats to ask different questions."
+                f"{TASK}: prompt is one text for all inputs and not empty, got {prompt!r}. Pass chats to ask different questions."
             )
         preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color}
         return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}

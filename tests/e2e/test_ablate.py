@@ -1,6 +1,7 @@
 """Ablations: the table of variants, encoded clouds, stages that are shared, intervals, and the report."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_equal_variants_are_reported(tmp_path):
 
 
 def test_two_processes_with_one_seed_are_refused(tmp_path):
-    with FileLock(tmp_path / "seed-0.lock"), pytest.raises(ValueError, match="seed 0 in .*its own `seeds`"):
+    with FileLock(tmp_path / "seed-0.lock"), pytest.raises(ValueError, match="seed 0 .*`seeds`"):
         ablate.run_variants(None, [FULL], [0], tmp_path)
 
 
@@ -219,7 +220,7 @@ def test_p_of_true_and_chance_differences():
     assert "p" not in clear[FULL.name, "kind"]
     noise = {(row["variant"], row["measure"]): row for row in summarize(make_runs(worse=0.003))}
     assert noise["without stage II", "kind"]["p"] > 0.05
-    with pytest.raises(ValueError, match="two runs of the 'full recipe'.*got 0"):
+    with pytest.raises(ValueError, match="'full recipe'.* 0"):
         summarize(make_runs(0.1)[1::2])
 
 
@@ -248,7 +249,7 @@ def test_files_of_an_ablation(tmp_path):
     value, low, high, difference = (100 * row[key] for key in ("value", "low", "high", "difference"))
     text = (tmp_path / "ablation.md").read_text()
     assert content["command"] in text and f"| {value:.1f} ({low:.1f} to {high:.1f}) | **{difference:+.1f} (" in text
-    assert "Significant: without stage II: kind named -" in text
+    assert re.search("Significant: .*stage II: kind named -", text)
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -393,7 +393,7 @@ def test_without_paths_the_release_is_downloaded(released, merged, make_command,
 
 def test_a_release_that_cannot_be_reached(make_command, tmp_path, run):
     code, printed = run(make_command({}, tmp_path / "out", "--yes"))  # the tests are offline
-    assert code == 1 and "cannot ask for the released files" in printed
+    assert code == 1 and "network" in printed
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------

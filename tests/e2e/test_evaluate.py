@@ -117,7 +117,7 @@ class Hostile:
 def test_modelnet40_runs_nothing(tmp_path, wrap):
     trap = tmp_path / "trap"
     (tmp_path / "evil.dat").write_bytes(pickle.dumps(wrap(Hostile(str(trap)))))
-    with pytest.raises(ValueError, match="refused or damaged: it (names .*mkdir|contains an array of dtype 'O8')"):
+    with pytest.raises(ValueError, match="evil.dat.*(mkdir|'O8')"):
         read_modelnet40(tmp_path / "evil.dat")
     assert not trap.exists()
 
@@ -208,7 +208,7 @@ def test_objaverse_files(tmp_path):
     assert [(item.object_id, item.caption) for item in objects] == [("b", "Object b."), ("a", "Object a.")]
     np.testing.assert_array_equal(objects[0].read(), make_cloud(0))
     (tmp_path / "a_8192.npy").unlink()
-    with pytest.raises(ValueError, match="has no a_8192.npy .1 of 2 missing"):
+    with pytest.raises(ValueError, match="a_8192.npy .1 of 2 missing"):
         read_objaverse(tmp_path, [tmp_path / "gt.json"])
 
 
@@ -256,28 +256,28 @@ def test_unused_and_repeated_columns(own_objects):
     table.write_text("file,label,,\nbox0.npy,box,,\n")  # a spreadsheet keeps the commas of cleared columns
     assert [item.label for item in read_own(str(table))] == ["box"]
     table.write_text("file, label,label\nbox0.npy,box,chair\n")
-    with pytest.raises(ValueError, match="names the column 'label' more than once"):
+    with pytest.raises(ValueError, match="column 'label'"):
         read_own(str(table))
     table.write_text("file;label\nbox0.npy;box\n")
-    with pytest.raises(ValueError, match="must name the column file, with commas between them; got file;label"):
+    with pytest.raises(ValueError, match="column file.*commas.*file;label"):
         read_own(str(table))
     table.write_bytes("file,label\nbox0.npy,Möbel\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8 .* Save it as UTF-8"):
+    with pytest.raises(ValueError, match="UTF-8"):
         read_own(str(table))
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"file": "box0.npy"}', "line 1: expected 'file' and at least one of"),
+        ('{"file": "box0.npy"}', "line 1: .*'file'.*'label'"),
         ('{"label": "x"}', "line 1: expected 'file'"),
         ('{"file": "no.npy", "label": "x"}', "line 1: no such file"),
-        ('{"file": "box0.npy", "label": 3}', "line 1: 'label' must be a text"),
-        ('{"file": "box0.npy", "color": "mauve"}', "'color' must be one of black"),
+        ('{"file": "box0.npy", "label": 3}', "line 1: 'label'.* 3"),
+        ('{"file": "box0.npy", "color": "mauve"}', "'color'.*black.*'mauve'"),
         ("[1]", "line 1: expected 'file'"),
         ("{", "line 1: not JSON"),
-        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0' is given 2 times"),
-        ("", "no objects. Expected a line for each"),
+        ('{"file": "box0.npy", "label": "a"}\n{"file": "box0.npy", "label": "b"}', "'box0'.* 2 times"),
+        ("", "bad.jsonl.*no rows"),
     ],
 )
 def test_malformed_lines_of_own_objects(own_objects, line, message):
@@ -421,7 +421,7 @@ def test_a_damaged_line_is_named(tmp_path):
     append_lines(Lines(tmp_path).open(0), [{"n": 1}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
-    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged .* Delete the line"):
+    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged"):
         list(Lines(tmp_path).read())
 
 
@@ -626,7 +626,9 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]
     assert run_command(*arguments, "--batch-size", 4) == 0
     printed = capsys.readouterr()
-    assert "not scored: open_vocabulary_accuracy needs a judge" in printed.err
+    (left_out,) = [line for line in printed.err.splitlines() if "not scored" in line]
+    for word in ("open_vocabulary_accuracy", "caption_score", "s_bert", "--simcse", "--judge", "--s-bert"):
+        assert left_out.count(word) == 1, word
     results = json.loads((out / "results.json").read_text())
     assert results["dataset"]["objects"] == 7 and results["model"]["name"] == "model"
     assert str(tmp_path) not in (out / "results.json").read_text()
@@ -655,7 +657,7 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     # Other settings are refused.
     assert run_command(*arguments, "--batch-size", 4, "--seed", 1) == 1
-    assert "answers with seed 0, but now it is 1" in capsys.readouterr().err
+    assert re.search("seed 0,.* 1", capsys.readouterr().err)
 
 
 def test_a_killed_run_resumes(own_objects, model_dir, tmp_path):
@@ -734,7 +736,8 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--greedy", "--device", "cpu", "--out", out]
     with RunFolder(out).locked():
         assert run_command(*arguments) == 1
-    assert f"--out {out}: another process is using it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--out {out}" in error and "another process" in error
     assert not (out / "answers").exists()
 
 
@@ -778,7 +781,7 @@ def test_incomplete_conditions_are_not_scored(own_objects, model_dir, tmp_path, 
     append_lines(part, begun[:3])
     capsys.readouterr()
     assert run_command(*arguments) == 0
-    assert "not scored: jitter-1, with answers about only 3 of 7 objects" in capsys.readouterr().err
+    assert re.search("not scored: jitter-1.* 3 of 7", capsys.readouterr().err)
     assert json.loads((out / "results.json").read_text())["scores"] == results["scores"]
     append_lines(part, begun[3:])
     assert run_command(*arguments) == 0
@@ -802,7 +805,7 @@ def test_a_judge_without_verdicts_is_reported(own_objects, model_dir, tmp_path, 
     (words,) = (line for line in messages if "m gave no readable verdict on caption score" in line)
     assert f"delete {tmp_path / 'judge'}" in words
     assert set(results.judge.prompts) == {"caption_score"}  # the only prompt in use
-    assert "So this score says nothing about the model" in (tmp_path / "out" / "report.md").read_text()
+    assert "says nothing" in (tmp_path / "out" / "report.md").read_text()
     folders = [str(tmp_path / "out"), str(shutil.copytree(tmp_path / "out", tmp_path / "twin"))]
     assert minigpt3d_cli.main(["compare", *folders]) == 0
     assert "0.0 (0.0–0.0), 7 of 7 unparsed" in capsys.readouterr().out
@@ -832,7 +835,7 @@ def test_one_label_gives_no_closed_set(own_objects, model_dir, tmp_path, capsys)
     for text in (messages, (tmp_path / "out" / "report.md").read_text()):
         assert "All labels are the same" in text
     (warning,) = re.findall("[^\r\n]*NaN[^\r\n]*", messages)
-    assert warning.startswith("minigpt3d: warning: ") and warning.endswith("NaN or infinite and were dropped.")
+    assert warning.startswith("minigpt3d: warning: ") and "dropped" in warning
 
 
 def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
@@ -887,12 +890,12 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     assert len(asked) == count and again.judge == first.judge and again.scores == first.scores
     assert f"{count} replies" in (tmp_path / "out" / "report.md").read_text()
     # Runs without a judge, or with another one, report that its scores are lost.
-    with pytest.raises(ValueError, match="holds scores by the judge m. Give `judge` again"):
+    with pytest.raises(ValueError, match="judge m.*`judge`"):
         evaluate(EvaluateOptions(**shared))
     messages.clear()
     other = TestJudge("n", tmp_path / "n", {"model": "n"})
     again = evaluate(EvaluateOptions(**shared, metrics=["rouge_l"]), judge=other, notify=messages.append)
-    assert "scores by m are replaced by those of n; the replies are kept" in messages
+    assert any(re.search(r"\bm are replaced .*\bn;", message) for message in messages)
     assert {score.judge for score in again.scores} == {None, "n"} and again.judge.files is None
 
 
@@ -904,12 +907,10 @@ def test_limited_runs_are_reported_as_such(own_objects, model_dir, tmp_path, cap
     results = json.loads((out / "results.json").read_text())
     assert (results["dataset"]["objects"], results["dataset"]["of"]) == (3, 7)
     for text in (messages, (out / "report.md").read_text()):
-        assert "Only the first 3 of 7 objects were evaluated" in text and "With fewer than 20 objects" in text
-    assert "3 of own, the first of 7, fingerprint" in (out / "report.md").read_text()
+        assert "3 of 7" in text and "fewer than 20" in text
+    assert "3 of own, the first of 7" in (out / "report.md").read_text()
     assert run_command(*arguments, "--limit", 5) == 1
-    assert "with objects 3, but now it is 5. Give another folder, or the earlier settings; another --limit" in (
-        capsys.readouterr().err
-    )
+    assert re.search("objects 3,.* 5.*--limit", capsys.readouterr().err)
     assert run_command(*arguments[:-4], tmp_path / "all", *arguments[-3:]) == 0
     assert "Only the first" not in capsys.readouterr().err + (tmp_path / "all" / "report.md").read_text()
 
@@ -934,7 +935,7 @@ def test_ctrl_c_reports_that_answers_are_kept(own_objects, model_dir, tmp_path, 
         patch.setattr("minigpt3d.evaluation.ask.take_likelihoods", stop)
         assert run_command(*arguments) == minigpt3d_cli.INTERRUPTED
     messages = capsys.readouterr().err
-    assert f"minigpt3d: stopped; the answers so far are kept in {tmp_path / 'out'}" in messages
+    assert "minigpt3d: stopped" in messages and str(tmp_path / "out") in messages
     assert run_command(*arguments) == 0
 
 
@@ -944,7 +945,7 @@ def test_a_judge_with_nothing_to_judge(own_objects, tmp_path):
             raise AssertionError("nothing is to be asked")
 
     options = EvaluateOptions("own", tmp_path / "out", data=str(own_objects), metrics=["rouge_l"])
-    with pytest.raises(ValueError, match="`judge` m: no judge is needed for rouge_l"):
+    with pytest.raises(ValueError, match="`judge` m.*rouge_l"):
         evaluate(options, judge=Unasked("m", tmp_path / "judge", {}))
     assert not (tmp_path / "out").exists()
 
@@ -988,22 +989,20 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         if question:
             rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text().splitlines()]
             assert {row["question"] for row in rows} == {question}
-    assert (
-        "'box0' has an answer to 'Hello, what is it?'; own asks what: 'What is this?', color: "
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert [word for word in ("'box0'", "'Hello, what is it?'", "what: 'What is this?'") if word not in error] == []
     (tmp_path / "both.jsonl").write_text(
         "\n".join(json.dumps({"object_id": f"box{i}", "answer": "?", "question": "what", "prompt": "What color is it?"})
                   for i in range(7))
     )  # fmt: skip
     code = run_command("own", "--data", own_objects, "--answers", tmp_path / "both.jsonl", "--out", tmp_path / "both")
-    assert code == 1 and "has an answer to 'What color is it?'" in capsys.readouterr().err
+    assert code == 1 and "'What color is it?'" in capsys.readouterr().err
     # An object that lacks an answer.
     lines.append({"object_id": "box0", "question": "caption", "answer": "A box."})
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments[-1] = tmp_path / "more"
     assert run_command(*arguments) == 1
-    assert "of 7 objects, 6 have no answer to 'caption', seeing, such as 'box1'" in capsys.readouterr().err
+    assert re.search("7 objects, 6 .*'caption'.*'box1'", capsys.readouterr().err)
     assert not (tmp_path / "more").exists()
 
 
@@ -1014,20 +1013,20 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
         (["objaverse", "--data", "x"], "objaverse needs --annotations"),
         (["own", "--data", "nowhere"], "nowhere"),
         (["household", "--metrics", "bleu"], "--metrics bleu: household has"),
-        (["household", "--metrics", "caption_score"], "caption_score was asked for, but needs a judge"),
-        (["household", "--s-bert", "nowhere"], "s_bert was asked for, but has no encoder nowhere"),
-        (["household", "--phrase", "a thing"], "--phrase must contain {} once"),
+        (["household", "--metrics", "caption_score"], "caption_score.*judge"),
+        (["household", "--s-bert", "nowhere"], "s_bert.*nowhere"),
+        (["household", "--phrase", "a thing"], "--phrase.*{} once"),
         (
             ["caption", "--data", "DIR", "--annotations", "GT", "--phrase", "a {}"],
-            "--phrase: likelihoods need a closed set",
+            "--phrase.*closed set",
         ),
         (
             ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=PROMPT"],
-            "--judge-prompt hallucination: the text lacks the placeholder {reference}",
+            "--judge-prompt hallucination.*{reference}",
         ),
         (
             ["household", "--judge", "m", "--judge-price", "1", "2"],
-            "--judge-price belongs to a judge behind an endpoint",
+            "--judge-price.*--judge-url",
         ),
         (
             [
@@ -1041,35 +1040,34 @@ def test_answers_of_another_program(own_objects, tmp_path, capsys):
                 "--judge-prompt",
                 "closed_set_accuracy=PROMPT",
             ],
-            "--judge-prompt closed_set_accuracy: in this run of household the judge is only asked for caption_score",
+            "--judge-prompt closed_set_accuracy.* caption_score",
         ),
         (["own", "--data", "TWINS"], "'a_box' names two classes"),
         (["own", "--data", "DIR"], "a folder without packed.json"),
-        (["own", "--data", "BROKEN"], "7 of 8 objects cannot be read:\n  nan: "),
+        (["own", "--data", "BROKEN"], "7 of 8 .*\n  nan: "),
         (["own", "--data", "BROKEN"], "\n  torn: "),
         (["own", "--data", "BROKEN"], "\n  nan5: "),
         (["own", "--data", "sub/mine.csv"], "sub/mine.csv: no such file"),
         (["own", "--data", "sub/mine.jsonl"], "sub/mine.jsonl: no such file"),
         (["own", "--data", "sub/mine.xlsx"], "sub/mine.xlsx: no such file"),
-        (["own", "--data", "TABS"], "a .tsv is not read. Save it as .csv"),
-        (["own", "--data", "SHEET"], "a .xlsx is not read. Save it as .csv"),
-        (["household", "--answers", "GT", "--robustness"], "--robustness is for asking a model"),
-        (["household", "--answers", "GT", "--greedy"], "--greedy is for asking a model"),
-        (["household", "--answers", "GT", "--phrase", "a {}"], "--phrase is for asking a model"),
-        (["household", "--answers", "GT", "--device", "cpu"], "--device is for asking a model"),
-        (["household", "--answers", "GT", "--dtype", "float32"], "--dtype is for asking a model"),
-        (["household", "--judge-url", "http://x"], "--judge-url belongs to a judge"),
+        (["own", "--data", "TABS"], ".tsv is not read.*.csv"),
+        (["own", "--data", "SHEET"], ".xlsx is not read.*.csv"),
+        (["household", "--answers", "GT", "--robustness"], "--robustness .*--answers"),
+        (["household", "--answers", "GT", "--greedy"], "--greedy .*--answers"),
+        (["household", "--answers", "GT", "--phrase", "a {}"], "--phrase .*--answers"),
+        (["household", "--answers", "GT", "--device", "cpu"], "--device .*--answers"),
+        (["household", "--answers", "GT", "--dtype", "float32"], "--dtype .*--answers"),
+        (["household", "--judge-url", "http://x"], "--judge-url.*--judge"),
         (["household", "--judge", "m", "--judge-url", "http://x", "--judge-prompt", "what=x"], "expected METRIC=FILE"),
         (["household", "--model", "a", "--answers", "b"], "give --model or --answers"),
         (["household", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["household", "--judge", " "], "--judge is empty"),
         (
             ["household", "--judge", "m", "--judge-url", "http://x/v1", "--judge-prompt", "hallucination=SHEET"],
-            "SHEET.xlsx: cannot be read as UTF-8 text",
+            "SHEET.xlsx.*UTF-8",
         ),
         (
             ["household", "--judge", "m", "--judge-timeout", "9"],
-            "--judge-timeout belongs to a judge behind an endpoint",
+            "--judge-timeout.*--judge-url",
         ),
     ],
 )
@@ -1097,8 +1095,13 @@ def test_mistakes_are_reported_before_heavy_work(arguments, message, tmp_path, c
     arguments = [str(argument).replace("PROMPT", str(tmp_path / "PROMPT")) for argument in arguments]
     arguments = [argument.replace("=SHEET", f"={tmp_path / files['SHEET']}") for argument in arguments]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists() or [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_an_empty_judge_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`judge` is empty"):
+        EvaluateOptions("household", tmp_path, judge=" ").check()
 
 
 def test_without_metrics_nothing_is_asked(tmp_path, capsys):
@@ -1110,7 +1113,7 @@ def test_without_metrics_nothing_is_asked(tmp_path, capsys):
     arguments = ["objaverse", "--data", tmp_path / "clouds", "--annotations", tmp_path / "GT.json"]
     assert run_command(*arguments, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert "objaverse has no metric that can be computed: open_vocabulary_accuracy needs a judge (--judge)" in error
+    assert "open_vocabulary_accuracy" in error and "(--judge)" in error
     assert "(--s-bert sentence-transformers/all-mpnet-base-v2, or a folder)" in error
     assert not (tmp_path / "out").exists()
 
@@ -1146,7 +1149,8 @@ def test_up_axis_and_missing_color(tmp_path, capsys, monkeypatch):
     assert set(seen) == {("x", None, 2)}  # rotated by the model's processor
     monkeypatch.undo()
     assert run_command("household", "--up-axis", "z", "--out", tmp_path / "out") == 1
-    assert "--up-axis and --missing-color are for your own files" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--up-axis" in error and "--missing-color" in error
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "packed.json").write_text("{}")
     with pytest.raises(ValueError, match="packed data .*`up_axis` and `missing_color`"):

@@ -288,7 +288,7 @@ def test_build_is_complete_and_repeatable(tmp_path):
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
     with pytest.raises(ValueError, match="used twice"):
         build([library, library], tmp_path / "three")
-    with pytest.raises(ValueError, match="`held_out_library` must be one of Test"):
+    with pytest.raises(ValueError, match="`held_out_library`.*Test"):
         build([library], tmp_path / "three", held_out_library="Other")
 
 

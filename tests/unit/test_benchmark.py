@@ -82,9 +82,9 @@ def test_clouds_are_normalized(encode):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--batches", "0"], "must be a whole number of at least 1, got '0'"),
-        (["--repeats", "x"], "must be a whole number of at least 1, got 'x'"),
-        (["--model", "nope"], "there is no folder nope"),
+        (["--batches", "0"], "at least 1, got '0'"),
+        (["--repeats", "x"], "at least 1, got 'x'"),
+        (["--model", "nope"], "folder nope"),
     ],
 )
 def test_wrong_arguments_are_reported(generate, arguments, message, capsys):
@@ -127,5 +127,5 @@ def test_other_texts_end_the_run(generate, bundled, monkeypatch):
 
     monkeypatch.setattr(model, "generate", wrong)
     inputs = generate.make_inputs(processor, 2, "What is this?", model.device)
-    with pytest.raises(RuntimeError, match="stop: says .* where decoding to the limit says"):
+    with pytest.raises(RuntimeError, match="stop: .*limit"):
         generate.run(model, processor, inputs, max_new_tokens=20, repeats=1)

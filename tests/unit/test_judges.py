@@ -477,7 +477,7 @@ def test_temporary_errors_are_retried(endpoint, make_judge, trouble):
 def test_silent_server_is_retried(endpoint, make_judge):
     endpoint.answer = lambda request, nth: endpoint.over.wait() if nth == 1 else completion("at last")
     begin = time.monotonic()
-    with pytest.warns(UserWarning, match=rf"no reply within 0.3 s.* up to {ATTEMPTS} times"):
+    with pytest.warns(UserWarning, match=rf"0.3 s.* {ATTEMPTS} times"):
         assert make_judge(timeout=0.3)(["a"]) == ["at last"]
     assert 0.3 <= endpoint.requests[1].time - begin < 5
 
@@ -490,10 +490,8 @@ def test_single_failure_ends_the_run_after_all_others(endpoint, make_judge, tmp_
     judge = make_judge(concurrency=1)
     with pytest.raises(JudgeError) as caught:
         judge(prompts)
-    assert str(caught.value) == (
-        f'{endpoint.url} did not reply to 1 of 5 prompts; the last: HTTP 500 {{"error": {{"message": "cannot do a"}}}} '
-        f"(up to {ATTEMPTS} attempts). 4 of 5 replies are kept in {tmp_path / 'cache'}; run again to resume."
-    )
+    facts = [endpoint.url, "1 of 5 prompts", "HTTP 500", "cannot do a", f"{ATTEMPTS} attempts", "4 of 5 replies"]
+    assert [fact for fact in [*facts, str(tmp_path / "cache")] if fact not in str(caught.value)] == []
     assert endpoint.asked() == {"a": ATTEMPTS, "b": 1, "c": 1, "d": 1, "e": 1}
     del endpoint.answer
     assert judge(prompts) == replies_to(prompts)
@@ -503,7 +501,7 @@ def test_single_failure_ends_the_run_after_all_others(endpoint, make_judge, tmp_
 
 def test_failures_between_replies_do_not_end_the_run(endpoint, make_judge):
     endpoint.answer = lambda request, nth: refusal(500, "oops") if request.prompt in "ace" else completion()
-    with pytest.raises(JudgeError, match="did not reply to 3 of 9 prompts.* 6 of 9 replies are kept"):
+    with pytest.raises(JudgeError, match="3 of 9 prompts.* 6 of 9 replies"):
         make_judge(concurrency=1)(list("abcdefghi"))
 
 
@@ -515,8 +513,8 @@ def test_broken_server_ends_the_run(endpoint, make_judge, concurrency, in_vain):
 
     endpoint.answer = slow_page
     with (
-        pytest.warns(UserWarning, match=f"no chat completion came.*no API here.* up to {ATTEMPTS} times") as warned,
-        pytest.raises(JudgeError, match=rf"did not reply to {in_vain} of 40 .*no API here.* 0 of 40 replies"),
+        pytest.warns(UserWarning, match=f"no API here.* {ATTEMPTS} times") as warned,
+        pytest.raises(JudgeError, match=rf"{in_vain} of 40 .*no API here.* 0 of 40 replies"),
     ):
         make_judge(concurrency=concurrency)([str(i) for i in range(40)])
     # Each thread may have begun one more prompt.
@@ -531,7 +529,7 @@ def test_no_server_at_all(endpoint, make_judge):
     judge = make_judge(url=url)
     with pytest.raises(JudgeError, match="Connection refused") as caught:
         judge(["a"])
-    assert f"{caught.value}".startswith(endpoint.url + " did not reply to 1 of 1 prompts")
+    assert endpoint.url in f"{caught.value}" and "1 of 1 prompts" in f"{caught.value}"
     assert "my-" not in "".join(traceback.format_exception(caught.value))
 
 
@@ -541,12 +539,12 @@ def test_no_server_at_all(endpoint, make_judge):
 @pytest.mark.parametrize(
     ("status", "others", "fix"),
     [
-        (400, {"code": "context_length_exceeded"}, r"It was sent \{'temperature': 0, 'seed': 0, 'max_tokens': 256\}"),
-        (401, {}, "Set the environment variable OPENAI_API_KEY"),
-        (402, {}, "Top up the account"),
-        (403, {}, "Set the environment variable OPENAI_API_KEY"),
-        (404, {}, "Check the model's name and the URL.*ends in /v1"),
-        (429, {"code": "insufficient_quota"}, "Top up the account"),
+        (400, {"code": "context_length_exceeded"}, r"\{'temperature': 0, 'seed': 0, 'max_tokens': 256\}"),
+        (401, {}, "OPENAI_API_KEY"),
+        (402, {}, "account"),
+        (403, {}, "OPENAI_API_KEY"),
+        (404, {}, "model.*URL.*/v1"),
+        (429, {"code": "insufficient_quota"}, "account"),
     ],
 )
 def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, others, fix):
@@ -556,8 +554,8 @@ def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, 
     with pytest.raises(JudgeError, match=fix) as caught:
         make_judge(concurrency=1)(list("abcdefgh"))
     message = str(caught.value)
-    assert f"{endpoint.url} refuses to judge with 'a-model': HTTP {status}" in message
-    assert "I do not like *** for a-model" in message and "1 of 8 replies are kept" in message
+    assert endpoint.url in message and "'a-model'" in message and f"HTTP {status}" in message
+    assert "I do not like *** for a-model" in message and "1 of 8 replies" in message
     assert endpoint.asked() == {"a": 1, "b": 1}
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
@@ -617,7 +615,7 @@ def test_a_refusal_does_not_wait_for_busy_requests(endpoint, make_judge, monkeyp
 
     endpoint.answer = one_refuses
     judge, begin = make_judge(concurrency=4), time.monotonic()
-    with pytest.raises(JudgeError, match="refuses to judge with 'a-model': HTTP 401"):
+    with pytest.raises(JudgeError, match="'a-model'.*HTTP 401"):
         judge([str(i) for i in range(40)])
     assert time.monotonic() - begin < 5
     assert len(endpoint.requests) == 4
@@ -638,7 +636,7 @@ def test_replies_in_flight_at_a_refusal_are_kept(endpoint, make_judge, tmp_path)
 
     endpoint.answer = one_is_slow
     judge = make_judge(concurrency=2)
-    with pytest.raises(JudgeError, match="1 of 4 replies are kept"):
+    with pytest.raises(JudgeError, match="1 of 4 replies"):
         judge(["slow", "b", "c", "d"])
     assert len(endpoint.requests) == 2
     assert [entry["reply"] for entry in read_entries(tmp_path / "cache")] == ["came late"]
@@ -694,13 +692,13 @@ def test_blanks_around_a_key_are_removed(endpoint, make_judge, monkeypatch):
 
 @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "127.0.0.1:8000", "ftp://x/v1", "http://", "/v1"])
 def test_urls_are_checked(make_judge, url):
-    with pytest.raises(ValueError, match="`url` must look like http://127.0.0.1:8000/v1, got"):
+    with pytest.raises(ValueError, match="`url`.*http://127.0.0.1:8000/v1"):
         make_judge(url=url)
 
 
 @pytest.mark.parametrize("prompts", ["a text", ["a", None], [["a"]]])
 def test_prompts_are_checked(endpoint, make_judge, prompts):
-    with pytest.raises(ValueError, match="`prompts` must be a list of texts, got"):
+    with pytest.raises(ValueError, match="`prompts`.*list"):
         make_judge()(prompts)
     assert not endpoint.requests
 
@@ -814,11 +812,9 @@ def test_half_an_emoji_is_asked_of_a_local_judge(chat_model, tmp_path):
 
 
 def test_local_model_must_be_a_chat_model(chat_model, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"`model` '.*nothing' cannot be loaded: expected a folder or the Hub id of a chat model"
-    ):
+    with pytest.raises(ValueError, match="`model` '.*nothing'.*Hub id.*chat"):
         LocalJudge(tmp_path / "nothing", tmp_path)
-    with pytest.raises(ValueError, match=r"`model` 'gpt-4o' cannot be loaded: .*`url`.*endpoint"):
+    with pytest.raises(ValueError, match="`model` 'gpt-4o'.*`url`.*endpoint"):
         LocalJudge("gpt-4o", tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(chat_model[0])
     tokenizer.chat_template = None

@@ -133,13 +133,13 @@ KEYWORDS = {
     [
         ([], [], "predictions` is empty"),
         (["a"], [], "references"),
-        (None, ["a"], "predictions` must be a list of texts, got None"),
-        (["a"], None, "references` must be a list"),
-        ("a chair", ["a"], "predictions` must be a list of texts, got 'a chair'"),
-        (["a"], "a", "references` must be a list"),
-        (["a", None], ["a", "b"], r"predictions\[1\]` must be a text, got None"),
-        (["a", "b"], ["a", 5], r"references\[1\]` must be a"),
-        (["a", "b"], ["a"], "2 `predictions` and 1 `references`"),
+        (None, ["a"], "predictions`.*list.* None"),
+        (["a"], None, "references`.*list"),
+        ("a chair", ["a"], "predictions`.*list.* 'a chair'"),
+        (["a"], "a", "references`.*list"),
+        (["a", None], ["a", "b"], r"predictions\[1\]`.* None"),
+        (["a", "b"], ["a", 5], r"references\[1\]`.* 5"),
+        (["a", "b"], ["a"], "2 `predictions`.*1 `references`"),
     ],
 )
 def test_columns_are_checked(name, predictions, references, message):
@@ -156,11 +156,11 @@ def test_judge_is_checked(name):
         keywords |= {"classes": ["a", "b"]} if name == "closed_set_accuracy" else {}
         return getattr(metrics, name)(["a", "b"], ["a", "b"], judge=judge, **keywords)
 
-    with pytest.raises(ValueError, match="`judge` must be a callable.*got 'gpt'"):
+    with pytest.raises(ValueError, match="`judge`.*callable.*'gpt'"):
         compute("gpt")
     with pytest.raises(ValueError, match="must return 2 replies.*got \\['T#'\\]"):
         compute(Judge("T#"))
-    with pytest.raises(ValueError, match="each a text or None, got \\['T#', 5\\]"):
+    with pytest.raises(ValueError, match="text or None.*\\['T#', 5\\]"):
         compute(Judge("T#", 5))
     with pytest.raises(ValueError, match=r"`prompt` lacks \{answer\}"):
         compute(Judge("T#", "F#"), prompt="{reference} {classes}")
@@ -466,14 +466,14 @@ def test_meteor_without_wordnet(monkeypatch):
 
 @pytest.mark.parametrize("scores", [[], ["bleu"], "bleu_1"])
 def test_scores_are_checked(scores):
-    with pytest.raises(ValueError, match="one or more of bleu_1, bleu_4, rouge_l, meteor"):
+    with pytest.raises(ValueError, match="bleu_1, bleu_4, rouge_l, meteor"):
         metrics.caption_overlap(predictions=["a"], references=["a"], scores=scores)
 
 
 def test_references_are_checked():
     with pytest.raises(ValueError, match=r"references\[1\]` is empty"):
         metrics.caption_overlap(predictions=["a", "b"], references=["a", []])
-    with pytest.raises(ValueError, match=r"references\[0\]\[1\]` must be a text, got 3"):
+    with pytest.raises(ValueError, match=r"references\[0\]\[1\]`.*text.* 3"):
         metrics.caption_overlap(predictions=["a"], references=[["a", 3]])
 
 
@@ -556,7 +556,7 @@ def test_missing_pooler(encoder, tmp_path):
 
     BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lacks the weights pooler.*would be random"):
+    with pytest.raises(ValueError, match="weights pooler.*random"):
         metrics.sentence_similarity(
             predictions=["a"], references=["a"], encoder=str(tmp_path), pooling="pooler_output"
         )

@@ -313,7 +313,7 @@ def test_numbers_in_texts_of_a_recipe_are_refused(household):
     recipe = json.loads((household / "recipe.json").read_text())
     recipe["limits"].append("It is wrong in 29 % of cases.")
     (household / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(CardError, match="wrong in 29 %.*in recipe.json, put them into counts"):
+    with pytest.raises(CardError, match="29 %.*recipe.json.*counts"):
         write_card(household)
 
 
@@ -339,13 +339,13 @@ def test_results_with_controls(household, make_run):
     card = write_card(household, [make_run("one", make_results())], model_id="org/model").read_text()
     assert "| what | closed-set accuracy | 71.3 % (64.3 % to 77.3 %) | 8.4 % (" in card
     assert "– | – | 100 | 0 | none |" in card  # neither without colors nor with another object's answer
-    assert "- what, closed-set accuracy: closed_set_accuracy differs by 0.600 on 100 objects." in card
+    assert re.search("^- what, closed-set accuracy: .*0.600 on 100 objects", card, re.M)
     assert "No judge" in card and "`top_p` 0.7" in card and "2026-11-23" in card
     assert "```bash\nminigpt3d evaluate household --model tiny --out out\n```" in card
     # The worst corruption is a limit; the others are in the evaluation's report.
     assert "| jitter" not in card
-    assert re.search("31.2 % instead of 71.3 % .*`jitter-5`", card)
-    assert "do not show that geometry is used" not in card
+    assert re.search("31.2 %.* 71.3 %.*`jitter-5`", card)
+    assert "no better than blind" not in card
     assert 'model="org/model"' in card
 
 
@@ -355,8 +355,7 @@ def test_subset_of_the_objects_is_a_limit(household, make_run):
     for entry in part["scores"]:
         entry["objects"] = 12
     card = write_card(household, [make_run("part", part)]).read_text()
-    assert "The first 12 of 1,234 objects (data" in card
-    assert ": only the first 12 of 1234 objects" in card
+    assert "12 of 1,234 objects" in card and "first 12 of 1234 objects" in card
     assert ": fewer than 20 objects" in card
     whole = write_card(household, [make_run("whole", make_results())]).read_text()
     assert "only the first" not in whole and "fewer than" not in whole and "The first" not in whole
@@ -393,19 +392,19 @@ def test_significance_in_the_ablation(value, significant):
     content |= {"rows": rows, "same": []}
     text = ablation_report(content)
     assert ("**-5.5 (-10.3 to -0.7)**" in text) is significant
-    assert ("Significant: without stage II: kind named -5.5" in text) is significant
+    assert bool(re.search("Significant: .*stage II: kind named -5.5", text)) is significant
     assert "**experts**" not in text and "Different names" not in text
 
 
 def test_judge_and_unparsed_answers(household, make_run):
     card = write_card(household, [make_run("two", JUDGED)]).read_text()
-    assert "Judge: Qwen2-72B-Instruct, 2026-11-22; prompts (SHA-256) `caption_score` `aaaabbbbccccdddd`." in card
+    assert re.search("Judge: Qwen2-72B-Instruct, 2026-11-22.*`caption_score` `aaaabbbbccccdddd`", card)
     assert (
         "| what | caption score | 48.2 (48.1 to 48.2) | – | – | 12.5 (12.4 to 12.6) | 100 | 3 | Qwen2-72B-Instruct |"
         in card
     )
-    assert "`caption_score`: 3 of 100 answers could not be parsed" in card
-    assert "4 answers were cut off" in card
+    assert re.search("`caption_score`: 3 of 100 .*parsed", card)
+    assert re.search("4 .*cut off", card)
     assert "no blind control" in card
 
 
@@ -444,10 +443,10 @@ def test_card_of_a_stage(adapter):
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
     assert "# MiniGPT-3D, stage III\n" in card and "1,200 parameters" in card
     assert 'PeftModel.from_pretrained(model, "org/model")' in card
-    assert "| steps | 3 of the 30,000 of the paper recipe, seed 42 |" in card
-    assert "| samples per step | detailed 6 (weight 2), single_round 10 (weight 3) |" in card
-    assert "| loss | 2.250 in the first steps, 1.125 in the last |" in card
-    assert "| loss on held-out data | 2.500 before, 1.250 after |" in card
+    assert re.search(r"\| steps \| 3 of .*30,000 .*paper.* 42 \|", card)
+    assert "| detailed 6 (weight 2), single_round 10 (weight 3) |" in card
+    assert re.search(r"\| loss \| 2.250 .*first.* 1.125 .*last", card)
+    assert re.search(r"held-out data \| 2.500 before, 1.250 after", card)
     assert "| devices | 2 × NVIDIA H200 |" in card
     assert f"| wall time of the training | {HOURS:.3g} h | history.jsonl: batch of each step" in card
     assert "report.png" not in card
@@ -458,7 +457,16 @@ def test_card_of_a_stage(adapter):
     )
     card = write_card(adapter).read_text()
     assert "Stage III, from `minigpt3d convert`." in card
-    assert "Not measured: wall time of the training; mean power" in card
+    assert "fine-tuned" not in card.lower()
+    assert re.search("Not measured: wall time.*; mean power", card)
+
+
+def test_card_of_a_fine_tuned_model(adapter):
+    stage = json.loads((adapter / "stage.json").read_text())
+    for content in (stage | {"stage": "own"}, {"stage": "own", "init": "x", "router_type": "none"}):
+        (adapter / "stage.json").write_text(json.dumps(content))
+        card = write_card(adapter).read_text()
+        assert "fine-tuned" in card.lower() and "stage own" not in card.lower()
 
 
 def test_card_of_a_release_lists_licenses(release):
@@ -498,7 +506,7 @@ def test_emissions_need_all_inputs(adapter):
     assert "| emissions | 0.225 kg CO2e | hours × watts × pue × grid |" in card and "Not measured" not in card
     check_sources(adapter)
     card = write_card(adapter, given=read_given(options[:3])).read_text()
-    assert "Not measured: emissions of the electricity. Emissions are therefore not stated." in card
+    assert re.search("Not measured: emissions.*not stated", card)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +543,7 @@ def test_command_has_the_model_id(household, monkeypatch):
     monkeypatch.chdir(household.parent)
     card = write_card("household", model_id="me/model").read_text()
     assert card.endswith("```bash\nminigpt3d card household --model-id me/model\n```\n") and 'model="me/model"' in card
-    with pytest.raises(ValueError, match="`model_id` 'not an id/x/y': expected a Hub id"):
+    with pytest.raises(ValueError, match="`model_id` 'not an id/x/y'.*Hub id"):
         write_card("household", model_id="not an id/x/y")
 
 
@@ -545,18 +553,16 @@ def test_card_holds_no_local_path(household, make_run, tmp_path):
 
 
 def test_wrong_folders_and_results_are_refused(household, make_run, tmp_path):
-    with pytest.raises(ValueError, match="expected a model's config.json"):
+    with pytest.raises(ValueError, match="config.json"):
         write_card(tmp_path)
     with pytest.raises(ValueError, match="`results` .*none: no such file"):
         write_card(household, [tmp_path / "none"])
-    with pytest.raises(ValueError, match="expected schema 2 of results.json, got 1"):
+    with pytest.raises(ValueError, match="schema 2.* 1"):
         write_card(household, [make_run("old", make_results(schema=1))])
     run = make_run("one", make_results())
-    with pytest.raises(
-        CardError, match="expected results of weights 00, got those of tiny with weights fedcba9876543210"
-    ):
+    with pytest.raises(CardError, match="weights 00,.*tiny.*fedcba9876543210"):
         write_card(household, [run], fingerprint="00")
-    with pytest.raises(ValueError, match="a run is given twice: .*one, .*one"):
+    with pytest.raises(ValueError, match="twice.*one, .*one"):
         write_card(household, [run, run / "results.json"])
     before = (household / "README.md").read_text()
     for name, text in (("list.json", "[1]"), ("notes.md", "# Notes\n\n| 99.9 |"), ("results.json", '{"rows": []}')):

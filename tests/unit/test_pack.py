@@ -117,7 +117,7 @@ def test_too_many_broken_clouds_stop_packing_and_a_second_run_resumes(release, t
     begun = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").rglob("*.parquet")}
     assert begun
     assert main(["pack", *options, "--seed", "1"]) == 1
-    assert "was begun with other data or settings" in capsys.readouterr().err
+    assert "other data or settings" in capsys.readouterr().err
     assert main(["pack", *options, "--max-broken", "0.1"]) == 0
     assert "8 skipped" in capsys.readouterr().out
     for path, written in begun.items():
@@ -145,7 +145,7 @@ def test_meshes_with_captions_from_json_lines(tmp_path, capsys):
     (source,) = open_sources(["brief"], str(tmp_path / "out"), []).values()
     sample, cloud = source.read(0, 0)
     assert (sample.object_id, sample.rounds) == ("box", (("what is this?", "A box."),)) and cloud.shape == (8192, 6)
-    with pytest.raises(ValueError, match="'detailed' conversations, but there are none. Pack annotations"):
+    with pytest.raises(ValueError, match="'detailed' conversations.*none"):
         open_sources(["detailed"], str(tmp_path / "out"), [])
 
 
@@ -163,7 +163,7 @@ def test_files_are_turned_and_colored_as_the_options_say(tmp_path, capsys):
     entries = packing.table_entries(tmp_path / "own.csv")
     for shard in packing.plan_shards(tmp_path / "begun.partial", entries, 0, 1):
         packing.check_plan(tmp_path / "begun.partial", [shard], [0, 8192, {}])
-    with pytest.raises(ValueError, match="was begun with other data or settings"):
+    with pytest.raises(ValueError, match="other data or settings"):
         packing.pack(entries, tmp_path / "begun", num_workers=1, reading={"up_axis": "z"})
     release = ["--data", str(tmp_path), "--annotations", str(tmp_path / "own.csv"), "--out", str(tmp_path / "no")]
     assert main(["pack", *release, "--up-axis", "z"]) == 1
@@ -176,8 +176,9 @@ def test_files_are_turned_and_colored_as_the_options_say(tmp_path, capsys):
     [
         ("{", "line 1: not JSON"),
         ('{"caption": "A box."}', "line 1: expected 'file'"),
-        ('{"file": "a.glb"}', "line 1: expected either a 'caption' or 'conversations'"),
-        ('{"file": "a.glb", "caption": " "}', "'caption' must be a text"),
+        ('{"file": "", "caption": "A box."}', "line 1: expected 'file'"),
+        ('{"file": "a.glb"}', "line 1: expected either"),
+        ('{"file": "a.glb", "caption": " "}', "'caption'"),
         ('{"file": "a.glb", "conversations": []}', "object_id 'a'"),
     ],
 )
@@ -192,7 +193,7 @@ def test_wrong_options(tmp_path, capsys):
     for options, message in (
         ([], "--annotations"),
         (["--data", str(tmp_path)], "--annotations"),
-        (["--from", str(tmp_path / "no.jsonl")], "cannot be read"),
+        (["--from", str(tmp_path / "no.jsonl")], "no such file"),
         (["--from", "x", "--max-broken", "2"], "--max-broken"),
         (["--data", str(tmp_path / "no"), "--annotations", "x"], "is no folder"),
     ):

@@ -161,14 +161,15 @@ def test_streaming(describe, ending, clouds, capsys):
 @pytest.mark.parametrize(
     ("inputs", "arguments", "message"),
     [
-        ({"path": "chair.ply"}, {}, "got a dict with the keys ['path']"),
-        (make_chat(make_cloud(0), "What is this?"), {"prompt": "Why?"}, "leave out prompt, got 'Why?'"),
+        ({"path": "chair.ply"}, {}, "keys ['path']"),
+        (make_chat(make_cloud(0), "What is this?"), {"prompt": "Why?"}, "prompt, got 'Why?'"),
         (np.zeros((0, 6), np.float32), {}, "point"),
-        (make_cloud(0), {"prompt": ["What?", "Why?"]}, "prompt is one text for all inputs, got ['What?', 'Why?']"),
+        (make_cloud(0), {"prompt": ["What?", "Why?"]}, "['What?', 'Why?']"),
+        (make_cloud(0), {"prompt": " "}, "got ' '"),
         (None, {}, "None cannot be read"),
         ([make_cloud(0), None], {}, "None cannot be read"),
     ],
-    ids=["dict", "prompt beside a chat", "empty cloud", "several prompts", "None", "None in a list"],
+    ids=["dict", "prompt beside a chat", "empty cloud", "several prompts", "empty prompt", "None", "None in a list"],
 )
 def test_inputs_that_are_refused(describe, inputs, arguments, message):
     with pytest.raises(ValueError) as error:

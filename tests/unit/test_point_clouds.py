@@ -603,9 +603,9 @@ def test_wrong_types():
     with pytest.raises(PointCloudError, match="a dict cannot be read"):
         load_point_cloud({"points": 1})
     for num_points in (0, "8", 2.5, None):
-        with pytest.raises(ValueError, match=f"num_points must be a whole number of at least 1, got {num_points!r}"):
+        with pytest.raises(ValueError, match=f"num_points.*at least 1.* {num_points!r}"):
             load_point_cloud(make_cloud()[0], num_points=num_points)
-    with pytest.raises(ValueError, match="up_axis must be 'x', 'y', 'z' or None.*got 'up'"):
+    with pytest.raises(ValueError, match="up_axis .*'x', 'y', 'z'.*'up'"):
         load_point_cloud(make_cloud()[0], up_axis="up")
     for color in ("pink", (0, 0, 255), (1, 1)):
         with pytest.raises(ValueError, match="missing_color must be one of"):
@@ -616,7 +616,7 @@ def test_wrong_types():
 def test_a_few_bad_points_are_dropped_and_many_refused(tmp_path, bad):
     coord = make_cloud(100)[0]
     coord[[3, 70], [0, 2]] = bad
-    with pytest.warns(UserWarning, match="2 of 100 points are NaN or infinite and were dropped"):
+    with pytest.warns(UserWarning, match="2 of 100 points.*dropped"):
         cloud = load_point_cloud(saved(tmp_path, coord), 98)
     np.testing.assert_allclose(cloud[:, :3], normalized(np.delete(coord, [3, 70], axis=0)), atol=1e-6)
     coord[:60, 1] = bad
@@ -642,7 +642,7 @@ def test_points_without_extent(tmp_path):
     refused(saved(tmp_path, np.full((1, 3), 5.0)), "all its points are equal")
     refused(np.array([[1e308, 0, 0], [-1e308, 0, 0], [0, 1e308, 0]]), "too large")
     flat = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], process=False)
-    with pytest.raises(PointCloudError, match="none of its 1 faces has an area"):
+    with pytest.raises(PointCloudError, match="1 faces.*area"):
         load_point_cloud(flat)
 
 

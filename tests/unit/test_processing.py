@@ -80,7 +80,7 @@ def test_an_answer_can_be_continued(tiny_processor):
 @pytest.mark.parametrize(
     ("chat", "words"),
     [
-        ([{"role": "system", "content": "Be brief."}], "Roles must be 'user' or 'assistant', got 'system'"),
+        ([{"role": "system", "content": "Be brief."}], "'user' or 'assistant', got 'system'"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "'text' or 'point_cloud', got 'image'"),
     ],
 )
@@ -90,7 +90,7 @@ def test_other_roles_and_contents_are_refused(tiny_processor, chat, words):
 
 
 def test_unknown_template(tiny_processor):
-    with pytest.raises(ValueError, match="must be one of default, benchmark or a template, got 'demo'"):
+    with pytest.raises(ValueError, match="default, benchmark.*'demo'"):
         tiny_processor.apply_chat_template([user("What?")], chat_template="demo")
 
 
@@ -206,7 +206,7 @@ def test_training_needs_an_answer(tiny_processor):
 
 def test_training_never_truncates_a_cloud(tiny_processor):
     chat = [user("What?", cloud()), assistant("A chair."), user("And this?", cloud()), assistant("A lamp.")]
-    with pytest.raises(ValueError, match="Conversation 0: max_text_length=15 would cut off a point cloud"):
+    with pytest.raises(ValueError, match="Conversation 0: max_text_length=15.*point cloud"):
         tiny_processor.encode_training([chat], max_text_length=15)
     assert tiny_processor.encode_training([chat], max_text_length=200)["point_clouds"].shape[0] == 2
 
@@ -282,19 +282,19 @@ def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
 
 
 def test_placeholders_and_clouds_must_match(tiny_processor):
-    with pytest.raises(ValueError, match="has 2 <point> placeholders, but 1 point clouds were given"):
+    with pytest.raises(ValueError, match="2 <point> placeholders.* 1 point clouds"):
         tiny_processor(text=["<point> a", "<point> b"], point_clouds=cloud())
-    with pytest.raises(ValueError, match="has 0 <point> placeholders, but 1 point clouds"):
+    with pytest.raises(ValueError, match="0 <point> placeholders.* 1 point clouds"):
         tiny_processor(text="What?", point_clouds=cloud())
-    with pytest.raises(ValueError, match="has 1 <point> placeholders, but 0 point clouds"):
+    with pytest.raises(ValueError, match="1 <point> placeholders.* 0 point clouds"):
         tiny_processor.apply_chat_template([user("What is a <point>?")], **TENSORS)
-    with pytest.raises(ValueError, match="has 1 <point> placeholders, but 2 point clouds"):
+    with pytest.raises(ValueError, match="1 <point> placeholders.* 2 point clouds"):
         tiny_processor.encode_training([[user("What?", cloud()), assistant("A chair.")]], [cloud(), cloud()])
 
 
 def test_text_longer_than_the_context(tiny_processor):
     long = user("what " * 3000, cloud())
-    with pytest.raises(ValueError, match="tokens with 6 for each cloud, but the context has 2048.*truncation=True"):
+    with pytest.raises(ValueError, match=" 6 for each cloud.*context has 2048.*truncation=True"):
         tiny_processor.apply_chat_template([long], **TENSORS)
     with pytest.raises(ValueError, match="the context has 2048"):
         tiny_processor.encode_training([[user("What?", cloud()), assistant("a " * 3000)]])
@@ -311,7 +311,7 @@ def test_truncation_never_touches_placeholders(tiny_processor, max_length):
 
 
 def test_no_room_for_the_cloud(tiny_processor):
-    with pytest.raises(ValueError, match="max_length=5 has no room for the 6 vectors"):
+    with pytest.raises(ValueError, match="max_length=5.* 6 vectors"):
         tiny_processor.apply_chat_template([user("a", cloud())], truncation=True, max_length=5, **TENSORS)
 
 
@@ -333,9 +333,9 @@ def test_empty_inputs_and_images_are_refused(tiny_processor):
 
 def test_unknown_paddings_are_refused(tiny_processor):
     for padding in ("nonsense", None):
-        with pytest.raises(ValueError, match=f"padding must be one of .*'do_not_pad', got {padding!r}"):
+        with pytest.raises(ValueError, match=f"padding .*'do_not_pad'.* {padding!r}"):
             tiny_processor(text="a", padding=padding)
-    with pytest.raises(ValueError, match="padding_side must be 'left', 'right' or None .*got 'up'"):
+    with pytest.raises(ValueError, match="padding_side .*'left', 'right'.*'up'"):
         tiny_processor(text="a", padding_side="up")
 
 

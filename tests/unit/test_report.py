@@ -84,8 +84,8 @@ def test_household(household):
             for text in (markdown, page.text):
                 assert f"{value:.1f} % ({low:.1f}–{high:.1f})" in text
     for text in (markdown, page.text):
-        assert "The geometry is used" in text and "The answers belong to their objects" in text
-        assert "3 of 5,800 answers reached the limit of 100 tokens" in text
+        assert "geometry is used" in text and "belong to their objects" in text
+        assert re.search("3 of 5,800 answers .*100 tokens", text)
         assert all(test.words in text for test in results.tests)
     assert sorted(path.name for path in (household / "pictures").iterdir()) == [
         "confusion.png",
@@ -130,9 +130,9 @@ def test_judged_run(tmp_path):
     report_on(folder, read_cloud)
     markdown, page = (folder / "report.md").read_text(encoding="utf-8"), page_of(folder)
     assert "open-vocabulary accuracy | Qwen2-72B-Instruct |" in markdown
-    assert "2 of 200 could not be read for open-vocabulary accuracy" in markdown and "count as wrong" in markdown
+    assert re.search("2 of 200 .*open-vocabulary accuracy.*wrong", markdown)
     assert "open_vocabulary_accuracy sha256 bbbbbbbbbbbbbbbb" in markdown and "cost unknown" in markdown
-    assert "200 replies, 4 of them cut off, 196 sampled" in markdown
+    assert re.search("200 replies, 4 .*cut off, 196 sampled", markdown)
     assert "judge as served | Qwen2-72B-Instruct" in markdown
     assert "Classes" not in markdown  # every object has a different label
     assert "T#the same" in page.text and "F#another" in page.text
@@ -176,22 +176,22 @@ def test_classes_with_one_object(tmp_path):
 
 def test_phrases_are_listed(tmp_path, household):
     text = (household / "report.md").read_text(encoding="utf-8")
-    assert "11 forms of the answer are added up: “This is a black ….”, “This is a white ….”," in text
+    assert re.search("11 forms.*“This is a black ….”, “This is a white ….”,", text)
 
     def change(results, rows):
         results.classes.phrases = ["a {}"]
 
     one = changed(household_run(tmp_path / "run", corruptions=False), change)
-    assert "The answer has the form “a …”; in another form" in one
+    assert "“a …”" in one
 
 
 @pytest.mark.parametrize(
     ("p", "difference", "sentence"),
     [
-        (1e-9, 0.5, "The geometry is used"),
-        (0.8, 0.01, "The main score does not show that the geometry is used"),
-        (0.06, 0.1, "The main score does not show that the geometry is used"),
-        (1e-9, -0.5, "Unexpected: blind, the main score is better than as it is"),
+        (1e-9, 0.5, "geometry is used:"),
+        (0.8, 0.01, "not show that the geometry is used"),
+        (0.06, 0.1, "not show that the geometry is used"),
+        (1e-9, -0.5, "Unexpected: blind"),
     ],
 )
 def test_blind_control_in_words(tmp_path, p, difference, sentence):
@@ -208,9 +208,11 @@ def test_significant_scores_other_than_the_main_one(tmp_path):
 
     markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
     (sentence,) = [line for line in markdown.splitlines() if "does not show that color is used" in line]
-    assert sentence.endswith(
-        "Other scores show it: likelihood, top 1, “What is this?”; color accuracy, “What color is it?”."
-    )
+    shown = sentence.partition("Other scores show it:")[2]
+    assert re.findall("[a-z][^“;]+, “.*?”", shown) == [
+        "likelihood, top 1, “What is this?”",
+        "color accuracy, “What color is it?”",
+    ]
 
 
 def test_no_answer_unparsed_or_cut(tmp_path):
@@ -218,7 +220,7 @@ def test_no_answer_unparsed_or_cut(tmp_path):
         results.generation.cut = 0
 
     markdown = changed(household_run(tmp_path / "run", corruptions=False), change)
-    assert "Every answer could be read." in markdown and "No answer reached the limit of 100 tokens." in markdown
+    assert "Every answer could be read" in markdown and "No answer reached" in markdown
 
 
 # ---- Best and worst objects -----------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def test_best_and_worst(household):
     )
     assert best_and_worst(results, rows[::-1]) == (best, worst, about)
     right = sum(scores["closed_set_accuracy"] for scores in seeing.values())
-    assert f"{right:.0f} of 100 objects have the highest score" in about
+    assert f"{right:.0f} of 100 objects" in about
 
 
 def test_few_objects(tmp_path):
@@ -471,14 +473,14 @@ def test_same_judge():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("results.json", None, "has no results.json: expected the folder of a finished run"),
-        ("results.json", '{"schema": 2', "expected schema 2 as"),
-        ("results.json", "[]", "expected schema 2 as"),
-        ("results.json", '{"schema": 2}', "expected schema 2 as"),
-        ("results.json", '{"schema": 1}', "schema 1, of another version"),
+        ("results.json", None, "no results.json"),
+        ("results.json", '{"schema": 2', "schema 2"),
+        ("results.json", "[]", "schema 2"),
+        ("results.json", '{"schema": 2}', "schema 2"),
+        ("results.json", '{"schema": 1}', "schema 1"),
         ("objects.jsonl", None, "has no objects.jsonl"),
-        ("objects.jsonl", '{"object_id": 1}\n', "line 1: expected a scored answer"),
-        ("objects.jsonl", "[1]\n", "line 1: expected a scored answer"),
+        ("objects.jsonl", '{"object_id": 1}\n', "objects.jsonl, line 1"),
+        ("objects.jsonl", "[1]\n", "objects.jsonl, line 1"),
     ],
 )
 def test_unfinished_runs(tmp_path, name, content, message):

@@ -73,6 +73,7 @@ def test_messages_name_the_source():
     refused({"bytes": b"ply\n", "path": "row.ply"}, "row.ply:")
     refused({"bytes": None, "path": None}, "the given row: ", "neither bytes nor a path")
     refused("x" * 5000, "cannot be opened")
+    refused("", "empty")
 
 
 def test_home_and_file_urls(tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_objects_with_points_and_colors():
 
 def test_missing_color_is_reported_once_and_only_for_files(tmp_path):
     np.savetxt(tmp_path / "cloud.xyz", COORD)
-    with pytest.warns(UserWarning, match=r"cloud\.xyz: its points have no color") as warned:
+    with pytest.warns(UserWarning, match=r"cloud\.xyz: .*no color") as warned:
         load_point_cloud(tmp_path / "cloud.xyz")
     assert len(warned) == 1
     with warnings.catch_warnings():
