@@ -25,9 +25,9 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
+from .evaluate_options import EvaluateOptions
 from .likelihood import class_log_likelihoods, encode_answers
 from .objects import EvalObject, check_clouds
-from .options import EvaluateOptions
 from .plan import Evaluation, Job
 from .progress import progress
 from .run_folder import Lines, Settings, append_lines, line_key

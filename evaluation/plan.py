@@ -11,13 +11,13 @@ import numpy as np
 from minigpt3d.hub import is_hub_id
 
 from .conditions import CORRUPTION_CONDITIONS
+from .evaluate_options import EvaluateOptions
 from .judges import Judge, make_judge
 from .likelihood import check_texts
 from .metrics import PROMPTS
 from .metrics.closed_set import class_namer
 from .metrics.table import METRICS, Metric
 from .objects import EvalObject, read_objects
-from .options import EvaluateOptions
 from .run_folder import RunFolder
 from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED, SUITES, Question, Suite
 from .vocabulary.colors import COLORS, OTHER_WORDS

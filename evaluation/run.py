@@ -12,9 +12,9 @@ from minigpt3d.hub import default_model, fingerprint_model
 
 from .answers import match_answers
 from .ask import Asked, ask_model, keep_answers
+from .evaluate_options import EvaluateOptions
 from .judges import Judge
 from .metrics.table import METRICS
-from .options import EvaluateOptions
 from .plan import Answers, Evaluation, make_plan
 from .report import write_report
 from .results import Dataset, Generation, JudgeFacts, ModelFacts, Results, hash_prompt

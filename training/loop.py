@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minigpt3d.data.sources import fingerprint, open_sources
 from minigpt3d.hub import ADAPTER_DIR, ModelFiles, find_model, load_processor, public_name
-from minigpt3d.model_card.card import write_card
+from minigpt3d.model_card.readme import write_card
 
 from .curves import draw_curves
 from .diagnosis import diagnose

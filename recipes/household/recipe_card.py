@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minigpt3d.files import write_json, write_text
 from minigpt3d.hub import fingerprint_model
-from minigpt3d.model_card.card import write_card
+from minigpt3d.model_card.readme import write_card
 
 from .build_data import read_metadata
 

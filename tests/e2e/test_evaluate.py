@@ -24,6 +24,7 @@ from minigpt3d.cli import main as minigpt3d_cli
 from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions
 from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.objects import (
@@ -34,7 +35,6 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
 from minigpt3d.evaluation.results import Score, ScoredAnswer
 from minigpt3d.evaluation.run import evaluate

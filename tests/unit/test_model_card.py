@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from minigpt3d.hub import fingerprint_model
 from minigpt3d.model_card.ablation import ablation_report
-from minigpt3d.model_card.card import SOURCES_FILE, write_card
 from minigpt3d.model_card.emissions import estimate_emissions, read_given
 from minigpt3d.model_card.evaluations import CardError
 from minigpt3d.model_card.facts import Fact, find_unsourced, take_marks
 from minigpt3d.model_card.model_index import eval_results, model_index
+from minigpt3d.model_card.readme import SOURCES_FILE, write_card
 from minigpt3d.model_card.render import TEMPLATES
 
 
