@@ -171,7 +171,7 @@ class _Process:
             stderr=self._log,
             env=environment,
         )
-        with contextlib.suppress(BrokenPipeError):  # it is noticed when it does not report
+        with contextlib.suppress(BrokenPipeError):  # it is noticed when it does not answer
             self._send(self._function)
 
     def read(self, path: str | Path, arguments: dict) -> FileResult:

@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> dict:
         "losses": _mean_losses(history),
         "validation": _validation_losses(history),
         "hours": _measure_hours(history, stage, recipe),
-        "has_report": (folder / "report.png").is_file(),
+        "has_curves": (folder / "curves.png").is_file(),
     }
 
 

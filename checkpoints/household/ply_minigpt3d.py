@@ -140,7 +140,7 @@ def _textured(
             surfaces.append(Surface(corners[here], None if color is None else color[here]))
         else:
             surfaces.append(Surface(corners[here], None, uv[here], Material(texture=texture)))
-    textures.report()
+    textures.warn_missing()
     return surfaces
 
 

@@ -143,8 +143,8 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
         The folders of the data, of every stage by name, and of the exported checkpoint.
     """
     data, packed, base, checkpoint = (options.work_dir / name for name in ("data", "packed", "base", "checkpoint"))
-    # report.json is written last, and so is pretrain.json.
-    steps.run("data", data / "report.json", lambda: build(options.libraries, data, options.held_out_library))
+    # counts.json is written last, and so is pretrain.json.
+    steps.run("data", data / "counts.json", lambda: build(options.libraries, data, options.held_out_library))
     annotations = [data / f"{source}.json" for source in SOURCES.values()]
     steps.run("packing", packed, lambda: pack(release_entries(data / "clouds", annotations), packed))
     pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]

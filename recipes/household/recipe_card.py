@@ -60,8 +60,8 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
         minutes: by step.
         pretraining: what `pretrain` returned.
     """
-    report = json.loads((data_dir / "report.json").read_text(encoding="utf-8"))
-    write_json(folder / "recipe.json", describe_recipe(report, minutes, pretraining))
+    counts = json.loads((data_dir / "counts.json").read_text(encoding="utf-8"))
+    write_json(folder / "recipe.json", describe_recipe(counts, minutes, pretraining))
     write_json(folder / "scores.json", scores)
     write_text(folder / "CREATORS.md", creators(data_dir))
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
@@ -69,18 +69,18 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
     write_card(folder, [folder / "evaluation"], fingerprint=fingerprint_model(folder))
 
 
-def describe_recipe(report: dict, minutes: dict, pretraining: dict) -> dict:
-    """The content of recipe.json, from report.json of the data release, minutes by step, and what `pretrain` returned."""
-    libraries = ", ".join(f"`{name}`" for name in report["libraries"])
+def describe_recipe(counts: dict, minutes: dict, pretraining: dict) -> dict:
+    """The content of recipe.json, from counts.json of the data release, minutes by step, and what `pretrain` returned."""
+    libraries = ", ".join(f"`{name}`" for name in counts["libraries"])
     return TEXTS | {
         "data": TEXTS["data"].format(libraries=libraries),
         "counts": {
-            "libraries": len(report["libraries"]),
-            "objects": report["objects"],
-            "training objects": report["train"],
-            "held-out objects": report["validation"],
-            "held-out objects of a known kind, which are scored": report["scored_validation"],
-            "known kinds": len(report["kinds"]),
+            "libraries": len(counts["libraries"]),
+            "objects": counts["objects"],
+            "training objects": counts["train"],
+            "held-out objects": counts["validation"],
+            "held-out objects of a known kind, which are scored": counts["scored_validation"],
+            "known kinds": len(counts["kinds"]),
         },
         "minutes": minutes,
         "figures": {

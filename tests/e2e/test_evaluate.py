@@ -35,7 +35,7 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
+from minigpt3d.evaluation.plan import EvaluationPlan, Job, shuffle
 from minigpt3d.evaluation.results import Score, ScoredAnswer
 from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.run_folder import Lines, RunFolder, append_lines
@@ -445,16 +445,16 @@ def test_results_are_in_the_order_of_the_suite(tmp_path):
     assert list(complete["what", "seeing"]) == list(complete["what", "blind"]) == ["a", "b"]
 
 
-def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> Evaluation:
+def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> EvaluationPlan:
     """An evaluation of all metrics of a suite."""
     options = EvaluateOptions(suite, Path("nowhere"), seed=fields.pop("seed", 0))
-    return Evaluation(
+    return EvaluationPlan(
         options, SUITES[suite], {item.object_id: item for item in objects}, list(METRICS), judge, **fields
     )
 
 
 def score_texts(
-    plan: Evaluation, question: Question, answers: dict[str, str]
+    plan: EvaluationPlan, question: Question, answers: dict[str, str]
 ) -> tuple[dict[str, Score], dict[str, dict[str, float]]]:
     """Scores by metric, and the objects' scores, of answers about objects as they are."""
     rows = [ScoredAnswer(i, question.name, "", "seeing", text, None, None, None) for i, text in answers.items()]

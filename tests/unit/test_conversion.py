@@ -15,7 +15,7 @@ from tiny_model import make_tiny_config
 from minigpt3d.conversion import verification, write
 from minigpt3d.conversion.download import find_release
 from minigpt3d.conversion.names import NAMES, STAGE_3_TENSORS, STAGE_4_TENSORS, authors_name, our_name
-from minigpt3d.conversion.release import Plan, make_plan, make_processor, release_sources, summary
+from minigpt3d.conversion.release import ConversionPlan, make_plan, make_processor, release_sources, summary
 from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.conversion.write import write_release
 from minigpt3d.training.stages import RECIPES
@@ -24,13 +24,13 @@ from minigpt3d.training.stages import RECIPES
 LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.default.weight"
 
 
-def plan_conversion(paths: dict, **options) -> Plan:
+def plan_conversion(paths: dict, **options) -> ConversionPlan:
     config = make_tiny_config()
     sources = release_sources(paths)
     return make_plan(sources, config, make_processor(paths["phi"], config), **options)
 
 
-def read_merged(plan: Plan) -> dict[str, torch.Tensor]:
+def read_merged(plan: ConversionPlan) -> dict[str, torch.Tensor]:
     """Copies of all tensors of the model."""
     read = plan.reader()
     return {name: read(name, merge_lora=True).clone() for name in plan.expected}

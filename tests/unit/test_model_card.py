@@ -373,11 +373,11 @@ def test_names_are_escaped(household, make_run):
 
 
 def test_number_without_source_in_the_ablation_is_refused(household, change_template):
-    report = ROOT / "model_card" / "ablation.json"
-    write_card(household, ablation=report)
+    content = ROOT / "model_card" / "ablation.json"
+    write_card(household, ablation=content)
     change_template("ablation.jinja", "{{ heading }} Findings", "71 % are right.")
     with pytest.raises(CardError, match="71 % are right"):
-        write_card(household, ablation=report)
+        write_card(household, ablation=content)
 
 
 def test_report_of_the_ablation_is_up_to_date():
@@ -450,7 +450,7 @@ def test_card_of_a_stage(adapter):
     assert "| loss on held-out data | 2.500 before, 1.250 after |" in card
     assert "| devices | 2 × NVIDIA H200 |" in card
     assert f"| wall time of the training | {HOURS:.3g} h | history.jsonl: batch of each step" in card
-    assert "report.png" not in card
+    assert "curves.png" not in card
     assert "No evaluation is given" in card and "error rate was not measured" in card
     # minigpt3d convert records less about a stage.
     (adapter / "stage.json").write_text(
