@@ -4,7 +4,6 @@ A plan needs names, shapes and dtypes only; nothing is written (`write` does tha
 the stages that the files come from.
 """
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.files import sha256
+from minigpt3d.files import read_json, sha256
 from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
 from minigpt3d.messages import one_line, public_word
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
@@ -302,10 +301,7 @@ def _check_phi(phi_dir: Path, config: MiniGPT3DConfig):
     path = phi_dir / "config.json"
     if not path.exists():
         return
-    try:
-        of_phi = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a configuration ({error}). Download it again.") from error
+    of_phi = read_json(path, advice="Download it again.")
     expected = config.text_config.to_dict()
     expected |= expected.get("rope_parameters") or {}
     of_phi |= of_phi.get("rope_parameters") or {}

@@ -29,7 +29,7 @@ from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.colors import main_color
 from minigpt3d.evaluation.vocabulary.kinds import kind_of
-from minigpt3d.files import write_json, write_text
+from minigpt3d.files import read_json_lines, write_json, write_text
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .captions import annotate, get_facts
@@ -224,5 +224,4 @@ def count_items(items: list[Item]) -> dict:
 
 def read_metadata(data_dir: Path) -> list[dict]:
     """The lines of a release's metadata.jsonl."""
-    lines = (Path(data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_json_lines(Path(data_dir) / "metadata.jsonl")

@@ -1,11 +1,10 @@
 """The model card of the household recipe: its texts and counts, and the creators of its data."""
 
-import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from minigpt3d.files import write_json, write_text
+from minigpt3d.files import read_json, write_json, write_text
 from minigpt3d.hub import fingerprint_model
 from minigpt3d.model_card.readme import write_card
 
@@ -60,7 +59,7 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
         minutes: by step.
         pretraining: what `pretrain` returned.
     """
-    counts = json.loads((data_dir / "counts.json").read_text(encoding="utf-8"))
+    counts = read_json(data_dir / "counts.json")
     write_json(folder / "recipe.json", describe_recipe(counts, minutes, pretraining))
     write_json(folder / "scores.json", scores)
     write_text(folder / "CREATORS.md", creators(data_dir))

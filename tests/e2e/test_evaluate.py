@@ -421,7 +421,7 @@ def test_a_damaged_line_is_named(tmp_path):
     append_lines(Lines(tmp_path).open(0), [{"n": 1}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
-    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged .* Delete the line"):
+    with pytest.raises(ValueError, match="part-0.jsonl, line 2: not JSON .* Delete the line"):
         list(Lines(tmp_path).read())
 
 

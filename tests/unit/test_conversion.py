@@ -285,7 +285,7 @@ NOT_TENSORS = "expected a dictionary of tensors"
         (lambda paths, mark: torch.save({"state_dict": {}}, paths["stage4"]), "under 'model', got the keys state_dict"),
         (lambda paths, mark: torch.save({"model": release_contents()["stage4"], "ema": {"a": torch.ones(2)}}, paths["stage4"]), "tensors under 'ema'"),
         (lambda paths, mark: (paths["phi"] / "model.safetensors.index.json").write_text("{}"), "not an index of shards"),
-        (lambda paths, mark: (paths["phi"] / "config.json").write_text("{"), "not a configuration"),
+        (lambda paths, mark: (paths["phi"] / "config.json").write_text("{"), "not JSON"),
         (lambda paths, mark: (paths["phi"] / "config.json").write_text('{"num_attention_heads": 8}'), "num_attention_heads is 8"),
         (lambda paths, mark: (paths["phi"] / "model.safetensors").unlink(), "holds no weights"),
         (lambda paths, mark: (paths["phi"] / "tokenizer.json").unlink(), "no tokenizer can be loaded"),

@@ -568,5 +568,5 @@ def test_wrong_folders_and_results_are_refused(household, make_run, tmp_path):
     assert (household / "README.md").read_text() == before
     write_card(household, [run], fingerprint="fedcba9876543210")
     (run / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="expected JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         write_card(household, [run])
