@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from minigpt3d.model_card.words import CONDITIONS
+
 from . import metrics
 from .likelihood import rank_classes
 from .metrics.table import METRICS, Metric
@@ -177,5 +179,5 @@ def compare_conditions(groups: Groups, metric_names: list[str]) -> list[ControlT
     for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
         test.p = p
         unit, control = METRICS[test.metric].unit, CONTROLS[test.b]
-        test.words = in_words(test.difference, test.low, test.high, p, unit, "as it is", control)
+        test.words = in_words(test.difference, test.low, test.high, p, unit, CONDITIONS[SEEING], control)
     return tests
