@@ -16,7 +16,6 @@ from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED
 # Okabe and Ito's palette for color-blind readers. A condition has the same color in every picture.
 COLORS = {SEEING: "#0072B2", BLIND: "#000000", NO_COLOR: "#E69F00", SHUFFLED: "#CC79A7"}
 CORRUPTED = "#D55E00"
-GRAY = "#777777"
 MAX_NAMED_CLASSES = 60  # of a confusion matrix; more names are too small to read
 MAX_COUNTED_CLASSES = 45  # likewise for the counts in its cells
 

@@ -302,7 +302,7 @@ def test_ids_are_printable(own_objects):
     (own_objects.with_name("a\x1b.npy")).write_bytes(own_objects.with_name("box0.npy").read_bytes())
     table = own_objects.with_name("escape.jsonl")
     table.write_text(json.dumps({"file": "a\x1b.npy", "label": "box"}))
-    assert [each.object_id for each in read_own(str(table))] == ["a\\x1b"]
+    assert [item.object_id for item in read_own(str(table))] == ["a\\x1b"]
 
 
 def test_packed_own_objects(own_objects, tmp_path):
