@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written under a temporary name, then renamed."""
+"""Write files and folders that appear complete or not at all, under a temporary name that is changed; read JSON."""
 
 import errno
 import hashlib
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -41,6 +42,38 @@ def write_bytes(path: str | Path, content: bytes):
 def write_json(path: str | Path, content, indent: int | None = 1):
     """Write JSON in UTF-8, with a newline at its end."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, expected: type = dict, advice: str = "Write the file again with its command.") -> Any:
+    """The value in a JSON file.
+
+    Args:
+        expected: type of the value.
+        advice: what to do if the file is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON, or a value of another type.
+    """
+    return parse_json(Path(path).read_bytes(), str(path), expected, advice)
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """The objects in a file of JSON lines. Raises as `read_json`."""
+    lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if lines != [b""]]
+
+
+def parse_json(text: str | bytes, place: str, expected: type = dict, advice: str = "Write it again.") -> Any:
+    """The value of a JSON text; errors begin with its place. Arguments and errors as of `read_json`."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}). {advice}") from error
+    if not isinstance(value, expected):
+        names = {dict: "object", list: "list"}
+        raise ValueError(f"{place}: expected a JSON {names[expected]}, got {str(value)[:60]!r}. {advice}")
+    return value
 
 
 @contextmanager

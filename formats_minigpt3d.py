@@ -71,7 +71,7 @@ def _read_assimp(path: Path) -> list[Surface]:
             properties = scene.materials[mesh.material_index]
             materials[mesh.material_index] = _assimp_material(path, properties, textures, embedded)
         surfaces.append(_assimp_surface(mesh, matrix, materials[mesh.material_index]))
-    textures.report()
+    textures.warn_missing()
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
     return surfaces
@@ -207,7 +207,7 @@ def _read_usd(path: Path) -> list[Surface]:
             if key not in materials:
                 materials[key] = _usd_material(bound, textures, path) if bound else None
             surfaces.append(whole.surface(here, materials[key]))
-    textures.report()
+    textures.warn_missing()
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
     return surfaces

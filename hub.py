@@ -6,7 +6,6 @@ Importing this module is cheap. torch and transformers are imported by the funct
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt3d.files import sha256, written_whole
+from minigpt3d.files import read_json, sha256, written_whole
 from minigpt3d.messages import one_line
 
 
@@ -109,7 +108,7 @@ def _find_base(folder: Path, adapter: Path) -> str:
     """The base model of an adapter: `base/` beside it, else what adapter_config.json names."""
     if adapter != folder and (folder / BASE_DIR / CONFIG_FILE).is_file():
         return str(folder / BASE_DIR)
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or ""
     if not Path(base).is_dir() and not is_hub_id(base):
         raise ValueError(
@@ -120,7 +119,7 @@ def _find_base(folder: Path, adapter: Path) -> str:
 
 def _read_stage(folder: Path) -> dict | None:
     path = folder / STAGE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def hub_has(name: str) -> bool:
@@ -291,7 +290,7 @@ def check_model_dir(output_dir: str | Path, sources: Iterable[str | Path] = ()) 
 
 def _is_minigpt3d(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == "minigpt3d"
+        return read_json(folder / CONFIG_FILE)["model_type"] == "minigpt3d"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

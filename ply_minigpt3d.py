@@ -140,7 +140,7 @@ def _textured(
             surfaces.append(Surface(corners[here], None if color is None else color[here]))
         else:
             surfaces.append(Surface(corners[here], None, uv[here], Material(texture=texture)))
-    textures.report()
+    textures.warn_missing()
     return surfaces
 
 
@@ -181,15 +181,15 @@ def _read_tables(path: Path, data: bytes, start: int, form: str, elements: list[
             _Element(name, count, [_Property(p.name, "f8", p.count_type and "f8") for p in properties])
             for name, count, properties in elements
         ]
-    wanted = [index for index, element in enumerate(elements) if element.name in ("vertex", "face", "tristrips")]
+    geometry = [index for index, element in enumerate(elements) if element.name in ("vertex", "face", "tristrips")]
     tables: dict[str, dict] = {}
-    for index, element in enumerate(elements[: wanted[-1] + 1 if wanted else 0]):
+    for index, element in enumerate(elements[: geometry[-1] + 1 if geometry else 0]):
         table, start = _read_rows(data, start, element, order)
-        if index in wanted and element.count:
+        if index in geometry and element.count:
             if types:
                 table = {name: _as_declared(column, types[element.name, name]) for name, column in table.items()}
             tables[element.name] = table
-    if form == "ascii" and wanted and wanted[-1] == len(elements) - 1 and start != len(data):
+    if form == "ascii" and geometry and geometry[-1] == len(elements) - 1 and start != len(data):
         warn(f"{(len(data) - start) // 8:,} numbers after its last row were not read.")
     return tables
 

@@ -232,7 +232,7 @@ class TextureFiles:
     def lose(self, name: str, reason: str):
         self._lost[name] = reason
 
-    def report(self):
+    def warn_missing(self):
         """Warn about the textures that are missing."""
         if self._lost:
             names = [f"{name!r} ({reason})" for name, reason in self._lost.items()]

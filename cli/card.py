@@ -41,8 +41,8 @@ class Options:
 def run(options: Options, argv: list[str]) -> int:
     """Write the card and print its path; returns the exit code."""
     from minigpt3d.hub import fingerprint_model
-    from minigpt3d.model_card.card import write_card
     from minigpt3d.model_card.emissions import read_given
+    from minigpt3d.model_card.readme import write_card
 
     given = read_given(options.co2)
     fingerprint = fingerprint_model(options.folder) if options.results and options.folder.is_dir() else None

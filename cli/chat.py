@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
+from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 
 from .console import FAILED, complain
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_clouds
+from .inference import ModelOptions, load_pipeline, read_clouds
 
 
 HELP = "ask several questions about one file"

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from minigpt3d.conversion.options import ConvertOptions as Options
+from minigpt3d.conversion.convert_options import ConvertOptions as Options
 
 from .console import FAILED, complain
 
@@ -66,7 +66,7 @@ def finish(folder: Path, options: Options) -> int:
     """Write the cards of a new model, and its verification.json if asked for; returns the exit code."""
     from minigpt3d.conversion import verification, write
     from minigpt3d.hub import ADAPTER_DIR, BASE_DIR
-    from minigpt3d.model_card.card import write_card
+    from minigpt3d.model_card.readme import write_card
 
     for part in (folder, folder / BASE_DIR, folder / ADAPTER_DIR):
         if (part / write.PROVENANCE_FILE).is_file():

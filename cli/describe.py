@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
+from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
 
 from .console import FAILED, complain
-from .inference import ModelOptions, ReadingOptions, load_pipeline, read_clouds
+from .inference import ModelOptions, load_pipeline, read_clouds
 
 
 HELP = "describe files, or all readable files in folders"

@@ -1,7 +1,7 @@
 """`minigpt3d evaluate`: score a model on a benchmark or on your own objects."""
 
 from minigpt3d.arguments import with_flags
-from minigpt3d.evaluation.options import EvaluateOptions as Options
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions as Options
 from minigpt3d.messages import public_command
 
 from .console import complain, quiet

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from minigpt3d.arguments import option, positive_int
+from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.sources_minigpt3d import source_name
 
@@ -23,26 +24,6 @@ class ModelOptions:
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)
     device: str | None = option("cpu, cuda, cuda:1, mps (default: the accelerator if there is one)", default=None)
     max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
-
-
-@dataclass(kw_only=True)
-class ReadingOptions:
-    """How to read files that lack an up axis or colors."""
-
-    up_axis: Literal["x", "y", "z"] | None = option(
-        "axis that points up in your files; they are rotated so that y points up (default: the model's setting, else no "
-        "rotation)",
-        default=None,
-    )
-    missing_color: Literal["black", "gray", "white"] | None = option(
-        "color of points that have none (default: black)", default=None
-    )
-
-    @property
-    def reading(self) -> dict[str, str]:
-        """Arguments of the reader that were given."""
-        given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 def load_pipeline(options: ModelOptions):

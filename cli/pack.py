@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from minigpt3d.arguments import natural_int, option, positive_int
+from minigpt3d.data.reading_options import ReadingOptions
 
 from .console import complain
-from .inference import ReadingOptions
 
 
 HELP = "make training data of point clouds or meshes and their texts"
@@ -23,9 +22,6 @@ EPILOG = (
 
 @dataclass(kw_only=True)
 class Options(ReadingOptions):
-    up_axis: Literal["x", "y", "z"] | None = option(
-        "axis that points up in your files; they are rotated so that y points up (default: no rotation)", default=None
-    )
     data: Path | None = option("folder of PointLLM's point clouds, {object_id}_8192.npy", default=None, metavar="DIR")
     annotations: list[Path] = option("PointLLM's annotations of these clouds", default=[], metavar="JSON")
     from_: Path | None = option(

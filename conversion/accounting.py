@@ -1,7 +1,7 @@
 """Account for every tensor: each one in a file is used, superseded or a named leftover; each parameter has one origin.
 
 `account` needs names, shapes and dtypes only. Its steps are the functions below it, in the order of their calls. Every
-step reports all problems that it finds, so that one message names them all.
+step lists all problems that it finds, so that one message names them all.
 """
 
 import re
@@ -79,7 +79,7 @@ def account(
     are_equal: Callable[[str, str, str], bool] = lambda slot, key, first: True,
     dtypes: dict[str, dict[str, str]] | None = None,
 ) -> Account:
-    """Find every parameter's origin, or report everything that does not fit.
+    """Find every parameter's origin, or list everything that does not fit.
 
     Args:
         files: keys and shapes in each file, in the order of loading.
@@ -179,7 +179,7 @@ def _check_split(file: File, name: str, parts: dict[str, str], keys: dict, given
 def _take_file(
     file: File, keys: dict, given: dict[str, Origin], expected: dict, result: Account, shapes: dict
 ) -> Iterator[str]:
-    """Make the file the origin of what it gives, over the files before it; report what it should not hold."""
+    """Make the file the origin of what it gives, over the files before it; list what it should not hold."""
     for name, origin in given.items():
         if not matches(name, (*file.gives, *file.may_give)):
             yield f"{file.slot}: {origin.keys[0]} ({name}) is not what this file should hold"
@@ -215,7 +215,7 @@ def _check_dtypes(given: dict[str, Origin], dtypes: dict[str, str]) -> Iterator[
 def _report_absent(
     file: File, absent: list[str], ignore: Iterable[str], result: Account, missing: set[str]
 ) -> Iterator[str]:
-    """Report parameters that the file must hold and does not, unless they are ignored."""
+    """List parameters that the file must hold and does not, unless they are ignored."""
     for name in absent:
         key = (authors_name(name) or name).removeprefix(file.prefix)
         if is_ignored(ignore, file.slot, key):

@@ -3,13 +3,13 @@
 Files are mapped into memory, and a pickle is read only if it holds nothing but tensors.
 """
 
-import json
 import pickletools
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minigpt3d.files import read_json
 from minigpt3d.messages import one_line
 
 from .names import TRAINER_STATE
@@ -134,7 +134,7 @@ def _weight_files(path: Path) -> list[Path]:
     for name in _INDEXES:
         if (path / name).exists():
             try:
-                weight_map = json.loads((path / name).read_text(encoding="utf-8"))["weight_map"]
+                weight_map = read_json(path / name)["weight_map"]
                 files = [path / shard for shard in sorted(set(weight_map.values()))]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path / name}: not an index of shards ({error!r}). Download it again.") from error

@@ -4,7 +4,6 @@ A plan needs names, shapes and dtypes only; nothing is written (`write` does tha
 the stages that the files come from.
 """
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.files import sha256
+from minigpt3d.files import read_json, sha256
 from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
 from minigpt3d.messages import one_line, public_word
 from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
@@ -36,7 +35,7 @@ from .state_dict import Reader, expected_shapes
 
 
 @dataclass
-class Source:
+class WeightSource:
     """One input of a conversion.
 
     Args:
@@ -67,7 +66,7 @@ class Source:
         return self.checkpoint.read(self.to_key(name))
 
 
-def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = None) -> list[Source]:
+def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = None) -> list[WeightSource]:
     """The authors' files as sources.
 
     Args:
@@ -86,13 +85,13 @@ def release_sources(paths: dict[str, Path], origins: dict[str, str] | None = Non
             f"files are missing: give {arguments}. (Stages 3 and 4 may be left out together, or 4 alone.)"
         )
     return [
-        Source(file, Checkpoint(paths[file.slot], file.container), (origins or {}).get(file.slot, "local"))
+        WeightSource(file, Checkpoint(paths[file.slot], file.container), (origins or {}).get(file.slot, "local"))
         for file in FILES
         if file.slot in paths
     ]
 
 
-def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str]]:
+def stage_sources(folder: Path) -> tuple[list[WeightSource], MiniGPT3DConfig, list[str]]:
     """The result of a training stage as sources: a base model with an adapter, or one complete model.
 
     Returns:
@@ -108,7 +107,7 @@ def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str
         base = Path(snapshot_download(files.base, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     file = File("model", "a complete model", gives=(r"(?!.*lora_).*",))
     to_key, to_name = lambda name: our_name(name) or name, lambda key: authors_name(key) or key
-    source = Source(file, Checkpoint(base), to_key=to_key, to_name=to_name)
+    source = WeightSource(file, Checkpoint(base), to_key=to_key, to_name=to_name)
     config = MiniGPT3DConfig.from_pretrained(base)
     if files.adapter is None:
         return [source], config, []
@@ -117,12 +116,12 @@ def stage_sources(folder: Path) -> tuple[list[Source], MiniGPT3DConfig, list[str
     return [source, adapter], config, modules
 
 
-def _adapter_source(folder: Path) -> tuple[Source, list[str]]:
+def _adapter_source(folder: Path) -> tuple[WeightSource, list[str]]:
     """A PEFT adapter as a source, and the modules that have LoRA factors. What it holds supersedes the base's."""
     peft_config, checkpoint = read_lora_config(folder), Checkpoint(folder / ADAPTER_FILE)
     names = {key: key.removeprefix(PEFT_PREFIX) for key in checkpoint.shapes}
     modules = [name.removesuffix(".lora_A.weight") for name in names.values() if name.endswith(".lora_A.weight")]
-    source = Source(
+    source = WeightSource(
         File("adapter", "a PEFT adapter", gives=(r".*\.lora_[AB]\.weight",), may_give=(r".*",)),
         checkpoint,
         to_key=lambda name: PEFT_PREFIX + (our_name(name) or name),
@@ -138,10 +137,10 @@ def _adapter_source(folder: Path) -> tuple[Source, list[str]]:
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """A conversion whose every tensor is accounted for and whose shapes fit."""
 
-    sources: list[Source]
+    sources: list[WeightSource]
     config: MiniGPT3DConfig
     processor: MiniGPT3DProcessor
     accounted: Account
@@ -182,7 +181,7 @@ def plan_release(
     config: Path | None = None,
     router: str | None = None,
     ignore: Iterable[str] = (),
-) -> Plan:
+) -> ConversionPlan:
     """Plan the conversion of the authors' files.
 
     Args:
@@ -201,7 +200,7 @@ def plan_release(
     return make_plan(sources, sizes, make_processor(paths["phi"], sizes), router, ignore)
 
 
-def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[str] = ()) -> Plan:
+def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[str] = ()) -> ConversionPlan:
     """Plan the conversion of a training stage's result.
 
     Raises:
@@ -215,13 +214,13 @@ def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[
 
 
 def make_plan(
-    sources: list[Source],
+    sources: list[WeightSource],
     config: MiniGPT3DConfig,
     processor: MiniGPT3DProcessor,
     router: str | None = None,
     ignore: Iterable[str] = (),
     lora: Iterable[str] = (),
-) -> Plan:
+) -> ConversionPlan:
     """Account for all tensors; nothing is written.
 
     Args:
@@ -250,12 +249,12 @@ def make_plan(
         {slot: source.dtypes for slot, source in by_slot.items()},
     )
     unused = [pattern for pattern in ignore if not any(is_ignored([pattern], *key) for key in accounted.ignored)]
-    plan = Plan(sources, config, processor, accounted, expected, unused)
+    plan = ConversionPlan(sources, config, processor, accounted, expected, unused)
     plan.release()
     return plan
 
 
-def _choose_router(router: str | None, by_slot: dict[str, Source], config: MiniGPT3DConfig) -> str:
+def _choose_router(router: str | None, by_slot: dict[str, WeightSource], config: MiniGPT3DConfig) -> str:
     if "phi" in by_slot and "stage4" not in by_slot:
         if router not in (None, "none"):
             raise ValueError(f"`router` {router} needs the experts that stage IV trains: give `stage4` too.")
@@ -302,10 +301,7 @@ def _check_phi(phi_dir: Path, config: MiniGPT3DConfig):
     path = phi_dir / "config.json"
     if not path.exists():
         return
-    try:
-        of_phi = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a configuration ({error}). Download it again.") from error
+    of_phi = read_json(path, advice="Download it again.")
     expected = config.text_config.to_dict()
     expected |= expected.get("rope_parameters") or {}
     of_phi |= of_phi.get("rope_parameters") or {}
@@ -317,13 +313,13 @@ def _check_phi(phi_dir: Path, config: MiniGPT3DConfig):
 # ---- Records --------------------------------------------------------------------------------------------------------
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: ConversionPlan) -> str:
     """Which file gave what, as a table and a few lines."""
     lines = [f"{row[0]:<16}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in _count_keys(plan)]
     return "\n".join([*lines, *_summarize(plan)])
 
 
-def _count_keys(plan: Plan) -> list[tuple[str, ...]]:
+def _count_keys(plan: ConversionPlan) -> list[tuple[str, ...]]:
     """How many keys of each file were used or not, and why not; first a row of titles."""
     accounted = plan.accounted
     used, superseded = Counter(), Counter()
@@ -347,7 +343,7 @@ def _count_keys(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _summarize(plan: Plan) -> list[str]:
+def _summarize(plan: ConversionPlan) -> list[str]:
     accounted = plan.accounted
     by = Counter()
     for origin, name in accounted.superseded:
@@ -370,7 +366,7 @@ def _summarize(plan: Plan) -> list[str]:
     return [*lines, f"{model} tensors of the model, each from one place; {len(accounted.lora)} LoRA factors"]
 
 
-def provenance(plan: Plan, command: list[str], settings: dict) -> dict:
+def provenance(plan: ConversionPlan, command: list[str], settings: dict) -> dict:
     """Where everything comes from, so that the conversion can be repeated; paths are shortened to their last part."""
     files = {}
     for source in tqdm(plan.sources, desc="sha256", unit="file", disable=None):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minigpt3d.files import write_json
+from minigpt3d.files import read_json, write_json
 from minigpt3d.hub import find_model
 from minigpt3d.messages import one_line
 
@@ -164,7 +164,7 @@ def read_stored(model: str | Path) -> dict | None:
     if path is None:
         return None
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = read_json(path)
         differences(stored, stored)
         if not all(len(stored[part]) == DIGEST_LENGTH for part in ("features", "logits")):
             raise ValueError("a digest of another length")

@@ -18,7 +18,7 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .lora import import_peft, write_adapter
 from .names import STAGE_3_TENSORS, STAGE_4_TENSORS, matches
-from .release import Plan, provenance
+from .release import ConversionPlan, provenance
 
 
 SHARD_SIZE = 2 * 10**9  # bytes; a shard is built in memory, so it is most of the memory that a conversion needs
@@ -27,7 +27,7 @@ PROVENANCE_FILE = "provenance.json"
 
 
 def write_release(
-    plan: Plan,
+    plan: ConversionPlan,
     output_dir: Path,
     dtype: torch.dtype,
     lora: str = "merge",
@@ -77,7 +77,7 @@ def write_release(
         before_rename(partial)
 
 
-def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool):
+def _check_space(plan: ConversionPlan, output_dir: Path, dtype: torch.dtype, adapter: bool):
     """
     Raises:
         OSError: the disk has no room for the result.
@@ -94,7 +94,7 @@ def _check_space(plan: Plan, output_dir: Path, dtype: torch.dtype, adapter: bool
         )
 
 
-def write_weights(folder: Path, plan: Plan, dtype: torch.dtype, merge_lora: bool):
+def write_weights(folder: Path, plan: ConversionPlan, dtype: torch.dtype, merge_lora: bool):
     """Write `model.safetensors`, or shards and their index, with at most one shard in memory."""
     read = plan.reader()
     with torch.device("meta"):
@@ -138,7 +138,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return cast
 
 
-def _write_adapter(folder: Path, plan: Plan, base: Path):
+def _write_adapter(folder: Path, plan: ConversionPlan, base: Path):
     """Write LoRA factors and the modules that the stages train; with stage.json if a stage made them."""
     read, patterns = plan.reader(), STAGE_3_TENSORS
     if plan.config.router_type != "none":

@@ -95,7 +95,7 @@ class FileReader:
     ```
 
     Args:
-        function: (path, **arguments) → what is wanted of the file. Pickled, so it is defined in a module.
+        function: (path, **arguments) → what is needed of the file. Pickled, so it is defined in a module.
         num_processes: they start at once.
         limits: of one file; `LIMITS` by default.
     """
@@ -171,7 +171,7 @@ class _Process:
             stderr=self._log,
             env=environment,
         )
-        with contextlib.suppress(BrokenPipeError):  # it is noticed when it does not report
+        with contextlib.suppress(BrokenPipeError):  # it is noticed when it does not answer
             self._send(self._function)
 
     def read(self, path: str | Path, arguments: dict) -> FileResult:
@@ -298,8 +298,10 @@ def _limit(seconds: float, memory: int):
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
-        wanted = used + memory
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+        allowed = used + memory
+        resource.setrlimit(
+            resource.RLIMIT_AS, (allowed if most == resource.RLIM_INFINITY else min(allowed, most), most)
+        )
 
 
 def _read(function: Callable, path: str | Path, arguments: dict) -> FileResult:

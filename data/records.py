@@ -1,9 +1,10 @@
 """Conversations about objects, in the schema of the PointLLM release: read and check them."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from minigpt3d.files import read_json
 
 
 POINT_PLACEHOLDER = "<point>"
@@ -43,20 +44,10 @@ def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dic
         ValueError: a file that is no JSON list, or a record out of schema; the message names its `object_id`.
     """
     for path in paths:
-        for index, record in enumerate(_read_list(Path(path))):
+        for index, record in enumerate(read_json(path, list, advice="`annotations` are PointLLM's JSON lists.")):
             source, sample = to_sample(record, f"{path}, record {index}")
             if sample.object_id not in CORRUPT_OBJECT_IDS:
                 yield source, sample, record
-
-
-def _read_list(path: Path) -> list:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error}). `annotations` are PointLLM's JSON lists.") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a JSON list of records, got a {type(records).__name__}.")
-    return records
 
 
 def to_sample(record, where: str) -> tuple[str, Sample]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minigpt3d.files import write_json, write_text, written_file
+from minigpt3d.files import read_json, write_json, write_text, written_file
 from minigpt3d.messages import MultilineError, one_line
 
 from .clouds import load_encoded, point_cloud_path
@@ -178,7 +178,7 @@ def check_plan(partial: Path, shards: list[Shard], settings: list):
         for entry in shard.entries:
             digest.update(json.dumps([entry.object_id, entry.path, entry.conversations]).encode())
     plan, path = {"sha256": digest.hexdigest()}, partial / PLAN_FILE
-    if path.exists() and json.loads(path.read_text()) != plan:
+    if path.exists() and read_json(path) != plan:
         raise ValueError(f"{partial} was begun with other data or settings. Finish it with those, or remove it.")
     partial.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)

@@ -2,9 +2,10 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from minigpt3d.files import parse_json
 
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".json")
@@ -63,7 +64,5 @@ def _read_csv(path: Path, text: str, columns: set[str]) -> Iterator[tuple[str, d
 def _read_json_lines(path: Path, text: str) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold other line breaks
         if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, object, advice="Each line is a JSON object.")

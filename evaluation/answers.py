@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minigpt3d.data.tables import read_table
 
-from .plan import Evaluation
+from .plan import EvaluationPlan
 from .suites import SEEING
 
 
@@ -56,7 +56,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict, str | None]]:
             yield where, line, None
 
 
-def match_answers(plan: Evaluation) -> list[dict]:
+def match_answers(plan: EvaluationPlan) -> list[dict]:
     """The answers as lines for the run's folder, checked against the suite.
 
     Raises:
@@ -87,7 +87,7 @@ def match_answers(plan: Evaluation) -> list[dict]:
     return list(matched.values())
 
 
-def _question_of(plan: Evaluation, answer: dict) -> str:
+def _question_of(plan: EvaluationPlan, answer: dict) -> str:
     """Name of the answered question: by its prompt, else as given, else the main one."""
     if answer["prompt"] is None:
         return answer["question"] or plan.suite.questions[0].name
@@ -101,7 +101,7 @@ def _question_of(plan: Evaluation, answer: dict) -> str:
     return question
 
 
-def _check_complete(plan: Evaluation, keys: set[tuple[str, str, str]]):
+def _check_complete(plan: EvaluationPlan, keys: set[tuple[str, str, str]]):
     asked = {key[:2] for key in keys}
     for question, condition in sorted(asked | {(question, SEEING) for question, _ in asked}):
         missing = [object_id for object_id in plan.objects if (question, condition, object_id) not in keys]

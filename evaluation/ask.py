@@ -25,10 +25,10 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
+from .evaluate_options import EvaluateOptions
 from .likelihood import class_log_likelihoods, encode_answers
 from .objects import EvalObject, check_clouds
-from .options import EvaluateOptions
-from .plan import Evaluation, Job
+from .plan import EvaluationPlan, Job
 from .progress import progress
 from .run_folder import Lines, Settings, append_lines, line_key
 from .suites import DECODING, GREEDY
@@ -50,7 +50,7 @@ class Asked:
     parameters: int | None = None
 
 
-def keep_answers(plan: Evaluation, answers: list[dict], fingerprint: str, command: str) -> Asked:
+def keep_answers(plan: EvaluationPlan, answers: list[dict], fingerprint: str, command: str) -> Asked:
     """Write another program's answers to the folder."""
     settings = _make_settings(plan, fingerprint)
     if not PartialState().is_main_process:
@@ -62,7 +62,7 @@ def keep_answers(plan: Evaluation, answers: list[dict], fingerprint: str, comman
     return Asked(settings, plan.folder.record_run(command, None, asked=False))
 
 
-def ask_model(plan: Evaluation, name: str, fingerprint: str, command: str) -> Asked:
+def ask_model(plan: EvaluationPlan, name: str, fingerprint: str, command: str) -> Asked:
     """Write a model's missing answers, and its likelihoods of classes, to the folder.
 
     Args:
@@ -95,7 +95,7 @@ def ask_model(plan: Evaluation, name: str, fingerprint: str, command: str) -> As
     return asked
 
 
-def _make_settings(plan: Evaluation, fingerprint: str) -> Settings:
+def _make_settings(plan: EvaluationPlan, fingerprint: str) -> Settings:
     is_main = PartialState().is_main_process
     dataset = check_clouds(plan.objects.values()) if is_main else ""
     return Settings(plan.suite.name, len(plan.objects), dataset, fingerprint, seed=plan.options.seed)
@@ -120,7 +120,7 @@ def load_for_evaluation(
         ) from error
 
 
-def _hash_questions(plan: Evaluation, processor: MiniGPT3DProcessor) -> str:
+def _hash_questions(plan: EvaluationPlan, processor: MiniGPT3DProcessor) -> str:
     """Hash of the token ids of all questions, which template and tokenizer determine."""
     ids = [
         encode_answers(processor, question.prompt, ["a"], plan.options.template)[0]
@@ -259,7 +259,7 @@ def generate(
 
 
 def take_likelihoods(
-    plan: Evaluation,
+    plan: EvaluationPlan,
     model: MiniGPT3DForConditionalGeneration,
     processor: MiniGPT3DProcessor,
     up_axis: str | None = None,

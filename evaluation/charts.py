@@ -6,18 +6,16 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from minigpt3d.model_card.words import scaled
+from minigpt3d.model_card.words import CONDITIONS, scaled
 
 from .metrics.table import METRICS
 from .results import Results, Score, as_corruption
-from .suites import BLIND, CONTROLS, NO_COLOR, SEEING, SHUFFLED
+from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED
 
 
 # Okabe and Ito's palette for color-blind readers. A condition has the same color in every picture.
 COLORS = {SEEING: "#0072B2", BLIND: "#000000", NO_COLOR: "#E69F00", SHUFFLED: "#CC79A7"}
-NAMES = {SEEING: "as it is", **CONTROLS}
 CORRUPTED = "#D55E00"
-GRAY = "#777777"
 MAX_NAMED_CLASSES = 60  # of a confusion matrix; more names are too small to read
 MAX_COUNTED_CLASSES = 45  # likewise for the counts in its cells
 
@@ -60,7 +58,7 @@ def draw_scores(results: Results) -> bytes | None:
 
     Counts of details are left out, since they have another scale.
     """
-    conditions = [SEEING, *CONTROLS]
+    conditions = list(CONDITIONS)
     rows = {}
     for score in results.scores:
         if score.condition in conditions and score.unit != "count":
@@ -92,7 +90,7 @@ def draw_scores(results: Results) -> bytes | None:
     panel.set_xticks(range(0, 101, 20))
     panel.set_xlabel("per cent, or points of 100; lines are 95 % intervals", fontsize=8)
     handles = [
-        panel.plot([], [], "o" if c == SEEING else "D", color=COLORS[c], label=NAMES[c], markersize=5)[0]
+        panel.plot([], [], "o" if c == SEEING else "D", color=COLORS[c], label=CONDITIONS[c], markersize=5)[0]
         for c in shown
     ]
     _tidy(panel, axis="x")
@@ -125,7 +123,9 @@ def draw_robustness(scores: list[Score], title: str) -> bytes | None:
             if score := by_condition.get(condition):
                 value, low, high = (scaled(number, unit) for number in (score.value, score.low, score.high))
                 panel.axhspan(low, high, color=COLORS[condition], alpha=0.1, linewidth=0)
-                panel.axhline(value, color=COLORS[condition], linewidth=1, linestyle=style, label=NAMES[condition])
+                panel.axhline(
+                    value, color=COLORS[condition], linewidth=1, linestyle=style, label=CONDITIONS[condition]
+                )
         curve.sort(key=lambda point: point[0])
         x = [severity for severity, _ in curve]
         points = [[scaled(number, unit) for number in (score.value, score.low, score.high)] for _, score in curve]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.files import read_json
 from minigpt3d.model_card.words import escaped, interval, markdown_table, number, same_judge
 
 from .metrics import PROMPTS
@@ -161,7 +162,7 @@ def _name_judge(name: str, served: tuple[str, ...], files: str) -> str:
 
 def _add_published(rows: dict[tuple, Row], suite: str, judge: JudgeKey, runs: list[Run]) -> list[str]:
     """Add published scores to the rows they are comparable with; returns the names of their columns."""
-    published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
+    published = read_json(PUBLISHED_FILE)
     columns = {}
     for line in published["rows"]:
         if line["suite"] != suite or (line["judge"] and (same_judge(line["judge"]),)) != (judge and judge[0]):

@@ -24,7 +24,7 @@ from minigpt3d.messages import MultilineError
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.readers_minigpt3d import printable
 
-from .options import EvaluateOptions
+from .evaluate_options import EvaluateOptions
 from .progress import progress
 from .suites import MODELNET40_CLASSES
 from .vocabulary.colors import COLORS

@@ -11,13 +11,13 @@ import numpy as np
 from minigpt3d.hub import is_hub_id
 
 from .conditions import CORRUPTION_CONDITIONS
+from .evaluate_options import EvaluateOptions
 from .judges import Judge, make_judge
 from .likelihood import check_texts
 from .metrics import PROMPTS
 from .metrics.closed_set import class_namer
 from .metrics.table import METRICS, Metric
 from .objects import EvalObject, read_objects
-from .options import EvaluateOptions
 from .run_folder import RunFolder
 from .suites import BLIND, NO_COLOR, SEEING, SHUFFLED, SUITES, Question, Suite
 from .vocabulary.colors import COLORS, OTHER_WORDS
@@ -37,7 +37,7 @@ class Job:
 
 
 @dataclass
-class Evaluation:
+class EvaluationPlan:
     """One evaluation.
 
     Args:
@@ -176,7 +176,7 @@ def shuffle(objects: list[EvalObject], reference: str, seed: int) -> list[EvalOb
 # ---- Make the plan, with all checks ---------------------------------------------------------------------------------
 
 
-def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluation:
+def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> EvaluationPlan:
     """Read the objects and make the plan.
 
     Args:
@@ -193,7 +193,7 @@ def make_plan(options: EvaluateOptions, judge: Judge | None = None) -> Evaluatio
     available = read_objects(options)
     objects = {item.object_id: item for item in available[: options.limit]}
     suite = _adapt_suite(options, objects)
-    plan = Evaluation(options, suite, objects, [], judge or make_judge(options), judge_prompts, len(available))
+    plan = EvaluationPlan(options, suite, objects, [], judge or make_judge(options), judge_prompts, len(available))
     plan.earlier_judges = folder.earlier_judges()
     _choose_metrics(plan)
     _check_judge(plan)
@@ -218,7 +218,7 @@ def _adapt_suite(options: EvaluateOptions, objects: dict[str, EvalObject]) -> Su
     return replace(suite, questions=tuple(questions), classes=classes)
 
 
-def _choose_metrics(plan: Evaluation):
+def _choose_metrics(plan: EvaluationPlan):
     """Set `metrics` and `not_scored`: all metrics, or the given ones and those with earlier scores."""
     known = list(dict.fromkeys(name for question in plan.suite.questions for name in question.metrics))
     given = plan.options.metrics
@@ -242,7 +242,7 @@ def _choose_metrics(plan: Evaluation):
         raise ValueError(f"{plan.suite.name} has no metric that can be computed: {reasons}. Meet the needs of one.")
 
 
-def _find_problem(plan: Evaluation, name: str) -> str | None:
+def _find_problem(plan: EvaluationPlan, name: str) -> str | None:
     """Why a metric cannot be computed; None if it can."""
     needs, options = METRICS[name].needs, plan.options
     if needs == "judge" and plan.judge is None:
@@ -270,7 +270,7 @@ def _has_wordnet() -> bool:
     return True
 
 
-def _check_judge(plan: Evaluation):
+def _check_judge(plan: EvaluationPlan):
     """
     Raises:
         ValueError: the judge has nothing to do, its prompts do not fit, or its earlier scores would be lost.
@@ -296,7 +296,7 @@ def _check_judge(plan: Evaluation):
             raise ValueError(f"`judge_prompt` {name}: the text lacks the placeholder {' and '.join(missing)}.")
 
 
-def _check_texts(plan: Evaluation):
+def _check_texts(plan: EvaluationPlan):
     """
     Raises:
         ValueError: classes or phrases cannot be used.

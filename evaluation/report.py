@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from minigpt3d.files import write_bytes
-from minigpt3d.model_card.words import escaped, interval, markdown_table, number
+from minigpt3d.model_card.words import CONDITIONS, escaped, interval, markdown_table, number
 
 from .charts import draw_cloud, draw_confusion, draw_robustness, draw_scores
 from .metrics.table import METRICS
@@ -120,7 +120,7 @@ def _score_rows(results: Results) -> list[list[str]]:
     by_key = results.by_key()
     controls = [control for control in CONTROLS if any(control in row for row in by_key.values())]
     judged = any(score.judge for score in results.seeing)
-    head = ["question", "score", *(["judge"] if judged else []), "as it is", *(CONTROLS[c] for c in controls)]
+    head = ["question", "score", *(["judge"] if judged else []), *(CONDITIONS[name] for name in (SEEING, *controls))]
     rows = [[*head, "objects", "unparsed"]]
     for row in by_key.values():
         score = row[SEEING]

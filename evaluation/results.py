@@ -49,10 +49,8 @@ class Score:
 
 
 @dataclass
-class Test:
+class ControlTest:
     """A paired test of the objects as they are, `a`, against a control, `b`."""
-
-    __test__ = False  # pytest would collect it
 
     question: str
     metric: str
@@ -175,7 +173,7 @@ class Results:
     dataset: Dataset
     not_scored: dict[str, str]
     scores: list[Score]
-    tests: list[Test]
+    tests: list[ControlTest]
     classes: Classes | None
 
     def to_json(self) -> dict:
@@ -202,7 +200,7 @@ class Results:
         content["dataset"] = Dataset(**content["dataset"])
         content["classes"] = content["classes"] and Classes(**content["classes"])
         content["scores"] = [Score(**line) for line in content["scores"]]
-        content["tests"] = [Test(**{k: v for k, v in line.items() if k != "gain"}) for line in content["tests"]]
+        content["tests"] = [ControlTest(**{k: v for k, v in line.items() if k != "gain"}) for line in content["tests"]]
         return cls(**content)
 
     @property
@@ -222,7 +220,7 @@ class Results:
         metrics, questions = list(METRICS), list(self.questions)
         return min(self.seeing, key=lambda score: (metrics.index(score.metric), questions.index(score.question)))
 
-    def name_of(self, score: Score | Test) -> str:
+    def name_of(self, score: Score | ControlTest) -> str:
         """The metric's title and the question."""
         return f"{METRICS[score.metric].title}, “{self.questions[score.question].strip()}”"
 

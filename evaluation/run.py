@@ -12,10 +12,10 @@ from minigpt3d.hub import default_model, fingerprint_model
 
 from .answers import match_answers
 from .ask import Asked, ask_model, keep_answers
+from .evaluate_options import EvaluateOptions
 from .judges import Judge
 from .metrics.table import METRICS
-from .options import EvaluateOptions
-from .plan import Answers, Evaluation, make_plan
+from .plan import Answers, EvaluationPlan, make_plan
 from .report import write_report
 from .results import Dataset, Generation, JudgeFacts, ModelFacts, Results, hash_prompt
 from .score import score
@@ -76,7 +76,7 @@ def evaluate(
         return results
 
 
-def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> dict:
+def _describe(plan: EvaluationPlan, asked: Asked, lines: list[dict], name: str) -> dict:
     """The fields of `Results` other than scores: how the run was made."""
     settings, suite = asked.settings, plan.suite
     encoders = {metric: plan.encoder(metric) for metric in plan.metrics if "/" in METRICS[metric].needs}
@@ -98,7 +98,7 @@ def _describe(plan: Evaluation, asked: Asked, lines: list[dict], name: str) -> d
     }  # fmt: skip
 
 
-def _describe_judge(plan: Evaluation) -> JudgeFacts | None:
+def _describe_judge(plan: EvaluationPlan) -> JudgeFacts | None:
     if plan.judge is None:
         return None
     prompts = {prompt: hash_prompt(text) for prompt, text in plan.prompts().items()}
@@ -119,7 +119,7 @@ def _sum_up(lines: list[dict]) -> Generation:
 # ---- Messages for the user ------------------------------------------------------------------------------------------
 
 
-def _notify_left_out(plan: Evaluation, notify: Callable[[str], None]):
+def _notify_left_out(plan: EvaluationPlan, notify: Callable[[str], None]):
     """Report on one line what is not scored and why, and on another what the folder has scores of."""
     for prefix, is_earlier in (("not scored", False), ("not scored any more", True)):
         names: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ def _notify_left_out(plan: Evaluation, notify: Callable[[str], None]):
             notify(f"{prefix}: {reasons}")
 
 
-def _notify_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int], notify: Callable[[str], None]):
+def _notify_incomplete(plan: EvaluationPlan, incomplete: dict[tuple[str, str], int], notify: Callable[[str], None]):
     for (_, condition), count in incomplete.items():
         of = f"{count} of {len(plan.objects)} objects"
         notify(
@@ -139,8 +139,8 @@ def _notify_incomplete(plan: Evaluation, incomplete: dict[tuple[str, str], int],
         )
 
 
-def _notify_judge(plan: Evaluation, answers: Answers, notify: Callable[[str], None]):
-    """Report how many questions the judge gets, and which judge's scores are replaced."""
+def _notify_judge(plan: EvaluationPlan, answers: Answers, notify: Callable[[str], None]):
+    """Tell how many questions the judge gets, and which judge's scores are replaced."""
     if plan.judge is None:
         return
     if others := {judge for judge in plan.earlier_judges.values() if judge} - {plan.judge.name}:
@@ -159,7 +159,7 @@ def _notify_judge(plan: Evaluation, answers: Answers, notify: Callable[[str], No
     notify(f"{plan.judge.name} is asked up to {count:,} questions; kept replies are not asked for again")
 
 
-def _notify_mute_judge(plan: Evaluation, results: Results, notify: Callable[[str], None]):
+def _notify_mute_judge(plan: EvaluationPlan, results: Results, notify: Callable[[str], None]):
     if mute := sorted({score.about.title for score in results.seeing if score.is_mute}):
         notify(
             f"{plan.judge.name} gave no readable verdict on {', '.join(mute)}, so these scores say nothing about the model. Use "

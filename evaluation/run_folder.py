@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from minigpt3d.files import write_json, write_text
+from minigpt3d.files import parse_json, read_json, write_json, write_text
 
 from .metrics.table import METRICS
 from .results import SCHEMA, Results, ScoredAnswer, values_of
@@ -66,12 +66,8 @@ class Lines:
         """
         for path in sorted(self.folder.glob("part-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: damaged ({error}). Delete the line; the same command asks again."
-                    ) from error
+                advice = "Delete the line; the same command asks again."
+                yield parse_json(line, f"{path}, line {number}", advice=advice)
 
     def keys(self) -> set[tuple[str, str, str]]:
         return {line_key(line) for line in self.read()}
@@ -147,7 +143,7 @@ class RunFolder:
         """
         settings = asdict(settings)
         if self.settings.exists() and any(next(lines.read(), None) for lines in (self.answers, self.likelihoods)):
-            earlier = json.loads(self.settings.read_text(encoding="utf-8"))
+            earlier = read_json(self.settings)
             for name, value in settings.items():
                 if earlier.get(name) != value:
                     hint = "; another `limit` needs another folder" if name == "objects" else ""
@@ -168,7 +164,7 @@ class RunFolder:
         Returns:
             "command": of all runs; "date": of the last run that asked; "versions" and "device": of all that asked.
         """
-        history = json.loads(self.history.read_text(encoding="utf-8")) if self.history.exists() else []
+        history = read_json(self.history, list) if self.history.exists() else []
         versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
         run = {"date": date.today().isoformat(), "command": command, "versions": versions, "device": device}
         history.append(run | {"asked": asked or not history})
@@ -228,7 +224,7 @@ class RunFolder:
                 "output folder again; it resumes."
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']!r}, of another version")
             return Results.from_json(content)

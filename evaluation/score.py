@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from minigpt3d.model_card.words import CONDITIONS
+
 from . import metrics
 from .likelihood import rank_classes
 from .metrics.table import METRICS, Metric
-from .plan import Answers, Evaluation
-from .results import Classes, Score, ScoredAnswer, Test
+from .plan import Answers, EvaluationPlan
+from .results import Classes, ControlTest, Score, ScoredAnswer
 from .statistics import bootstrap, holm, in_words, paired_difference, wilson
 from .suites import CONTROLS, SEEING, SHUFFLED, Question
 
@@ -16,12 +18,12 @@ Groups = dict[tuple[str, str], list[ScoredAnswer]]  # by (question, condition)
 
 
 def score(
-    plan: Evaluation, answers: Answers, likelihoods: Answers
-) -> tuple[list[Score], list[Test], Classes | None, list[ScoredAnswer]]:
+    plan: EvaluationPlan, answers: Answers, likelihoods: Answers
+) -> tuple[list[Score], list[ControlTest], Classes | None, list[ScoredAnswer]]:
     """Score all answers.
 
     Args:
-        answers, likelihoods: complete ones, see `Evaluation.arrange`.
+        answers, likelihoods: complete ones, see `EvaluationPlan.arrange`.
 
     Returns:
         Scores, tests, classes by likelihood (None without them), and the answers with their scores.
@@ -41,7 +43,7 @@ def _with_shuffled(lines: Answers) -> Answers:
     return lines | {(question, SHUFFLED): lines[question, c] for question, c in lines if c == SEEING}
 
 
-def _to_row(plan: Evaluation, question: Question, condition: str, object_id: str, line: dict) -> ScoredAnswer:
+def _to_row(plan: EvaluationPlan, question: Question, condition: str, object_id: str, line: dict) -> ScoredAnswer:
     truth = plan.objects[object_id]
     facts = {"label": truth.label, "caption": truth.caption, "color": truth.color}
     return ScoredAnswer(object_id, question.name, question.prompt, condition, line["answer"], **facts)
@@ -50,7 +52,7 @@ def _to_row(plan: Evaluation, question: Question, condition: str, object_id: str
 # ---- Metrics --------------------------------------------------------------------------------------------------------
 
 
-def score_answers(plan: Evaluation, question: Question, rows: list[ScoredAnswer]) -> list[Score]:
+def score_answers(plan: EvaluationPlan, question: Question, rows: list[ScoredAnswer]) -> list[Score]:
     """Score the answers to one question under one condition; scores and the judge's replies are also written to the rows."""
     scores, computed = [], {}
     by_id, condition = {row.object_id: row for row in rows}, rows[0].condition
@@ -83,7 +85,7 @@ def score_answers(plan: Evaluation, question: Question, rows: list[ScoredAnswer]
     return scores
 
 
-def _compute(plan: Evaluation, name: str, answers: list[str], references: list[str]) -> dict:
+def _compute(plan: EvaluationPlan, name: str, answers: list[str], references: list[str]) -> dict:
     """What the function of a metric returns."""
     metric, judge, keywords = METRICS[name], plan.judge_for(METRICS[name]), {}
     if metric.function == "closed_set_accuracy":
@@ -114,7 +116,9 @@ def _summarize(metric: Metric, values, seed: int) -> tuple[list[float | None], f
 # ---- Likelihoods ----------------------------------------------------------------------------------------------------
 
 
-def score_likelihoods(plan: Evaluation, likelihoods: Answers, groups: Groups) -> tuple[list[Score], Classes | None]:
+def score_likelihoods(
+    plan: EvaluationPlan, likelihoods: Answers, groups: Groups
+) -> tuple[list[Score], Classes | None]:
     """Classify by likelihood; the hits are also written to the rows of `groups`."""
     scores, classes = [], None
     for (question, condition), lines in _with_shuffled(likelihoods).items():
@@ -135,7 +139,7 @@ def score_likelihoods(plan: Evaluation, likelihoods: Answers, groups: Groups) ->
 
 
 def _classify(
-    plan: Evaluation, lines: dict[str, dict], labels: dict[str, str]
+    plan: EvaluationPlan, lines: dict[str, dict], labels: dict[str, str]
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
     """{metric: {object_id: hit}}, and the confusion matrix: true class (row), most likely class (column)."""
     classes = list(plan.suite.classes)
@@ -155,7 +159,7 @@ def _classify(
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
 
-def compare_conditions(groups: Groups, metric_names: list[str]) -> list[Test]:
+def compare_conditions(groups: Groups, metric_names: list[str]) -> list[ControlTest]:
     """Paired tests of objects as they are against each control, with p corrected for the number of tests."""
     tests = []
     for (question, condition), rows in groups.items():
@@ -169,9 +173,11 @@ def compare_conditions(groups: Groups, metric_names: list[str]) -> list[Test]:
                 if name in row.scores and name in seeing.get(row.object_id, {})
             ]
             if pairs:
-                tests.append(Test(question, name, SEEING, condition, **paired_difference(*zip(*pairs, strict=True))))
+                tests.append(
+                    ControlTest(question, name, SEEING, condition, **paired_difference(*zip(*pairs, strict=True)))
+                )
     for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
         test.p = p
         unit, control = METRICS[test.metric].unit, CONTROLS[test.b]
-        test.words = in_words(test.difference, test.low, test.high, p, unit, "as it is", control)
+        test.words = in_words(test.difference, test.low, test.high, p, unit, CONDITIONS[SEEING], control)
     return tests

@@ -5,6 +5,8 @@ Prompts and decoding are those of the paper's benchmarks: `DECODING` is the defa
 
 from dataclasses import dataclass, replace
 
+from minigpt3d.model_card.words import CONDITIONS
+
 from .vocabulary.articles import with_article
 from .vocabulary.colors import COLORS
 from .vocabulary.kinds import KINDS
@@ -14,10 +16,9 @@ from .vocabulary.kinds import KINDS
 DECODING = {"num_beams": 2, "do_sample": True, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
 GREEDY = {"num_beams": 1, "do_sample": False}
 
-# Conditions, see `conditions`: objects as they are, and controls with their names in reports. Under SHUFFLED, the answers about
-# objects as they are (SEEING) are scored against other objects.
-SEEING, BLIND, NO_COLOR, SHUFFLED = "seeing", "blind", "no_color", "shuffled"
-CONTROLS = {BLIND: "blind", NO_COLOR: "color removed", SHUFFLED: "another object's answer"}
+# See `conditions`. Under SHUFFLED, the answers about objects as they are (SEEING) are scored against other objects.
+SEEING, BLIND, NO_COLOR, SHUFFLED = CONDITIONS
+CONTROLS = {name: title for name, title in CONDITIONS.items() if name != SEEING}
 
 # In the order of the labels in PointLLM's file.
 MODELNET40_CLASSES = (

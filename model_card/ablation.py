@@ -40,51 +40,51 @@ def ablation_table(content: dict) -> str:
     return take_marks(_table(Fact(content, "ablation.json")))[0]
 
 
-def _render(report: Fact, heading: str) -> str:
+def _render(ablation: Fact, heading: str) -> str:
     return render(
         "ablation.jinja",
         {
-            "report": report,
+            "ablation": ablation,
             "heading": heading,
-            "num_seeds": Fact(len(report["seeds"]), "ablation.json: number of seeds"),
-            "minutes": report["minutes"].says(f"{report['minutes'].raw:.0f}"),
-            "scale": report["scale"].says(f"{report['scale'].raw:g}"),
-            "table": _table(report),
-            "findings": list(_findings(report)),
+            "num_seeds": Fact(len(ablation["seeds"]), "ablation.json: number of seeds"),
+            "minutes": ablation["minutes"].says(f"{ablation['minutes'].raw:.0f}"),
+            "scale": ablation["scale"].says(f"{ablation['scale'].raw:g}"),
+            "table": _table(ablation),
+            "findings": list(_findings(ablation)),
         },
     )
 
 
-def _table(report: Fact) -> str:
+def _table(ablation: Fact) -> str:
     """All variants with their differences to the full recipe."""
-    measures = report["measures"].raw
+    measures = ablation["measures"].raw
     columns = [measure["title"] + (", %" if measure["unit"] == "share" else "") for measure in measures.values()]
-    rows = {(row["variant"].raw, row["measure"].raw): row for row in report["rows"]}
+    rows = {(row["variant"].raw, row["measure"].raw): row for row in ablation["rows"]}
     lines = [f"| variant | {' | '.join(f'{column} | difference' for column in columns)} |"]
     lines.append("|" + "-|" * (1 + 2 * len(columns)))
-    for variant in dict.fromkeys(row["variant"] for row in report["rows"]):
+    for variant in dict.fromkeys(row["variant"] for row in ablation["rows"]):
         cells = [str(variant)]
         for name, measure in measures.items():
             row = rows[variant.raw, name]
             difference = _difference(row, measure["unit"]) if "p" in row else ""
             cells += [
                 _value(row, measure["unit"]),
-                f"**{difference}**" if _is_significant(row, report) else difference,
+                f"**{difference}**" if _is_significant(row, ablation) else difference,
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _findings(report: Fact) -> Iterator[str]:
+def _findings(ablation: Fact) -> Iterator[str]:
     """A sentence for each group of variants: its significant differences, and the size that others may have."""
-    measures = report["measures"].raw
-    for group in report["groups"]:
-        rows = [row for row in report["rows"] if row["variant"].raw in group["variants"].raw]
+    measures = ablation["measures"].raw
+    for group in ablation["groups"]:
+        rows = [row for row in ablation["rows"] if row["variant"].raw in group["variants"].raw]
         if not rows:
             continue
         significant = []
         for row in rows:
-            if _is_significant(row, report):
+            if _is_significant(row, ablation):
                 measure = measures[row["measure"].raw]
                 significant.append(f"{row['variant']}: {measure['title']} {_difference(row, measure['unit'])}")
         differences = f"Significant: {'; '.join(significant)}. No other" if significant else "No"
@@ -99,8 +99,8 @@ def _findings(report: Fact) -> Iterator[str]:
         )
 
 
-def _is_significant(row: Fact, report: Fact) -> bool:
-    return "p" in row and row["p"].raw < report["significance"].raw
+def _is_significant(row: Fact, ablation: Fact) -> bool:
+    return "p" in row and row["p"].raw < ablation["significance"].raw
 
 
 def _value(row: Fact, unit: str) -> str:

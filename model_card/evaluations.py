@@ -4,17 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .facts import Fact, read_fact
-from .words import number
+from .words import CONDITIONS, number
 
 
 RESULTS_FILE, SCHEMA = "results.json", 2
-# Columns of the table. All other conditions are corruptions: only the worst one is reported, as a limit.
-CONDITIONS = {
-    "seeing": "original objects",
-    "blind": "blind: no geometry, no color",
-    "no_color": "without colors",
-    "shuffled": "answers to other objects",
-}
 
 
 class CardError(ValueError):
@@ -49,7 +42,10 @@ def read_results(path: Path, fingerprint: str | None) -> Fact:
 
 
 def score_rows(run: Fact) -> list[dict[str, Fact | None]]:
-    """Rows of the table, one for each question and metric: scores by condition, None for conditions without a score."""
+    """Rows of the table, one for each question and metric: scores by condition, None for conditions without a score.
+
+    Corruptions have no column: only the worst one is reported, as a limit.
+    """
     rows = {}
     for score in run["scores"]:
         row = rows.setdefault((score["question"].raw, score["metric"].raw), dict.fromkeys(CONDITIONS))

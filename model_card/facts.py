@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minigpt3d.files import read_json
+
 
 # Around a fact's place and its text; from Unicode's private use area, so that no other text contains them.
 _OPEN, _BETWEEN, _CLOSE = "\ue000", "\ue001", "\ue002"
@@ -78,15 +80,7 @@ def read_fact(path: Path, name: str | None = None) -> Fact | None:
     Raises:
         ValueError: the file holds no JSON object.
     """
-    if not path.is_file():
-        return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}. Write the file again with its command.") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(raw).__name__}.")
-    return Fact(raw, name or path.name)
+    return Fact(read_json(path), name or path.name) if path.is_file() else None
 
 
 def take_marks(marked: str) -> tuple[str, list[dict[str, str]]]:

@@ -8,13 +8,13 @@ stage.json, history.jsonl            a training stage: its settings and its step
 recipe.json, scores.json             a recipe of several trainings: texts, counts, minutes and scores
 """
 
-import json
 import math
 from pathlib import Path
 from statistics import fmean
 
 from safetensors import safe_open
 
+from minigpt3d.files import read_json_lines
 from minigpt3d.hub import is_hub_id
 
 from .facts import Fact, read_fact
@@ -54,7 +54,8 @@ def read_folder(folder: Path) -> dict:
     )
     if config is None and adapter is None:
         raise ValueError(f"{folder}: expected a model's config.json or an adapter's adapter_config.json, got neither.")
-    history = _read_history(folder / "history.jsonl")
+    history_file = folder / "history.jsonl"
+    history = read_json_lines(history_file) if history_file.is_file() else []
     return _read_origin(folder, config, adapter, record, recipe) | {
         "config": config,
         "processor": read_fact(folder / "processor_config.json"),
@@ -66,7 +67,7 @@ def read_folder(folder: Path) -> dict:
         "losses": _mean_losses(history),
         "validation": _validation_losses(history),
         "hours": _measure_hours(history, stage, recipe),
-        "has_report": (folder / "report.png").is_file(),
+        "has_curves": (folder / "curves.png").is_file(),
     }
 
 
@@ -113,12 +114,6 @@ def _count_weights(folder: Path) -> dict[str, Fact] | None:
 
 
 # ---- History of a stage: one line of history.jsonl for each step ----------------------------------------------------
-
-
-def _read_history(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _mean_losses(history: list[dict]) -> tuple[Fact, Fact] | None:

@@ -1,6 +1,15 @@
-"""Scores and names for people: numbers in their units, intervals, Markdown."""
+"""Scores and names for people: numbers in their units, intervals, conditions, Markdown."""
 
 import re
+
+
+# Conditions of objects with their names in texts: the objects as they are, and the controls. All others are corruptions.
+CONDITIONS = {
+    "seeing": "as it is",
+    "blind": "blind",
+    "no_color": "color removed",
+    "shuffled": "another object's answer",
+}
 
 
 def scaled(value: float, unit: str) -> float:

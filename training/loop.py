@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minigpt3d.data.sources import fingerprint, open_sources
 from minigpt3d.hub import ADAPTER_DIR, ModelFiles, find_model, load_processor, public_name
-from minigpt3d.model_card.card import write_card
+from minigpt3d.model_card.readme import write_card
 
 from .curves import draw_curves
 from .diagnosis import diagnose
@@ -56,7 +56,7 @@ from .weights import (
 )
 
 
-CURVES_FILE = "report.png"
+CURVES_FILE = "curves.png"
 DRY_STEPS = 6
 LOGS_DIR = "logs"
 
@@ -75,27 +75,27 @@ def train(stage: Stage, options: RunOptions) -> Path:
         Stopped: a signal was received; the last step is kept in a checkpoint.
         OSError: the disk is full; the checkpoint before is kept.
     """
-    run = Run(stage, options)
+    training = Training(stage, options)
     if options.dry_run:
-        run.measure()
+        training.measure()
         return options.output_dir
-    run.begin()
+    training.begin()
     stop = StopSignal()
-    steps = range(run.first_step, run.num_steps)
-    for step, (source, samples) in zip(steps, read_ahead(run.stream, steps, options.num_workers), strict=True):
-        run.log(run.take_step(step, source, samples))
-        stopped = stop.received(run.accelerator)
-        if step + 1 < run.num_steps and (stopped or (step + 1) % options.save_every == 0):
-            run.save_checkpoint(step + 1)
-        if stopped and step + 1 < run.num_steps:
-            run.bar.close()
-            raise Stopped(stopped, run.work_dir, step + 1)
+    steps = range(training.first_step, training.num_steps)
+    for step, (source, samples) in zip(steps, read_ahead(training.stream, steps, options.num_workers), strict=True):
+        training.log(training.take_step(step, source, samples))
+        stopped = stop.received(training.accelerator)
+        if step + 1 < training.num_steps and (stopped or (step + 1) % options.save_every == 0):
+            training.save_checkpoint(step + 1)
+        if stopped and step + 1 < training.num_steps:
+            training.bar.close()
+            raise Stopped(stopped, training.work_dir, step + 1)
     stop.restore()
-    run.finish()
+    training.finish()
     return options.output_dir
 
 
-class Run:
+class Training:
     """A stage in progress: its set-up, and what a step, a checkpoint and the end do with it.
 
     Args:

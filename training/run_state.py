@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from minigpt3d.files import sha256, write_json, written_whole
+from minigpt3d.files import read_json, sha256, write_json, written_whole
 from minigpt3d.hub import STAGE_FILE
 
 from .weights import copy_tensors, gather_parameters, named_parameters
@@ -90,7 +90,7 @@ def claim(work_dir: Path):
     path, this = work_dir / RUNNING_FILE, psutil.Process()
     if path.exists():
         try:
-            record = json.loads(path.read_text())
+            record = read_json(path)
             other = psutil.Process(record["pid"])
             alive = record["host"] == platform.node() and other.create_time() == record["started"] and other != this
         except (ValueError, KeyError, psutil.Error):  # it has ended, perhaps while it wrote the file
@@ -112,7 +112,7 @@ def list_checkpoints(work_dir: Path) -> list[Path]:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are as they were written."""
     try:
-        hashes = json.loads((checkpoint / STAGE_FILE).read_text())["sha256"]
+        hashes = read_json(checkpoint / STAGE_FILE)["sha256"]
         changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
@@ -142,7 +142,7 @@ def check_checkpoint(checkpoint: Path, run: dict) -> int:
     Raises:
         ValueError: the checkpoint is of a run with other settings.
     """
-    earlier = json.loads((checkpoint / STAGE_FILE).read_text())
+    earlier = read_json(checkpoint / STAGE_FILE)
     for name in ("stage", "recipe", "init", "seed"):
         if earlier[name] != run[name]:
             raise ValueError(

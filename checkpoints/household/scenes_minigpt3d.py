@@ -164,7 +164,7 @@ def read_3mf(path: Path) -> Points | list[Surface]:
     with zipfile.ZipFile(path) as archive_file:
         reader = _Reader(path, archive_file)
         surfaces = reader.read()
-    reader.textures.report()
+    reader.textures.warn_missing()
     return surfaces if surfaces else Points(np.zeros((0, 3)), None)
 
 

@@ -97,7 +97,7 @@ def read_obj(path: Path) -> Points | list[Surface]:
         elif paint is not None:
             surface_uv = uv[here] * paint.scale + paint.offset
         surfaces.append(Surface(coord[faces[here]], surface_color, surface_uv, paint and paint.material))
-    textures.report()
+    textures.warn_missing()
     return surfaces
 
 

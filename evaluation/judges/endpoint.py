@@ -122,7 +122,7 @@ class EndpointJudge(Judge):
             raise JudgeError(f"{self._shown_url} did not reply to {missing}; the last: {failures[-1]}.")
 
     def _work(self, client: "openai.OpenAI", prompts: Iterator[str], outcomes: SimpleQueue, stop: threading.Event):
-        """In a thread: ask about prompts, which all threads take from one list iterator, and report replies and errors."""
+        """In a thread: ask about prompts, which all threads take from one list iterator, and pass on replies and errors."""
         for prompt in prompts:
             if stop.is_set():
                 return

@@ -6,7 +6,7 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
-from minigpt3d.evaluation.options import EvaluateOptions
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions
 from minigpt3d.evaluation.progress import progress
 
 from .cache import Reply, ReplyCache

@@ -23,7 +23,7 @@ from minigpt3d.arguments import option, run_script
 from minigpt3d.conversion import verification
 from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import pack, release_entries
-from minigpt3d.files import write_json, written_whole
+from minigpt3d.files import read_json, write_json, written_whole
 from minigpt3d.hub import load_model, save_pretrained
 
 from .build_data import build
@@ -64,7 +64,7 @@ class Steps:
     def __init__(self, work_dir: Path):
         work_dir.mkdir(parents=True, exist_ok=True)
         self.times_file = work_dir / "times.json"
-        self.times = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}  # minutes
+        self.times = read_json(self.times_file) if self.times_file.exists() else {}  # minutes
 
     def run(self, name: str, result: Path, action: Callable[[], object]):
         """Call `action` unless `result` exists, which must appear, complete, at its end."""
@@ -127,10 +127,10 @@ def run_recipe(options: RecipeOptions):
         scores_file,
         lambda: write_json(scores_file, evaluate_models(data, heldout, stages | {"shipped": checkpoint}, reports)),
     )
-    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+    scores = read_json(scores_file)
     with written_whole(options.output_dir) as partial:
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
-    pretraining = json.loads((options.work_dir / "base" / "pretrain.json").read_text(encoding="utf-8"))
+    pretraining = read_json(options.work_dir / "base" / "pretrain.json")
     write_model_card(options.output_dir, data, scores, reports / "shipped", steps.times, pretraining)
     print(to_table(scores))
     print(f"\n{options.output_dir} is done; minutes: {json.dumps(steps.times)}, sum {sum(steps.times.values()):.1f}")
@@ -143,8 +143,8 @@ def train(options: RecipeOptions, steps: Steps) -> tuple[Path, dict[str, Path], 
         The folders of the data, of every stage by name, and of the exported checkpoint.
     """
     data, packed, base, checkpoint = (options.work_dir / name for name in ("data", "packed", "base", "checkpoint"))
-    # report.json is written last, and so is pretrain.json.
-    steps.run("data", data / "report.json", lambda: build(options.libraries, data, options.held_out_library))
+    # counts.json is written last, and so is pretrain.json.
+    steps.run("data", data / "counts.json", lambda: build(options.libraries, data, options.held_out_library))
     annotations = [data / f"{source}.json" for source in SOURCES.values()]
     steps.run("packing", packed, lambda: pack(release_entries(data / "clouds", annotations), packed))
     pretrain = ["minigpt3d.recipes.household.pretrain", "--data", data, "--output_dir", base]

@@ -6,7 +6,7 @@ The files of a release depend on the libraries and the seed only:
     validation/{object_id}_8192.npy objects whose names and base models no training object has
     brief.json detailed.json single_round.json multi_round.json    annotations of the training objects
     metadata.jsonl                  one line per object: name, kind, main color, size, creator, license, split, …
-    report.json                     counts, and the models that could not be read; written last
+    counts.json                     counts, and the models that could not be read; written last
 
 Clouds are read by `load_point_cloud`, as in inference, and turned as the catalog says; y is up.
 """
@@ -29,7 +29,7 @@ from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.colors import main_color
 from minigpt3d.evaluation.vocabulary.kinds import kind_of
-from minigpt3d.files import write_json, write_text
+from minigpt3d.files import read_json_lines, write_json, write_text
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 from .captions import annotate, get_facts
@@ -68,7 +68,7 @@ def build(
         num_workers: processes that read models.
 
     Returns:
-        The content of report.json.
+        The content of counts.json.
 
     Raises:
         ValueError: the libraries hold no readable models, repeat an id, or do not include the held-out one.
@@ -87,10 +87,10 @@ def build(
         )
     items = split_pieces(readable, held_out_library)
     num_records = write_release(items, output, seed)
-    report = {"libraries": [Path(path).name for path in libraries], "held_out_library": held_out_library}
-    report |= count_items(items) | {"records": num_records, "broken": broken}
-    write_json(output / "report.json", report)
-    return report
+    counts = {"libraries": [Path(path).name for path in libraries], "held_out_library": held_out_library}
+    counts |= count_items(items) | {"records": num_records, "broken": broken}
+    write_json(output / "counts.json", counts)
+    return counts
 
 
 def read_pieces(libraries: Iterable[Path]) -> list[tuple[Path, Piece]]:
@@ -125,7 +125,7 @@ def read_cloud(library_and_piece: tuple[Path, Piece]) -> tuple[np.ndarray | None
             temporary = folder
             cloud = load_point_cloud(library.extract(piece, folder), num_points=NUM_POINTS)
     except Exception as error:  # one model that cannot be read must not end the build
-        # The temporary folder has another name in every run; the report must not.
+        # The temporary folder has another name in every run; the counts must not.
         return None, f"{type(error).__name__}: {error}".replace(temporary, piece.library)
     cloud[:, :3] = cloud[:, :3] @ piece.rotation.T.astype(np.float32)
     return cloud, ""
@@ -210,7 +210,7 @@ def describe(item: Item) -> dict:
 
 
 def count_items(items: list[Item]) -> dict:
-    """The counts of report.json."""
+    """The counts of counts.json."""
     train = Counter(item.kind for item in items if not item.is_validation)
     validation = Counter(item.kind for item in items if item.is_validation)
     return {
@@ -224,5 +224,4 @@ def count_items(items: list[Item]) -> dict:
 
 def read_metadata(data_dir: Path) -> list[dict]:
     """The lines of a release's metadata.jsonl."""
-    lines = (Path(data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_json_lines(Path(data_dir) / "metadata.jsonl")

@@ -476,25 +476,25 @@ def pretrain(options: PretrainOptions) -> dict:
     objects = read_release(options.data)
     texts = TextSource(objects, np.random.default_rng(options.seed))
     model, processor = make_model(train_tokenizer(texts))
-    report = {"parameters": sum(p.numel() for p in model.parameters())}
+    record = {"parameters": sum(p.numel() for p in model.parameters())}
     started = time.perf_counter()
-    report["language_loss"] = train_language_model(model, processor, texts, options.language_steps, batch_size=32)
-    report["language_minutes"] = _minutes_since(started)
+    record["language_loss"] = train_language_model(model, processor, texts, options.language_steps, batch_size=32)
+    record["language_minutes"] = _minutes_since(started)
     started = time.perf_counter()
     views = make_views(model.config.point_config, objects, options.num_procedural, options.seed)
     train_encoder(model.model, objects, views, options.encoder_steps, options.batch_size)
-    report["encoder_minutes"] = _minutes_since(started)
+    record["encoder_minutes"] = _minutes_since(started)
     started = time.perf_counter()
     torch.manual_seed(options.seed + 1)
     views.reseed(options.seed + 1)
-    report |= train_qformer(model.model, objects, views, options.qformer_steps, options.batch_size)
-    report["qformer_minutes"] = _minutes_since(started)
+    record |= train_qformer(model.model, objects, views, options.qformer_steps, options.batch_size)
+    record["qformer_minutes"] = _minutes_since(started)
     reset_projection(model.model)
     for expert in model.model.query_experts[1:]:
         expert.load_state_dict(model.model.query_experts[0].state_dict())
     save_pretrained(model.eval(), processor, options.output_dir)
-    write_json(options.output_dir / "pretrain.json", report)
-    return report
+    write_json(options.output_dir / "pretrain.json", record)
+    return record
 
 
 def _minutes_since(started: float) -> float:

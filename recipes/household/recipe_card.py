@@ -1,13 +1,12 @@
 """The model card of the household recipe: its texts and counts, and the creators of its data."""
 
-import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from minigpt3d.files import write_json, write_text
+from minigpt3d.files import read_json, write_json, write_text
 from minigpt3d.hub import fingerprint_model
-from minigpt3d.model_card.card import write_card
+from minigpt3d.model_card.readme import write_card
 
 from .build_data import read_metadata
 
@@ -60,8 +59,8 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
         minutes: by step.
         pretraining: what `pretrain` returned.
     """
-    report = json.loads((data_dir / "report.json").read_text(encoding="utf-8"))
-    write_json(folder / "recipe.json", describe_recipe(report, minutes, pretraining))
+    counts = read_json(data_dir / "counts.json")
+    write_json(folder / "recipe.json", describe_recipe(counts, minutes, pretraining))
     write_json(folder / "scores.json", scores)
     write_text(folder / "CREATORS.md", creators(data_dir))
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
@@ -69,18 +68,18 @@ def write_model_card(folder: Path, data_dir: Path, scores: dict, report_dir: Pat
     write_card(folder, [folder / "evaluation"], fingerprint=fingerprint_model(folder))
 
 
-def describe_recipe(report: dict, minutes: dict, pretraining: dict) -> dict:
-    """The content of recipe.json, from report.json of the data release, minutes by step, and what `pretrain` returned."""
-    libraries = ", ".join(f"`{name}`" for name in report["libraries"])
+def describe_recipe(counts: dict, minutes: dict, pretraining: dict) -> dict:
+    """The content of recipe.json, from counts.json of the data release, minutes by step, and what `pretrain` returned."""
+    libraries = ", ".join(f"`{name}`" for name in counts["libraries"])
     return TEXTS | {
         "data": TEXTS["data"].format(libraries=libraries),
         "counts": {
-            "libraries": len(report["libraries"]),
-            "objects": report["objects"],
-            "training objects": report["train"],
-            "held-out objects": report["validation"],
-            "held-out objects of a known kind, which are scored": report["scored_validation"],
-            "known kinds": len(report["kinds"]),
+            "libraries": len(counts["libraries"]),
+            "objects": counts["objects"],
+            "training objects": counts["train"],
+            "held-out objects": counts["validation"],
+            "held-out objects of a known kind, which are scored": counts["scored_validation"],
+            "known kinds": len(counts["kinds"]),
         },
         "minutes": minutes,
         "figures": {

@@ -7,8 +7,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions
 from minigpt3d.evaluation.objects import read_household
-from minigpt3d.evaluation.options import EvaluateOptions
 from minigpt3d.evaluation.results import Results
 from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.statistics import CONFIDENCE

@@ -24,6 +24,7 @@ from minigpt3d.cli import main as minigpt3d_cli
 from minigpt3d.evaluation.answers import read_answers
 from minigpt3d.evaluation.ask import generate, run_batches
 from minigpt3d.evaluation.conditions import read_clouds
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions
 from minigpt3d.evaluation.judges import Judge
 from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.objects import (
@@ -34,8 +35,7 @@ from minigpt3d.evaluation.objects import (
     read_objaverse,
     read_own,
 )
-from minigpt3d.evaluation.options import EvaluateOptions
-from minigpt3d.evaluation.plan import Evaluation, Job, shuffle
+from minigpt3d.evaluation.plan import EvaluationPlan, Job, shuffle
 from minigpt3d.evaluation.results import Score, ScoredAnswer
 from minigpt3d.evaluation.run import evaluate
 from minigpt3d.evaluation.run_folder import Lines, RunFolder, append_lines
@@ -302,7 +302,7 @@ def test_ids_are_printable(own_objects):
     (own_objects.with_name("a\x1b.npy")).write_bytes(own_objects.with_name("box0.npy").read_bytes())
     table = own_objects.with_name("escape.jsonl")
     table.write_text(json.dumps({"file": "a\x1b.npy", "label": "box"}))
-    assert [each.object_id for each in read_own(str(table))] == ["a\\x1b"]
+    assert [item.object_id for item in read_own(str(table))] == ["a\\x1b"]
 
 
 def test_packed_own_objects(own_objects, tmp_path):
@@ -421,7 +421,7 @@ def test_a_damaged_line_is_named(tmp_path):
     append_lines(Lines(tmp_path).open(0), [{"n": 1}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
-    with pytest.raises(ValueError, match="part-0.jsonl, line 2: damaged"):
+    with pytest.raises(ValueError, match="part-0.jsonl, line 2: not JSON"):
         list(Lines(tmp_path).read())
 
 
@@ -445,16 +445,16 @@ def test_results_are_in_the_order_of_the_suite(tmp_path):
     assert list(complete["what", "seeing"]) == list(complete["what", "blind"]) == ["a", "b"]
 
 
-def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> Evaluation:
+def make_plan(suite: str, objects: list[EvalObject], judge=None, **fields) -> EvaluationPlan:
     """An evaluation of all metrics of a suite."""
     options = EvaluateOptions(suite, Path("nowhere"), seed=fields.pop("seed", 0))
-    return Evaluation(
+    return EvaluationPlan(
         options, SUITES[suite], {item.object_id: item for item in objects}, list(METRICS), judge, **fields
     )
 
 
 def score_texts(
-    plan: Evaluation, question: Question, answers: dict[str, str]
+    plan: EvaluationPlan, question: Question, answers: dict[str, str]
 ) -> tuple[dict[str, Score], dict[str, dict[str, float]]]:
     """Scores by metric, and the objects' scores, of answers about objects as they are."""
     rows = [ScoredAnswer(i, question.name, "", "seeing", text, None, None, None) for i, text in answers.items()]

@@ -270,9 +270,9 @@ def test_build_is_complete_and_repeatable(tmp_path):
         "Round table",
     ]
     library = make_library(tmp_path / "Test.sh3f", names)
-    report = build([library], tmp_path / "one", num_workers=1)
-    assert list(report["broken"]) == ["test-box6"] and report["objects"] == 7
-    assert report["scored_validation"] >= 2
+    counts = build([library], tmp_path / "one", num_workers=1)
+    assert list(counts["broken"]) == ["test-box6"] and counts["objects"] == 7
+    assert counts["scored_validation"] >= 2
     rows = [json.loads(line) for line in (tmp_path / "one" / "metadata.jsonl").read_text().splitlines()]
     train = {row["object_id"] for row in rows if row["split"] == "train"}
     annotations = [tmp_path / "one" / f"{name}.json" for name in ("brief", "detailed", "single_round", "multi_round")]

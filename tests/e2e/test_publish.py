@@ -136,7 +136,7 @@ def test_each_stage_is_a_commit_and_a_tag(published):
         str(out.parent).encode() in content for files in repository.commits.values() for content in files.values()
     )
     files = repository.files("main")
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "report.png", "stage.json"} <= set(files)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "curves.png", "stage.json"} <= set(files)
     config = json.loads(files["adapter_config.json"])
     assert config["base_model_name_or_path"] == BASE
     card = files["README.md"].decode()

@@ -213,7 +213,7 @@ def test_a_nan_gradient_is_not_applied(base, release, trained, tmp_path, monkeyp
 def test_a_run_does_not_resume_with_other_data(base, release, tmp_path, monkeypatch):
     _, (annotations,) = release
     stage, run = tiny(STAGES["I"]), options(base, tmp_path / "out", release, save_every=1)
-    monkeypatch.setattr(loop.Run, "finish", lambda self: None)
+    monkeypatch.setattr(loop.Training, "finish", lambda self: None)
     train(stage, run)
     other = write(tmp_path / "other.json", json.loads(annotations.read_text())[:-1])
     with pytest.raises(ValueError, match="other data.*`data`"):

@@ -137,9 +137,9 @@ def test_the_history_holds_every_measurement(base, release, tmp_path):
     weights = torch.cat([t.flatten() for n, t in base_weights.items() if n.startswith("model.router")])
     expected = entries[0]["lr"] * len(weights) ** 0.5 / weights.norm().item()
     assert entries[0]["update_ratio"]["router"] == pytest.approx(expected, rel=0.02)
-    assert (folder / "report.png").stat().st_size > 10_000
+    assert (folder / "curves.png").stat().st_size > 10_000
     card = (folder / "README.md").read_text()
-    assert "stage IV" in card and "report.png" in card and str(tmp_path) not in card
+    assert "stage IV" in card and "curves.png" in card and str(tmp_path) not in card
 
 
 def test_held_out_data_is_measured_before_and_after(base, release, trained, tmp_path):

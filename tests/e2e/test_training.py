@@ -107,7 +107,7 @@ def test_export_merges_any_stage(base, release, tmp_path, point_clouds):
     adapter = AutoModelForImageTextToText.from_pretrained(folder / "adapter")
     merged = AutoModelForImageTextToText.from_pretrained(folder)
     torch.testing.assert_close(logits(merged, point_clouds), logits(adapter, point_clouds), rtol=1e-4, atol=1e-5)
-    assert {"README.md", "report.png", "history.jsonl", "stage.json", "processor_config.json"} <= set(
+    assert {"README.md", "curves.png", "history.jsonl", "stage.json", "processor_config.json"} <= set(
         os.listdir(folder)
     )
 

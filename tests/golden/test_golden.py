@@ -55,9 +55,9 @@ def full_models(golden) -> dict[str, MiniGPT3DForConditionalGeneration | PeftMod
     base = MiniGPT3DForConditionalGeneration(make_tiny_config()).eval()
     base.load_state_dict({name: tensor for name, tensor in converted.items() if name not in adapter})
     model = get_peft_model(base, lora_config(converted)).eval()
-    report = set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in adapter.items()})
-    assert not report.unexpected_keys
-    assert not [key for key in report.missing_keys if "lora_" in key]
+    loading_info = set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in adapter.items()})
+    assert not loading_info.unexpected_keys
+    assert not [key for key in loading_info.missing_keys if "lora_" in key]
     return {"merge": merged, "adapter": model}
 
 
@@ -161,8 +161,10 @@ def phi(golden):
     model = MiniGPT3DForConditionalGeneration(config).eval()
     for part in ("model.language_model", "lm_head"):
         state = {k: v for k, v in golden("phi.state").items() if our_name(k).startswith(part)}
-        report = model.load_state_dict(convert_state_dict(state, config, part=part), strict=False)
-        assert not report.unexpected_keys and not [key for key in report.missing_keys if key.startswith(part)]
+        loading_info = model.load_state_dict(convert_state_dict(state, config, part=part), strict=False)
+        assert not loading_info.unexpected_keys and not [
+            key for key in loading_info.missing_keys if key.startswith(part)
+        ]
     return model
 
 

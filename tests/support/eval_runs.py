@@ -8,6 +8,7 @@ import numpy as np
 from minigpt3d.evaluation.metrics.table import METRICS
 from minigpt3d.evaluation.results import (
     Classes,
+    ControlTest,
     Dataset,
     Generation,
     JudgeFacts,
@@ -15,7 +16,6 @@ from minigpt3d.evaluation.results import (
     Results,
     Score,
     ScoredAnswer,
-    Test,
 )
 from minigpt3d.evaluation.run_folder import RunFolder
 from minigpt3d.evaluation.statistics import bootstrap, in_words, paired_difference, wilson
@@ -136,7 +136,7 @@ def results_of(rows: list[ScoredAnswer], suite: str, questions: dict, judge: str
             difference = paired_difference(values[question, "seeing", metric], group)
             numbers = [difference[key] for key in ("difference", "low", "high", "p")]
             words = in_words(*numbers, unit, "seeing", condition)
-            tests.append(Test(question, metric, "seeing", condition, **difference, words=words))
+            tests.append(ControlTest(question, metric, "seeing", condition, **difference, words=words))
     objects = len({row.object_id for row in rows})
     hashes = {
         "caption_score": "aa",

@@ -34,7 +34,7 @@ def test_annotations_equal_the_authors_samples(golden, tmp_path):
 
 BROKEN = {
     "no list": ({"a": 1}, "expected a JSON list"),
-    "no JSON": ("{", "not a JSON file"),
+    "no JSON": ("{", "not JSON"),
     "no id": ([{"conversations": []}], "record 0: expected an object with a string 'object_id'"),
     "kind": ([record(kind="poem")], "object_id 'a'.*conversation_type must be one of.*'poem'"),
     "odd": ([record() | {"conversations": record()["conversations"][:1]}], "object_id 'a'.*question and answer"),

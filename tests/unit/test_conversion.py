@@ -15,7 +15,7 @@ from tiny_model import make_tiny_config
 from minigpt3d.conversion import verification, write
 from minigpt3d.conversion.download import find_release
 from minigpt3d.conversion.names import NAMES, STAGE_3_TENSORS, STAGE_4_TENSORS, authors_name, our_name
-from minigpt3d.conversion.release import Plan, make_plan, make_processor, release_sources, summary
+from minigpt3d.conversion.release import ConversionPlan, make_plan, make_processor, release_sources, summary
 from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.conversion.write import write_release
 from minigpt3d.training.stages import RECIPES
@@ -24,13 +24,13 @@ from minigpt3d.training.stages import RECIPES
 LORA = "llama_model.base_model.model.model.layers.1.self_attn.dense.lora_A.default.weight"
 
 
-def plan_conversion(paths: dict, **options) -> Plan:
+def plan_conversion(paths: dict, **options) -> ConversionPlan:
     config = make_tiny_config()
     sources = release_sources(paths)
     return make_plan(sources, config, make_processor(paths["phi"], config), **options)
 
 
-def read_merged(plan: Plan) -> dict[str, torch.Tensor]:
+def read_merged(plan: ConversionPlan) -> dict[str, torch.Tensor]:
     """Copies of all tensors of the model."""
     read = plan.reader()
     return {name: read(name, merge_lora=True).clone() for name in plan.expected}
@@ -285,7 +285,7 @@ NOT_TENSORS = "expected a dictionary of tensors"
         (lambda paths, mark: torch.save({"state_dict": {}}, paths["stage4"]), "under 'model', got the keys state_dict"),
         (lambda paths, mark: torch.save({"model": release_contents()["stage4"], "ema": {"a": torch.ones(2)}}, paths["stage4"]), "tensors under 'ema'"),
         (lambda paths, mark: (paths["phi"] / "model.safetensors.index.json").write_text("{}"), "not an index of shards"),
-        (lambda paths, mark: (paths["phi"] / "config.json").write_text("{"), "not a configuration"),
+        (lambda paths, mark: (paths["phi"] / "config.json").write_text("{"), "not JSON"),
         (lambda paths, mark: (paths["phi"] / "config.json").write_text('{"num_attention_heads": 8}'), "num_attention_heads is 8"),
         (lambda paths, mark: (paths["phi"] / "model.safetensors").unlink(), "holds no weights"),
         (lambda paths, mark: (paths["phi"] / "tokenizer.json").unlink(), "no tokenizer can be loaded"),

@@ -26,7 +26,7 @@ def pixels(history: list[dict], path) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "num_steps"), [("I", 1), ("I", 2), ("III", 500), ("IV", 1), ("IV", 200)])
 def test_picture(tmp_path, name, num_steps):
-    image = pixels(healthy(PAPER[name], num_steps), tmp_path / "report.png")
+    image = pixels(healthy(PAPER[name], num_steps), tmp_path / "curves.png")
     assert image.shape == ((1210 if name == "IV" else 935), 1210, 3)
 
 
@@ -34,12 +34,12 @@ def test_picture_of_the_papers_length(tmp_path):
     history = healthy(PAPER["I"], 1000) * 70
     for step, entry in enumerate(history):
         history[step] = entry | {"step": step}
-    assert pixels(history, tmp_path / "report.png").shape == (935, 1210, 3)
+    assert pixels(history, tmp_path / "curves.png").shape == (935, 1210, 3)
 
 
 def test_panels_show_their_own_data(tmp_path):
     """Other numbers of one kind change their panel, and leave the other rows as they are."""
-    path = tmp_path / "report.png"
+    path = tmp_path / "curves.png"
     history = healthy(HOUSEHOLD["IV"], 50)
     before = pixels(history, path)
 
@@ -65,21 +65,21 @@ def test_nan_and_infinity_can_be_drawn(tmp_path):
         entry["grad_norm"] = 0.0
     history[7]["grad_norm"] = history[20]["grad_norm"] = np.nan
     history[30]["grad_norm"] = np.inf
-    assert np.ptp(pixels(history, tmp_path / "report.png")) > 0
+    assert np.ptp(pixels(history, tmp_path / "curves.png")) > 0
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path):
     history = healthy(PAPER["I"], 3)
-    (tmp_path / "report.png").mkdir()
+    (tmp_path / "curves.png").mkdir()
     with pytest.raises(OSError):
-        draw_curves(history, "Stage I", tmp_path / "report.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
+        draw_curves(history, "Stage I", tmp_path / "curves.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "minigpt3d\[train\]"'):
-        draw_curves(healthy(PAPER["I"], 3), "Stage I", tmp_path / "report.png")
+        draw_curves(healthy(PAPER["I"], 3), "Stage I", tmp_path / "curves.png")
 
 
 def test_labels_are_spread_apart():
@@ -90,4 +90,4 @@ def test_labels_are_spread_apart():
 
 def test_an_empty_history_cannot_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="empty"):
-        draw_curves([], "Stage I", tmp_path / "report.png")
+        draw_curves([], "Stage I", tmp_path / "curves.png")

@@ -16,10 +16,10 @@ import yaml
 
 from minigpt3d.evaluation import metrics
 from minigpt3d.evaluation.metrics import similarity
+from minigpt3d.evaluation.metrics.hub_metric import SPACES, write_space
 from minigpt3d.evaluation.metrics.table import JUDGE_PROMPTS
 
 
-SPACES = Path(__file__).parents[2] / "evaluation" / "metrics" / "spaces"
 NAMES = sorted(path.name for path in SPACES.iterdir())
 PROMPT_NAMES = {
     "caption_judge_score": "caption_score",
@@ -56,8 +56,9 @@ def test_names_of_the_metrics():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folder_is_a_space_of_the_hub(name):
-    folder = SPACES / name
+def test_folder_is_a_space_of_the_hub(name, tmp_path):
+    folder = tmp_path / name
+    write_space(name, folder)
     files = {path.name for path in folder.iterdir() if path.name != "__pycache__"}
     assert files == {f"{name}.py", "README.md", "app.py", "requirements.txt"}
     _, front_matter, card = (folder / "README.md").read_text().split("---\n", 2)
@@ -70,7 +71,7 @@ def test_folder_is_a_space_of_the_hub(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_page_of_a_space(name, monkeypatch):
+def test_page_of_a_space(name, monkeypatch, tmp_path):
     """gradio and nltk's download are replaced: the page shows the card, or a form for the metric of this folder."""
     shown = []
     gradio = MagicMock()
@@ -78,7 +79,8 @@ def test_page_of_a_space(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     monkeypatch.setattr("evaluate.utils.launch_gradio_widget", lambda metric: shown.append(f"# {metric.name}"))
     monkeypatch.setattr("nltk.download", lambda package: shown.append(package))
-    monkeypatch.chdir(SPACES / name)
+    write_space(name, tmp_path / name)
+    monkeypatch.chdir(tmp_path / name)
     runpy.run_path("app.py")
     if name == "caption_overlap":
         assert shown == ["wordnet", f"# {name}"]

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from minigpt3d.hub import fingerprint_model
 from minigpt3d.model_card.ablation import ablation_report
-from minigpt3d.model_card.card import SOURCES_FILE, write_card
 from minigpt3d.model_card.emissions import estimate_emissions, read_given
 from minigpt3d.model_card.evaluations import CardError
 from minigpt3d.model_card.facts import Fact, find_unsourced, take_marks
 from minigpt3d.model_card.model_index import eval_results, model_index
+from minigpt3d.model_card.readme import SOURCES_FILE, write_card
 from minigpt3d.model_card.render import TEMPLATES
 
 
@@ -372,11 +372,11 @@ def test_names_are_escaped(household, make_run):
 
 
 def test_number_without_source_in_the_ablation_is_refused(household, change_template):
-    report = ROOT / "model_card" / "ablation.json"
-    write_card(household, ablation=report)
+    content = ROOT / "model_card" / "ablation.json"
+    write_card(household, ablation=content)
     change_template("ablation.jinja", "{{ heading }} Findings", "71 % are right.")
     with pytest.raises(CardError, match="71 % are right"):
-        write_card(household, ablation=report)
+        write_card(household, ablation=content)
 
 
 def test_report_of_the_ablation_is_up_to_date():
@@ -449,7 +449,7 @@ def test_card_of_a_stage(adapter):
     assert re.search(r"held-out data \| 2.500 before, 1.250 after", card)
     assert "| devices | 2 × NVIDIA H200 |" in card
     assert f"| wall time of the training | {HOURS:.3g} h | history.jsonl: batch of each step" in card
-    assert "report.png" not in card
+    assert "curves.png" not in card
     assert "No evaluation is given" in card and "error rate was not measured" in card
     # minigpt3d convert records less about a stage.
     (adapter / "stage.json").write_text(
@@ -574,5 +574,5 @@ def test_wrong_folders_and_results_are_refused(household, make_run, tmp_path):
     assert (household / "README.md").read_text() == before
     write_card(household, [run], fingerprint="fedcba9876543210")
     (run / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="expected JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         write_card(household, [run])

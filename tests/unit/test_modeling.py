@@ -103,16 +103,16 @@ def test_save_and_load_is_identity(backbone_model, point_clouds, tmp_path):
     backbone_model.save_pretrained(tmp_path)
     on_disk = load_file(tmp_path / "model.safetensors")
     assert all(name.startswith(("model.", "lm_head.")) for name in on_disk)
-    again, report = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    again, loading_info = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading_info["missing_keys"] and not loading_info["unexpected_keys"]
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in backbone_model.state_dict().items())
     again.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again/model.safetensors").keys() == on_disk.keys()
     inputs = make_inputs(point_clouds)
     expected = backbone_model(**inputs)
     assert torch.equal(expected.logits, again(**inputs).logits)
-    base, report = MiniGPT3DModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and report["unexpected_keys"] <= {"lm_head.weight", "lm_head.bias"}
+    base, loading_info = MiniGPT3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading_info["missing_keys"] and loading_info["unexpected_keys"] <= {"lm_head.weight", "lm_head.bias"}
     assert torch.equal(base.get_point_features(point_clouds), expected.point_features)
     base.save_pretrained(tmp_path / "base")
     base = MiniGPT3DModel.from_pretrained(tmp_path / "base")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_no_paths_of_one_machine_and_no_package_indexes():
         if any(re.search(pattern, line) for pattern in patterns)
     ]
     assert not problems, "\n".join(problems)
+
+
+def test_no_two_modules_have_one_name():
+    """So that a name leads to one file. The files in checkpoints are copies."""
+    names = [path.name for path in tracked_files() if path.suffix == ".py" and path.parts[0] != "checkpoints"]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    assert twice <= {"__init__.py", "__main__.py"}
 
 
 def unguarded_imports(tree: ast.Module):

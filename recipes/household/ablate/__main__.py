@@ -6,7 +6,6 @@ Every variant is the recipe with one thing changed. Stages that variants have in
 encoded once, since the encoder is frozen. A stopped run resumes, and several processes with different seeds may share OUT.
 """
 
-import json
 import math
 import os
 import platform
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from minigpt3d.arguments import option, run_script
 from minigpt3d.data.sources import fingerprint
-from minigpt3d.files import write_json
+from minigpt3d.files import read_json, write_json
 from minigpt3d.hub import fingerprint_model
 from minigpt3d.messages import public_word
 from minigpt3d.model_card.ablation import ablation_table
@@ -60,12 +59,12 @@ def ablate(options: AblateOptions):
     variants = _check_options(options)
     runs_dir, settings_file = options.out / RUNS_DIR, options.out / SETTINGS_FILE
     if options.report_only:
-        write_ablation(read_runs(runs_dir), json.loads(settings_file.read_text(encoding="utf-8")), options.out)
+        write_ablation(read_runs(runs_dir), read_json(settings_file), options.out)
         return
     settings = _describe_run(options)
     runs_dir.mkdir(parents=True, exist_ok=True)
     if settings_file.exists():
-        _check_settings(settings, json.loads(settings_file.read_text(encoding="utf-8")), options.out)
+        _check_settings(settings, read_json(settings_file), options.out)
     write_json(settings_file, settings)
     logging.disable_progress_bar()
     lab = Lab(options.base, options.data, options.out / "work", options.scale, options.views)
@@ -134,7 +133,7 @@ def run_variants(lab: Lab, variants: list[Variant], seeds: list[int], runs_dir: 
 
 
 def _run_seed(lab: Lab, variants: list[Variant], seed: int, path: Path):
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    runs = read_json(path, list) if path.exists() else []
     finished = {run["variant"] for run in runs}
     for variant in variants:
         if variant.name in finished:
@@ -154,9 +153,7 @@ def read_runs(runs_dir: Path) -> list[dict]:
     Raises:
         ValueError: there are none.
     """
-    runs = [
-        run for path in sorted(runs_dir.glob("seed-*.json")) for run in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    runs = [run for path in sorted(runs_dir.glob("seed-*.json")) for run in read_json(path, list)]
     if not runs:
         raise ValueError(f"{runs_dir} holds no runs. Run without `report_only` first.")
     return runs

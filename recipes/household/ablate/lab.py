@@ -21,6 +21,7 @@ from minigpt3d.evaluation.objects import EvalObject, read_household
 from minigpt3d.evaluation.suites import CAPTION_PROMPT
 from minigpt3d.evaluation.vocabulary.colors import names_color
 from minigpt3d.evaluation.vocabulary.kinds import names_kind
+from minigpt3d.files import read_json
 from minigpt3d.hub import STAGE_FILE, ModelFiles, load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, MiniGPT3DProcessor
@@ -113,7 +114,7 @@ class Lab:
             folder = self.work_dir / f"stages-{chain_key(variant, rows[:count], seed)}"
             if not folder.exists():
                 self._train_stage(variant, row, start, seed, folder)
-            stage = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+            stage = read_json(folder / STAGE_FILE)
             start = ModelFiles(self.base, folder, stage)
         model = build_variant(self.base, variant, seed)
         return prepare_model(model, rows[-1], start.adapter, start.stage).eval()

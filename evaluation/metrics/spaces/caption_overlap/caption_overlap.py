@@ -6,4 +6,4 @@ from minigpt3d.evaluation.metrics.hub_metric import HubMetric
 
 class CaptionOverlap(HubMetric):
     function = staticmethod(caption_overlap)
-    several_references = True
+    several_references = has_form = True

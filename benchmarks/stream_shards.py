@@ -1,6 +1,6 @@
 """Samples per second that one process reads from packed data, and the time of each part.
 
-    python benchmarks/stream.py [--objects 512] [--steps 60]
+    python benchmarks/stream_shards.py [--objects 512] [--steps 60]
 
 Random clouds of 8192 points with brief descriptions are packed into a temporary folder and read as a worker of stage I
 reads them. Times are processor times, which other work on the machine does not lengthen.

@@ -1,6 +1,6 @@
 """Time and peak memory of `minigpt3d convert` on files of the released model's sizes.
 
-    python benchmarks/convert.py [--dir DIR] [--scale 1.0]
+    python benchmarks/convert_release.py [--dir DIR] [--scale 1.0]
 
 Writes random float16 files in the layout of the authors' release (2.92 G parameters of the model, 6 GB; Phi-2 in its official
 layout, as .bin shards, which is the harder one), converts them in a separate process, and prints its time and peak memory

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
+from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.hub import check_device
 from minigpt3d.messages import one_line
 
@@ -25,7 +26,7 @@ JUDGE_OPTIONS = ("judge_url", "judge_prompt", "judge_cache", "judge_max_tokens",
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(ReadingOptions):
     """Options of an evaluation; see the help of each field."""
 
     suite: str = option("objects and questions, see below", positional=True, metavar="SUITE", choices=list(SUITES))
@@ -34,14 +35,6 @@ class EvaluateOptions:
     answers: Path | None = option("score the answers in this file instead of asking a model", None, metavar="FILE")
     data: str | None = option("the suite's objects, see below", None, metavar="PATH")
     annotations: list[Path] = option("PointLLM's annotations of the objects", [], metavar="JSON")
-    up_axis: Literal["x", "y", "z"] | None = option(
-        "axis that points up in your own files; objects are rotated so that y points up (default: the model's setting, else "
-        "no rotation)",
-        None,
-    )
-    missing_color: Literal["black", "gray", "white"] | None = option(
-        "color of points that have none (default: black)", None
-    )
     limit: int | None = option("evaluate only the first N objects, as a trial", None, type=positive_int, metavar="N")
     robustness: bool = option("also ask about corrupted clouds: eleven corruptions at five severities", False)
 
@@ -132,12 +125,6 @@ class EvaluateOptions:
         nargs=2,
         metavar=("IN", "OUT"),
     )
-
-    @property
-    def reading(self) -> dict[str, str]:
-        """Arguments of `load_point_cloud` for own files, as far as given."""
-        given = {"up_axis": self.up_axis, "missing_color": self.missing_color}
-        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def encoders(self) -> dict[str, str]:

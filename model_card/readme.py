@@ -18,11 +18,12 @@ from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 
 from .ablation import ablation_section
 from .emissions import Given, estimate_emissions
-from .evaluations import CONDITIONS, RESULTS_FILE, CardError, find_limits, read_results
+from .evaluations import RESULTS_FILE, CardError, find_limits, read_results
 from .facts import find_unsourced, take_marks
 from .model_folder import RECIPE_FILE, read_folder
 from .model_index import HUB_DATASETS, eval_results, model_index
 from .render import render
+from .words import CONDITIONS
 
 
 CARD_FILE, SOURCES_FILE = "README.md", "card_sources.json"
