@@ -32,12 +32,15 @@ _FLOOR_MARGIN = 1.1
 _FLOOR_COVER = 0.9
 _MAX_BELOW = 0.01  # share of the points below a floor
 
-# Parts of a scene lie this share of its size apart, and each holds this share of its points.
-_CLUSTER_GAP = 1 / 16
+# Parts of a scene lie a cell of a grid apart, and each holds this share of its points. The grid has so many cells a side, or
+# fewer, so that points that fill their box have at least this number in a cell.
+_MAX_CELLS = 16
+_MIN_FILL = 0.4
 _MIN_CLUSTER_SHARE = 0.1
+_MIN_FURNITURE_SHARE = 0.02  # of what stands on a ground as wide as all of it
 _SCENE_POINTS = 2048
 # Outliers are searched for if the box of all points is so much larger than that of 98 % of them.
-_TAILS = 1.5
+_TAILS = 2
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -62,11 +65,11 @@ def clean(coord: np.ndarray, cleaning: str, up_axes: Sequence[str | None] = (Non
         ValueError: an unknown cleaning.
     """
     check_cleaning(cleaning)
-    nobody = np.zeros(len(coord), dtype=bool)
-    outliers = find_outliers(coord) if cleaning in ("outliers", "all") else nobody
+    nothing = np.zeros(len(coord), dtype=bool)
+    outliers = find_outliers(coord) if cleaning in ("outliers", "all") else nothing
     results = []
     for up_axis in up_axes:
-        floor = nobody.copy()
+        floor = nothing.copy()
         if cleaning in ("floor", "all"):
             floor[~outliers] = find_floor(coord[~outliers], up_axis)
         parts = [(outliers, "far outliers"), (floor, "of a floor below the object")]
@@ -91,13 +94,13 @@ def check_cleaning(cleaning: str):
 
 def find_outliers(coord: np.ndarray) -> np.ndarray:
     """(N, 3) → (N,) bool: points whose nearest neighbors are much farther than those of the others."""
-    nobody = np.zeros(len(coord), dtype=bool)
+    nothing = np.zeros(len(coord), dtype=bool)
     if len(coord) < MIN_POINTS:
-        return nobody
+        return nothing
     distance = _neighbor_distance(coord)
     usual = np.quantile(distance, 0.9)
     outliers = distance > _OUTLIER_FACTOR * usual
-    return outliers if 0 < usual and outliers.mean() <= _MAX_OUTLIER_SHARE else nobody
+    return outliers if 0 < usual and outliers.mean() <= _MAX_OUTLIER_SHARE else nothing
 
 
 def _neighbor_distance(coord: np.ndarray) -> np.ndarray:
@@ -128,22 +131,26 @@ def _nearest(queries: np.ndarray, points: np.ndarray, number: int) -> np.ndarray
 
 def find_floor(coord: np.ndarray, up_axis: str | None = None) -> np.ndarray:
     """(N, 3) → (N,) bool: points of a plane that is below all others, wider than these, and around all of them."""
-    nobody = np.zeros(len(coord), dtype=bool)
-    if len(coord) < MIN_POINTS:
-        return nobody
     axis = _AXES[up_axis or "y"]
-    height, ground = coord[:, axis], np.delete(coord, axis, axis=1)
+    floor, above = _lowest_plane(coord[:, axis])
+    ground = np.delete(coord, axis, axis=1)
+    return floor if floor.any() and _surrounds(ground[floor], ground[above]) else np.zeros_like(floor)
+
+
+def _lowest_plane(height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) → (N,) bool, (N,) bool: points of a horizontal plane below all others, and those others. None if too few."""
+    nothing = np.zeros(len(height), dtype=bool)
+    if len(height) < MIN_POINTS:
+        return nothing, nothing
     low, high = np.quantile(height, [_MAX_BELOW / 2, 1 - _MAX_BELOW / 2])
     tolerance = _FLOOR_THICKNESS * (high - low)
     if not tolerance > 0:
-        return nobody
+        return nothing, nothing
     level = _densest_level(height[height <= low + 0.15 * (high - low)], tolerance)
     floor, above = np.abs(height - level) <= tolerance, height > level + tolerance
-    if floor.mean() < _MIN_FLOOR_SHARE or above.mean() < _MIN_FLOOR_SHARE:
-        return nobody
-    if 1 - floor.mean() - above.mean() > _MAX_BELOW:
-        return nobody
-    return floor if _surrounds(ground[floor], ground[above]) else nobody
+    if min(floor.mean(), above.mean()) < _MIN_FLOOR_SHARE or 1 - floor.mean() - above.mean() > _MAX_BELOW:
+        return nothing, nothing
+    return floor, above
 
 
 def _densest_level(height: np.ndarray, width: float) -> float:
@@ -162,17 +169,23 @@ def _surrounds(floor: np.ndarray, rest: np.ndarray) -> bool:
         return False
     if (rest_low < low - 0.05 * size).any() or (rest_high > high + 0.05 * size).any():
         return False
-    cells = int(np.clip(np.sqrt(len(floor) / 6), 5, 12))
-    place = np.floor((floor - low) / size * cells)
-    place = place[((place >= 0) & (place < cells)).all(axis=1)].astype(int)
-    filled = np.zeros((cells, cells), dtype=bool)
-    filled[place[:, 0], place[:, 1]] = True
-    middle = (np.arange(cells) + 0.5) / cells
+    filled = _fills(floor, low, high)
+    middle = (np.arange(len(filled)) + 0.5) / len(filled)
     inside = [
         (middle > a) & (middle < b) for a, b in zip((rest_low - low) / size, (rest_high - low) / size, strict=True)
     ]
     around = ~(inside[0][:, None] & inside[1][None])
-    return bool(filled[around].mean() >= _FLOOR_COVER)
+    return bool(around.any() and filled[around].mean() >= _FLOOR_COVER)
+
+
+def _fills(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which cells of the rectangle between two corners (2,) hold any of the points (N, 2): (cells, cells) bool."""
+    cells = int(np.clip(np.sqrt(len(points) / 6), 5, 12))
+    place = np.floor((points - low) / (high - low) * cells)
+    place = place[((place >= 0) & (place < cells)).all(axis=1)].astype(int)
+    filled = np.zeros((cells, cells), dtype=bool)
+    filled[place[:, 0], place[:, 1]] = True
+    return filled
 
 
 # ---- Up axis --------------------------------------------------------------------------------------------------------
@@ -205,17 +218,24 @@ def suspect_scene(coord: np.ndarray, cleaning: str = "none") -> str | None:
         cleaning: how they have been cleaned; outliers are not searched for twice.
     """
     coord = coord[:: max(1, len(coord) // _SCENE_POINTS)]
-    for name in _AXES:
-        share = find_floor(coord, name).mean() if len(coord) else 0
-        if share:
+    count = 1
+    for name, axis in _AXES.items():
+        floor, above = _lowest_plane(coord[:, axis])
+        if not floor.any():
+            continue
+        ground = np.delete(coord, axis, axis=1)
+        if _surrounds(ground[floor], ground[above]):
             return (
-                f"{share:.0%} of its points lie in one plane below the rest ({name} pointing up), like a floor. Pass "
-                f"clean='floor' with up_axis={name!r} to remove it"
+                f"{floor.mean():.0%} of its points lie in one plane below the rest ({name} pointing up), like a floor. To "
+                f"remove it, set `clean` to floor and `up_axis` to {name}"
             )
+        # The walls and the furniture of a room stand on a plane as wide as all of them.
+        if _fills(ground[floor], *np.quantile(ground, [0.005, 0.995], axis=0)).mean() >= _FLOOR_COVER:
+            count = max(count, count_clusters(coord[above], _MIN_FURNITURE_SHARE))
     share = find_outliers(coord).mean() if cleaning in ("none", "floor") and _has_tails(coord) else 0
     if share:
-        return f"about {share:.1%} of its points are far from all others. Pass clean='outliers' to remove them"
-    count = count_clusters(coord)
+        return f"about {share:.1%} of its points are far from all others. To remove them, set `clean` to outliers"
+    count = max(count, count_clusters(coord))
     if count > 1:
         return f"its points form {count} separate clusters, like a scene of several objects. Pass one object at a time"
     return None
@@ -229,29 +249,32 @@ def _has_tails(coord: np.ndarray) -> bool:
     return bool((coord.max(axis=0) - coord.min(axis=0) > _TAILS * (high - low)).any())
 
 
-def count_clusters(coord: np.ndarray) -> int:
-    """Number of groups of points that are far apart, each with a tenth of all points or more."""
+def count_clusters(coord: np.ndarray, min_share: float = _MIN_CLUSTER_SHARE) -> int:
+    """Number of groups of points that are far apart, each with at least this share of all points."""
     if len(coord) < MIN_POINTS:
         return 1
     low = coord.min(axis=0)
     size = (coord.max(axis=0) - low).max()
     if not size > 0:
         return 1
-    # One empty cell on each side, so that shifts do not wrap around.
-    place = tuple(np.floor((coord - low) / (_CLUSTER_GAP * size)).astype(int).T + 1)
-    occupied = np.zeros([round(1 / _CLUSTER_GAP) + 3] * 3, dtype=bool)
-    occupied[place] = True
-    label = np.where(occupied, np.arange(1, occupied.size + 1).reshape(occupied.shape), 0)
-    while True:  # cells that touch, also at corners, belong together: the largest label spreads until nothing changes
-        spread = label
-        for axis in range(3):
-            spread = np.maximum(spread, np.maximum(np.roll(spread, 1, axis), np.roll(spread, -1, axis)))
-        spread = np.where(occupied, spread, 0)
+    cells = min(_MAX_CELLS, round((len(coord) / _MIN_FILL) ** (1 / 3)))
+    width = cells + 3  # one empty cell on each side
+    place = np.floor((coord - low) / size * cells).astype(int) @ [width * width, width, 1] + width * width + width + 1
+    occupied, place = np.unique(place, return_inverse=True)
+    number = np.full(width**3, -1)
+    number[occupied] = np.arange(len(occupied))
+    offsets = np.array([(a * width + b) * width + c for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1)])
+    neighbors = number[occupied[:, None] + offsets]  # (cells, 27)
+    label = np.arange(len(occupied))
+    neighbors = np.where(neighbors < 0, label[:, None], neighbors)
+    while True:  # cells that touch, also at corners, belong together: the smallest label spreads until nothing changes
+        spread = label[neighbors].min(axis=1)
+        spread = spread[spread]
         if (spread == label).all():
             break
         label = spread
-    shares = np.unique(label[place], return_counts=True)[1] / len(coord)
-    return max(1, int((shares >= _MIN_CLUSTER_SHARE).sum()))
+    shares = np.bincount(label[place]) / len(coord)
+    return max(1, int((shares >= min_share).sum()))
 
 
 __all__ = [

@@ -1,20 +1,26 @@
 """From a 3D object to text in one call: `pipeline("point-cloud-to-text")`."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.generation.streamers import TextStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .cleaning_minigpt3d import mirror_distance
+from .point_cloud_minigpt3d import Orientation, load_orientations
 from .processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER
 
 
 TASK = "point-cloud-to-text"
 # The authors' benchmarks stop at 150 on Objaverse. Paper: §4.
 DEFAULT_MAX_NEW_TOKENS = 150
+# In nats, how much more likely another axis than y, as in the training data, must be. See benchmarks/clean.py.
+UP_AXIS_MARGIN = 0.3
 
 
 def _is_chat(item: Any) -> bool:
@@ -63,9 +69,11 @@ class PointCloudToTextPipeline(Pipeline):
                 `{"type": "text", "text": …}`.
             prompt (`str`, *optional*): the question about each input that is no chat; "What is this?" by default.
             up_axis (`str`, *optional*): the axis that points up in the inputs, "x", "y" or "z"; by default the processor's.
-                Pass "y" for clouds that have been turned already.
+                Pass "y" for clouds that have been turned already. "auto" chooses it, see `choose_orientation`.
             missing_color (`str` or three numbers, *optional*): for points without color: "black", "gray", "white" or
                 (r, g, b) in [0, 1]; by default the processor's.
+            clean (`str`, *optional*): what is removed from the inputs: "none", far "outliers", a "floor" below the object,
+                or "all"; by default the processor's.
             batch_size (`int`, *optional*): inputs per batch, 1 by default.
             kwargs: any argument of `generate`, here or in `pipeline(…)`: `max_new_tokens` (150 by default), `num_beams`,
                 `do_sample`, `streamer` …
@@ -89,18 +97,22 @@ class PointCloudToTextPipeline(Pipeline):
         prompt: str | None = None,
         up_axis: str | None = None,
         missing_color: str | tuple[float, float, float] | None = None,
+        clean: str | None = None,
         **generate_kwargs,
     ) -> tuple[dict, dict, dict]:
         if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(
                 f"{TASK}: prompt is one text for all inputs and not empty, got {prompt!r}. Pass chats to ask different questions."
             )
-        preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color}
+        preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color, "clean": clean}
         return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **reading) -> dict[str, Any]:
         """One input → `input_ids` (1, T), `attention_mask` (1, T) and `point_clouds`, a list of one (C, N, 6) or of none."""
         messages = self._messages(inputs, prompt)
+        if (reading.get("up_axis") or self.processor.feature_extractor.up_axis) == "auto":
+            messages = [self._read_clouds(message, reading) for message in messages]
+            reading = {"up_axis": "y", "clean": "none"}
         encoded = self.processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_tensors="pt", **reading
         )
@@ -130,6 +142,101 @@ class PointCloudToTextPipeline(Pipeline):
         if prompt is not None:
             raise ValueError(f"{TASK}: a chat has questions already; leave out prompt, got {prompt!r}.")
         return [dict(message) for message in messages]
+
+    def _read_clouds(self, message: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
+        """A message with its sources replaced by the clouds that they hold."""
+        if not isinstance(message["content"], (list, tuple)):
+            return message
+        content = [
+            item | {"point_cloud": self.read_point_cloud(item["point_cloud"], **reading)}
+            if item.get("type") == "point_cloud" and item.get("point_cloud") is not None
+            else item
+            for item in message["content"]
+        ]
+        return message | {"content": content}
+
+    def read_point_cloud(self, source: Any, **reading) -> np.ndarray:
+        """Read one source as the pipeline does.
+
+        Args:
+            source: see `load_point_cloud`.
+            reading: `up_axis`, `missing_color` and `clean`, see `__call__`.
+
+        Returns:
+            (N, 6) float32. Pass it on with `up_axis="y"` and `clean="none"`.
+
+        Raises:
+            ValueError: the source cannot be read, or an argument is out of its range.
+        """
+        orientations, _ = load_orientations(source, **self.reading_arguments(**reading))
+        chosen = self.choose_orientation(orientations)
+        for note in chosen.notes:
+            warnings.warn(note, stacklevel=2)
+        return chosen.cloud
+
+    def reading_arguments(self, **reading) -> dict[str, Any]:
+        """Arguments of `load_orientations`: those given, else the processor's."""
+        reader = self.processor.feature_extractor
+        names = ("num_points", "missing_color", "up_axis", "seed", "clean")
+        given = {name: value for name, value in reading.items() if value is not None}
+        return {name: getattr(reader, name) for name in names} | given
+
+    def choose_orientation(self, orientations: list[Orientation]) -> Orientation:
+        """The orientation in which an object is upright.
+
+        If the object stands on a floor in only one of them, it is that one. Otherwise a score adds two things, since
+        upright the model is surer of its answer, and the object differs more from its image upside down: the
+        log-likelihood of the greedy answer to "What is this?", and the logarithm of the distance between the cloud and its
+        mirror image at a horizontal plane. The orientation with y up gets `UP_AXIS_MARGIN` more.
+
+        Args:
+            orientations: one or more, see `load_orientations`.
+        """
+        if len(orientations) == 1:
+            return orientations[0]
+        on_floor = [orientation for orientation in orientations if orientation.has_floor]
+        if len(on_floor) == 1:
+            return on_floor[0]
+        scores = self._answer_log_likelihoods(np.stack([orientation.cloud for orientation in orientations]))
+        for number, orientation in enumerate(orientations):
+            scores[number] += np.log(mirror_distance(orientation.cloud[:, :3].astype(np.float64), "y"))
+            scores[number] += UP_AXIS_MARGIN if orientation.up_axis == "y" else 0
+        return orientations[int(scores.argmax())]
+
+    def _answer_log_likelihoods(self, clouds: np.ndarray) -> np.ndarray:
+        """(C, N, 6) → (C,) log-likelihood of the greedy answer to the default question about each cloud, in nats."""
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError(f"{TASK}: up_axis='auto' asks the model while it reads: pass num_workers=0.")
+        inputs = self.processor.apply_chat_template(
+            [self._messages(cloud, None) for cloud in clouds],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            up_axis="y",
+            clean="none",
+        )
+        prompt_length = inputs["input_ids"].shape[1]
+        with torch.inference_mode(), self.device_placement():
+            output = self.model.generate(
+                **self._ensure_tensor_on_device(dict(inputs), device=self.device),
+                **self._generation_arguments({"do_sample": False, "num_beams": 1, "num_return_sequences": 1}),
+                tokenizer=self.processor.tokenizer,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        answers = output.sequences[:, prompt_length:].cpu()  # (C, T)
+        logits = torch.stack(output.logits, dim=1).cpu().double()  # (C, T, V)
+        scores = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]  # (C, T)
+        lengths = [self._answer_length(tokens) for tokens in answers.tolist()]
+        return np.array([row[:length].sum().item() for row, length in zip(scores, lengths, strict=True)])
+
+    def _answer_length(self, tokens: list[int]) -> int:
+        """Tokens of an answer up to its end, with the eos or `###` that the model chose, without padding."""
+        tokenizer, eos = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ends = {tokenizer.pad_token_id, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        is_ended = first == len(tokens) or END_OF_ANSWER in tokenizer.decode(tokens[:first])
+        return first if is_ended else first + 1
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
         """Generate; returns the new tokens, (B, num_return_sequences, T)."""

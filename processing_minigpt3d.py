@@ -403,7 +403,10 @@ class MiniGPT3DProcessor(ProcessorMixin):
         data, is_answer = self._pad(rows, "longest", "right", None)
         data["labels"] = np.where(is_answer, data["input_ids"], IGNORED_LABEL)
         if sources:
-            data["point_clouds"] = self.feature_extractor(sources)["point_clouds"]
+            # Training data stand upright and are cleaned, if at all, when they are packed.
+            up_axis = "y" if self.feature_extractor.up_axis == "auto" else None
+            clouds = self.feature_extractor(sources, up_axis=up_axis, clean="none")
+            data["point_clouds"] = clouds["point_clouds"]
         return BatchFeature(data, tensor_type="pt")
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):

@@ -88,7 +88,7 @@ def main():
         sys.exit(f"error: {error}")
     describe = PointCloudToTextPipeline(model=model.float().eval(), processor=processor)
     objects = read_household()[: args.limit]
-    clouds = [each.read() for each in objects]
+    clouds = [item.read() for item in objects]
     warnings.simplefilter("ignore", UserWarning)  # what was removed from each cloud
     start = time.perf_counter()
     print(f"| {len(objects)} objects | {' | '.join(READINGS)} |\n|-|{'-|' * len(READINGS)}")
@@ -98,7 +98,7 @@ def main():
         for reading in READINGS.values():
             outputs = describe(spoiled, batch_size=args.batch, **reading)
             answers = [output["generated_text"] for (output,) in outputs]
-            hits = sum(names_kind(answer, each.label) for answer, each in zip(answers, objects, strict=True))
+            hits = sum(names_kind(answer, item.label) for answer, item in zip(answers, objects, strict=True))
             cells.append(share(hits, len(objects)))
         print(f"| {spoil} | {' | '.join(cells)} |", flush=True)
     print(

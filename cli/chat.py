@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
-from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 
 from .console import FAILED, complain
-from .inference import ModelOptions, load_pipeline, read_clouds
+from .inference import InferenceOptions, load_pipeline, read_clouds
 
 
 HELP = "ask several questions about one file"
@@ -20,7 +19,7 @@ DESCRIPTION = (
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(InferenceOptions):
     path: Path | str = option(
         "point cloud or mesh, or an https:// URL", positional=True, type=path_or_url, metavar="FILE"
     )
@@ -29,17 +28,18 @@ class Options(ReadingOptions, ModelOptions):
 def run(options: Options, argv: list[str]) -> int:
     """Answer questions from standard input; returns the exit code."""
     from minigpt3d.data.reading import FileReader
-    from minigpt3d.point_cloud_minigpt3d import load_with_facts
+    from minigpt3d.point_cloud_minigpt3d import load_orientations
 
     if isinstance(options.path, Path) and not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
         raise ValueError(f"{options.path}: {problem}")
-    with FileReader(load_with_facts) as reader:
+    with FileReader(load_orientations) as reader:
         pipeline = load_pipeline(options)
         (result,) = read_clouds(reader, pipeline, [options.path], options)
     if result.error is not None:
         raise result.error
-    cloud = {"type": "point_cloud", "point_cloud": result.content[0]}
+    orientation, _ = result.content
+    cloud = {"type": "point_cloud", "point_cloud": orientation.cloud}
     exit_code, turns = 0, []
     for question in read_questions():
         try:
@@ -63,7 +63,7 @@ def ask(pipeline, cloud: dict, turns: list[tuple], question: str, max_new_tokens
         streamer = AnswerStreamer(pipeline.processor.tokenizer)
         messages = to_messages(cloud, kept, question)
         try:
-            (output,) = pipeline(messages, up_axis="y", max_new_tokens=max_new_tokens, streamer=streamer)
+            (output,) = pipeline(messages, up_axis="y", clean="none", max_new_tokens=max_new_tokens, streamer=streamer)
         except BrokenPipeError:
             raise
         except Exception as error:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from minigpt3d.arguments import with_flags
 from minigpt3d.readers_minigpt3d import printable
 
 
@@ -20,8 +21,9 @@ def complain(message: str):
 
 
 @contextmanager
-def warnings_in_one_line() -> Iterator[None]:
-    """Print each warning for users once, on one line; those for developers (all but `UserWarning`) as before."""
+def warnings_in_one_line(options: type) -> Iterator[None]:
+    """Print each warning for users once, on one line, and name the command's options as they are typed; warnings for
+    developers (all but `UserWarning`) are printed as before."""
     show, shown = warnings.showwarning, set()
 
     def show_once(message, category, *where):
@@ -30,7 +32,7 @@ def warnings_in_one_line() -> Iterator[None]:
             show(message, category, *where)
         elif text not in shown:
             shown.add(text)
-            complain(f"warning: {text}")
+            complain(f"warning: {with_flags(text, options, '-')}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show_once

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
-from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
 
 from .console import FAILED, complain
-from .inference import ModelOptions, load_pipeline, read_clouds
+from .inference import InferenceOptions, load_pipeline, read_clouds
 
 
 HELP = "describe files, or all readable files in folders"
@@ -26,7 +25,7 @@ LEAST_SHARE = 0.01
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(InferenceOptions):
     paths: list[Path | str] = option(
         "point cloud, mesh, a folder, or an https:// URL", positional=True, type=path_or_url, metavar="FILE_OR_FOLDER"
     )
@@ -107,10 +106,10 @@ def describe_files(progress: Progress, options: Options):
     from tqdm import tqdm
 
     from minigpt3d.data.reading import FileReader
-    from minigpt3d.point_cloud_minigpt3d import load_with_facts
+    from minigpt3d.point_cloud_minigpt3d import load_orientations
 
     files = progress.files
-    with FileReader(load_with_facts) as reader:  # it starts while the model loads
+    with FileReader(load_orientations) as reader:  # it starts while the model loads
         pipeline = load_pipeline(options)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
         bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)
@@ -134,7 +133,7 @@ def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
     """The line that is printed about a file.
 
     Args:
-        result: `FileResult` of `load_with_facts`.
+        result: of `read_clouds`.
 
     Raises:
         ValueError: the file cannot be read, or the model fails on it.
@@ -145,15 +144,17 @@ def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
     if result.error is not None:
         raise result.error
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-    cloud, facts = result.content
+    orientation, facts = result.content
+    cloud = orientation.cloud
     name = source_name(result.path)
     try:
-        (output,) = pipeline(cloud, prompt=prompt, up_axis="y", max_new_tokens=options.max_new_tokens)
+        (output,) = pipeline(cloud, prompt=prompt, up_axis="y", clean="none", max_new_tokens=options.max_new_tokens)
     except Exception as error:  # out of memory, for example: the next cloud may still fit
         raise ValueError(f"{name}: no answer: {one_line(error)}") from error
     answer = output["generated_text"]
     if options.json:
         record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts._asdict()
+        record["up_axis"] = orientation.up_axis
         return json_line(record | measure(cloud, facts.has_color) | {"warnings": result.warnings})
     return f"{name}: {answer}" if with_name else answer
 

@@ -1,11 +1,11 @@
-"""What `describe` and `chat` share: the model's options, the pipeline, and reading a file."""
+"""What `describe` and `chat` share: their options, the pipeline, and reading a file."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from minigpt3d.arguments import option, positive_int
+from minigpt3d.arguments import option, positive_int, with_flags
 from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.sources_minigpt3d import source_name
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ModelOptions:
-    """Which model answers, and how."""
+class InferenceOptions(ReadingOptions):
+    """Which model answers, how, and how its files are read."""
 
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)
     device: str | None = option("cpu, cuda, cuda:1, mps (default: the accelerator if there is one)", default=None)
     max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
+    up_axis: Literal["x", "y", "z", "auto"] | None = option(
+        "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
+        "model's setting, else no rotation)",
+        default=None,
+    )
 
 
-def load_pipeline(options: ModelOptions):
+def load_pipeline(options: InferenceOptions):
     """The pipeline of a model.
 
     Raises:
@@ -47,17 +52,31 @@ def load_pipeline(options: ModelOptions):
 
 
 def read_clouds(
-    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: ReadingOptions
+    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: InferenceOptions
 ) -> Iterator["FileResult"]:
-    """What `load_with_facts` returns for each file: the cloud, (P, 6), y up, and facts; warnings are printed.
+    """A result for each file, whose content is an `Orientation`, y up, and `CloudFacts`; warnings are printed.
 
     Clouds are read before the pipeline gets them, so that a file that cannot be read and a model that fails are reported
     differently, and a conversation reads its file once.
+
+    Args:
+        reader: of `load_orientations`.
     """
-    extractor = pipeline.processor.feature_extractor
-    settings = {name: getattr(extractor, name) for name in ("num_points", "missing_color", "up_axis", "seed")}
-    for result in reader.read_files(paths, **settings | options.reading):
+    for result in reader.read_files(paths, **pipeline.reading_arguments(**options.reading)):
         name = source_name(result.path)
+        if result.error is None:
+            result = _choose_orientation(pipeline, result)
+        texts = (with_flags(text, InferenceOptions, "-") for text in result.warnings)
+        result = replace(result, warnings=tuple(" ".join(text.split()) for text in texts))
         for text in result.warnings:
-            complain(f"{name}: warning: {' '.join(text.removeprefix(f'{name}: ').split())}")
+            complain(f"{name}: warning: {text.removeprefix(f'{name}: ')}")
         yield result
+
+
+def _choose_orientation(pipeline, result: "FileResult") -> "FileResult":
+    orientations, facts = result.content
+    try:
+        chosen = pipeline.choose_orientation(orientations)
+    except Exception as error:  # out of memory, for example
+        return replace(result, error=ValueError(f"{source_name(result.path)}: no choice of an up axis: {one_line(error)}"))
+    return replace(result, content=(chosen, facts), warnings=(*result.warnings, *chosen.notes))

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[args.command]
     options = read_options(command.Options, args)
     try:
-        with warnings_in_one_line():
+        with warnings_in_one_line(command.Options):
             return command.run(options, argv)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt3d.arguments import natural_int, option, positive_int
+from minigpt3d.arguments import flag, natural_int, option, positive_int, with_flags
 from minigpt3d.data.reading_options import ReadingOptions
 
 from .console import complain
@@ -59,6 +59,8 @@ def run(options: Options, argv: list[str]) -> int:
         max_broken=options.max_broken,
         num_workers=options.num_workers,
         reading=options.reading,
+        # Of PointLLM's clouds there are hundreds of thousands.
+        notify=None if options.from_ is None else lambda text: complain(f"warning: {with_flags(text, Options, '-')}"),
     )
     for line in manifest["broken"]:
         complain(f"skipped: {line}")
@@ -83,4 +85,5 @@ def check(options: Options):
     if not 0 <= options.max_broken <= 1:
         raise ValueError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:
-        raise ValueError("--up-axis and --missing-color are for your own objects (--from), not for PointLLM's clouds")
+        flags = ", ".join(flag(name, "-") for name in options.reading)
+        raise ValueError(f"only your own objects (--from) are read with {flags}, not PointLLM's clouds: leave it out")

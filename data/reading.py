@@ -79,7 +79,7 @@ class FileResult:
 
     path: str | Path
     content: Any = None
-    error: PointCloudError | None = None
+    error: ValueError | None = None
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     memory: int = 0

@@ -8,7 +8,7 @@ from minigpt3d.arguments import option
 
 @dataclass(kw_only=True)
 class ReadingOptions:
-    """How to read files that lack an up axis or colors; each field is an argument of `load_point_cloud`."""
+    """How to read files, such as ones that lack an up axis or colors; each field is an argument of `load_point_cloud`."""
 
     up_axis: Literal["x", "y", "z"] | None = option(
         "axis that points up in your files; they are rotated so that y points up (default: the model's setting, if there is "
@@ -17,6 +17,11 @@ class ReadingOptions:
     )
     missing_color: Literal["black", "gray", "white"] | None = option(
         "color of points that have none (default: black)", default=None
+    )
+    clean: Literal["none", "outliers", "floor", "all"] | None = option(
+        "what is removed from your files: points far from all others, a floor below the object, or both (default: what the "
+        "model that answers has set, else none)",
+        default=None,
     )
 
     @property

@@ -12,7 +12,7 @@ before they are packed, as the model's processor does anyway.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -116,6 +116,7 @@ def pack(
     max_broken: float = 0.01,
     num_workers: int | None = None,
     reading: dict | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> dict:
     """Write the data set; returns its manifest.
 
@@ -128,7 +129,8 @@ def pack(
         rows_per_shard: largest length of a shard.
         max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
         num_workers: processes; by default one for each core.
-        reading: `up_axis` and `missing_color` of the files, see `load_point_cloud`.
+        reading: arguments of `load_point_cloud` for the files, such as `up_axis`.
+        notify: called with each warning about a file.
 
     Raises:
         ValueError: there is nothing to pack, too many clouds are broken, or `OUT.partial` is of another run.
@@ -143,7 +145,7 @@ def pack(
     partial = output_dir.with_name(output_dir.name + ".partial")
     shards = list(plan_shards(partial, entries, seed, rows_per_shard))
     check_plan(partial, shards, [seed, NUM_POINTS, reading])
-    facts = _write_shards(shards, reading, max_broken, num_workers)
+    facts = _write_shards(shards, reading, max_broken, num_workers, notify)
     manifest = _manifest(shards, facts, seed) | {"reading": reading}
     write_json(partial / MANIFEST_FILE, manifest)
     write_text(partial / "README.md", dataset_card(manifest))
@@ -184,7 +186,13 @@ def check_plan(partial: Path, shards: list[Shard], settings: list):
     write_json(path, plan)
 
 
-def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_workers: int | None) -> dict[Path, dict]:
+def _write_shards(
+    shards: list[Shard],
+    reading: dict,
+    max_broken: float,
+    num_workers: int | None,
+    notify: Callable[[str], None] | None,
+) -> dict[Path, dict]:
     """Write the shards that are not there yet; returns the facts of all of them."""
     total = sum(len(shard.entries) for shard in shards)
     facts = {shard.path: read_facts(shard.path) for shard in shards if shard.path.exists()}
@@ -198,7 +206,7 @@ def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_wor
         progress.update(total - len(paths))
         results = reader.read_files(paths, num_points=NUM_POINTS, **reading)
         for shard in waiting:
-            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)))
+            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify)
             progress.update(len(shard.entries))
             broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
             if len(broken) > max_broken * total:
@@ -210,16 +218,19 @@ def _write_shards(shards: list[Shard], reading: dict, max_broken: float, num_wor
     return facts
 
 
-def write_shard(shard: Shard, results: Iterable[FileResult]) -> dict:
+def write_shard(shard: Shard, results: Iterable[FileResult], notify: Callable[[str], None] | None = None) -> dict:
     """Write the rows of one shard; returns its facts, which the file holds too.
 
     Args:
         results: of `load_encoded`, one for each entry.
+        notify: called with each warning about a file.
     """
     pa, pq = _pyarrow()
     columns: dict[str, list] = {"object_id": [], "coord": [], "color": [], "conversations": []}
     broken, max_error = [], 0.0
     for entry, result in zip(shard.entries, results, strict=True):
+        for text in result.warnings if notify else ():
+            notify(text)
         if result.error is not None:  # one file must not end the run
             broken.append(f"object_id {entry.object_id!r}: {one_line(result.error)[:200]}")
             continue

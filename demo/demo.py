@@ -27,7 +27,10 @@ QUESTIONS = ("What is this?", "What color is it?", "Caption this 3D model in det
 
 def ask(describe: PointCloudToTextPipeline, cloud: np.ndarray) -> list[tuple[str, str]]:
     """Each of `QUESTIONS` with its answer, about one cloud (N, 6), y up."""
-    return [(question, describe(cloud, prompt=question, up_axis="y")[0]["generated_text"]) for question in QUESTIONS]
+    return [
+        (question, describe(cloud, prompt=question, up_axis="y", clean="none")[0]["generated_text"])
+        for question in QUESTIONS
+    ]
 
 
 def draw(cloud: np.ndarray, title: str, answers: list[tuple[str, str]], path: Path):
@@ -66,7 +69,7 @@ def main():
     describe = PointCloudToTextPipeline(model=model, processor=processor)
     args.pictures.mkdir(parents=True, exist_ok=True)
     for path in objects:
-        cloud = processor.feature_extractor(path)["point_clouds"][0]  # (N, 6)
+        cloud = describe.read_point_cloud(path)  # (N, 6)
         answers = ask(describe, cloud)
         picture = args.pictures / f"{path.stem}.png"
         draw(load_point_cloud(path), path.name, answers, picture)

@@ -220,15 +220,20 @@ def read_clouds(processor: MiniGPT3DProcessor, clouds: list[np.ndarray], up_axis
 
     Args:
         clouds: B clouds (N, 6), of any number of points each.
-        up_axis: of the clouds; None for the processor's own.
+        up_axis: of the clouds; None for the processor's own, where "auto" counts as "y".
 
     Returns:
         (B, P, 6) float32.
     """
     reader = processor.feature_extractor
     blind = torch.zeros(reader.num_points, 6)
+    if up_axis is None and reader.up_axis == "auto":
+        up_axis = "y"
 
     def read(cloud: np.ndarray) -> torch.Tensor:
-        return reader(cloud, return_tensors="pt", up_axis=up_axis)["point_clouds"][0] if np.any(cloud) else blind
+        if not np.any(cloud):
+            return blind
+        # Own files have been cleaned where they were read, and corruptions are what is measured.
+        return reader(cloud, return_tensors="pt", up_axis=up_axis, clean="none")["point_clouds"][0]
 
     return torch.stack([read(cloud) for cloud in clouds])

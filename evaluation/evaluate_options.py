@@ -151,7 +151,8 @@ class EvaluateOptions(ReadingOptions):
         self._check_judge()
         check_device(self.device)
         if self.reading and self.suite != "own":
-            raise ValueError("`up_axis` and `missing_color` are for your own files: the suite must be own.")
+            names = ", ".join(f"`{name}`" for name in self.reading)
+            raise ValueError(f"only your own files are read with {names}: leave it out, or choose the suite own.")
         if self.suite in DATA and self.data is None:
             raise ValueError(f"{self.suite} needs `data`: {DATA[self.suite]}.")
         if self.suite in ("objaverse", "caption") and not self.annotations:

@@ -59,7 +59,7 @@ class CloudFile:
 
     Args:
         path: of any format.
-        reading: `up_axis` and `missing_color`, the same for all objects.
+        reading: arguments of `load_point_cloud`, the same for all objects.
     """
 
     path: Path
@@ -314,7 +314,7 @@ def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObjec
 
     Args:
         data: path of a .csv or .jsonl, or path or Hub id of a packed data set.
-        reading: `up_axis` and `missing_color` of the table's files, see `load_point_cloud`.
+        reading: arguments of `load_point_cloud` for the table's files.
 
     Raises:
         ValueError: a malformed line, with its number; no objects; a repeated id.
@@ -328,8 +328,9 @@ def read_own(data: str, reading: dict[str, str] | None = None) -> list[EvalObjec
     if not path.exists() and path.suffix.lower() in (*TABLE_SUFFIXES, *UNREADABLE_SUFFIXES):  # not a Hub id
         raise ValueError(f"`data` {data}: no such file.")
     if not path.is_file() and reading:
+        names = ", ".join(f"`{name}`" for name in reading)
         raise ValueError(
-            f"`data` {data}: packed data have an up axis and colors already. Give `up_axis` and `missing_color` to `minigpt3d pack` instead."
+            f"`data` {data}: packed data have been read already. Give {names} to `minigpt3d pack` instead."
         )
     objects = _read_lines(path, reading or {}) if path.is_file() else _read_packed(data)
     if not objects:

@@ -1,18 +1,22 @@
 """A point cloud from whatever holds a 3D object: file, array, tensor or mesh → float32 (num_points, 6), normalized.
 
 The order: find the source (sources_minigpt3d.py) → read (tables_, text_, scans_, scenes_, gltf_, formats_minigpt3d.py) →
-drop points that are not finite → colors to [0, 1] → sample or repeat to `num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
+drop points that are not finite → colors to [0, 1] → clean, if asked to (cleaning_minigpt3d.py) → sample or repeat to
+`num_points` → turn the up axis → normalize. Surfaces are sampled by area instead.
 
 Shapes: N points in the source, P points of the cloud.
 """
 
+import copy
 import numbers
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .cleaning_minigpt3d import CLEANING_POINTS, check_cleaning, clean as clean_points, find_floor, suspect_scene
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
@@ -31,6 +35,8 @@ _UP_ROTATIONS = {
     "y": np.eye(3),
     "z": np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]),
 }
+# What "auto" tries; "y" first: of equals the first is chosen.
+UP_AXES = ("y", "z", "x")
 _NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0)}
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
@@ -58,6 +64,7 @@ def load_point_cloud(
     missing_color: str | tuple[float, float, float] = "black",
     up_axis: str | None = None,
     seed: int = 0,
+    clean: str = "none",
 ) -> np.ndarray:
     """Read, sample and normalize a 3D object. The same source and arguments always give the same cloud.
 
@@ -73,6 +80,8 @@ def load_point_cloud(
         up_axis: the axis that points up in `source`, "x", "y" or "z"; the object is turned so that y points up, as in
             the training data. None does not turn it.
         seed: of the sampling.
+        clean: "outliers" drops points far from all others, "floor" a plane below the object, "all" both; "none" keeps
+            all points. A warning says what was removed.
 
     Returns:
         (num_points, 6) float32: xyz minus its mean, divided by the largest norm; rgb in [0, 1].
@@ -83,7 +92,31 @@ def load_point_cloud(
         MissingReaderError: (also an ImportError) a package that reads this kind of file is missing; the message says
             which.
     """
-    return load_with_facts(source, num_points, missing_color, up_axis, seed)[0]
+    if up_axis == "auto":
+        raise ValueError(
+            "up_axis='auto' asks the model, which only the pipeline 'point-cloud-to-text' has. Use it, or pass 'x', 'y' or 'z'."
+        )
+    ((orientation,), _) = load_orientations(source, num_points, missing_color, up_axis, seed, clean)
+    for note in orientation.notes:
+        warnings.warn(note, stacklevel=2)
+    return orientation.cloud
+
+
+class Orientation(NamedTuple):
+    """An object as it is if one of its axes points up.
+
+    Args:
+        cloud: (num_points, 6), as `load_point_cloud` returns it.
+        up_axis: the axis, None if the object was not turned.
+        has_floor: whether it stands on a floor, which is gone if cleaning removes floors; not looked for if this is the
+            only orientation and floors stay.
+        notes: warnings about this orientation.
+    """
+
+    cloud: np.ndarray
+    up_axis: str | None
+    has_floor: bool
+    notes: list[str]
 
 
 class CloudFacts(NamedTuple):
@@ -100,25 +133,39 @@ class CloudFacts(NamedTuple):
     has_color: bool
 
 
-def load_with_facts(
-    source: Any, num_points: int, missing_color: str | tuple[float, float, float], up_axis: str | None, seed: int
-) -> tuple[np.ndarray, CloudFacts]:
-    """What `load_point_cloud` returns for the same arguments, and facts about the source."""
+def load_orientations(
+    source: Any,
+    num_points: int,
+    missing_color: str | tuple[float, float, float],
+    up_axis: str | None,
+    seed: int,
+    clean: str,
+) -> tuple[list[Orientation], CloudFacts]:
+    """Read as `load_point_cloud` does, with the same arguments and errors; `up_axis` may also be "auto".
+
+    Returns:
+        The only orientation, or for "auto" one for each of `UP_AXES`, from which the pipeline chooses; and facts about the
+        source. The notes of an orientation are not among the warnings.
+    """
     if not isinstance(num_points, numbers.Integral) or num_points < 1:
         raise ValueError(f"num_points must be a whole number of at least 1, got {num_points!r}.")
-    if up_axis is not None and up_axis not in _UP_ROTATIONS:
+    if up_axis not in (None, "auto", *_UP_ROTATIONS):
         raise ValueError(f"up_axis must be 'x', 'y', 'z' or None (not turned), got {up_axis!r}.")
+    check_cleaning(clean)
+    up_axes = UP_AXES if up_axis == "auto" else (up_axis,)
     fill = _rgb(missing_color)
     rng = np.random.default_rng(seed)
     name = source_name(source)
+    looks_closer = clean != "none" or up_axis == "auto"  # for outliers and floors
+    count = max(num_points, CLEANING_POINTS) if looks_closer else num_points
     try:
         with called(name):
             content = _read(source)
             if isinstance(content, Points):
-                coord, color = _sample_points(content, num_points, rng)
+                coord, color = _sample_points(content, count, rng, repeat=not looks_closer)
                 counts = len(content.coord), None
             else:
-                coord, color = sample_surface(content, num_points, rng)
+                coord, color = sample_surface(content, count, rng)
                 counts = None, sum(len(surface.corners) for surface in content)
             facts = CloudFacts(*counts, has_color=not np.isnan(color).all())
             if not facts.has_color and is_file_like(source):
@@ -128,14 +175,35 @@ def load_with_facts(
                     "be believed."
                 )
         color = np.where(np.isnan(color), fill, color)
-        if up_axis is not None:
-            coord = coord @ _UP_ROTATIONS[up_axis].T
-        coord = _normalize(coord)
+        shape = _normalize(coord)
+        orientations = []
+        for axis, cleaned in zip(up_axes, clean_points(shape, clean, up_axes), strict=True):
+            keep = cleaned.keep
+            notes = [cleaned.removed, suspect_scene(shape[keep], clean) if is_file_like(source) else None]
+            orientations.append(
+                Orientation(
+                    cloud=_finish(coord[keep], color[keep], num_points, axis, copy.deepcopy(rng)),
+                    up_axis=axis,
+                    has_floor=cleaned.has_floor or up_axis == "auto" and bool(find_floor(shape[keep], axis).any()),
+                    notes=[printable(f"{name}: {note}.") for note in notes if note],
+                )
+            )
+        return orientations, facts
     except PointCloudError as error:
         raise type(error)(f"{name}: {printable(str(error))}") from error
+
+
+def _finish(
+    coord: np.ndarray, color: np.ndarray, num_points: int, up_axis: str | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Points (N, 3) with colors (N, 3) → cloud (P, 6): choose, turn, normalize."""
+    chosen = _choose(len(coord), num_points, rng)
+    coord, color = coord[chosen], color[chosen]
+    if up_axis is not None:
+        coord = coord @ _UP_ROTATIONS[up_axis].T
     cloud = np.empty((6, num_points), dtype=np.float32)
-    cloud[:3], cloud[3:] = coord.T, color.T
-    return np.ascontiguousarray(cloud.T), facts
+    cloud[:3], cloud[3:] = _normalize(coord).T, color.T
+    return np.ascontiguousarray(cloud.T)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -225,8 +293,10 @@ def _unreadable(path: Path, suffix: str, error: BaseException) -> PointCloudErro
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
 
-def _sample_points(points: Points, num_points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none."""
+def _sample_points(
+    points: Points, num_points: int, rng: np.random.Generator, repeat: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none; without `repeat` P is at most N."""
     coord, color, may_be_sparse = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
@@ -242,10 +312,10 @@ def _sample_points(points: Points, num_points: int, rng: np.random.Generator) ->
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
-    chosen = _choose(len(coord), num_points, rng)
+    chosen = _choose(len(coord), num_points if repeat else min(num_points, len(coord)), rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:
-        return coord, np.full((num_points, 3), np.nan)
+        return coord, np.full(coord.shape, np.nan)
     color = color[chosen] if scale == 1 else color[chosen] / scale
     return coord, np.clip(color, 0, 1)
 

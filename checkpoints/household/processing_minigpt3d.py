@@ -123,8 +123,10 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         num_points: points per cloud.
         missing_color: "black" (as ModelNet40 in the paper), "gray", "white" or (r, g, b) in [0, 1] for points without
             color. The model sees it as the object's color.
-        up_axis: the axis that points up in the sources, "x", "y" or "z"; None does not turn them.
+        up_axis: the axis that points up in the sources, "x", "y" or "z"; None does not turn them. "auto" leaves the
+            choice to the pipeline, which asks the model.
         seed: of the sampling.
+        clean: what is removed from the sources: "none", far "outliers", a "floor" below the object, or "all".
     """
 
     model_input_names = ["point_clouds"]
@@ -136,6 +138,7 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         missing_color: str | tuple[float, float, float] = "black",
         up_axis: str | None = None,
         seed: int = 0,
+        clean: str = "none",
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -143,6 +146,7 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         self.missing_color = missing_color
         self.up_axis = up_axis
         self.seed = seed
+        self.clean = clean
 
     def __call__(
         self,
@@ -150,6 +154,7 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         return_tensors: str | None = None,
         up_axis: str | None = None,
         missing_color: str | tuple[float, float, float] | None = None,
+        clean: str | None = None,
     ) -> BatchFeature:
         """Read point clouds.
 
@@ -159,6 +164,8 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
             up_axis: the axis that points up in these sources; by default the processor's. "y" for clouds that have
                 been turned already.
             missing_color: for points of these sources without color; by default the processor's.
+            clean: what is removed from these sources; by default the processor's. "none" for clouds that have been
+                cleaned already.
 
         Returns:
             BatchFeature with `point_clouds` (C, num_points, 6) float32.
@@ -168,8 +175,9 @@ class MiniGPT3DPointCloudProcessor(FeatureExtractionMixin):
         """
         up_axis = self.up_axis if up_axis is None else up_axis
         missing_color = self.missing_color if missing_color is None else missing_color
+        clean = self.clean if clean is None else clean
         clouds = [
-            load_point_cloud(source, self.num_points, missing_color, up_axis, self.seed)
+            load_point_cloud(source, self.num_points, missing_color, up_axis, self.seed, clean)
             for source in _sources(point_clouds)
         ]
         if not clouds:
@@ -260,6 +268,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         padding_side: str | None = None,
         up_axis: str | None = None,
         missing_color: str | tuple[float, float, float] | None = None,
+        clean: str | None = None,
     ) -> BatchFeature:
         """Tokenize texts in which `<point>` stands for a cloud, and read those clouds.
 
@@ -274,6 +283,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             padding_side: "left" or "right"; by default the tokenizer's, which is left.
             up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
             missing_color: for points without color; by default the point cloud processor's.
+            clean: what is removed from these clouds; by default the point cloud processor's.
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` (B, T), and `point_clouds` (C, num_points, 6) if there are any.
@@ -298,7 +308,8 @@ class MiniGPT3DProcessor(ProcessorMixin):
             rows = [self._fit(row, max_length, truncation) for row in rows]
             data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
         if sources:
-            data["point_clouds"] = self.feature_extractor(sources, None, up_axis, missing_color)["point_clouds"]
+            clouds = self.feature_extractor(sources, None, up_axis, missing_color, clean)
+            data["point_clouds"] = clouds["point_clouds"]
         if not data:
             raise ValueError("Nothing to process: pass text, point_clouds or both.")
         return BatchFeature(data, tensor_type=return_tensors)
@@ -325,7 +336,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             continue_final_message: leave the last answer open, so that the model continues it.
             tokenize: whether to return ids rather than text.
             return_tensors, return_dict: see transformers.
-            processor_kwargs, kwargs: for `__call__`, such as `up_axis`, `missing_color` and `padding`.
+            processor_kwargs, kwargs: for `__call__`, such as `up_axis`, `missing_color`, `clean` and `padding`.
 
         Returns:
             With `tokenize` and `return_dict` what `__call__` returns; ids without `return_dict`; else text, one or B.
@@ -392,7 +403,10 @@ class MiniGPT3DProcessor(ProcessorMixin):
         data, is_answer = self._pad(rows, "longest", "right", None)
         data["labels"] = np.where(is_answer, data["input_ids"], IGNORED_LABEL)
         if sources:
-            data["point_clouds"] = self.feature_extractor(sources)["point_clouds"]
+            # Training data stand upright and are cleaned, if at all, when they are packed.
+            up_axis = "y" if self.feature_extractor.up_axis == "auto" else None
+            clouds = self.feature_extractor(sources, up_axis=up_axis, clean="none")
+            data["point_clouds"] = clouds["point_clouds"]
         return BatchFeature(data, tensor_type="pt")
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):

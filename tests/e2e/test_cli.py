@@ -91,7 +91,7 @@ def test_a_folder_without_objects(run, tmp_path):
 
 
 def test_a_file_that_ends_or_blocks_the_reader_costs_itself_only(run, objects, monkeypatch):
-    monkeypatch.setattr("minigpt3d.point_cloud_minigpt3d.load_with_facts", bad_readers.load_with_facts)
+    monkeypatch.setattr("minigpt3d.point_cloud_minigpt3d.load_orientations", bad_readers.load_orientations)
     monkeypatch.setattr("minigpt3d.data.reading.LIMITS", Limits(seconds=3, memory=512 * 1024**2))
     bad = ["aborts", "allocates", "loops"]
     for name in bad:
@@ -142,6 +142,7 @@ def test_json_says_what_the_file_holds(run, tmp_path):
     _, out, err = run("describe", *(tmp_path / name for name in ("slab.npy", "bare.npy", "box.stl")), "--json")
     slab, bare, box = map(json.loads, out)
     assert (slab["num_points"], slab["num_faces"], slab["has_color"], slab["warnings"]) == (1000, None, True, [])
+    assert slab["up_axis"] is None
     assert slab["sides"] == {"x": 1, "y": pytest.approx(0.5, abs=0.02), "z": pytest.approx(0.25, abs=0.02)}
     assert slab["colors"] == {"red": pytest.approx(0.75, abs=0.02), "blue": pytest.approx(0.25, abs=0.02)}
     assert (bare["has_color"], bare["colors"], len(bare["warnings"])) == (False, {}, 1)

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from minigpt3d.data import clouds
-from minigpt3d.point_cloud_minigpt3d import load_point_cloud as load, load_with_facts as load_facts
+from minigpt3d.point_cloud_minigpt3d import load_orientations as load_all, load_point_cloud as load
 
 
 def misbehave(path):
@@ -37,9 +37,9 @@ def misbehave(path):
         subprocess.run("echo log; echo log >&2; cat", shell=True, check=True)
 
 
-def load_with_facts(path, *args, **kwargs):
+def load_orientations(path, *args, **kwargs):
     misbehave(path)
-    return load_facts(path, *args, **kwargs)
+    return load_all(path, *args, **kwargs)
 
 
 def load_point_cloud(path, *args, **kwargs):

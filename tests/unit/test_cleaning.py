@@ -1,5 +1,6 @@
 """Cleaning: far outliers and floors go, parts of objects stay; scenes are suspected; the pipeline finds the up axis."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from ways_in import make_processor, make_seeing_model
 
 from minigpt3d import cleaning_minigpt3d as cleaning, load_point_cloud
-from minigpt3d.pipeline_minigpt3d import UP_AXES, PointCloudToTextPipeline
+from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
+from minigpt3d.point_cloud_minigpt3d import UP_AXES
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
 
 
@@ -135,7 +137,7 @@ def test_without_scipy_neighbors_are_the_same(rng, monkeypatch):
     coord = np.concatenate([make_table(rng), rng.uniform(-3, 3, (40, 3))])
     (expected,) = cleaning.clean(coord, "all")
     distance = cleaning.mirror_distance(coord, "y")
-    monkeypatch.setattr(cleaning, "cKDTree", None)
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
     assert (cleaning.clean(coord, "all")[0].keep == expected.keep).all()
     assert cleaning.mirror_distance(coord, "y") == pytest.approx(distance)
 

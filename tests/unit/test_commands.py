@@ -15,13 +15,13 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
 # Renaming or dropping one of these breaks somebody's scripts.
 OPTIONS = {
-    "describe": "device json max-new-tokens missing-color model prompt up-axis",
-    "chat": "device max-new-tokens missing-color model up-axis",
+    "describe": "clean device json max-new-tokens missing-color model prompt up-axis",
+    "chat": "clean device max-new-tokens missing-color model up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
     "verify": "trust-remote-code",
-    "pack": "annotations data from max-broken missing-color num-workers out private push-to-hub seed up-axis",
-    "evaluate": "annotations answers batch-size data device dtype greedy judge judge-cache judge-concurrency "
+    "pack": "annotations clean data from max-broken missing-color num-workers out private push-to-hub seed up-axis",
+    "evaluate": "annotations answers batch-size clean data device dtype greedy judge judge-cache judge-concurrency "
     "judge-max-tokens judge-price judge-prompt judge-rpm judge-timeout judge-url limit metrics missing-color model out "
     "phrase robustness s-bert seed simcse template up-axis",
     "compare": "",
@@ -201,7 +201,7 @@ def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch):
 
 
 def test_a_warning_for_users_is_printed_once_on_one_line(capsys):
-    with pytest.warns(DeprecationWarning) as others, warnings_in_one_line():
+    with pytest.warns(DeprecationWarning) as others, warnings_in_one_line(describe.Options):
         for _ in range(2):
             warnings.warn("two\nlines", UserWarning, stacklevel=1)
             warnings.warn("old", DeprecationWarning, stacklevel=1)
