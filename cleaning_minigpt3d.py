@@ -257,7 +257,8 @@ def count_clusters(coord: np.ndarray, min_share: float = _MIN_CLUSTER_SHARE) -> 
     size = (coord.max(axis=0) - low).max()
     if not size > 0:
         return 1
-    cells = min(_MAX_CELLS, round((len(coord) / _MIN_FILL) ** (1 / 3)))
+    num_distinct = len(np.unique(coord @ [1, 2**0.5, 3**0.5]))  # small clouds have been repeated
+    cells = min(_MAX_CELLS, round((num_distinct / _MIN_FILL) ** (1 / 3)))
     width = cells + 3  # one empty cell on each side
     place = np.floor((coord - low) / size * cells).astype(int) @ [width * width, width, 1] + width * width + width + 1
     occupied, place = np.unique(place, return_inverse=True)

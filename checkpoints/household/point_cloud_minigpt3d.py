@@ -162,7 +162,7 @@ def load_orientations(
         with called(name):
             content = _read(source)
             if isinstance(content, Points):
-                coord, color = _sample_points(content, count, rng, repeat=not looks_closer)
+                coord, color = _sample_points(content, count, rng)
                 counts = len(content.coord), None
             else:
                 coord, color = sample_surface(content, count, rng)
@@ -293,10 +293,8 @@ def _unreadable(path: Path, suffix: str, error: BaseException) -> PointCloudErro
 # ---- Points ---------------------------------------------------------------------------------------------------------
 
 
-def _sample_points(
-    points: Points, num_points: int, rng: np.random.Generator, repeat: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none; without `repeat` P is at most N."""
+def _sample_points(points: Points, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(N, …) → coord (P, 3) float64 and color (P, 3) in [0, 1], NaN if there is none; P is N, or `most` if that is less."""
     coord, color, may_be_sparse = points
     if not len(coord):
         raise PointCloudError("the cloud is empty (0 points).")
@@ -312,7 +310,7 @@ def _sample_points(
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
-    chosen = _choose(len(coord), num_points if repeat else min(num_points, len(coord)), rng)
+    chosen = _choose(len(coord), min(most, len(coord)), rng)
     coord = coord[chosen].astype(np.float64)
     if color is None:
         return coord, np.full(coord.shape, np.nan)

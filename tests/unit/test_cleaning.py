@@ -6,9 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from repository import ROOT
 from ways_in import make_processor, make_seeing_model
 
 from minigpt3d import cleaning_minigpt3d as cleaning, load_point_cloud
+from minigpt3d.evaluation.objects import read_household
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 from minigpt3d.point_cloud_minigpt3d import UP_AXES
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
@@ -133,6 +135,34 @@ def test_separate_objects_are_suspected(rng):
     assert "2 separate clusters" in cleaning.suspect_scene(np.concatenate([table, table + [3, 0, 0]]))
 
 
+@pytest.mark.parametrize("up_axis", AXES)
+def test_a_room_is_suspected(up_axis, rng):
+    room = rng.uniform([0, 0, 0], [5, 0.02, 4], (2000, 3))
+    room = np.concatenate([room, rng.uniform([0, 0, 0], [5, 2.5, 0.02], (1200, 3)), make_table(rng) + [2.5, 0, 2]])
+    assert "2 separate clusters" in cleaning.suspect_scene(np.roll(room, AXES[up_axis] - 1, axis=1))
+
+
+@pytest.mark.parametrize("count", [128, 200, 500, 2000])
+def test_points_in_a_volume_are_no_scene(count, rng):
+    for points in (rng.random((count, 3)), rng.random((count, 3)) * [1, 0.4, 0.2]):
+        assert cleaning.suspect_scene(points) is None
+        assert cleaning.suspect_scene(np.resize(points, (8192, 3))) is None
+
+
+def test_files_of_real_objects_are_not_suspected():
+    demo = ROOT / "demo" / "objects"
+    for path in [demo / "drawersCabinet.npy", demo / "oakTable.ply", demo / "osakaChair.obj"]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_point_cloud(path)
+
+
+def test_held_out_objects_are_not_suspected():
+    pytest.importorskip("pyarrow")
+    suspected = [item.object_id for item in read_household() if cleaning.suspect_scene(item.read()[:, :3])]
+    assert not suspected
+
+
 def test_without_scipy_neighbors_are_the_same(rng, monkeypatch):
     coord = np.concatenate([make_table(rng), rng.uniform(-3, 3, (40, 3))])
     (expected,) = cleaning.clean(coord, "all")
@@ -156,7 +186,8 @@ def test_reading_reports_what_it_removed_once(rng, tmp_path):
     np.save(tmp_path / "scan.npy", together)
     with pytest.warns(UserWarning) as caught:
         cloud = load_point_cloud(tmp_path / "scan.npy", 1024, clean="all")
-    (message,) = [str(warning.message) for warning in caught]
+    (bare, message) = [str(warning.message) for warning in caught]
+    assert "no color" in bare
     assert message.startswith(str(tmp_path / "scan.npy")) and "removed" in message and "of a floor" in message
     assert cloud.shape == (1024, 6) and np.linalg.norm(cloud[:, :3], axis=1).max() == pytest.approx(1)
     with pytest.warns(UserWarning, match="like a floor"):
