@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cleaning_minigpt3d import CLEANING_POINTS, check_cleaning, clean as clean_points, find_floor, suspect_scene
+from .cleaning_minigpt3d import (
+    CLEANING_POINTS,
+    SCENE_POINTS,
+    check_cleaning,
+    clean as clean_points,
+    find_floor,
+    suspect_scene,
+)
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
@@ -179,7 +186,10 @@ def load_orientations(
         orientations = []
         for axis, cleaned in zip(up_axes, clean_points(shape, clean, up_axes), strict=True):
             keep = cleaned.keep
-            notes = [cleaned.removed, suspect_scene(shape[keep], clean) if is_file_like(source) else None]
+            notes = [cleaned.removed]
+            if is_file_like(source):
+                seen = shape[keep] if count >= SCENE_POINTS else _scene_points(content, seed)
+                notes.append(suspect_scene(seen, clean))
             orientations.append(
                 Orientation(
                     cloud=_finish(coord[keep], color[keep], num_points, axis, copy.deepcopy(rng)),
@@ -191,6 +201,16 @@ def load_orientations(
         return orientations, facts
     except PointCloudError as error:
         raise type(error)(f"{name}: {printable(str(error))}") from error
+
+
+def _scene_points(content: Points | list[Surface], seed: int) -> np.ndarray:
+    """About `SCENE_POINTS` points (N, 3), to suspect a scene where the model sees fewer; warnings have been given."""
+    if isinstance(content, Points):
+        coord = content.coord[:: max(1, len(content.coord) // SCENE_POINTS)]
+        return coord[np.isfinite(coord).all(axis=1)].astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sample_surface(content, SCENE_POINTS, np.random.default_rng(seed))[0]
 
 
 def _finish(

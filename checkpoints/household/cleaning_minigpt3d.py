@@ -17,6 +17,7 @@ from .readers_minigpt3d import MissingReaderError, import_reader
 CLEANINGS = ("none", "outliers", "floor", "all")
 # Cleaning looks at so many points of a larger cloud: enough for its rules, and quick.
 CLEANING_POINTS = 16384
+SCENE_POINTS = 2048  # are looked at to suspect a scene
 MIN_POINTS = 128  # fewer show neither outliers nor a plane
 
 # An outlier's 8th nearest neighbor is so many times farther than that of nine points in ten.
@@ -25,20 +26,23 @@ _OUTLIER_FACTOR = 3.0
 _MAX_OUTLIER_SHARE = 0.08  # more are a part of the object
 
 # A floor holds this share of the points within this share of the height, is wider than what stands on it in both
-# directions by this factor, and covers this share of the area around the object. A disk covers less of its square.
+# directions by this factor, and covers this share of the area around the object. A disk does not reach the corners of its
+# square, which hold 9 % of a full one.
 _MIN_FLOOR_SHARE = 0.08
 _FLOOR_THICKNESS = 0.02
 _FLOOR_MARGIN = 1.1
 _FLOOR_COVER = 0.9
+_CORNER = 0.146
+_MIN_CORNER_SHARE = 0.04
 _MAX_BELOW = 0.01  # share of the points below a floor
 
 # Parts of a scene lie a cell of a grid apart, and each holds this share of its points. The grid has so many cells a side, or
-# fewer, so that points that fill their box have at least this number in a cell.
+# fewer, so that points on one side of a box have at least about this number in a cell.
 _MAX_CELLS = 16
-_MIN_FILL = 0.4
+_POINTS_PER_CELL = 5
 _MIN_CLUSTER_SHARE = 0.1
+_MIN_CLUSTER_POINTS = 24
 _MIN_FURNITURE_SHARE = 0.02  # of what stands on a ground as wide as all of it
-_SCENE_POINTS = 2048
 # Outliers are searched for if the box of all points is so much larger than that of 98 % of them.
 _TAILS = 2
 
@@ -169,6 +173,9 @@ def _surrounds(floor: np.ndarray, rest: np.ndarray) -> bool:
         return False
     if (rest_low < low - 0.05 * size).any() or (rest_high > high + 0.05 * size).any():
         return False
+    in_corner = (np.abs((floor - low) / size - 0.5) > 0.5 - _CORNER).all(axis=1)
+    if in_corner.mean() < _MIN_CORNER_SHARE:
+        return False
     filled = _fills(floor, low, high)
     middle = (np.arange(len(filled)) + 0.5) / len(filled)
     inside = [
@@ -217,7 +224,8 @@ def suspect_scene(coord: np.ndarray, cleaning: str = "none") -> str | None:
         coord: (N, 3) finite coordinates in any unit; about two thousand are looked at.
         cleaning: how they have been cleaned; outliers are not searched for twice.
     """
-    coord = coord[:: max(1, len(coord) // _SCENE_POINTS)]
+    _, distinct = np.unique(coord @ [1, 2**0.5, 3**0.5], return_index=True)  # small clouds may have been repeated
+    coord = coord[np.sort(distinct)][:: max(1, len(distinct) // SCENE_POINTS)]
     count = 1
     for name, axis in _AXES.items():
         floor, above = _lowest_plane(coord[:, axis])
@@ -257,8 +265,7 @@ def count_clusters(coord: np.ndarray, min_share: float = _MIN_CLUSTER_SHARE) -> 
     size = (coord.max(axis=0) - low).max()
     if not size > 0:
         return 1
-    num_distinct = len(np.unique(coord @ [1, 2**0.5, 3**0.5]))  # small clouds have been repeated
-    cells = min(_MAX_CELLS, round((num_distinct / _MIN_FILL) ** (1 / 3)))
+    cells = int(np.clip(np.sqrt(len(coord) / _POINTS_PER_CELL), 1, _MAX_CELLS))
     width = cells + 3  # one empty cell on each side
     place = np.floor((coord - low) / size * cells).astype(int) @ [width * width, width, 1] + width * width + width + 1
     occupied, place = np.unique(place, return_inverse=True)
@@ -274,13 +281,14 @@ def count_clusters(coord: np.ndarray, min_share: float = _MIN_CLUSTER_SHARE) -> 
         if (spread == label).all():
             break
         label = spread
-    shares = np.bincount(label[place]) / len(coord)
-    return max(1, int((shares >= min_share).sum()))
+    sizes = np.bincount(label[place])
+    return max(1, int((sizes >= max(_MIN_CLUSTER_POINTS, min_share * len(coord))).sum()))
 
 
 __all__ = [
     "CLEANINGS",
     "CLEANING_POINTS",
+    "SCENE_POINTS",
     "check_cleaning",
     "clean",
     "count_clusters",

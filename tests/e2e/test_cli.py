@@ -20,6 +20,7 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 from minigpt3d.cli.main import main
 from minigpt3d.data.reading import Limits
 from minigpt3d.hub import save_pretrained
+from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +254,52 @@ def test_a_cloud_is_turned_once(run, model_dir, tmp_path, monkeypatch):
 
     assert answers(model=turned) == answers("--up-axis", "x") != answers()
     assert answers("--up-axis", "y", model=turned) == answers()
+
+
+def make_scan() -> np.ndarray:
+    """A box of three heights with z up, on a floor."""
+    rng = np.random.default_rng(0)
+    coord = np.concatenate(
+        [rng.uniform([-1, -1, 0], [1, 1, 3], (3000, 3)), rng.uniform([-2, -2, 0], [2, 2, 0.01], (2000, 3))]
+    )
+    return np.concatenate([coord, np.full((5000, 3), 0.5)], axis=1)
+
+
+def test_a_scan_is_cleaned_and_turned_if_asked(run, model_dir, tmp_path, monkeypatch):
+    np.save(tmp_path / "scan.npy", make_scan())
+    (left,) = run("describe", tmp_path / "scan.npy", "--json")[2]
+    assert "like a floor" in left and "--clean" in left and "--up-axis" in left
+    code, described, err = run("describe", tmp_path / "scan.npy", "--clean", "floor", "--up-axis", "auto", "--json")
+    (warning,) = err
+    assert code == 0 and "removed 2" in warning and "of a floor" in warning
+    record = json.loads(described[0])
+    assert record["up_axis"] == "z" and record["sides"]["y"] == 1 and len(record["warnings"]) == 1
+    given = run("describe", tmp_path / "scan.npy", "--clean", "floor", "--up-axis", "z", "--json")
+    assert given == (code, described, err)
+    cleaned = shutil.copytree(model_dir, tmp_path / "cleaned")
+    config = json.loads((cleaned / "processor_config.json").read_text())
+    config["feature_extractor"] |= {"clean": "floor", "up_axis": "auto"}
+    (cleaned / "processor_config.json").write_text(json.dumps(config))
+    assert run("describe", tmp_path / "scan.npy", "--json", model=cleaned) == given
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?"))
+    _, chatted, err = run("chat", tmp_path / "scan.npy", "--clean", "floor", "--up-axis", "auto")
+    assert [line.strip() for line in chatted] == [record["answer"]] and err == [warning]
+
+
+def test_a_model_that_fails_to_choose_the_up_axis_costs_one_file(run, objects, monkeypatch):
+    choose = PointCloudToTextPipeline.choose_orientation
+    calls = []
+
+    def fail_once(self, orientations):
+        calls.append(len(orientations))
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return choose(self, orientations)
+
+    monkeypatch.setattr(PointCloudToTextPipeline, "choose_orientation", fail_once)
+    code, out, err = run("describe", objects, "--up-axis", "auto")
+    assert code == 1 and set(calls) == {3} and len(out) == len(calls) - 1
+    assert "out of memory" in err[0]
 
 
 def test_chat_answers_each_line_and_remembers(run, objects, monkeypatch):

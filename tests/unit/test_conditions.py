@@ -110,6 +110,13 @@ def test_blind_clouds_reach_the_model_as_zeros(cloud, tiny_processor):
         assert read[index].equal(expected)
 
 
+def test_settings_for_scans_do_not_reach_a_benchmark(cloud, tiny_processor):
+    expected = read_clouds(tiny_processor, [cloud])
+    tiny_processor.feature_extractor.clean = "unknown, so it would be refused"
+    tiny_processor.feature_extractor.up_axis = "auto"
+    assert read_clouds(tiny_processor, [cloud]).equal(expected)
+
+
 def test_no_color_removes_colors_only(cloud):
     result = apply("no_color", cloud, "a")
     assert np.array_equal(result[:, :3], cloud[:, :3]) and not result[:, 3:].any()

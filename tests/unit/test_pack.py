@@ -158,6 +158,7 @@ def test_files_are_turned_and_colored_as_the_options_say(tmp_path, capsys):
         (source,) = open_sources(["brief"], str(tmp_path / out), []).values()
         _, cloud = source.read(0, 0)
         assert np.ptp(cloud[:, :3], axis=0).argmax() == longest_axis and (cloud[:, 3:] == color).all()
+    assert sum("no color" in line for line in capsys.readouterr().err.split("\n")) == 2
     manifest = json.loads((tmp_path / "turned" / "packed.json").read_text())
     assert manifest["reading"] == {"up_axis": "z", "missing_color": "white"}
     entries = packing.table_entries(tmp_path / "own.csv")

@@ -273,6 +273,14 @@ def test_reading_options_of_a_call_override_the_processors(tiny_processor):
     assert (bare[..., 3:] == (1, 0.5, 0)).all()
 
 
+def test_settings_for_scans_do_not_reach_training(tiny_processor):
+    chats = [[user("What?", cloud()), assistant("A chair.")]]
+    expected = tiny_processor.encode_training(chats)["point_clouds"]
+    tiny_processor.feature_extractor.clean = "unknown, so it would be refused"
+    tiny_processor.feature_extractor.up_axis = "auto"
+    assert torch.equal(tiny_processor.encode_training(chats)["point_clouds"], expected)
+
+
 def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
     ids = tiny_processor.tokenizer("[INST] a  [/INST]b###[INST] c  [/INST]d###e###")["input_ids"]
     assert tiny_processor.post_process_image_text_to_text([ids]) == ["[INST] a  [/INST]b###[INST] c  [/INST]d"]
