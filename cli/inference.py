@@ -78,5 +78,7 @@ def _choose_orientation(pipeline, result: "FileResult") -> "FileResult":
     try:
         chosen = pipeline.choose_orientation(orientations)
     except Exception as error:  # out of memory, for example
-        return replace(result, error=ValueError(f"{source_name(result.path)}: no choice of an up axis: {one_line(error)}"))
+        return replace(
+            result, error=ValueError(f"{source_name(result.path)}: no choice of an up axis: {one_line(error)}")
+        )
     return replace(result, content=(chosen, facts), warnings=(*result.warnings, *chosen.notes))

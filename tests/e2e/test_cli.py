@@ -69,7 +69,8 @@ def test_a_folder_gives_one_json_line_for_each_readable_file(run, objects):
     assert (code, err) == (0, ["minigpt3d: 2 described, 0 failed, 1 skipped: 1 .md"])
     records = [json.loads(line) for line in out]
     assert [record["file"] for record in records] == [str(objects / "b.npy"), str(objects / "more" / "a.npy")]
-    fields = {"file", "prompt", "answer", "num_points", "num_faces", "has_color", "sides", "colors", "warnings"}
+    fields = {"file", "prompt", "answer", "num_points", "num_faces", "has_color"}
+    fields |= {"up_axis", "sides", "colors", "warnings"}
     assert all(set(record) == fields for record in records)
     assert {record["prompt"] for record in records} == {"What color is it?"}
     assert all(record["answer"] for record in records)
