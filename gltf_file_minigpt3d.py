@@ -237,6 +237,8 @@ class GltfFile:
         if texture is None:
             return Paint(Material(color, alpha_cutoff=cutoff, linear=True), "", None)
         pixels, wrap = self._read_texture(texture.get("index"))
+        if pixels is None and (color[:3] == 1).all():  # the factor alone says nothing
+            return Paint(None, "", None)
         transform = texture.get("extensions", {}).get("KHR_texture_transform", {})
         number = transform.get("texCoord", texture.get("texCoord", 0))
         matrix = None
@@ -308,7 +310,7 @@ class GltfFile:
         if self._failed_textures:
             first, *others = self._failed_textures
             more = f", and {len(others)} more" if others else ""
-            warn(f"a texture cannot be used, so the color of its material is taken ({first}{more}).")
+            warn(f"a texture cannot be used; the color of its material is taken if it has one ({first}{more}).")
 
 
 def _split(data: np.ndarray) -> tuple[bytes, np.ndarray | None]:

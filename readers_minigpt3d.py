@@ -229,15 +229,20 @@ def named_columns(table: Mapping[str, np.ndarray] | np.ndarray, names: list[str]
     if columns is None:
         return None
     coord = np.stack([np.asarray(table[name]) for name in columns], axis=1)  # (N, 3)
+    return Points(coord, named_colors(table, names))
+
+
+def named_colors(table: Mapping[str, np.ndarray] | np.ndarray, names: list[str]) -> np.ndarray | None:
+    """red, green, blue (N, 3) of a table with named columns, or None."""
     columns = color_names(names)
     if columns is None:
-        return Points(coord, None)
+        return None
     if len(columns) == 1:
-        return Points(coord, unpack_rgb(np.asarray(table[columns[0]])))
+        return unpack_rgb(np.asarray(table[columns[0]]))
     color = np.stack([np.asarray(table[name]) for name in columns], axis=1)
     if _plain_name(columns[0]) in _SPLAT_NAMES:
         color = np.clip(0.5 + _SPLAT_FACTOR * color, 0, 1)
-    return Points(coord, color)
+    return color
 
 
 def unpack_rgb(packed: np.ndarray) -> np.ndarray | None:

@@ -292,7 +292,10 @@ def _off_vertices(text: bytes, kind: bytes) -> tuple[np.ndarray, np.ndarray | No
     width = counts.min()
     starts = np.cumsum(counts) - counts
     table = table[starts[:, None] + np.arange(width)]
-    first = 4 if b"4" in kind else 3
+    coord, first = table[:, :3], 3
+    if b"4" in kind and width > 3:  # homogeneous
+        with np.errstate(divide="ignore", invalid="ignore"):
+            coord, first = coord / table[:, 3:4], 4
     extra = table[:, first : width - 2 if b"ST" in kind else width]
     # Geomview has normals before colors, MeshLab's NCOFF after them.
     num_normals = 3 if b"N" in kind else 0
@@ -303,8 +306,8 @@ def _off_vertices(text: bytes, kind: bytes) -> tuple[np.ndarray, np.ndarray | No
         if layout.shape[1] in (3, 4):
             color = unit_colors(layout)
             if color is not None:
-                return table[:, :3], color
-    return table[:, :3], None
+                return coord, color
+    return coord, None
 
 
 def _off_faces(text: bytes, coord: np.ndarray, vertex_color: np.ndarray | None) -> list[Surface]:
@@ -339,7 +342,7 @@ _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attri
 
 def read_stl(path: Path) -> list[Surface]:
     """An STL, text or binary, of one or several solids; binary with the colors of VisCAM or Magics."""
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     num_facets = int.from_bytes(data[80:84], "little")
     is_exact = len(data) >= 84 and len(data) == 84 + 50 * num_facets
     if not is_exact and re.match(rb"\s*solid\b", data[:512], re.IGNORECASE) and re.search(rb"(?i)\bvertex\s", data):

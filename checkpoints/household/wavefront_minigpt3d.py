@@ -78,7 +78,7 @@ def read_obj(path: Path) -> Points | list[Surface]:
         has_uv = np.zeros(len(faces), dtype=bool)
 
     textures = TextureFiles()
-    paints, is_complete = _read_libraries(path, rows.libraries, textures)
+    paints, is_complete = _read_libraries(path, rows.libraries, textures, any(rows.materials))
     numbers: dict[str, int] = {}
     number = np.array([numbers.setdefault(name, len(numbers)) for name in rows.materials])  # of each run
     if is_complete:
@@ -258,7 +258,9 @@ def _report_unknown(path: Path, names: list[str], paints: _Paints):
         warn(f"materials are in none of its MTL files: {', '.join(map(repr, unknown[:3]))}{more}.")
 
 
-def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> tuple[_Paints, bool]:
+def _read_libraries(
+    path: Path, lines: list[str], textures: TextureFiles, uses_materials: bool
+) -> tuple[_Paints, bool]:
     """The materials of all MTL files, and whether all files were found."""
     files, missing = [], []
     for line in list(dict.fromkeys(lines))[:MAX_MATERIAL_FILES]:
@@ -273,7 +275,7 @@ def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> tup
             files += [file for file in found.values() if file is not None]
             lost = [name for name, file in found.items() if file is None]
             missing += [line] if len(lost) == len(found) else lost
-    if missing and not files:
+    if not files and (missing or uses_materials):
         for name in (f"{path.stem}.mtl", f"{path.name}.mtl"):
             files += [file] if (file := find_file(name, [path.parent])) else []
         missing = [] if files else missing

@@ -309,7 +309,7 @@ def test_basis_textures(tmp_path, codec, monkeypatch):
     np.testing.assert_allclose(right, RIGHT, atol=0.02)
     monkeypatch.setitem(sys.modules, "opengl_basisu", None)
     with pytest.warns(UserWarning, match="KHR_texture_basisu.*pip install 'opengl_basisu'"):
-        np.testing.assert_array_equal(read_color(path), [1, 1, 1])
+        np.testing.assert_array_equal(read_color(path), [0, 0, 0])  # white is its factor's default and no color
 
 
 # ---- Scenes and geometry --------------------------------------------------------------------------------------------
