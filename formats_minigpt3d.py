@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, check_zip, import_reader
+from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
+from .readers_minigpt3d import PointCloudError, check_zip, import_reader, limits
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -83,8 +83,8 @@ def _walk(root: Any) -> Iterator[tuple[int, np.ndarray]]:
     while stack:
         node, matrix = stack.pop()
         num_nodes += 1
-        if num_nodes > MAX_NODES:
-            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
+        if num_nodes > limits().max_nodes:
+            raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         matrix = matrix @ np.array(node.transformation)
         yield from ((index, matrix) for index in node.mesh_indices)
         stack.extend((child, matrix) for child in reversed(node.children))
@@ -174,8 +174,8 @@ def _read_usd(path: Path) -> list[Surface]:
     materials: dict[str, Material | None] = {}
     transforms = geometry.XformCache()
     for num_prims, prim in enumerate(usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies())):
-        if num_prims > MAX_NODES:
-            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
+        if num_prims > limits().max_nodes:
+            raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         imageable = geometry.Imageable(prim)
         if not prim.IsA(geometry.Mesh) or imageable.ComputePurpose() in ("proxy", "guide"):
             continue

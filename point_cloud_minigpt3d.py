@@ -16,7 +16,7 @@ import numpy as np
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
-from .readers_minigpt3d import MAX_BAD_SHARE, PointCloudError, Points, called, printable, report_dropped, warn
+from .readers_minigpt3d import PointCloudError, Points, ReadingLimits, called, limited, printable, report_dropped, warn
 from .scans_minigpt3d import SCAN_READERS
 from .scenes_minigpt3d import SURFACE_READERS
 from .sources_minigpt3d import check_content, is_file_like, local_file, sniff_suffix, source_name
@@ -58,6 +58,7 @@ def load_point_cloud(
     missing_color: str | tuple[float, float, float] = "black",
     up_axis: str | None = None,
     seed: int = 0,
+    limits: ReadingLimits | None = None,
 ) -> np.ndarray:
     """Read, sample and normalize a 3D object. The same source and arguments always give the same cloud.
 
@@ -73,6 +74,7 @@ def load_point_cloud(
         up_axis: the axis that points up in `source`, "x", "y" or "z"; the object is turned so that y points up, as in
             the training data. None does not turn it.
         seed: of the sampling.
+        limits: what the source may take, such as `ReadingLimits(max_faces=50_000_000)`; `ReadingLimits()` by default.
 
     Returns:
         (num_points, 6) float32: xyz minus its mean, divided by the largest norm; rgb in [0, 1].
@@ -83,7 +85,8 @@ def load_point_cloud(
         MissingReaderError: (also an ImportError) a package that reads this kind of file is missing; the message says
             which.
     """
-    return load_with_facts(source, num_points, missing_color, up_axis, seed)[0]
+    with limited(limits or ReadingLimits()):
+        return load_with_facts(source, num_points, missing_color, up_axis, seed)[0]
 
 
 class CloudFacts(NamedTuple):
@@ -238,7 +241,7 @@ def _sample_points(points: Points, num_points: int, rng: np.random.Generator) ->
         good = np.isfinite(coord).all(axis=1)
         if color is not None:
             good &= np.isfinite(color).all(axis=1)
-        report_dropped(good, "points", max_share=1 if may_be_sparse else MAX_BAD_SHARE)
+        report_dropped(good, "points", may_be_sparse)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
@@ -306,4 +309,4 @@ def _normalize(coord: np.ndarray) -> np.ndarray:
     return (columns / largest).T
 
 
-__all__ = ["READABLE_SUFFIXES", "PointCloudError", "is_readable", "load_point_cloud"]
+__all__ = ["READABLE_SUFFIXES", "PointCloudError", "ReadingLimits", "is_readable", "load_point_cloud"]

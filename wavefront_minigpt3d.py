@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, warn
+from .readers_minigpt3d import PointCloudError, Points, limits, warn
 from .surfaces_minigpt3d import (
-    MAX_MATERIAL_BYTES,
-    MAX_MATERIAL_FILES,
     TextureFiles,
     check_indices,
     count_words,
@@ -263,7 +261,7 @@ def _read_libraries(
 ) -> tuple[_Paints, bool]:
     """The materials of all MTL files, and whether all files were found."""
     files, missing = [], []
-    for line in list(dict.fromkeys(lines))[:MAX_MATERIAL_FILES]:
+    for line in list(dict.fromkeys(lines))[: limits().max_material_files]:
         uncommented = re.split(r"\s#", line)[0].strip()
         for spelling in dict.fromkeys((line, uncommented)):  # a name may hold blanks
             file = find_file(spelling, [path.parent])
@@ -271,7 +269,9 @@ def _read_libraries(
                 files.append(file)
                 break
         else:
-            found = {name: find_file(name, [path.parent]) for name in uncommented.split()[:MAX_MATERIAL_FILES]}
+            found = {
+                name: find_file(name, [path.parent]) for name in uncommented.split()[: limits().max_material_files]
+            }
             files += [file for file in found.values() if file is not None]
             lost = [name for name, file in found.items() if file is None]
             missing += [line] if len(lost) == len(found) else lost
@@ -283,7 +283,7 @@ def _read_libraries(
         warn(f"its material file {missing[0][:200]!r} was not found.")
     paints = _Paints()
     for file in dict.fromkeys(files):
-        if file.stat().st_size > MAX_MATERIAL_BYTES:
+        if file.stat().st_size > limits().max_material_bytes:
             raise PointCloudError(f"its material file {file.name} has {file.stat().st_size:,} bytes.")
         _read_mtl(file, [file.parent, path.parent], textures, paints)
     return paints, not missing

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
+from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 
@@ -20,7 +21,7 @@ DESCRIPTION = (
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(ReadingOptions, LimitOptions, ModelOptions):
     path: Path | str = option(
         "point cloud or mesh, or an https:// URL", positional=True, type=path_or_url, metavar="FILE"
     )
@@ -34,7 +35,7 @@ def run(options: Options, argv: list[str]) -> int:
     if isinstance(options.path, Path) and not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
         raise ValueError(f"{options.path}: {problem}")
-    with FileReader(load_with_facts) as reader:
+    with FileReader(load_with_facts, limits=options.limits) as reader:
         pipeline = load_pipeline(options)
         (result,) = read_clouds(reader, pipeline, [options.path], options)
     if result.error is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
+from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
@@ -26,7 +27,7 @@ LEAST_SHARE = 0.01
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(ReadingOptions, LimitOptions, ModelOptions):
     paths: list[Path | str] = option(
         "point cloud, mesh, a folder, or an https:// URL", positional=True, type=path_or_url, metavar="FILE_OR_FOLDER"
     )
@@ -110,7 +111,7 @@ def describe_files(progress: Progress, options: Options):
     from minigpt3d.point_cloud_minigpt3d import load_with_facts
 
     files = progress.files
-    with FileReader(load_with_facts) as reader:  # it starts while the model loads
+    with FileReader(load_with_facts, limits=options.limits) as reader:  # it starts while the model loads
         pipeline = load_pipeline(options)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
         bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)

@@ -17,14 +17,9 @@ import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces
 from .ply_minigpt3d import read_ply
-from .readers_minigpt3d import PointCloudError, Points, check_zip, import_reader
+from .readers_minigpt3d import PointCloudError, Points, check_zip, import_reader, limits
 from .surfaces_minigpt3d import TextureFiles, check_indices, read_off, read_stl, split_groups
 from .wavefront_minigpt3d import read_obj
-
-
-# Objects within objects of a 3MF: how deep, and how many in all.
-MAX_DEPTH = 32
-MAX_OBJECTS = 100_000
 
 
 # ---- Models of a 3MF ------------------------------------------------------------------------------------------------
@@ -198,8 +193,10 @@ class _Reader:
         items = model.items or [_Use(root, object_id, np.eye(4, 3)) for object_id in self._top_objects(model)]
         totals = [self._count((self._key(item.part), item.object_id), ()) for item in items]
         check_num_faces(sum(faces for faces, _ in totals))
-        if sum(uses for _, uses in totals) > MAX_OBJECTS:
-            raise PointCloudError(f"it places more than the {MAX_OBJECTS:,} objects allowed. Merge them first.")
+        if sum(uses for _, uses in totals) > limits().max_objects:
+            raise PointCloudError(
+                f"it places more than the {limits().max_objects:,} objects allowed. Merge them first."
+            )
         return [surface for item in items for surface in self._place(item, np.eye(4))]
 
     @staticmethod
@@ -234,8 +231,10 @@ class _Reader:
 
     def _count(self, key: tuple[str, str], above: tuple) -> tuple[int, int]:
         """Faces and objects that placing an object places, before anything is placed."""
-        if key in above or len(above) > MAX_DEPTH:
-            raise PointCloudError(f"its objects contain themselves, or are nested deeper than {MAX_DEPTH} times.")
+        if key in above or len(above) > limits().max_depth:
+            raise PointCloudError(
+                f"its objects contain themselves, or are nested deeper than {limits().max_depth} times."
+            )
         if key not in self._counts:
             item = self._object(key)
             inner = [self._count((self._key(use.part), use.object_id), (*above, key)) for use in item.components]

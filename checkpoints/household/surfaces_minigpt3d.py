@@ -17,13 +17,9 @@ from typing import Any
 import numpy as np
 
 from .meshes_minigpt3d import Surface, Textures
-from .readers_minigpt3d import PointCloudError, Points, warn
+from .readers_minigpt3d import PointCloudError, Points, limits, warn
 
 
-MAX_TEXTURE_BYTES = 1 << 30  # of an image file
-MAX_LOST_TEXTURES = 64  # after these, no more are searched for
-MAX_MATERIAL_FILES = 64
-MAX_MATERIAL_BYTES = 1 << 26  # of an MTL file
 # Where programs put textures that a file names without their folder.
 _TEXTURE_FOLDERS = ("", "textures", "texture", "images", "../textures")
 # What a color may exceed its range by.
@@ -207,7 +203,7 @@ class TextureFiles:
         """The texture `name` as (H, W, 4) uint8 with its first row at v = 0, or None."""
         key = (name, *folders)
         if key not in self._by_name:
-            self._by_name[key] = self._find(name, folders) if len(self._lost) < MAX_LOST_TEXTURES else None
+            self._by_name[key] = self._find(name, folders) if len(self._lost) < limits().max_lost_textures else None
         return self._by_name[key]
 
     def _find(self, name: str, folders: Iterable[Path]) -> np.ndarray | None:
@@ -215,7 +211,7 @@ class TextureFiles:
         if path is None:
             self._lost[name] = "not found"
             return None
-        if path.stat().st_size > MAX_TEXTURE_BYTES:
+        if path.stat().st_size > limits().max_texture_bytes:
             raise PointCloudError(f"its texture {name!r} has {path.stat().st_size:,} bytes. Make it smaller first.")
         return self.decode(name, path.read_bytes(), path)
 
