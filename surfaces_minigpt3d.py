@@ -29,14 +29,21 @@ _SLACK = 1e-3
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path, comment: bytes | None = None) -> list[bytes]:
-    """The lines of a text file in any encoding and with any line ends, tabs as blanks, without comments."""
+def read_lines(path: Path, comment: bytes | None = None, joins: bool = False) -> list[bytes]:
+    """The lines of a text file in any encoding and with any line ends, tabs as blanks, without comments.
+
+    Args:
+        comment: what begins a comment.
+        joins: whether a line that ends in a backslash, and is no comment, continues on the next one.
+    """
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", "replace").encode()
     data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\t", b" ")
     if comment is not None and comment in data:
         data = re.sub(re.escape(comment) + rb"[^\n]*", b"", data)
+    if joins and b"\\\n" in data:
+        data = re.sub(rb"(?m)^ *#.*\\$", b"", data).replace(b"\\\n", b" ")
     return data.split(b"\n")
 
 

@@ -55,7 +55,7 @@ class _Paint:
 
 def read_obj(path: Path) -> Points | list[Surface]:
     """An OBJ: its polygons with materials, textures and vertex colors; without faces its vertices."""
-    rows = _sort_lines(read_lines(path))
+    rows = _sort_lines(read_lines(path, joins=True))
     if not rows.vertices:
         raise PointCloudError("it has no vertices, no line that begins with 'v'.")
     coord, color = _vertices(rows.vertices)
@@ -105,15 +105,9 @@ def read_obj(path: Path) -> Points | list[Surface]:
 def _sort_lines(lines: list[bytes]) -> _Rows:
     rows, material, is_new_run = _Rows(), "", True
     vertices, uvs, faces = rows.vertices, rows.uvs, rows.faces
-    lines = iter(lines)
     for line in lines:
         if line[:1] == b" ":
             line = line.lstrip()
-        if line[-1:] == b"\\" and line[:1] != b"#":  # continues on the next line
-            parts = [line[:-1]]
-            while (line := next(lines, b""))[-1:] == b"\\":
-                parts.append(line[:-1])
-            line = b" ".join([*parts, line])
         key = line[:2]
         if key == b"v ":
             vertices.append(line[2:])
