@@ -11,6 +11,7 @@ or here (through a library); point_cloud_minigpt3d.py joins the tables.
 """
 
 import base64
+import gzip
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, check_zip, import_reader, limits
+from .readers_minigpt3d import PointCloudError, check_zip, folders_beside, import_reader, limits
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -56,6 +57,11 @@ def _read_assimp(path: Path) -> list[Surface]:
         detail = " ".join(re.sub(r"^Assimp error loading '.*?':", "", str(error)).split()) or "no mesh is found in it"
         if "triangulated" in detail:
             detail = "it holds lines or points"
+        if path.suffix.lower() == ".blend" and _is_new_blend(path):
+            raise PointCloudError(
+                "it was written by Blender 2.8 or later, whose files assimp-py does not read. Open it in Blender and export "
+                "it as .glb."
+            ) from error
         raise PointCloudError(
             f"assimp-py cannot read it ({detail[:200]}). Export it as .glb or .obj, with Blender for example."
         ) from error
@@ -75,6 +81,17 @@ def _read_assimp(path: Path) -> list[Surface]:
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
     return surfaces
+
+
+def _is_new_blend(path: Path) -> bool:
+    """Whether Blender 2.80 or later wrote a file; since 3.0 it may be compressed with Zstandard."""
+    with open(path, "rb") as stream:
+        start = stream.read(17)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(path) as stream:
+            start = stream.read(17)
+    version = re.match(rb"BLENDER[^v]*v(\d+)|BLENDER[^V]*V(\d+)", start)  # "BLENDER-v293", "BLENDER17-01v0500"
+    return start.startswith(b"\x28\xb5\x2f\xfd") or version is not None and int(version[1] or version[2]) >= 280
 
 
 def _walk(root: Any) -> Iterator[tuple[int, np.ndarray]]:
@@ -122,7 +139,7 @@ def _assimp_material(
             textures.lose(name, "embedded, which assimp-py does not show")
             texture = None
         else:
-            texture = textures.find(name, [path.parent]) if data is None else textures.decode(name, data)
+            texture = textures.find(name, folders_beside(path)) if data is None else textures.decode(name, data)
         if texture is not None:
             return Material(texture=texture)
         if not has_color or np.ptp(color) < 1e-3:  # a gray that stood beside the texture
@@ -266,7 +283,7 @@ def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | 
         if opened is not None:
             texture = textures.decode(name, bytes(opened.GetBuffer()))
         else:
-            texture = textures.find(name, [path.parent])
+            texture = textures.find(name, folders_beside(path))
         return None if texture is None else Material(texture=texture)
     color = entry.Get()
     return None if color is None else Material(np.append(np.clip(np.array(color), 0, 1), 1.0), linear=True)
@@ -282,7 +299,7 @@ CONVERSIONS: dict[str, str] = {
     suffix: remedy
     for remedy, suffixes in {
         "Export it as .glb, .obj or .ply from the program that wrote it, or with Blender or MeshLab.": (
-            ".wrl .vrml .max .ma .mb .c4d .skp .lxo .jt .3dm .blend1 .vtk .vtp .drc"
+            ".wrl .vrml .wrz .x3dv .x3db .x3dz .acc .max .ma .mb .c4d .skp .lxo .jt .3dm .blend1 .vtk .vtp .drc"
         ),
         "It holds exact shapes and no mesh. Export it as .stl, .3mf or .obj from a CAD program, FreeCAD for example.": (
             ".step .stp .iges .igs .brep .ifc .dwg .dxf .sldprt .ipt .f3d .fcstd .scad"

@@ -179,6 +179,25 @@ def called(name: str) -> Iterator[None]:
         _NAME.reset(token)
 
 
+_PACKED_IN = contextvars.ContextVar("folder of the .gz that is being read", default=None)
+
+
+@contextlib.contextmanager
+def packed_in(folder: Path) -> Iterator[None]:
+    """Within this context `folders_beside` also returns this folder."""
+    token = _PACKED_IN.set(folder)
+    try:
+        yield
+    finally:
+        _PACKED_IN.reset(token)
+
+
+def folders_beside(path: Path) -> list[Path]:
+    """Where the files that `path` names are: in its folder or, if it was unpacked, beside the .gz."""
+    packed = _PACKED_IN.get()
+    return [path.parent] if packed is None else [path.parent, packed]
+
+
 def warn(text: str):
     """Warn about the source that is being read."""
     warnings.warn(printable(f"{_NAME.get('the source')}: {text}"), UserWarning, stacklevel=3)

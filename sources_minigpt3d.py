@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from .readers_minigpt3d import PointCloudError, check_unpacked_size, limits, printable
+from .readers_minigpt3d import PointCloudError, check_unpacked_size, limits, packed_in, printable
 
 
 ALLOW_PRIVATE_VARIABLE = "MINIGPT3D_ALLOW_PRIVATE_URLS"
@@ -66,6 +66,7 @@ def local_file(source: Any) -> Iterator[Path]:
         path = _find(source, stack)
         _check_regular(path)
         if path.suffix.lower() == ".gz":
+            stack.enter_context(packed_in(path.parent))
             path = _unpack(path, stack)
         yield path
 

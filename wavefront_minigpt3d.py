@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, limits, warn
+from .readers_minigpt3d import PointCloudError, Points, folders_beside, limits, warn
 from .surfaces_minigpt3d import (
     TextureFiles,
     check_indices,
@@ -258,20 +258,21 @@ def _read_libraries(
     for line in list(dict.fromkeys(lines))[: limits().max_material_files]:
         uncommented = re.split(r"\s#", line)[0].strip()
         for spelling in dict.fromkeys((line, uncommented)):  # a name may hold blanks
-            file = find_file(spelling, [path.parent])
+            file = find_file(spelling, folders_beside(path))
             if file is not None:
                 files.append(file)
                 break
         else:
             found = {
-                name: find_file(name, [path.parent]) for name in uncommented.split()[: limits().max_material_files]
+                name: find_file(name, folders_beside(path))
+                for name in uncommented.split()[: limits().max_material_files]
             }
             files += [file for file in found.values() if file is not None]
             lost = [name for name, file in found.items() if file is None]
             missing += [line] if len(lost) == len(found) else lost
     if not files and (missing or uses_materials):
         for name in (f"{path.stem}.mtl", f"{path.name}.mtl"):
-            files += [file] if (file := find_file(name, [path.parent])) else []
+            files += [file] if (file := find_file(name, folders_beside(path))) else []
         missing = [] if files else missing
     if missing:
         warn(f"its material file {missing[0][:200]!r} was not found.")
@@ -279,7 +280,7 @@ def _read_libraries(
     for file in dict.fromkeys(files):
         if file.stat().st_size > limits().max_material_bytes:
             raise PointCloudError(f"its material file {file.name} has {file.stat().st_size:,} bytes.")
-        _read_mtl(file, [file.parent, path.parent], textures, paints)
+        _read_mtl(file, [file.parent, *folders_beside(path)], textures, paints)
     return paints, not missing
 
 

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .meshes_minigpt3d import Material, TextureLimitError, Textures
-from .readers_minigpt3d import MissingReaderError, PointCloudError, check_unpacked_size, import_reader, limits, warn
+from .readers_minigpt3d import (
+    MissingReaderError,
+    PointCloudError,
+    check_unpacked_size,
+    folders_beside,
+    import_reader,
+    limits,
+    warn,
+)
 
 
 _COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -107,13 +115,14 @@ class GltfFile:
         own machine; of those only the name counts."""
         names = [text.replace("\\", "/") for text in (urllib.parse.unquote(uri), uri)]
         for name in [*(name for name in names if name[:1] != "/"), *(name.rsplit("/", 1)[-1] for name in names)]:
-            path = self.path.parent / name.replace("\0", "")
-            if path.is_file():
-                return path
-            if path.parent.is_dir():
-                for other in path.parent.iterdir():
-                    if other.name.casefold() == path.name.casefold() and other.is_file():
-                        return other
+            for folder in folders_beside(self.path):
+                path = folder / name.replace("\0", "")
+                if path.is_file():
+                    return path
+                if path.parent.is_dir():
+                    for other in path.parent.iterdir():
+                        if other.name.casefold() == path.name.casefold() and other.is_file():
+                            return other
         raise PointCloudError(f"its file {names[0][:200]!r} is missing. Put it beside this one.")
 
     def load(self, uri: Any) -> np.ndarray:

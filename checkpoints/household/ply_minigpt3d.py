@@ -14,7 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, named_colors, read_ply_header, read_ply_points, warn
+from .readers_minigpt3d import (
+    PointCloudError,
+    Points,
+    folders_beside,
+    named_colors,
+    read_ply_header,
+    read_ply_points,
+    warn,
+)
 from .surfaces_minigpt3d import (
     TextureFiles,
     check_indices,
@@ -131,7 +139,7 @@ def _textured(
     for index, here in split_groups(number):
         texture = None
         if 0 <= index < len(names):
-            texture = textures.find(names[index], [path.parent])
+            texture = textures.find(names[index], folders_beside(path))
         elif index >= 0:
             textures.lose(f"number {index} and above", "not named in the header")
         if texture is None:

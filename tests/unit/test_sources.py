@@ -4,6 +4,7 @@ import gzip
 import http.server
 import io
 import os
+import shutil
 import ssl
 import subprocess
 import threading
@@ -13,7 +14,7 @@ import warnings
 
 import numpy as np
 import pytest
-from point_cases import make_object, what_is_seen
+from point_cases import CASES, make_object, what_is_seen
 from test_scans import COLORED, PCD_FIELDS, RGB, pcd_bytes, ply_bytes, write_las
 
 from minigpt3d import sources_minigpt3d
@@ -119,6 +120,15 @@ def test_gzip_bombs_and_damage(tmp_path):
     refused(path, "would unpack to", limits=ReadingLimits(ratio_floor_bytes=100_000))
     (tmp_path / "cloud.gz.gz").write_bytes(gzip.compress(gzip.compress(TEXT)))
     refused(tmp_path / "cloud.gz.gz", "twice")
+
+
+@pytest.mark.parametrize("name", ["obj_map_so.obj", "mply_tex_wedge_space_name.ply", "g_external_percent20.gltf"])
+def test_files_beside_a_gz_are_found(tmp_path, name):
+    for path in CASES.iterdir():
+        if path.suffix in (".mtl", ".png", ".bin"):
+            shutil.copy(path, tmp_path)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress((CASES / name).read_bytes()))
+    assert what_is_seen(tmp_path / f"{name}.gz") == "AB"
 
 
 def test_open_files_are_read_to_a_limit():

@@ -345,6 +345,18 @@ def test_formats_that_are_not_read_say_how_to_convert(tmp_path):
             load_point_cloud(tmp_path / "a.fbx")
 
 
+@pytest.mark.parametrize("start", [b"BLENDER-v293RENDH", b"BLENDER17-01v0500", b"\x28\xb5\x2f\xfd", b"BLENDER_v280"])
+def test_files_of_new_blender_are_named(tmp_path, start):
+    pytest.importorskip("assimp_py")
+    (tmp_path / "a.blend").write_bytes(start + bytes(500))
+    with pytest.raises(PointCloudError, match=r"Blender 2\.8.*\.glb"):
+        load_point_cloud(tmp_path / "a.blend")
+    (tmp_path / "a.blend").write_bytes(b"BLENDER-v279" + bytes(500))
+    with pytest.raises(PointCloudError) as caught:
+        load_point_cloud(tmp_path / "a.blend")
+    assert "2.8" not in str(caught.value)
+
+
 def test_scene_of_assimp(tmp_path, monkeypatch):
     """What assimp-py shows of a file becomes surfaces in their places, also where its library is absent."""
     square = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32)
