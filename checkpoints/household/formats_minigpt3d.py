@@ -13,6 +13,7 @@ or here (through a library); point_cloud_minigpt3d.py joins the tables.
 import base64
 import gzip
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, check_zip, folders_beside, import_reader, limits
+from .readers_minigpt3d import PointCloudError, check_zip, folders_beside, import_reader, limits, too_few
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -178,9 +179,31 @@ def _embedded_textures(path: Path) -> dict[str, bytes]:
 # ---- USD ------------------------------------------------------------------------------------------------------------
 
 
+def _check_usd(path: Path):
+    """Compare the table of contents of each binary part with its size: usd-core allocates what it says.
+
+    Raises:
+        PointCloudError: they disagree.
+    """
+    if zipfile.is_zipfile(path):
+        check_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.lower().endswith((".usd", ".usdc"))]
+            parts = [archive.read(name) for name in names]
+    else:
+        parts = [path.read_bytes()]
+    for part in parts:
+        if part.startswith(b"PXR-USDC"):
+            start = int.from_bytes(part[16:24], "little")
+            num_sections = int.from_bytes(part[start : start + 8], "little")
+            if start + 8 + 32 * num_sections > len(part):
+                raise too_few(f"{num_sections:,} sections from byte {start:,}", f"it has {len(part):,} bytes")
+
+
 def _read_usd(path: Path) -> list[Surface]:
     usd = import_reader("pxr.Usd", "usd-core")
     geometry, shading = import_reader("pxr.UsdGeom", "usd-core"), import_reader("pxr.UsdShade", "usd-core")
+    _check_usd(path)
     try:
         stage = usd.Stage.Open(str(path))
     except Exception as error:  # pxr.Tf.ErrorException, with a report of several lines
