@@ -123,14 +123,16 @@ def load_with_facts(
             else:
                 coord, color = sample_surface(content, num_points, rng)
                 counts = None, sum(len(surface.corners) for surface in content)
-            facts = CloudFacts(*counts, has_color=not np.isnan(color).all())
+            has_no_color = np.isnan(color)
+            facts = CloudFacts(*counts, has_color=not has_no_color.all())
             if not facts.has_color and is_file_like(source):
                 what = "points have" if isinstance(content, Points) else "surface has"
                 warn(
                     f"its {what} no color, so all points are {missing_color}. What is answered about its color is not to "
                     "be believed."
                 )
-        color = np.where(np.isnan(color), fill, color)
+        if has_no_color.any():
+            color = np.where(has_no_color, fill, color)
         if up_axis is not None:
             coord = coord @ _UP_ROTATIONS[up_axis].T
         coord = _normalize(coord)

@@ -106,6 +106,9 @@ def _are_normals(columns: np.ndarray, in_text: bool) -> bool:
     """Whether rows (N, 3) have length 1; a few may be zero or NaN, where no normal was found."""
     if columns.dtype.kind != "f" or not len(columns):
         return False
+    few = np.linalg.norm(columns[:16].astype(np.float64), axis=1)
+    if (np.abs(few[few > 0] - 1) > _NORMAL_SLACK).any():  # of most clouds a look at the first rows is enough
+        return False
     sample = columns[:: max(1, len(columns) // 10_000)].astype(np.float64)
     length = np.sqrt((sample**2).sum(axis=1))
     measured = np.isfinite(length) & (length > 0)
