@@ -26,6 +26,7 @@ _MODULES = {
     "prepare_tokenizer": "processing_minigpt3d",
     "PointCloudToTextPipeline": "pipeline_minigpt3d",
     "PointCloudError": "point_cloud_minigpt3d",
+    "ReadingLimits": "point_cloud_minigpt3d",
     "load_point_cloud": "point_cloud_minigpt3d",
 }
 __all__ = sorted(_MODULES)

@@ -7,6 +7,7 @@ Shapes: V vertices, F triangles.
 
 import array
 import posixpath
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,14 +18,9 @@ import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces
 from .ply_minigpt3d import read_ply
-from .readers_minigpt3d import PointCloudError, Points, check_zip, import_reader
-from .surfaces_minigpt3d import TextureFiles, check_indices, read_off, read_stl, split_groups
+from .readers_minigpt3d import PointCloudError, Points, check_zip, import_reader, limits
+from .surfaces_minigpt3d import TextureFiles, check_indices, parse_numbers, read_off, read_stl, split_groups
 from .wavefront_minigpt3d import read_obj
-
-
-# Objects within objects of a 3MF: how deep, and how many in all.
-MAX_DEPTH = 32
-MAX_OBJECTS = 100_000
 
 
 # ---- Models of a 3MF ------------------------------------------------------------------------------------------------
@@ -54,6 +50,33 @@ class _Object:
     components: list[_Use]
 
 
+# Elements that differ in their numbers only.
+_LIST = re.compile(rb"<(vertices|triangles)\s*>\s*(?=<\w+\s)")
+_LIST_NUMBER = b"minigpt3d_list"
+
+
+def _read_list(text: bytes) -> dict[str, np.ndarray] | None:
+    """The attributes of a list of elements that are all written as the first one is, (N,) each; None if they are not.
+
+    lxml takes 5 µs for an element, and a mesh may have millions.
+    """
+    names = re.findall(rb'\s(\w+)="', text[: text.index(b">")])
+    first, *others = re.split(rb'"[^"]*"', text[: text.index(b">") + 1])
+    count = text.count(b"<")
+    separators = [first + b'"', *(b'"' + other + b'"' for other in others[:-1]), b'"' + others[-1]]
+    for separator in separators:
+        if text.count(separator) != count:
+            return None
+        text = text.replace(separator, b" ")
+    try:
+        values = parse_numbers(text)
+    except PointCloudError:  # lxml's words about it are better
+        return None
+    if len(values) != count * len(names):
+        return None
+    return {name.decode(): column for name, column in zip(names, values.reshape(count, -1).T, strict=True)}
+
+
 class _ModelTarget:
     """Collects a .model while lxml parses it, without a tree in memory."""
 
@@ -68,6 +91,22 @@ class _ModelTarget:
         self._group: _Group | None = None
         self._tags: dict[str, str] = {}  # without their namespace
         self._default = (-1, -1)  # pid and pindex of the object
+        self._lists: list[dict[str, np.ndarray]] = []
+
+    def take_lists(self, text: bytes) -> bytes:
+        """Read lists before lxml sees them, and leave their numbers in their places."""
+        parts, start = [], 0
+        while match := _LIST.search(text, start):
+            end = text.find(b"</", match.end())
+            columns = _read_list(text[match.end() : end])
+            parts.append(text[start : match.end()])
+            if columns is not None and set(columns) in ({"x", "y", "z"}, {"v1", "v2", "v3"}):
+                parts[-1] = text[start : match.start()] + b'<%b %b="%d">' % (match[1], _LIST_NUMBER, len(self._lists))
+                self._lists.append(columns)
+            else:
+                end = match.end()
+            start = end
+        return b"".join([*parts, text[start:]])
 
     def doctype(self, *_):
         raise PointCloudError("it has a document type with entities, which 3MF does not allow.")
@@ -79,6 +118,8 @@ class _ModelTarget:
             self._object.vertices.extend((float(read("x")), float(read("y")), float(read("z"))))
         elif tag == "triangle" and self._object:
             self._add_triangle(read)
+        elif self._object and (number := read(_LIST_NUMBER.decode())):
+            self._add_list(self._lists[int(number)])
         elif tag == "object":
             self._object = _Object(array.array("d"), array.array("q"), [])
             self._default = (self._number(read("pid")), int(read("pindex", 0)))
@@ -118,6 +159,16 @@ class _ModelTarget:
         first = self._default[1] if first is None else int(first)
         corners = (int(read("v1")), int(read("v2")), int(read("v3")))
         self._object.triangles.extend((*corners, first, int(read("p2", first)), int(read("p3", first)), pid))
+
+    def _add_list(self, columns: dict[str, np.ndarray]):
+        if "x" in columns:
+            self._object.vertices.frombytes(np.column_stack([columns[axis] for axis in "xyz"]).tobytes())
+            return
+        pid, first = self._default
+        corners = np.column_stack([columns[name] for name in ("v1", "v2", "v3")])
+        table = np.full((len(corners), 7), first, dtype=np.int64)
+        table[:, :3], table[:, 6] = np.where(np.abs(corners) < 2**53, corners, -1), pid
+        self._object.triangles.frombytes(table.tobytes())
 
     def _use(self, attributes: Any) -> _Use:
         path = next((value for name, value in attributes.items() if name.rpartition("}")[2] == "path"), None)
@@ -198,8 +249,10 @@ class _Reader:
         items = model.items or [_Use(root, object_id, np.eye(4, 3)) for object_id in self._top_objects(model)]
         totals = [self._count((self._key(item.part), item.object_id), ()) for item in items]
         check_num_faces(sum(faces for faces, _ in totals))
-        if sum(uses for _, uses in totals) > MAX_OBJECTS:
-            raise PointCloudError(f"it places more than the {MAX_OBJECTS:,} objects allowed. Merge them first.")
+        if sum(uses for _, uses in totals) > limits().max_objects:
+            raise PointCloudError(
+                f"it places more than the {limits().max_objects:,} objects allowed. Merge them first."
+            )
         return [surface for item in items for surface in self._place(item, np.eye(4))]
 
     @staticmethod
@@ -220,9 +273,7 @@ class _Reader:
                 raise PointCloudError(f"its part {key!r} is missing in the archive. Export it again.")
             etree, target = import_reader("lxml.etree", "lxml"), _ModelTarget(key)
             parser = etree.XMLParser(target=target, resolve_entities=False, no_network=True, huge_tree=False)
-            with self.archive.open(self._members[key]) as stream:
-                while chunk := stream.read(1 << 20):
-                    parser.feed(chunk)
+            parser.feed(target.take_lists(self.archive.read(self._members[key])))
             self._models[key] = parser.close()
         return self._models[key]
 
@@ -234,8 +285,10 @@ class _Reader:
 
     def _count(self, key: tuple[str, str], above: tuple) -> tuple[int, int]:
         """Faces and objects that placing an object places, before anything is placed."""
-        if key in above or len(above) > MAX_DEPTH:
-            raise PointCloudError(f"its objects contain themselves, or are nested deeper than {MAX_DEPTH} times.")
+        if key in above or len(above) > limits().max_depth:
+            raise PointCloudError(
+                f"its objects contain themselves, or are nested deeper than {limits().max_depth} times."
+            )
         if key not in self._counts:
             item = self._object(key)
             inner = [self._count((self._key(use.part), use.object_id), (*above, key)) for use in item.components]

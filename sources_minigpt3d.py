@@ -23,16 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from .readers_minigpt3d import (
-    MAX_DOWNLOAD_BYTES,
-    MAX_DOWNLOAD_SECONDS,
-    MAX_REDIRECTS,
-    MAX_UNPACKED_BYTES,
-    URL_TIMEOUT_SECONDS,
-    PointCloudError,
-    check_unpacked_size,
-    printable,
-)
+from .readers_minigpt3d import PointCloudError, check_unpacked_size, limits, packed_in, printable
 
 
 ALLOW_PRIVATE_VARIABLE = "MINIGPT3D_ALLOW_PRIVATE_URLS"
@@ -75,6 +66,7 @@ def local_file(source: Any) -> Iterator[Path]:
         path = _find(source, stack)
         _check_regular(path)
         if path.suffix.lower() == ".gz":
+            stack.enter_context(packed_in(path.parent))
             path = _unpack(path, stack)
         yield path
 
@@ -145,7 +137,7 @@ def _save(content: Any, name: str, stack: contextlib.ExitStack) -> Path:
     path = folder / (_safe_name(name) or "cloud")
     with open(path, "wb") as target:
         if hasattr(content, "read"):
-            _copy(content, target, MAX_UNPACKED_BYTES)
+            _copy(content, target, limits().max_unpacked_bytes)
         else:
             target.write(content)
     return path if path.suffix else _with_suffix(path)
@@ -165,7 +157,7 @@ def _copy(source: Any, target: BinaryIO, limit: int, deadline: float | None = No
         if size > limit:
             raise PointCloudError(f"it has more than the {limit:,} bytes allowed, and is not read further.")
         if deadline is not None and time.monotonic() > deadline:
-            raise PointCloudError(f"it was not complete after {MAX_DOWNLOAD_SECONDS} seconds.")
+            raise PointCloudError(f"it was not complete after {limits().max_download_seconds} seconds.")
         target.write(block)
 
 
@@ -294,9 +286,9 @@ def _without_secrets(text: str) -> str:
 
 
 def _download(url: str, stack: contextlib.ExitStack) -> Path:
-    deadline = time.monotonic() + MAX_DOWNLOAD_SECONDS
+    deadline = time.monotonic() + limits().max_download_seconds
     try:
-        for _ in range(MAX_REDIRECTS + 1):
+        for _ in range(limits().max_redirects + 1):
             connection = _connect(url)
             stack.callback(connection.close)
             parts = urllib.parse.urlsplit(url)
@@ -310,19 +302,19 @@ def _download(url: str, stack: contextlib.ExitStack) -> Path:
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         raise PointCloudError(f"it cannot be downloaded: {printable(reason)[:200]}.") from error
-    raise PointCloudError(f"it was redirected more than {MAX_REDIRECTS} times.")
+    raise PointCloudError(f"it was redirected more than {limits().max_redirects} times.")
 
 
 def _save_response(response: http.client.HTTPResponse, url: str, deadline: float, stack: contextlib.ExitStack) -> Path:
     if response.status != 200:
         raise PointCloudError(f"the server answers {response.status} {printable(response.reason)[:80]}.")
     stated = response.headers.get("Content-Length", "")
-    if stated.isdecimal() and int(stated) > MAX_DOWNLOAD_BYTES:
-        raise PointCloudError(f"it has {int(stated):,} bytes, more than the {MAX_DOWNLOAD_BYTES:,} allowed.")
+    if stated.isdecimal() and int(stated) > limits().max_download_bytes:
+        raise PointCloudError(f"it has {int(stated):,} bytes, more than the {limits().max_download_bytes:,} allowed.")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     path = folder / (_safe_name(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) or "cloud")
     with open(path, "wb") as target:
-        _copy(response, target, MAX_DOWNLOAD_BYTES, deadline)
+        _copy(response, target, limits().max_download_bytes, deadline)
     if stated.isdecimal() and path.stat().st_size < int(stated):
         raise PointCloudError(f"the download ended after {path.stat().st_size:,} of {int(stated):,} bytes.")
     return path if path.suffix else _with_suffix(path)
@@ -343,7 +335,7 @@ def _connect(url: str) -> http.client.HTTPSConnection:
         raise PointCloudError(f"it leads to {parts.scheme or 'no'}://; only https:// is read.")
     address = _public_address(host, port)
     connection = http.client.HTTPSConnection(
-        host, port, timeout=URL_TIMEOUT_SECONDS, context=ssl.create_default_context()
+        host, port, timeout=limits().url_timeout_seconds, context=ssl.create_default_context()
     )
     # The name stays for the certificate; the connection goes to the address that was checked.
     connection._create_connection = lambda _, timeout, source: socket.create_connection(address, timeout, source)

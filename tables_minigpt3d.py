@@ -64,9 +64,9 @@ def split_columns(array: np.ndarray, in_text: bool = False) -> Points:
     if array.dtype.names is not None:
         return _split_fields(array)
     if array.ndim != 2 or array.shape[1] not in (3, 4, 6, 7, 9):
-        raise PointCloudError(
-            f"a cloud has shape {_SHAPES}, got {array.shape}. Pass one cloud at a time, with these columns only."
-        )
+        is_turned = array.ndim == 2 and len(array) in (3, 4, 6, 7, 9)
+        remedy = "Pass its transpose, array.T." if is_turned else "Pass one cloud at a time, with these columns only."
+        raise PointCloudError(f"a cloud has shape {_SHAPES}, got {array.shape}. {remedy}")
     if array.dtype.kind not in "fiu":
         raise PointCloudError(f"a cloud holds real numbers, got dtype {array.dtype}.")
     if isinstance(array, np.ma.MaskedArray):
@@ -105,6 +105,9 @@ def _find_color(extra: np.ndarray, in_text: bool) -> np.ndarray | None:
 def _are_normals(columns: np.ndarray, in_text: bool) -> bool:
     """Whether rows (N, 3) have length 1; a few may be zero or NaN, where no normal was found."""
     if columns.dtype.kind != "f" or not len(columns):
+        return False
+    few = np.linalg.norm(columns[:16].astype(np.float64), axis=1)
+    if (np.abs(few[few > 0] - 1) > _NORMAL_SLACK).any():  # of most clouds a look at the first rows is enough
         return False
     sample = columns[:: max(1, len(columns) // 10_000)].astype(np.float64)
     length = np.sqrt((sample**2).sum(axis=1))
@@ -149,7 +152,8 @@ def _intensity_is_first(extra: np.ndarray) -> bool:
 def _read_array(stream: io.BufferedIOBase, num_bytes: int) -> np.ndarray:
     """A .npy of `num_bytes` bytes. Nothing is unpickled, and memory is allocated only for values that are there."""
     version = np.lib.format.read_magic(stream)
-    header_readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    read_2_0 = np.lib.format.read_array_header_2_0  # 3.0 differs in the encoding of names
+    header_readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): read_2_0, (3, 0): read_2_0}
     if version not in header_readers:
         raise PointCloudError(f".npy format {version} is not known. Save it again with numpy.save.")
     shape, fortran_order, dtype = header_readers[version](stream)

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .readers_minigpt3d import (
-    MAX_HEADER_LINES,
-    MAX_LINE_CHARACTERS,
     NotACloudError,
     PointCloudError,
     Points,
     color_names,
     coord_names,
+    limits,
     named_columns,
     printable,
 )
@@ -99,7 +98,7 @@ def _find_layout(path: Path) -> _Layout:
     with open(path, encoding=encoding, errors="replace") as stream:
         lines = _short_lines(stream)
         for line in lines:
-            if len(before) > MAX_HEADER_LINES:
+            if len(before) > limits().max_header_lines:
                 break
             cells, delimiter, decimal_comma, is_plain = _split_row(line)
             numbers = _number_columns(cells)
@@ -138,9 +137,10 @@ def _find_encoding(path: Path) -> str:
 
 
 def _short_lines(stream: io.TextIOBase) -> Iterator[str]:
-    while line := stream.readline(MAX_LINE_CHARACTERS):
-        if len(line) == MAX_LINE_CHARACTERS:
-            raise NotACloudError(f"it has a line of more than {MAX_LINE_CHARACTERS:,} characters, so it is no table.")
+    longest = limits().max_line_characters
+    while line := stream.readline(longest):
+        if len(line) == longest:
+            raise NotACloudError(f"it has a line of more than {longest:,} characters, so it is no table.")
         yield line
 
 

@@ -33,7 +33,7 @@ def run(options: Options, argv: list[str]) -> int:
     if isinstance(options.path, Path) and not options.path.is_file():
         problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
         raise ValueError(f"{options.path}: {problem}")
-    with FileReader(load_orientations) as reader:
+    with FileReader(load_orientations, limits=options.limits) as reader:
         pipeline = load_pipeline(options)
         (result,) = read_clouds(reader, pipeline, [options.path], options)
     if result.error is not None:

@@ -109,7 +109,7 @@ def describe_files(progress: Progress, options: Options):
     from minigpt3d.point_cloud_minigpt3d import load_orientations
 
     files = progress.files
-    with FileReader(load_orientations) as reader:  # it starts while the model loads
+    with FileReader(load_orientations, limits=options.limits) as reader:  # it starts while the model loads
         pipeline = load_pipeline(options)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
         bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)

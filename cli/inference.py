@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minigpt3d.arguments import option, positive_int, with_flags
+from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.messages import one_line
 from minigpt3d.sources_minigpt3d import source_name
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(ReadingOptions):
+class InferenceOptions(ReadingOptions, LimitOptions):
     """Which model answers, how, and how its files are read."""
 
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import flag, natural_int, option, positive_int, with_flags
+from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
 
 from .console import complain
@@ -21,7 +22,7 @@ EPILOG = (
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions):
+class Options(ReadingOptions, LimitOptions):
     data: Path | None = option("folder of PointLLM's point clouds, {object_id}_8192.npy", default=None, metavar="DIR")
     annotations: list[Path] = option("PointLLM's annotations of these clouds", default=[], metavar="JSON")
     from_: Path | None = option(
@@ -61,6 +62,7 @@ def run(options: Options, argv: list[str]) -> int:
         reading=options.reading,
         # Of PointLLM's clouds there are hundreds of thousands.
         notify=None if options.from_ is None else lambda text: complain(f"warning: {with_flags(text, Options, '-')}"),
+        limits=options.limits,
     )
     for line in manifest["broken"]:
         complain(f"skipped: {line}")

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minigpt3d.arguments import number_between, option
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import PointCloudError, printable
 
@@ -62,6 +63,35 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
+
+
+@dataclass(kw_only=True)
+class LimitOptions:
+    """The options of every command that reads files in processes of their own; the defaults are `LIMITS`."""
+
+    max_seconds: float | None = option(
+        f"seconds for reading a file, and {LIMITS.seconds_per_mb:g} more for each megabyte of it (default: "
+        f"{LIMITS.seconds:g})",
+        default=None,
+        type=number_between(0.1, 1e6),
+        metavar="SECONDS",
+    )
+    max_memory: float | None = option(
+        f"GiB of memory for reading a file, and {LIMITS.memory_per_byte} times its size (default: "
+        f"{LIMITS.memory / 1024**3:g}; on Linux only)",
+        default=None,
+        type=number_between(0.1, 1e6),
+        metavar="GIB",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        limits = LIMITS
+        if self.max_seconds is not None:
+            limits = limits._replace(seconds=self.max_seconds)
+        if self.max_memory is not None:
+            limits = limits._replace(memory=int(self.max_memory * 1024**3))
+        return limits
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from minigpt3d.files import read_json, write_json, write_text, written_file
 from minigpt3d.messages import MultilineError, one_line
 
 from .clouds import load_encoded, point_cloud_path
-from .reading import FileReader, FileResult
+from .reading import FileReader, FileResult, Limits
 from .records import SOURCES, read_records, to_sample
 from .sources import MANIFEST_FILE, ROWS_PER_GROUP
 from .tables import read_table
@@ -116,6 +116,7 @@ def pack(
     max_broken: float = 0.01,
     num_workers: int | None = None,
     reading: dict | None = None,
+    limits: Limits | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> dict:
     """Write the data set; returns its manifest.
@@ -130,6 +131,7 @@ def pack(
         max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
         num_workers: processes; by default one for each core.
         reading: arguments of `load_point_cloud` for the files, such as `up_axis`.
+        limits: of reading one file.
         notify: called with each warning about a file.
 
     Raises:
@@ -145,7 +147,7 @@ def pack(
     partial = output_dir.with_name(output_dir.name + ".partial")
     shards = list(plan_shards(partial, entries, seed, rows_per_shard))
     check_plan(partial, shards, [seed, NUM_POINTS, reading])
-    facts = _write_shards(shards, reading, max_broken, num_workers, notify)
+    facts = _write_shards(shards, reading, max_broken, num_workers, limits, notify)
     manifest = _manifest(shards, facts, seed) | {"reading": reading}
     write_json(partial / MANIFEST_FILE, manifest)
     write_text(partial / "README.md", dataset_card(manifest))
@@ -191,6 +193,7 @@ def _write_shards(
     reading: dict,
     max_broken: float,
     num_workers: int | None,
+    limits: Limits | None,
     notify: Callable[[str], None] | None,
 ) -> dict[Path, dict]:
     """Write the shards that are not there yet; returns the facts of all of them."""
@@ -201,7 +204,7 @@ def _write_shards(
     num_processes = max(1, min(num_workers or os.cpu_count() or 1, len(paths)))
     with (
         tqdm(total=total, desc="packing", unit="object", disable=None) as progress,
-        FileReader(load_encoded, num_processes) as reader,
+        FileReader(load_encoded, num_processes, limits) as reader,
     ):
         progress.update(total - len(paths))
         results = reader.read_files(paths, num_points=NUM_POINTS, **reading)

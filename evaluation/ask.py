@@ -97,7 +97,7 @@ def ask_model(plan: EvaluationPlan, name: str, fingerprint: str, command: str) -
 
 def _make_settings(plan: EvaluationPlan, fingerprint: str) -> Settings:
     is_main = PartialState().is_main_process
-    dataset = check_clouds(plan.objects.values()) if is_main else ""
+    dataset = check_clouds(plan.objects.values(), plan.options.limits) if is_main else ""
     return Settings(plan.suite.name, len(plan.objects), dataset, fingerprint, seed=plan.options.seed)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt3d.arguments import natural_int, number_between, option, positive_int
+from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.hub import check_device
 from minigpt3d.messages import one_line
@@ -26,7 +27,7 @@ JUDGE_OPTIONS = ("judge_url", "judge_prompt", "judge_cache", "judge_max_tokens",
 
 
 @dataclass
-class EvaluateOptions(ReadingOptions):
+class EvaluateOptions(ReadingOptions, LimitOptions):
     """Options of an evaluation; see the help of each field."""
 
     suite: str = option("objects and questions, see below", positional=True, metavar="SUITE", choices=list(SUITES))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt3d.data.clouds import decode_cloud, point_cloud_path, read_point_cloud
-from minigpt3d.data.reading import FileReader
+from minigpt3d.data.reading import FileReader, Limits
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import MANIFEST_FILE, PackedSource, read_manifest
 from minigpt3d.data.tables import TABLE_SUFFIXES, UNREADABLE_SUFFIXES, read_table
@@ -80,14 +80,14 @@ def read_objects(options: EvaluateOptions) -> list[EvalObject]:
     return read_household(HOUSEHOLD_FILE if options.data is None else Path(options.data))
 
 
-def check_clouds(objects: Collection[EvalObject]) -> str:
-    """Read every cloud once; returns a hash of ids, references and clouds.
+def check_clouds(objects: Collection[EvalObject], limits: Limits | None = None) -> str:
+    """Read every cloud once, own files within limits; returns a hash of ids, references and clouds.
 
     Raises:
         MultilineError: some cannot be read.
     """
     digest, broken = hashlib.sha256(), []
-    with progress(len(objects), "reading", "object") as bar, closing(_read_all(objects)) as clouds:
+    with progress(len(objects), "reading", "object") as bar, closing(_read_all(objects, limits)) as clouds:
         for item, cloud in zip(objects, clouds, strict=True):
             bar.update()
             digest.update(json.dumps([item.object_id, item.label, item.caption, item.color]).encode())
@@ -103,7 +103,7 @@ def check_clouds(objects: Collection[EvalObject]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_all(objects: Collection[EvalObject]) -> Iterator[np.ndarray | Exception]:
+def _read_all(objects: Collection[EvalObject], limits: Limits | None) -> Iterator[np.ndarray | Exception]:
     """Clouds, or why there is none. Files of any format are read in a process of their own, since some end it."""
     files = [item.read for item in objects if isinstance(item.read, CloudFile)]
     if not files:
@@ -113,7 +113,7 @@ def _read_all(objects: Collection[EvalObject]) -> Iterator[np.ndarray | Exceptio
             except (ValueError, OSError) as error:
                 yield error
         return
-    with FileReader(load_point_cloud) as reader:
+    with FileReader(load_point_cloud, limits=limits) as reader:
         for result in reader.read_files([file.path for file in files], num_points=NUM_POINTS, **files[0].reading):
             for text in result.warnings:
                 warnings.warn(text, stacklevel=2)

@@ -11,15 +11,17 @@ or here (through a library); point_cloud_minigpt3d.py joins the tables.
 """
 
 import base64
+import gzip
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, check_zip, import_reader
+from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
+from .readers_minigpt3d import PointCloudError, check_zip, folders_beside, import_reader, limits, too_few
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -56,6 +58,11 @@ def _read_assimp(path: Path) -> list[Surface]:
         detail = " ".join(re.sub(r"^Assimp error loading '.*?':", "", str(error)).split()) or "no mesh is found in it"
         if "triangulated" in detail:
             detail = "it holds lines or points"
+        if path.suffix.lower() == ".blend" and _is_new_blend(path):
+            raise PointCloudError(
+                "it was written by Blender 2.8 or later, whose files assimp-py does not read. Open it in Blender and export "
+                "it as .glb."
+            ) from error
         raise PointCloudError(
             f"assimp-py cannot read it ({detail[:200]}). Export it as .glb or .obj, with Blender for example."
         ) from error
@@ -77,14 +84,25 @@ def _read_assimp(path: Path) -> list[Surface]:
     return surfaces
 
 
+def _is_new_blend(path: Path) -> bool:
+    """Whether Blender 2.80 or later wrote a file; since 3.0 it may be compressed with Zstandard."""
+    with open(path, "rb") as stream:
+        start = stream.read(17)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(path) as stream:
+            start = stream.read(17)
+    version = re.match(rb"BLENDER[^v]*v(\d+)|BLENDER[^V]*V(\d+)", start)  # "BLENDER-v293", "BLENDER17-01v0500"
+    return start.startswith(b"\x28\xb5\x2f\xfd") or version is not None and int(version[1] or version[2]) >= 280
+
+
 def _walk(root: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Every mesh at every place, by the number of the mesh, and its matrix (4, 4)."""
     stack, num_nodes = [(root, np.eye(4))], 0
     while stack:
         node, matrix = stack.pop()
         num_nodes += 1
-        if num_nodes > MAX_NODES:
-            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
+        if num_nodes > limits().max_nodes:
+            raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         matrix = matrix @ np.array(node.transformation)
         yield from ((index, matrix) for index in node.mesh_indices)
         stack.extend((child, matrix) for child in reversed(node.children))
@@ -122,7 +140,7 @@ def _assimp_material(
             textures.lose(name, "embedded, which assimp-py does not show")
             texture = None
         else:
-            texture = textures.find(name, [path.parent]) if data is None else textures.decode(name, data)
+            texture = textures.find(name, folders_beside(path)) if data is None else textures.decode(name, data)
         if texture is not None:
             return Material(texture=texture)
         if not has_color or np.ptp(color) < 1e-3:  # a gray that stood beside the texture
@@ -161,9 +179,31 @@ def _embedded_textures(path: Path) -> dict[str, bytes]:
 # ---- USD ------------------------------------------------------------------------------------------------------------
 
 
+def _check_usd(path: Path):
+    """Compare the table of contents of each binary part with its size: usd-core allocates what it says.
+
+    Raises:
+        PointCloudError: they disagree.
+    """
+    if zipfile.is_zipfile(path):
+        check_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.lower().endswith((".usd", ".usdc"))]
+            parts = [archive.read(name) for name in names]
+    else:
+        parts = [path.read_bytes()]
+    for part in parts:
+        if part.startswith(b"PXR-USDC"):
+            start = int.from_bytes(part[16:24], "little")
+            num_sections = int.from_bytes(part[start : start + 8], "little")
+            if start + 8 + 32 * num_sections > len(part):
+                raise too_few(f"{num_sections:,} sections from byte {start:,}", f"it has {len(part):,} bytes")
+
+
 def _read_usd(path: Path) -> list[Surface]:
     usd = import_reader("pxr.Usd", "usd-core")
     geometry, shading = import_reader("pxr.UsdGeom", "usd-core"), import_reader("pxr.UsdShade", "usd-core")
+    _check_usd(path)
     try:
         stage = usd.Stage.Open(str(path))
     except Exception as error:  # pxr.Tf.ErrorException, with a report of several lines
@@ -174,8 +214,8 @@ def _read_usd(path: Path) -> list[Surface]:
     materials: dict[str, Material | None] = {}
     transforms = geometry.XformCache()
     for num_prims, prim in enumerate(usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies())):
-        if num_prims > MAX_NODES:
-            raise PointCloudError(f"its scene has more than the {MAX_NODES:,} nodes allowed.")
+        if num_prims > limits().max_nodes:
+            raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         imageable = geometry.Imageable(prim)
         if not prim.IsA(geometry.Mesh) or imageable.ComputePurpose() in ("proxy", "guide"):
             continue
@@ -266,7 +306,7 @@ def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | 
         if opened is not None:
             texture = textures.decode(name, bytes(opened.GetBuffer()))
         else:
-            texture = textures.find(name, [path.parent])
+            texture = textures.find(name, folders_beside(path))
         return None if texture is None else Material(texture=texture)
     color = entry.Get()
     return None if color is None else Material(np.append(np.clip(np.array(color), 0, 1), 1.0), linear=True)
@@ -282,7 +322,7 @@ CONVERSIONS: dict[str, str] = {
     suffix: remedy
     for remedy, suffixes in {
         "Export it as .glb, .obj or .ply from the program that wrote it, or with Blender or MeshLab.": (
-            ".wrl .vrml .max .ma .mb .c4d .skp .lxo .jt .3dm .blend1 .vtk .vtp .drc"
+            ".wrl .vrml .wrz .x3dv .x3db .x3dz .acc .max .ma .mb .c4d .skp .lxo .jt .3dm .blend1 .vtk .vtp .drc"
         ),
         "It holds exact shapes and no mesh. Export it as .stl, .3mf or .obj from a CAD program, FreeCAD for example.": (
             ".step .stp .iges .igs .brep .ifc .dwg .dxf .sldprt .ipt .f3d .fcstd .scad"

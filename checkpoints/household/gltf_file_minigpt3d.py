@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .meshes_minigpt3d import Material, TextureLimitError, Textures
-from .readers_minigpt3d import MissingReaderError, PointCloudError, check_unpacked_size, import_reader, warn
+from .readers_minigpt3d import (
+    MissingReaderError,
+    PointCloudError,
+    check_unpacked_size,
+    folders_beside,
+    import_reader,
+    limits,
+    warn,
+)
 
-
-MAX_JSON_VALUES = 10_000_000
-MAX_JSON_BYTES = 200 * 1000**2
-# What compressed, sparse and empty accessors may decode to, all together.
-MAX_DECODED_BYTES = 1024**3 // 2
 
 _COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
@@ -60,8 +63,8 @@ class GltfFile:
     def __init__(self, path: Path):
         self.path = path
         text, self._binary = _split(np.memmap(path, np.uint8, mode="r"))
-        if sum(text.count(mark) for mark in b",[{") > MAX_JSON_VALUES:
-            raise PointCloudError(f"its JSON has more than the {MAX_JSON_VALUES:,} values allowed.")
+        if sum(text.count(mark) for mark in b",[{") > limits().max_json_values:
+            raise PointCloudError(f"its JSON has more than the {limits().max_json_values:,} values allowed.")
         self.json = json.loads(text)  # also UTF-16, and UTF-8 with a byte order mark
         if not isinstance(self.json, dict):
             raise ValueError("its JSON is no object")
@@ -98,13 +101,13 @@ class GltfFile:
         """Count what is decoded.
 
         Raises:
-            PointCloudError: it is more than `MAX_DECODED_BYTES`.
+            PointCloudError: it is more than `max_decoded_bytes`.
         """
         self._decoded_bytes += num_bytes
-        if self._decoded_bytes > MAX_DECODED_BYTES:
+        if self._decoded_bytes > limits().max_decoded_bytes:
             raise PointCloudError(
                 f"its values would unpack to {self._decoded_bytes:,} bytes or more, more than the "
-                f"{MAX_DECODED_BYTES:,} allowed. Simplify it first."
+                f"{limits().max_decoded_bytes:,} allowed. Simplify it first."
             )
 
     def find(self, uri: str) -> Path:
@@ -112,13 +115,14 @@ class GltfFile:
         own machine; of those only the name counts."""
         names = [text.replace("\\", "/") for text in (urllib.parse.unquote(uri), uri)]
         for name in [*(name for name in names if name[:1] != "/"), *(name.rsplit("/", 1)[-1] for name in names)]:
-            path = self.path.parent / name.replace("\0", "")
-            if path.is_file():
-                return path
-            if path.parent.is_dir():
-                for other in path.parent.iterdir():
-                    if other.name.casefold() == path.name.casefold() and other.is_file():
-                        return other
+            for folder in folders_beside(self.path):
+                path = folder / name.replace("\0", "")
+                if path.is_file():
+                    return path
+                if path.parent.is_dir():
+                    for other in path.parent.iterdir():
+                        if other.name.casefold() == path.name.casefold() and other.is_file():
+                            return other
         raise PointCloudError(f"its file {names[0][:200]!r} is missing. Put it beside this one.")
 
     def load(self, uri: Any) -> np.ndarray:
@@ -237,6 +241,8 @@ class GltfFile:
         if texture is None:
             return Paint(Material(color, alpha_cutoff=cutoff, linear=True), "", None)
         pixels, wrap = self._read_texture(texture.get("index"))
+        if pixels is None and (color[:3] == 1).all():  # the factor alone says nothing
+            return Paint(None, "", None)
         transform = texture.get("extensions", {}).get("KHR_texture_transform", {})
         number = transform.get("texCoord", texture.get("texCoord", 0))
         matrix = None
@@ -308,7 +314,7 @@ class GltfFile:
         if self._failed_textures:
             first, *others = self._failed_textures
             more = f", and {len(others)} more" if others else ""
-            warn(f"a texture cannot be used, so the color of its material is taken ({first}{more}).")
+            warn(f"a texture cannot be used; the color of its material is taken if it has one ({first}{more}).")
 
 
 def _split(data: np.ndarray) -> tuple[bytes, np.ndarray | None]:
@@ -337,8 +343,10 @@ def _split(data: np.ndarray) -> tuple[bytes, np.ndarray | None]:
             start += 8 + size
         if b"JSON" not in chunks:
             raise PointCloudError("it has no JSON part. It is truncated; export it again.")
-    if len(chunks[b"JSON"]) > MAX_JSON_BYTES:
-        raise PointCloudError(f"its JSON has more than the {MAX_JSON_BYTES:,} bytes allowed. Convert it to .glb.")
+    if len(chunks[b"JSON"]) > limits().max_json_bytes:
+        raise PointCloudError(
+            f"its JSON has more than the {limits().max_json_bytes:,} bytes allowed. Convert it to .glb."
+        )
     text = chunks[b"JSON"].tobytes()
     return text if chunks[b"JSON"] is data else text.rstrip(b"\0 "), chunks.get(b"BIN\0")
 

@@ -18,13 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .gltf_file_minigpt3d import GltfFile, Values, import_decoder, read_vector
-from .meshes_minigpt3d import MAX_NODES, Material, Surface, check_num_faces, paint, to_srgb
-from .readers_minigpt3d import PointCloudError, Points, warn
+from .meshes_minigpt3d import Material, Surface, check_num_faces, paint, to_srgb
+from .readers_minigpt3d import PointCloudError, Points, limits, warn
 
-
-# Limits of a scene, so that none takes minutes; faces and nodes have theirs in meshes_minigpt3d.py.
-MAX_PRIMITIVES = 50_000
-MAX_INSTANCES = 1_000_000
 
 _DRACO = "KHR_draco_mesh_compression"
 _FACES_AT_ONCE = 4096
@@ -46,6 +42,7 @@ _KNOWN_EXTENSIONS += (
     "KHR_xmp",
 )
 _READ_ATTRIBUTES = ("POSITION", "COLOR_0", "TEXCOORD_", "JOINTS_", "WEIGHTS_")
+_NUM_COMPONENTS = {"POSITION": (3,), "COLOR": (3, 4), "TEXCOORD": (2,), "JOINTS": (4,), "WEIGHTS": (4,)}
 
 # ---- The scene ------------------------------------------------------------------------------------------------------
 
@@ -86,9 +83,9 @@ def _world(file: GltfFile) -> tuple[dict[int, np.ndarray], list[int]]:
         PointCloudError: a node has two parents or is below itself.
     """
     nodes = file.items("nodes")
-    if len(nodes) > MAX_NODES:
+    if len(nodes) > limits().max_nodes:
         raise PointCloudError(
-            f"it has {len(nodes):,} nodes, more than the {MAX_NODES:,} allowed. Join its objects first."
+            f"it has {len(nodes):,} nodes, more than the {limits().max_nodes:,} allowed. Join its objects first."
         )
     below = {child for node in nodes for child in node.get("children", ())}
     roots = [index for index in range(len(nodes)) if index not in below]
@@ -132,9 +129,9 @@ def _placements(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int
             attributes = instancing.get("attributes", {})
             count = min((file.count(number) for number in attributes.values()), default=0)
             num_instances += count
-            if num_instances > MAX_INSTANCES:
+            if num_instances > limits().max_instances:
                 raise PointCloudError(
-                    f"it has {num_instances:,} instances or more, more than the {MAX_INSTANCES:,} allowed."
+                    f"it has {num_instances:,} instances or more, more than the {limits().max_instances:,} allowed."
                 )
             parts = [
                 file.accessor(attributes[name]).take(slice(count))
@@ -202,9 +199,9 @@ def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) ->
             elements = {0: count, 4: count // 3, 5: max(count - 2, 0), 6: max(count - 2, 0)}.get(mode, 0)
             total += elements * len(matrices)
             parts.append(_Part(primitive, mode, elements, matrices, weights, joints))
-    if len(parts) > MAX_PRIMITIVES:
+    if len(parts) > limits().max_primitives:
         raise PointCloudError(
-            f"its meshes have {len(parts):,} parts, more than the {MAX_PRIMITIVES:,} allowed. Join them first."
+            f"its meshes have {len(parts):,} parts, more than the {limits().max_primitives:,} allowed. Join them first."
         )
     check_num_faces(total)
     return parts
@@ -289,6 +286,9 @@ def _colors(file: GltfFile, values: Values, rows: np.ndarray | slice) -> np.ndar
 
 def _read_part(file: GltfFile, part: _Part) -> list[Surface] | list[Points]:
     values, order = _attributes(file, part)
+    for name, value in values.items():
+        if value.stored.shape[1] not in _NUM_COMPONENTS[name.partition("_")[0]]:
+            raise PointCloudError(f"its {name} has {value.stored.shape[1]} components; export it again.")
     paint_with = file.paint(part.primitive.get("material"))
     num_vertices = min(len(value.stored) for value in values.values())
     if len(order) and (order.dtype.kind not in "ui" or order.max() >= num_vertices):

@@ -13,21 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .readers_minigpt3d import (
-    PointCloudError,
-    Points,
-    import_reader,
-    report_dropped,
-    warn,
-)
+from .readers_minigpt3d import PointCloudError, Points, import_reader, limits, report_dropped, warn
 
 
-# What a scene may hold once its meshes stand at all their places; 72 bytes each.
-MAX_FACES = 16_000_000
-# Nodes of its graph.
-MAX_NODES = 200_000
-# All textures of a file together: eight of 4096 × 4096, half a GiB once decoded.
-MAX_TEXTURE_PIXELS = 2**27
 # Draws for points that replace transparent ones; each is four times the number of points that are missing.
 MAX_REDRAWS = 16
 _CHUNK = 1 << 15  # faces whose area is computed at once
@@ -108,7 +96,7 @@ class Textures:
         """The content of an image file as pixels; the same array for the same `key`.
 
         Raises:
-            TextureLimitError: all textures together have more pixels than `MAX_TEXTURE_PIXELS`.
+            TextureLimitError: all textures together have more pixels than `max_texture_pixels`.
             Exception: PIL cannot decode it.
         """
         if key not in self.decoded:
@@ -120,7 +108,7 @@ class Textures:
         """Count the pixels of an image file without decoding them. Reads all textures of a file that has many first."""
         if key in self._opened or key in self.decoded:
             return
-        if len(data) > 4 * MAX_TEXTURE_PIXELS:
+        if len(data) > 4 * limits().max_texture_pixels:
             raise TextureLimitError(f"a texture has {len(data):,} bytes. Make it smaller first.")
         pil = import_reader("PIL.Image", "pillow")
         with warnings.catch_warnings():
@@ -139,18 +127,20 @@ class Textures:
             TextureLimitError: they are too many.
         """
         self._num_pixels += num_pixels
-        if self._num_pixels > MAX_TEXTURE_PIXELS:
+        most = limits().max_texture_pixels
+        if self._num_pixels > most:
             raise TextureLimitError(
-                f"its textures have {self._num_pixels:,} pixels or more, more than the {MAX_TEXTURE_PIXELS:,} allowed. "
-                "Make them smaller first."
+                f"its textures have {self._num_pixels:,} pixels or more, more than the {most:,} allowed. Make them smaller "
+                "first."
             )
 
 
 def check_num_faces(count: int):
-    """Refuse a scene with more than `MAX_FACES` faces, before they are put in their places."""
-    if count > MAX_FACES:
+    """Refuse a scene with more than `max_faces` faces, before they are put in their places."""
+    most = limits().max_faces
+    if count > most:
         raise PointCloudError(
-            f"its scene has {count:,} faces, each mesh counted at every place, more than the {MAX_FACES:,} allowed. "
+            f"its scene has {count:,} faces, each mesh counted at every place, more than the {most:,} allowed. "
             "Simplify it first."
         )
 

@@ -14,7 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, read_ply_header, read_ply_points, warn
+from .readers_minigpt3d import (
+    PointCloudError,
+    Points,
+    folders_beside,
+    named_colors,
+    read_ply_header,
+    read_ply_points,
+    warn,
+)
 from .surfaces_minigpt3d import (
     TextureFiles,
     check_indices,
@@ -53,8 +61,6 @@ _STRUCT_CODES = {
     "f4": "f",
     "f8": "d",
 }
-_COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"))
-_COLOR_PREFIXES = ("", "diffuse_", "scalar_", "vertex_", "face_")
 _UV_NAMES = (("s", "t"), ("u", "v"), ("texture_u", "texture_v"), ("texture_s", "texture_t"), ("tex_u", "tex_v"))
 
 
@@ -133,7 +139,7 @@ def _textured(
     for index, here in split_groups(number):
         texture = None
         if 0 <= index < len(names):
-            texture = textures.find(names[index], [path.parent])
+            texture = textures.find(names[index], folders_beside(path))
         elif index >= 0:
             textures.lose(f"number {index} and above", "not named in the header")
         if texture is None:
@@ -332,12 +338,9 @@ def _whole(indices: np.ndarray) -> np.ndarray:
 
 def _pick_colors(columns: dict[str, np.ndarray | _List]) -> np.ndarray | None:
     """(rows, 4) in [0, 1] or uint8 from red, green and blue under any of their usual names."""
-    lookup = {name.lower(): column for name, column in columns.items() if not isinstance(column, _List)}
-    for names in _COLOR_NAMES:
-        for prefix in _COLOR_PREFIXES:
-            if all(prefix + name in lookup for name in names):
-                return unit_colors(np.stack([lookup[prefix + name] for name in names], axis=1))
-    return None
+    table = {name: column for name, column in columns.items() if not isinstance(column, _List)}
+    color = named_colors(table, list(table))
+    return None if color is None else unit_colors(color)
 
 
 def _uv(

@@ -27,7 +27,7 @@ from .cleaning_minigpt3d import (
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
 from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
-from .readers_minigpt3d import MAX_BAD_SHARE, PointCloudError, Points, called, printable, report_dropped, warn
+from .readers_minigpt3d import PointCloudError, Points, ReadingLimits, called, limited, printable, report_dropped, warn
 from .scans_minigpt3d import SCAN_READERS
 from .scenes_minigpt3d import SURFACE_READERS
 from .sources_minigpt3d import check_content, is_file_like, local_file, sniff_suffix, source_name
@@ -72,6 +72,7 @@ def load_point_cloud(
     up_axis: str | None = None,
     seed: int = 0,
     clean: str = "none",
+    limits: ReadingLimits | None = None,
 ) -> np.ndarray:
     """Read, sample and normalize a 3D object. The same source and arguments always give the same cloud.
 
@@ -89,6 +90,7 @@ def load_point_cloud(
         seed: of the sampling.
         clean: "outliers" drops points far from all others, "floor" a plane below the object, "all" both; "none" keeps
             all points. A warning says what was removed.
+        limits: what the source may take, such as `ReadingLimits(max_faces=50_000_000)`; `ReadingLimits()` by default.
 
     Returns:
         (num_points, 6) float32: xyz minus its mean, divided by the largest norm; rgb in [0, 1].
@@ -103,7 +105,8 @@ def load_point_cloud(
         raise ValueError(
             "up_axis='auto' asks the model, which only the pipeline 'point-cloud-to-text' has. Use it, or pass 'x', 'y' or 'z'."
         )
-    ((orientation,), _) = load_orientations(source, num_points, missing_color, up_axis, seed, clean)
+    with limited(limits or ReadingLimits()):
+        ((orientation,), _) = load_orientations(source, num_points, missing_color, up_axis, seed, clean)
     for note in orientation.notes:
         warnings.warn(note, stacklevel=2)
     return orientation.cloud
@@ -174,14 +177,16 @@ def load_orientations(
             else:
                 coord, color = sample_surface(content, count, rng)
                 counts = None, sum(len(surface.corners) for surface in content)
-            facts = CloudFacts(*counts, has_color=not np.isnan(color).all())
+            has_no_color = np.isnan(color)
+            facts = CloudFacts(*counts, has_color=not has_no_color.all())
             if not facts.has_color and is_file_like(source):
                 what = "points have" if isinstance(content, Points) else "surface has"
                 warn(
                     f"its {what} no color, so all points are {missing_color}. What is answered about its color is not to "
                     "be believed."
                 )
-        color = np.where(np.isnan(color), fill, color)
+        if has_no_color.any():
+            color = np.where(has_no_color, fill, color)
         shape = _normalize(coord)
         orientations = []
         for axis, cleaned in zip(up_axes, clean_points(shape, clean, up_axes), strict=True):
@@ -326,7 +331,7 @@ def _sample_points(points: Points, most: int, rng: np.random.Generator) -> tuple
         good = np.isfinite(coord).all(axis=1)
         if color is not None:
             good &= np.isfinite(color).all(axis=1)
-        report_dropped(good, "points", max_share=1 if may_be_sparse else MAX_BAD_SHARE)
+        report_dropped(good, "points", may_be_sparse)
         coord, color = coord[good], None if color is None else color[good]
     if color is not None:
         scale = _color_scale(color)  # over all points: a sample might have another range
@@ -394,4 +399,4 @@ def _normalize(coord: np.ndarray) -> np.ndarray:
     return (columns / largest).T
 
 
-__all__ = ["READABLE_SUFFIXES", "PointCloudError", "is_readable", "load_point_cloud"]
+__all__ = ["READABLE_SUFFIXES", "PointCloudError", "ReadingLimits", "is_readable", "load_point_cloud"]

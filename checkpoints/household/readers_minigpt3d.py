@@ -16,31 +16,98 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 
-# ---- Limits (docs/reading.md lists them) ----------------------------------------------------------------------------
+# ---- Limits ---------------------------------------------------------------------------------------------------------
 
-# What a file may unpack to. A scan of 10 million points in double precision takes 480 MB.
-MAX_UNPACKED_BYTES = 4 * 1024**3
-# And how many times its own size, once it unpacks to a lot: coordinates and meshes shrink to a tenth at best.
-MAX_UNPACK_RATIO = 200
-RATIO_FLOOR_BYTES = 100 * 1000**2
-# Above this share of NaN or infinite points the file is considered broken, below they are dropped.
-MAX_BAD_SHARE = 0.5
-# Header of a PLY or PCD. Exporters write settings and licenses into comments.
-MAX_HEADER_BYTES = 16 * 1024**2
-# Lines of a text before its first row of numbers, and characters in one of its lines.
-MAX_HEADER_LINES = 1000
-MAX_LINE_CHARACTERS = 1_000_000
-# Seconds to wait for a server, and for a complete download; redirects that are followed.
-URL_TIMEOUT_SECONDS = 20
-MAX_DOWNLOAD_SECONDS = 600
-MAX_DOWNLOAD_BYTES = 1024**3
-MAX_REDIRECTS = 5
+
+@dataclass(frozen=True)
+class ReadingLimits:
+    """What a source may take; one that exceeds a limit is refused before memory is allocated for it.
+
+    ```python
+    load_point_cloud("city.glb", limits=ReadingLimits(max_faces=50_000_000))
+    ```
+
+    Attributes:
+        max_unpacked_bytes: content of an archive, scan or open file. A scan of 10 million points in double precision
+            takes 480 MB.
+        max_unpack_ratio: unpacked size relative to the file, above `ratio_floor_bytes`. Coordinates and meshes shrink to
+            a tenth at best.
+        ratio_floor_bytes: what may be unpacked from a file of any size.
+        max_bad_share: share of NaN or infinite points in arrays and of such faces; fewer are dropped.
+        max_header_bytes: of a PLY or PCD. Exporters write settings and licenses into comments.
+        max_header_lines: of a text before its first row of numbers.
+        max_line_characters: of a line of a table.
+        max_download_bytes: of a download.
+        max_download_seconds: for a complete download.
+        url_timeout_seconds: for each answer of a server.
+        max_redirects: of a URL.
+        max_faces: of a scene, each mesh counted at every place; 72 bytes each.
+        max_nodes: of a scene (glTF, USD, assimp).
+        max_texture_pixels: of all textures of a file: eight of 4096 × 4096, half a GiB once decoded.
+        max_texture_bytes: of an image file.
+        max_lost_textures: missing textures; no more are looked for.
+        max_material_files: MTL files of an OBJ.
+        max_material_bytes: of an MTL file.
+        max_json_bytes: JSON of a glTF.
+        max_json_values: in the JSON of a glTF.
+        max_decoded_bytes: of all compressed, sparse and empty values of a glTF.
+        max_primitives: parts of a glTF.
+        max_instances: places of the meshes of a glTF.
+        max_depth: objects within objects of a 3MF.
+        max_objects: that a 3MF places.
+    """
+
+    max_unpacked_bytes: int = 4 * 1024**3
+    max_unpack_ratio: int = 200
+    ratio_floor_bytes: int = 100 * 1000**2
+    max_bad_share: float = 0.5
+    max_header_bytes: int = 16 * 1024**2
+    max_header_lines: int = 1000
+    max_line_characters: int = 1_000_000
+    max_download_bytes: int = 1024**3
+    max_download_seconds: float = 600
+    url_timeout_seconds: float = 20
+    max_redirects: int = 5
+    max_faces: int = 16_000_000
+    max_nodes: int = 200_000
+    max_texture_pixels: int = 2**27
+    max_texture_bytes: int = 1024**3
+    max_lost_textures: int = 64
+    max_material_files: int = 64
+    max_material_bytes: int = 64 * 1024**2
+    max_json_bytes: int = 200 * 1000**2
+    max_json_values: int = 10_000_000
+    max_decoded_bytes: int = 512 * 1024**2
+    max_primitives: int = 50_000
+    max_instances: int = 1_000_000
+    max_depth: int = 32
+    max_objects: int = 100_000
+
+
+_DEFAULT_LIMITS = ReadingLimits()
+_LIMITS = contextvars.ContextVar("limits of the source that is being read", default=_DEFAULT_LIMITS)
+
+
+def limits() -> ReadingLimits:
+    """The limits of the source that is being read."""
+    return _LIMITS.get()
+
+
+@contextlib.contextmanager
+def limited(by: ReadingLimits) -> Iterator[None]:
+    """Within this context `limits` returns these."""
+    token = _LIMITS.set(by)
+    try:
+        yield
+    finally:
+        _LIMITS.reset(token)
 
 
 class PointCloudError(ValueError):
@@ -112,6 +179,25 @@ def called(name: str) -> Iterator[None]:
         _NAME.reset(token)
 
 
+_PACKED_IN = contextvars.ContextVar("folder of the .gz that is being read", default=None)
+
+
+@contextlib.contextmanager
+def packed_in(folder: Path) -> Iterator[None]:
+    """Within this context `folders_beside` also returns this folder."""
+    token = _PACKED_IN.set(folder)
+    try:
+        yield
+    finally:
+        _PACKED_IN.reset(token)
+
+
+def folders_beside(path: Path) -> list[Path]:
+    """Where the files that `path` names are: in its folder or, if it was unpacked, beside the .gz."""
+    packed = _PACKED_IN.get()
+    return [path.parent] if packed is None else [path.parent, packed]
+
+
 def warn(text: str):
     """Warn about the source that is being read."""
     warnings.warn(printable(f"{_NAME.get('the source')}: {text}"), UserWarning, stacklevel=3)
@@ -120,8 +206,8 @@ def warn(text: str):
 def unpacked_limit(packed_bytes: int | None) -> int:
     """How many bytes may come out of a file of so many; None if that is unknown."""
     if packed_bytes is None:
-        return MAX_UNPACKED_BYTES
-    return min(MAX_UNPACKED_BYTES, max(RATIO_FLOOR_BYTES, MAX_UNPACK_RATIO * packed_bytes))
+        return limits().max_unpacked_bytes
+    return min(limits().max_unpacked_bytes, max(limits().ratio_floor_bytes, limits().max_unpack_ratio * packed_bytes))
 
 
 def check_unpacked_size(num_bytes: int, what: str, packed_bytes: int | None = None):
@@ -146,12 +232,13 @@ def check_zip(path: Path):
         check_unpacked_size(unpacked, "this archive", path.stat().st_size)
 
 
-def report_dropped(good: np.ndarray, what: str, max_share: float = MAX_BAD_SHARE):
+def report_dropped(good: np.ndarray, what: str, may_be_sparse: bool = False):
     """Warn that the points or faces that are not `good` (bool) are dropped.
 
     Raises:
-        PointCloudError: they are all, or more than `max_share`.
+        PointCloudError: they are all, or more than `max_bad_share` unless there may be any number of them.
     """
+    max_share = 1 if may_be_sparse else limits().max_bad_share
     num_bad, total = int((~good).sum()), len(good)
     if num_bad > max_share * total or num_bad == total:
         raise PointCloudError(
@@ -229,15 +316,20 @@ def named_columns(table: Mapping[str, np.ndarray] | np.ndarray, names: list[str]
     if columns is None:
         return None
     coord = np.stack([np.asarray(table[name]) for name in columns], axis=1)  # (N, 3)
+    return Points(coord, named_colors(table, names))
+
+
+def named_colors(table: Mapping[str, np.ndarray] | np.ndarray, names: list[str]) -> np.ndarray | None:
+    """red, green, blue (N, 3) of a table with named columns, or None."""
     columns = color_names(names)
     if columns is None:
-        return Points(coord, None)
+        return None
     if len(columns) == 1:
-        return Points(coord, unpack_rgb(np.asarray(table[columns[0]])))
+        return unpack_rgb(np.asarray(table[columns[0]]))
     color = np.stack([np.asarray(table[name]) for name in columns], axis=1)
     if _plain_name(columns[0]) in _SPLAT_NAMES:
         color = np.clip(0.5 + _SPLAT_FACTOR * color, 0, 1)
-    return Points(coord, color)
+    return color
 
 
 def unpack_rgb(packed: np.ndarray) -> np.ndarray | None:
@@ -283,17 +375,17 @@ def read_header(path: Path, end: re.Pattern) -> tuple[bytes, int]:
     """The beginning of a file up to and including what matches `end`, and the file's size.
 
     Raises:
-        PointCloudError: nothing matches within `MAX_HEADER_BYTES`.
+        PointCloudError: nothing matches within `max_header_bytes`.
     """
     num_bytes, length = path.stat().st_size, 1 << 14
     with open(path, "rb") as stream:
         header = stream.read(length)
-        while not (match := end.search(header)) and len(header) < min(num_bytes, MAX_HEADER_BYTES):
+        while not (match := end.search(header)) and len(header) < min(num_bytes, limits().max_header_bytes):
             length *= 4
             header += stream.read(length)
     if not match:
         raise PointCloudError(
-            f"its header does not end within {min(num_bytes, MAX_HEADER_BYTES):,} bytes. The file is truncated, corrupt, "
+            f"its header does not end within {min(num_bytes, limits().max_header_bytes):,} bytes. The file is truncated, corrupt, "
             "or of another format than its name says."
         )
     return header[: match.end()], num_bytes

@@ -17,13 +17,9 @@ from typing import Any
 import numpy as np
 
 from .meshes_minigpt3d import Surface, Textures
-from .readers_minigpt3d import PointCloudError, Points, warn
+from .readers_minigpt3d import PointCloudError, Points, limits, warn
 
 
-MAX_TEXTURE_BYTES = 1 << 30  # of an image file
-MAX_LOST_TEXTURES = 64  # after these, no more are searched for
-MAX_MATERIAL_FILES = 64
-MAX_MATERIAL_BYTES = 1 << 26  # of an MTL file
 # Where programs put textures that a file names without their folder.
 _TEXTURE_FOLDERS = ("", "textures", "texture", "images", "../textures")
 # What a color may exceed its range by.
@@ -33,14 +29,21 @@ _SLACK = 1e-3
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path, comment: bytes | None = None) -> list[bytes]:
-    """The lines of a text file in any encoding and with any line ends, tabs as blanks, without comments."""
+def read_lines(path: Path, comment: bytes | None = None, joins: bool = False) -> list[bytes]:
+    """The lines of a text file in any encoding and with any line ends, tabs as blanks, without comments.
+
+    Args:
+        comment: what begins a comment.
+        joins: whether a line that ends in a backslash, and is no comment, continues on the next one.
+    """
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", "replace").encode()
     data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\t", b" ")
     if comment is not None and comment in data:
         data = re.sub(re.escape(comment) + rb"[^\n]*", b"", data)
+    if joins and b"\\\n" in data:
+        data = re.sub(rb"(?m)^ *#.*\\$", b"", data).replace(b"\\\n", b" ")
     return data.split(b"\n")
 
 
@@ -207,7 +210,7 @@ class TextureFiles:
         """The texture `name` as (H, W, 4) uint8 with its first row at v = 0, or None."""
         key = (name, *folders)
         if key not in self._by_name:
-            self._by_name[key] = self._find(name, folders) if len(self._lost) < MAX_LOST_TEXTURES else None
+            self._by_name[key] = self._find(name, folders) if len(self._lost) < limits().max_lost_textures else None
         return self._by_name[key]
 
     def _find(self, name: str, folders: Iterable[Path]) -> np.ndarray | None:
@@ -215,7 +218,7 @@ class TextureFiles:
         if path is None:
             self._lost[name] = "not found"
             return None
-        if path.stat().st_size > MAX_TEXTURE_BYTES:
+        if path.stat().st_size > limits().max_texture_bytes:
             raise PointCloudError(f"its texture {name!r} has {path.stat().st_size:,} bytes. Make it smaller first.")
         return self.decode(name, path.read_bytes(), path)
 
@@ -292,7 +295,10 @@ def _off_vertices(text: bytes, kind: bytes) -> tuple[np.ndarray, np.ndarray | No
     width = counts.min()
     starts = np.cumsum(counts) - counts
     table = table[starts[:, None] + np.arange(width)]
-    first = 4 if b"4" in kind else 3
+    coord, first = table[:, :3], 3
+    if b"4" in kind and width > 3:  # homogeneous
+        with np.errstate(divide="ignore", invalid="ignore"):
+            coord, first = coord / table[:, 3:4], 4
     extra = table[:, first : width - 2 if b"ST" in kind else width]
     # Geomview has normals before colors, MeshLab's NCOFF after them.
     num_normals = 3 if b"N" in kind else 0
@@ -303,8 +309,8 @@ def _off_vertices(text: bytes, kind: bytes) -> tuple[np.ndarray, np.ndarray | No
         if layout.shape[1] in (3, 4):
             color = unit_colors(layout)
             if color is not None:
-                return table[:, :3], color
-    return table[:, :3], None
+                return coord, color
+    return coord, None
 
 
 def _off_faces(text: bytes, coord: np.ndarray, vertex_color: np.ndarray | None) -> list[Surface]:
@@ -339,7 +345,7 @@ _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attri
 
 def read_stl(path: Path) -> list[Surface]:
     """An STL, text or binary, of one or several solids; binary with the colors of VisCAM or Magics."""
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     num_facets = int.from_bytes(data[80:84], "little")
     is_exact = len(data) >= 84 and len(data) == 84 + 50 * num_facets
     if not is_exact and re.match(rb"\s*solid\b", data[:512], re.IGNORECASE) and re.search(rb"(?i)\bvertex\s", data):

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, warn
+from .readers_minigpt3d import PointCloudError, Points, folders_beside, limits, warn
 from .surfaces_minigpt3d import (
-    MAX_MATERIAL_BYTES,
-    MAX_MATERIAL_FILES,
     TextureFiles,
     check_indices,
     count_words,
@@ -57,7 +55,7 @@ class _Paint:
 
 def read_obj(path: Path) -> Points | list[Surface]:
     """An OBJ: its polygons with materials, textures and vertex colors; without faces its vertices."""
-    rows = _sort_lines(read_lines(path))
+    rows = _sort_lines(read_lines(path, joins=True))
     if not rows.vertices:
         raise PointCloudError("it has no vertices, no line that begins with 'v'.")
     coord, color = _vertices(rows.vertices)
@@ -78,7 +76,7 @@ def read_obj(path: Path) -> Points | list[Surface]:
         has_uv = np.zeros(len(faces), dtype=bool)
 
     textures = TextureFiles()
-    paints, is_complete = _read_libraries(path, rows.libraries, textures)
+    paints, is_complete = _read_libraries(path, rows.libraries, textures, any(rows.materials))
     numbers: dict[str, int] = {}
     number = np.array([numbers.setdefault(name, len(numbers)) for name in rows.materials])  # of each run
     if is_complete:
@@ -107,15 +105,9 @@ def read_obj(path: Path) -> Points | list[Surface]:
 def _sort_lines(lines: list[bytes]) -> _Rows:
     rows, material, is_new_run = _Rows(), "", True
     vertices, uvs, faces = rows.vertices, rows.uvs, rows.faces
-    lines = iter(lines)
     for line in lines:
         if line[:1] == b" ":
             line = line.lstrip()
-        if line[-1:] == b"\\" and line[:1] != b"#":  # continues on the next line
-            parts = [line[:-1]]
-            while (line := next(lines, b""))[-1:] == b"\\":
-                parts.append(line[:-1])
-            line = b" ".join([*parts, line])
         key = line[:2]
         if key == b"v ":
             vertices.append(line[2:])
@@ -258,32 +250,37 @@ def _report_unknown(path: Path, names: list[str], paints: _Paints):
         warn(f"materials are in none of its MTL files: {', '.join(map(repr, unknown[:3]))}{more}.")
 
 
-def _read_libraries(path: Path, lines: list[str], textures: TextureFiles) -> tuple[_Paints, bool]:
+def _read_libraries(
+    path: Path, lines: list[str], textures: TextureFiles, uses_materials: bool
+) -> tuple[_Paints, bool]:
     """The materials of all MTL files, and whether all files were found."""
     files, missing = [], []
-    for line in list(dict.fromkeys(lines))[:MAX_MATERIAL_FILES]:
+    for line in list(dict.fromkeys(lines))[: limits().max_material_files]:
         uncommented = re.split(r"\s#", line)[0].strip()
         for spelling in dict.fromkeys((line, uncommented)):  # a name may hold blanks
-            file = find_file(spelling, [path.parent])
+            file = find_file(spelling, folders_beside(path))
             if file is not None:
                 files.append(file)
                 break
         else:
-            found = {name: find_file(name, [path.parent]) for name in uncommented.split()[:MAX_MATERIAL_FILES]}
+            found = {
+                name: find_file(name, folders_beside(path))
+                for name in uncommented.split()[: limits().max_material_files]
+            }
             files += [file for file in found.values() if file is not None]
             lost = [name for name, file in found.items() if file is None]
             missing += [line] if len(lost) == len(found) else lost
-    if missing and not files:
+    if not files and (missing or uses_materials):
         for name in (f"{path.stem}.mtl", f"{path.name}.mtl"):
-            files += [file] if (file := find_file(name, [path.parent])) else []
+            files += [file] if (file := find_file(name, folders_beside(path))) else []
         missing = [] if files else missing
     if missing:
         warn(f"its material file {missing[0][:200]!r} was not found.")
     paints = _Paints()
     for file in dict.fromkeys(files):
-        if file.stat().st_size > MAX_MATERIAL_BYTES:
+        if file.stat().st_size > limits().max_material_bytes:
             raise PointCloudError(f"its material file {file.name} has {file.stat().st_size:,} bytes.")
-        _read_mtl(file, [file.parent, path.parent], textures, paints)
+        _read_mtl(file, [file.parent, *folders_beside(path)], textures, paints)
     return paints, not missing
 
 

@@ -11,7 +11,7 @@ import bad_readers
 import numpy as np
 import pytest
 
-from minigpt3d.data.reading import LIMITS, CrashError, FileReader, Limits
+from minigpt3d.data.reading import LIMITS, CrashError, FileReader, LimitOptions, Limits
 from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
 
 
@@ -83,6 +83,12 @@ def test_large_files_are_allowed_more(tmp_path):
     seconds, memory = LIMITS.of(path)
     assert LIMITS.of(tmp_path / "missing") == (LIMITS.seconds, LIMITS.memory)
     assert seconds >= LIMITS.seconds + 500 and memory >= LIMITS.memory + 10 * 10**9
+
+
+def test_options_change_the_limits():
+    assert LimitOptions().limits == LIMITS
+    changed = LimitOptions(max_seconds=5, max_memory=0.5).limits
+    assert changed == LIMITS._replace(seconds=5, memory=512 * 1024**2)
 
 
 def test_a_reader_that_cannot_start_says_why(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from point_cases import CASES, read_expected, what_is_seen
 
 
 EXPECTED = read_expected()
-LIBRARIES = {"draco": "DracoPy", "meshopt": "meshopt"}
+LIBRARIES = {"draco": "DracoPy", "meshopt": "meshopt", "e57": "pye57"}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

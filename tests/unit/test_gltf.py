@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from point_cases import read_expected
 
-from minigpt3d import gltf_file_minigpt3d, gltf_minigpt3d, meshes_minigpt3d
+from minigpt3d import gltf_minigpt3d, meshes_minigpt3d
 from minigpt3d.meshes_minigpt3d import to_linear, to_srgb
-from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, ReadingLimits, load_point_cloud
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no color", "ignore:.*beside its surfaces")
@@ -32,7 +33,6 @@ REFUSED = {
     "x_index_out_of_range.glb": "vertex 9,999",
     "x_no_position.glb": "POSITION",
 }
-WITHOUT_COLOR = {"g_trifan.glb"}
 SQUARE = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32)
 
 
@@ -121,9 +121,9 @@ def halves(path: Path, num_points: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     return np.median(color[x < np.quantile(x, 0.3)], 0), np.median(color[x > np.quantile(x, 0.7)], 0)
 
 
-def refused(path: Path, *words: str):
+def refused(path: Path, *words: str, **arguments):
     with pytest.raises(PointCloudError) as caught:
-        load_point_cloud(path, 64)
+        load_point_cloud(path, 64, **arguments)
     for word in (str(path), *words):
         assert word in str(caught.value), caught.value
 
@@ -138,7 +138,7 @@ def test_cases(path):
         pytest.importorskip("DracoPy" if "draco" in path.name else "meshopt")
     if path.name in REFUSED:
         refused(path, REFUSED[path.name])
-    elif path.name in WITHOUT_COLOR:
+    elif read_expected()[path.name] == "none":
         with pytest.warns(UserWarning, match="no color"):
             assert not load_point_cloud(path, 64)[:, 3:].any()
     else:
@@ -309,7 +309,7 @@ def test_basis_textures(tmp_path, codec, monkeypatch):
     np.testing.assert_allclose(right, RIGHT, atol=0.02)
     monkeypatch.setitem(sys.modules, "opengl_basisu", None)
     with pytest.warns(UserWarning, match="KHR_texture_basisu.*pip install 'opengl_basisu'"):
-        np.testing.assert_array_equal(read_color(path), [1, 1, 1])
+        np.testing.assert_array_equal(read_color(path), [0, 0, 0])  # white is its factor's default and no color
 
 
 # ---- Scenes and geometry --------------------------------------------------------------------------------------------
@@ -538,23 +538,23 @@ def test_version_one_and_truncated_binaries(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "limit", "value", "word"),
+    ("limit", "value", "word"),
     [
-        (gltf_minigpt3d, "MAX_NODES", 1, "2 nodes"),
-        (gltf_minigpt3d, "MAX_PRIMITIVES", 0, "1 parts"),
-        (meshes_minigpt3d, "MAX_FACES", 3, "4 faces"),
-        (meshes_minigpt3d, "MAX_TEXTURE_PIXELS", 4095, "4,096 pixels"),
-        (gltf_file_minigpt3d, "MAX_JSON_VALUES", 10, "values allowed"),
-        (gltf_file_minigpt3d, "MAX_JSON_BYTES", 10, "bytes allowed"),
+        ("max_nodes", 1, "2 nodes"),
+        ("max_primitives", 0, "1 parts"),
+        ("max_faces", 3, "4 faces"),
+        ("max_texture_pixels", 4095, "4,096 pixels"),
+        ("max_json_values", 10, "values allowed"),
+        ("max_json_bytes", 10, "bytes allowed"),
     ],
 )
-def test_limits(tmp_path, monkeypatch, module, limit, value, word):
+def test_limits(tmp_path, limit, value, word):
     builder = Builder().image(np.zeros((64, 64, 3), np.uint8)).square([0.5, 0.5], material=texture())
     builder.json |= {"nodes": [{"mesh": 0}, {"mesh": 0}], "scenes": [{"nodes": [0, 1]}], "textures": [{"source": 0}]}
     path = builder.save(tmp_path)
     load_point_cloud(path, 64)
-    monkeypatch.setattr(module, limit, value)
-    refused(path, word)
+    refused(path, word, limits=ReadingLimits(**{limit: value}))
+    load_point_cloud(path, 64)
 
 
 def test_instances_are_counted_before_they_are_made(tmp_path):

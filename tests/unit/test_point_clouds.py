@@ -17,8 +17,7 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from pypcd4 import Encoding, PointCloud
 
-from minigpt3d import readers_minigpt3d
-from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, PointCloudError, load_point_cloud
+from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, PointCloudError, ReadingLimits, load_point_cloud
 
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -752,35 +751,35 @@ def test_headers_that_promise_more_than_the_file_holds(tmp_path):
     refused(tmp_path / "cloud.las", "header says 100,000,000 points")
 
 
-def test_zip_bombs(tmp_path, monkeypatch):
+def test_zip_bombs(tmp_path):
     """40 MB of zeros in 40 kB, with a limit of 10 MB, are refused before anything is unpacked."""
-    monkeypatch.setattr(readers_minigpt3d, "MAX_UNPACKED_BYTES", 10_000_000)
+    limits = ReadingLimits(max_unpacked_bytes=10_000_000)
     np.savez_compressed(tmp_path / "cloud.npz", points=np.zeros((10_000_000, 1), np.float32))
     with zipfile.ZipFile(tmp_path / "mesh.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("3D/3dmodel.model", bytes(40_000_000))
     for name in ("cloud.npz", "mesh.3mf"):
         assert (tmp_path / name).stat().st_size < 100_000
         start = time.perf_counter()
-        refused(tmp_path / name, "would unpack to 40,0", "zip bomb")
+        refused(tmp_path / name, "would unpack to 40,0", "zip bomb", limits=limits)
         assert time.perf_counter() - start < 0.5
     write_pcd(tmp_path / "cloud.pcd", *make_cloud(), Encoding.BINARY_COMPRESSED)
     content = (tmp_path / "cloud.pcd").read_bytes()
     head, mark, tail = content.partition(b"DATA binary_compressed\n")
     (tmp_path / "cloud.pcd").write_bytes(head + mark + tail[:4] + (4_000_000_000).to_bytes(4, "little") + tail[8:])
-    refused(tmp_path / "cloud.pcd", "would unpack to 4,000,000,000 bytes")
+    refused(tmp_path / "cloud.pcd", "would unpack to 4,000,000,000 bytes", limits=limits)
 
 
-def test_zip_bombs_by_their_ratio(tmp_path, monkeypatch):
+def test_zip_bombs_by_their_ratio(tmp_path):
     """5 MB from 5 kB are refused; from a tenth of their size, or below the floor, they are read."""
     zeros = np.zeros((200_000, 6), np.float32)
     zeros[0] = 1
     np.savez_compressed(tmp_path / "bomb.npz", points=zeros)
     check(load_point_cloud(tmp_path / "bomb.npz", 500_000), 500_000)
-    monkeypatch.setattr(readers_minigpt3d, "RATIO_FLOOR_BYTES", 1_000_000)
-    refused(tmp_path / "bomb.npz", "would unpack to 4,800,128 bytes", "zip bomb")
+    limits = ReadingLimits(ratio_floor_bytes=1_000_000)
+    refused(tmp_path / "bomb.npz", "would unpack to 4,800,128 bytes", "zip bomb", limits=limits)
     zeros[:40_000, :3] = make_cloud(40_000)[0]
     np.savez_compressed(tmp_path / "cloud.npz", points=zeros)
-    check(load_point_cloud(tmp_path / "cloud.npz"), 8192)
+    check(load_point_cloud(tmp_path / "cloud.npz", limits=limits), 8192)
 
 
 def test_a_missing_reader_is_named_with_its_install_command(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ PUBLIC_NAMES = [
     "MiniGPT3DProcessor",
     "PointCloudError",
     "PointCloudToTextPipeline",
+    "ReadingLimits",
     "load_point_cloud",
     "prepare_tokenizer",
 ]

@@ -1,6 +1,7 @@
 """What the repository's files may import, and what must not be in them."""
 
 import ast
+import dataclasses
 import importlib.metadata
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from repository import FLAT_FILES, ROOT, tracked_files
 
 import minigpt3d
+from minigpt3d.data.reading import Limits
 
 
 # The last two are hard requirements of transformers, so the Hub's loader finds them wherever it runs.
@@ -165,3 +167,14 @@ def test_ci_lints_and_runs_all_tests():
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make lint", "make test", "make test-slow"]
+
+
+def test_limits_of_reading_are_documented():
+    text = (ROOT / "docs" / "reading.md").read_text()
+    section = text[text.index("### Limits") : text.index("## Up axis")]
+    documented = set(re.findall(r"`((?:max|ratio|url)_\w+)`", section))
+    assert documented == {field.name for field in dataclasses.fields(minigpt3d.ReadingLimits)}
+    assert f"| `max_faces` | {minigpt3d.ReadingLimits().max_faces:,} |" in section
+    limits = Limits()
+    assert f"| `--max-seconds` | {limits.seconds} |" in section
+    assert f"| `--max-memory` | {limits.memory // 1024**3} |" in section

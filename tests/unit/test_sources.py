@@ -4,6 +4,7 @@ import gzip
 import http.server
 import io
 import os
+import shutil
 import ssl
 import subprocess
 import threading
@@ -13,11 +14,11 @@ import warnings
 
 import numpy as np
 import pytest
-from point_cases import make_object, what_is_seen
+from point_cases import CASES, make_object, what_is_seen
 from test_scans import COLORED, PCD_FIELDS, RGB, pcd_bytes, ply_bytes, write_las
 
-from minigpt3d import readers_minigpt3d, sources_minigpt3d
-from minigpt3d.point_cloud_minigpt3d import PointCloudError, is_readable, load_point_cloud
+from minigpt3d import sources_minigpt3d
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, ReadingLimits, is_readable, load_point_cloud
 
 
 COORD, COLOR = make_object()
@@ -26,11 +27,11 @@ TEXT = "".join(" ".join(f"{value:g}" for value in row) + "\n" for row in COLORED
 OBJ = "".join(f"v {' '.join(f'{value:g}' for value in row)}\n" for row in COLORED / [1, 1, 1, 255, 255, 255]).encode()
 
 
-def refused(source, *words) -> str:
+def refused(source, *words, **arguments) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(PointCloudError) as caught:
-            load_point_cloud(source)
+            load_point_cloud(source, **arguments)
     for word in words:
         assert word in str(caught.value), str(caught.value)
     return str(caught.value)
@@ -109,22 +110,29 @@ def test_pipes_and_devices_are_refused(tmp_path):
     refused(tmp_path / "zero.ply", "pipe, socket or device")
 
 
-def test_gzip_bombs_and_damage(tmp_path, monkeypatch):
+def test_gzip_bombs_and_damage(tmp_path):
     path = tmp_path / "cloud.xyz.gz"
     path.write_bytes(gzip.compress(TEXT)[:-200])
     refused(path, "truncated or corrupt")
     path.write_bytes(b"no gzip at all")
     refused(path, "cannot be unpacked as .gz")
-    monkeypatch.setattr(readers_minigpt3d, "RATIO_FLOOR_BYTES", 100_000)
     path.write_bytes(gzip.compress(bytes(5_000_000)))
-    refused(path, "would unpack to")
+    refused(path, "would unpack to", limits=ReadingLimits(ratio_floor_bytes=100_000))
     (tmp_path / "cloud.gz.gz").write_bytes(gzip.compress(gzip.compress(TEXT)))
     refused(tmp_path / "cloud.gz.gz", "twice")
 
 
-def test_open_files_are_read_to_a_limit(monkeypatch):
-    monkeypatch.setattr(sources_minigpt3d, "MAX_UNPACKED_BYTES", 1000)
-    refused(io.BytesIO(PLY), "1,000 bytes allowed")
+@pytest.mark.parametrize("name", ["obj_map_so.obj", "mply_tex_wedge_space_name.ply", "g_external_percent20.gltf"])
+def test_files_beside_a_gz_are_found(tmp_path, name):
+    for path in CASES.iterdir():
+        if path.suffix in (".mtl", ".png", ".bin"):
+            shutil.copy(path, tmp_path)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress((CASES / name).read_bytes()))
+    assert what_is_seen(tmp_path / f"{name}.gz") == "AB"
+
+
+def test_open_files_are_read_to_a_limit():
+    refused(io.BytesIO(PLY), "1,000 bytes allowed", limits=ReadingLimits(max_unpacked_bytes=1000))
 
 
 def test_objects_with_points_and_colors():

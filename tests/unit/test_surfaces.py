@@ -345,6 +345,33 @@ def test_formats_that_are_not_read_say_how_to_convert(tmp_path):
             load_point_cloud(tmp_path / "a.fbx")
 
 
+@pytest.mark.parametrize("suffix", [".usdc", ".usdz"])
+def test_contents_of_usd_fit_its_size(tmp_path, suffix):
+    """usd-core allocates 2.7 GB for these 40 bytes."""
+    pytest.importorskip("pxr")
+    content = b"PXR-USDC" + bytes(8) + (32).to_bytes(8, "little") + bytes(8) + (83_886_079).to_bytes(8, "little")
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".usdz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.usdc", content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(PointCloudError, match="83,886,079 sections"):
+        load_point_cloud(path)
+
+
+@pytest.mark.parametrize("start", [b"BLENDER-v293RENDH", b"BLENDER17-01v0500", b"\x28\xb5\x2f\xfd", b"BLENDER_v280"])
+def test_files_of_new_blender_are_named(tmp_path, start):
+    pytest.importorskip("assimp_py")
+    (tmp_path / "a.blend").write_bytes(start + bytes(500))
+    with pytest.raises(PointCloudError, match=r"Blender 2\.8.*\.glb"):
+        load_point_cloud(tmp_path / "a.blend")
+    (tmp_path / "a.blend").write_bytes(b"BLENDER-v279" + bytes(500))
+    with pytest.raises(PointCloudError) as caught:
+        load_point_cloud(tmp_path / "a.blend")
+    assert "2.8" not in str(caught.value)
+
+
 def test_scene_of_assimp(tmp_path, monkeypatch):
     """What assimp-py shows of a file becomes surfaces in their places, also where its library is absent."""
     square = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32)
