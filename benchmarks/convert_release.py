@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion.lora import QFORMER_LORA_TARGETS, lora_modules
-from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION, authors_name, matches
-from minigpt3d.conversion.state_dict import expected_shapes
+from minigpt3d.conversion.names import FILES, FUSED_ATTENTION, SPLIT_ATTENTION, matches, our_name
+from minigpt3d.conversion.state_dict import authors_state_dict, expected_shapes
 from minigpt3d.training.stages import STAGE_3
 
 
@@ -79,14 +79,15 @@ def write_files(folder: Path, config: MiniGPT3DConfig) -> tuple[list, int]:
         rank = LORA_RANKS[bool(re.fullmatch(QFORMER_LORA_TARGETS, module))]
         width_out, width_in = shapes[f"{module}.weight"]
         shapes |= {f"{module}.lora_A.weight": (rank, width_in), f"{module}.lora_B.weight": (width_out, rank)}
+    state = authors_state_dict({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.02).half()
     options, size = [], 0
     for file in tqdm(FILES, desc="files", unit="file"):
         tensors = {}
-        for name, shape in shapes.items():
-            if matches(name, file.gives):
-                key = authors_name(name).removeprefix(file.prefix)
-                tensors |= random_tensors(key, tuple(shape), block, split=file.slot == "phi")
+        for key, tensor in state.items():
+            if matches(our_name(key), file.gives):
+                key = key.removeprefix(file.prefix)
+                tensors |= random_tensors(key, tuple(tensor.shape), block, split=file.slot == "phi")
         path = folder / (file.slot if file.slot == "phi" else f"{file.slot}.pth")
         if file.slot == "phi":
             write_phi(path, tensors)

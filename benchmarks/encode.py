@@ -27,7 +27,7 @@ from torch import nn
 from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
-from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
+from minigpt3d.modeling_minigpt3d import MiniGPT3DModel, MiniPointNet
 
 
 # Largest difference over largest value.
@@ -61,20 +61,39 @@ def plain_group(point_clouds: torch.Tensor, num_groups: int, group_size: int) ->
     return torch.cat([relative, neighborhood[..., 3:]], dim=-1), center
 
 
+def _convolve(weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv1d:
+    """A linear layer, (out, in) and (out,), as a 1×1 convolution."""
+    convolution = nn.Conv1d(weight.shape[1], len(weight), 1)
+    convolution.load_state_dict({"weight": weight[:, :, None], "bias": bias})
+    return convolution
+
+
+def _convolve_and_normalize(weight: torch.Tensor, bias: torch.Tensor) -> tuple[nn.Conv1d, nn.BatchNorm1d]:
+    """A convolution and a BatchNorm, with random weights and variances, which together equal a linear layer."""
+    norm = nn.BatchNorm1d(len(weight)).to(weight.device)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return _convolve(weight / scale[:, None], bias / scale), norm
+
+
 class PlainMiniPointNet(nn.Module):
     """Two pairs of 1×1 convolutions over points with BatchNorm between, the group's maximum concatenated to each point."""
 
-    def __init__(self, ours: nn.Module):
+    def __init__(self, ours: MiniPointNet):
         super().__init__()
-        convolutions = []
-        for linear in (ours.linear_1, ours.linear_2, ours.linear_3, ours.linear_4):
-            convolution = nn.Conv1d(linear.in_features, linear.out_features, 1)
-            convolution.load_state_dict({"weight": linear.weight[:, :, None], "bias": linear.bias})
-            convolutions.append(convolution)
-        conv_1, conv_2, conv_3, conv_4 = convolutions
-        self.first = nn.Sequential(conv_1, copy.deepcopy(ours.norm_1), nn.ReLU(inplace=True), conv_2)
-        self.second = nn.Sequential(conv_3, copy.deepcopy(ours.norm_2), nn.ReLU(inplace=True), conv_4)
-        self.to(ours.linear_1.weight.device).eval()
+        weight_3 = torch.cat([ours.group_linear_3.weight, ours.point_linear_3.weight], dim=1)
+        self.first = nn.Sequential(
+            *_convolve_and_normalize(ours.point_linear_1.weight, ours.point_linear_1.bias),
+            nn.ReLU(inplace=True),
+            _convolve(ours.point_linear_2.weight, ours.point_linear_2.bias),
+        )
+        self.second = nn.Sequential(
+            *_convolve_and_normalize(weight_3, ours.group_linear_3.bias),
+            nn.ReLU(inplace=True),
+            _convolve(ours.point_linear_4.weight, ours.point_linear_4.bias),
+        )
+        self.to(weight_3.device).eval()
 
     def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
         """(B, G, K, C) → (B, G, D)."""
@@ -162,19 +181,14 @@ class Row:
 
 
 def make_model(config: MiniGPT3DConfig | None = None, seed: int = 0) -> MiniGPT3DModel:
-    """Random weights, BatchNorm statistics among them. By default full size, with a language model of no layers."""
+    """Random weights. By default full size, with a language model of no layers."""
     if config is None:
         text_config = MiniGPT3DPhiConfig(
             vocab_size=2, num_hidden_layers=0, bos_token_id=1, eos_token_id=1, pad_token_id=1
         )
         config = MiniGPT3DConfig(text_config=text_config, point_token_id=0)
     torch.manual_seed(seed)
-    model = MiniGPT3DModel(config).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-    return model
+    return MiniGPT3DModel(config).eval()
 
 
 def make_point_clouds(batch_size: int, num_points: int, num_channels: int = 6, seed: int = 0) -> torch.Tensor:

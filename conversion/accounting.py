@@ -5,6 +5,7 @@ step lists all problems that it finds, so that one message names them all.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from minigpt3d.messages import MultilineError
 from .lora import LORA_KEY
 from .names import (
     FILES,
+    FOLDED,
     FUSED_ATTENTION,
     LEFTOVERS,
     SPLIT_ATTENTION,
@@ -25,16 +27,16 @@ from .names import (
     first_name,
     matches,
     our_name,
+    parts_of,
 )
 
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-_SPLIT_KEY = re.compile(rf"(?P<attention>.+\.self_attn)\.(?P<part>{'|'.join(SPLIT_ATTENTION)})\.(?P<leaf>weight|bias)")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a parameter comes from: keys of one file; three of them if the file has q, k and v separately."""
+    """Where a parameter comes from: keys of one file, several if the file has it in parts (`parts_of`)."""
 
     file: str
     keys: tuple[str, ...]
@@ -134,13 +136,17 @@ def _sort_keys(
 ) -> tuple[dict[str, Origin], list[str]]:
     """Our name → origin of everything that the file gives, and problems; other keys go into `result`."""
     given: dict[str, Origin] = {}
-    split: dict[str, dict[str, str]] = {}  # our name of a fused matrix → its part → key
+    wholes = defaultdict(list)  # name of a part → our names that it goes into
+    for name in expected:
+        for part in parts_of(name):
+            wholes[part].append(name)
+    found = defaultdict(dict)  # our name → its part → key
     problems = []
     for key in keys:
         full = file.prefix + key
         reason = next((why for p, why in (LEFTOVERS | file.leftovers).items() if re.fullmatch(p, full)), None)
         first = first_name(full)
-        name = our_name(first or full)
+        name = our_name(first or full) or (full if full in expected else None)
         if reason is not None:
             result.leftovers.append((file.slot, key, reason))
         elif is_ignored(ignore, file.slot, key):
@@ -149,31 +155,29 @@ def _sort_keys(
             result.aliases.append((file.slot, key, first))
         elif name is None:
             problems.append(f"{file.slot}: {key} is no tensor of MiniGPT-3D")
-        elif (match := _SPLIT_KEY.fullmatch(name)) and (fused := _fused_name(match)) in expected:
-            split.setdefault(fused, {})[match["part"]] = key
+        elif name in wholes:
+            for whole in wholes[name]:
+                found[whole][name] = key
         elif name in given:
             problems.append(f"{file.slot}: {key} and {given[name].keys[0]} are both {name}")
         else:
             given[name] = Origin(file.slot, (key,))
-    for name, parts in split.items():
-        problems += _check_split(file, name, parts, keys, given)
-        given.setdefault(name, Origin(file.slot, tuple(parts[part] for part in SPLIT_ATTENTION if part in parts)))
+    for name, parts in found.items():
+        problems += _check_parts(file, name, parts, keys, given)
+        given.setdefault(name, Origin(file.slot, tuple(parts[part] for part in parts_of(name) if part in parts)))
     return given, problems
 
 
-def _fused_name(match: re.Match) -> str:
-    return f"{match['attention']}.{FUSED_ATTENTION}.{match['leaf']}"
-
-
-def _check_split(file: File, name: str, parts: dict[str, str], keys: dict, given: dict[str, Origin]) -> Iterator[str]:
-    """Problems of q, k and v in a file that has them separately."""
-    key = next(iter(parts.values()))
-    if absent := [part for part in SPLIT_ATTENTION if part not in parts]:
+def _check_parts(file: File, name: str, parts: dict[str, str], keys: dict, given: dict[str, Origin]) -> Iterator[str]:
+    """Problems of a parameter that a file has in parts."""
+    key, shapes = next(iter(parts.values())), [keys[key] for key in parts.values()]
+    absent = [authors_name(part).removeprefix(file.prefix) for part in parts_of(name) if part not in parts]
+    if absent:
         yield f"{file.slot}: {key} needs {', '.join(absent)} beside it"
     elif name in given:
         yield f"{file.slot}: {key} needs to be there once, not also as {given[name].keys[0]}"
-    elif len({keys[key] for key in parts.values()}) > 1:
-        yield f"{file.slot}: {', '.join(parts.values())} have different shapes"
+    elif len({shape[:1] for shape in shapes}) > 1 or len({shape[1:] for shape in shapes if shape[1:]}) > 1:
+        yield f"{file.slot}: {', '.join(parts.values())} have shapes that do not fit"
 
 
 def _take_file(
@@ -193,23 +197,26 @@ def _take_file(
 
 
 def converted_shape(shapes: list[tuple[int, ...]], name: str) -> tuple[int, ...]:
-    """The shape of our parameter, from the shapes of its one tensor or of q, k and v in the authors' file."""
+    """The shape of our parameter, from the shapes of its one tensor or of its parts in the authors' file."""
     shape = tuple(shapes[0])
-    if len(shapes) > 1:
+    if ".mini_pointnet." in name and len(shape) == 3 and shape[2] == 1:
+        shape = shape[:2]
+    if name in FOLDED and name.endswith(".bias"):
+        return shape[:1]
+    if name in FOLDED and "_linear_3." in name and len(shapes) > 1:
+        return (shape[0], shape[1] // 2)
+    if len(shapes) > 1 and name not in FOLDED:
         return (sum(part[0] for part in shapes), *shape[1:])
-    if ".mini_pointnet.linear_" in name and len(shape) == 3 and shape[2] == 1:
-        return shape[:2]
     if name.startswith("model.query_experts.") and len(shape) == 3 and shape[0] == 1:
         return shape[1:]
     return shape
 
 
 def _check_dtypes(given: dict[str, Origin], dtypes: dict[str, str]) -> Iterator[str]:
-    for name, origin in given.items():
-        allowed = ("int64",) if name.endswith("num_batches_tracked") else FLOATS
+    for origin in given.values():
         for key in origin.keys:
-            if dtypes[key] not in allowed:
-                yield f"{origin.file}: {key} is {dtypes[key]}, expected {' or '.join(allowed)}"
+            if dtypes[key] not in FLOATS:
+                yield f"{origin.file}: {key} is {dtypes[key]}, expected {' or '.join(FLOATS)}"
 
 
 def _report_absent(
@@ -217,13 +224,18 @@ def _report_absent(
 ) -> Iterator[str]:
     """List parameters that the file must hold and does not, unless they are ignored."""
     for name in absent:
-        key = (authors_name(name) or name).removeprefix(file.prefix)
+        key = _authors_key(name).removeprefix(file.prefix)
         if is_ignored(ignore, file.slot, key):
             result.ignored.append((file.slot, key))
             continue
         missing.add(name)
         or_split = f", or {', '.join(SPLIT_ATTENTION)} separately" if FUSED_ATTENTION in key and file.prefix else ""
         yield f"{file.slot}: {key} is missing{or_split} (it becomes {name})"
+
+
+def _authors_key(name: str) -> str:
+    """What the authors call our parameter, or the first of its parts."""
+    return next(filter(None, map(authors_name, (name, *parts_of(name)))), name)
 
 
 # ---- All files together ---------------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def _settle_without_file(
         else:
             givers = [file.slot for file in files if matches(name, (*file.gives, *file.may_give))]
             yield (
-                f"{authors_name(name)} is missing from all files (it becomes {name}; {' or '.join(givers)} should have it)"
+                f"{_authors_key(name)} is missing from all files (it becomes {name}; {' or '.join(givers)} should have it)"
             )
 
 

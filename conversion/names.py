@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from minigpt3d.modeling_minigpt3d import FOLDED_LAYERS, folded_names, unfolded_names
+
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 # The authors' names → ours, in data-flow order (paper: figure 2). `#` is a number. A name stands for every name that
-# begins with it: its weight, bias, running statistics and LoRA matrices.
+# begins with it: its weight, bias, running statistics and LoRA matrices. `parts_of` joins some of them.
 NAMES = {
     # Point-BERT
     "pc_encoder.cls_token": "model.point_encoder.cls_token",
@@ -61,6 +63,21 @@ ALIASES = {"query_expert_dict.0": "query_tokens", "point_encoder": "pc_encoder"}
 # The official Phi-2 has three matrices where the authors have one (heads, 3, head_dim).
 SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj")
 FUSED_ATTENTION = "query_key_value"
+
+# Our parameter → the tensors that it is folded from, as older checkpoints of ours name them: the authors' convolutions
+# with BatchNorm are linear layers here. `authors_state_dict` is the inverse.
+MINI_POINTNET = "model.point_encoder.mini_pointnet"
+FOLDED = {
+    f"{MINI_POINTNET}.{name}": tuple(f"{MINI_POINTNET}.{part}" for part in unfolded_names(old))
+    for old, new in FOLDED_LAYERS.items()
+    for name in folded_names(new)
+}
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The tensors that a parameter of ours is made from where a file has it in parts; () for most."""
+    fused = re.fullmatch(rf"(.+\.self_attn)\.{FUSED_ATTENTION}\.(weight|bias)", name)
+    return tuple(f"{fused[1]}.{part}.{fused[2]}" for part in SPLIT_ATTENTION) if fused else FOLDED.get(name, ())
 
 
 def _compile(table: dict[str, str]) -> list[tuple[re.Pattern, str, str]]:
@@ -112,6 +129,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 LEFTOVERS = {
     r"Qformer\.bert\.embeddings\.position_ids": "positions 0, 1, 2, …; the queries have no position embedding",
     r".*\.rotary_emb\.inv_freq": "rotary frequencies, computed from the configuration",
+    r".*\.num_batches_tracked": "a counter of BatchNorm, which is folded into the layer before it",
 }
 _IMAGE_SIDE = {r"(visual_encoder|ln_vision|vision_proj)\..*": "image side: MiniGPT-3D has points instead"}
 # What a `.pth` file holds under other keys, beside the tensors of the model.

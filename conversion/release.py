@@ -322,11 +322,9 @@ def summary(plan: ConversionPlan) -> str:
 def _count_keys(plan: ConversionPlan) -> list[tuple[str, ...]]:
     """How many keys of each file were used or not, and why not; first a row of titles."""
     accounted = plan.accounted
-    used, superseded = Counter(), Counter()
-    for origin in accounted.origins.values():
-        used[origin.file] += len(origin.keys)
-    for origin, _ in accounted.superseded:
-        superseded[origin.file] += len(origin.keys)
+    used = {(origin.file, key) for origin in accounted.origins.values() for key in origin.keys}
+    superseded = {(origin.file, key) for origin, _ in accounted.superseded for key in origin.keys}
+    used, superseded = (Counter(file for file, _ in keys) for keys in (used, superseded - used))
     rows = [("file", "tensors", "used", "superseded", "alias", "left over", "ignored")]
     for source in plan.sources:
         slot, keys = source.file.slot, set(source.shapes)
@@ -345,9 +343,12 @@ def _count_keys(plan: ConversionPlan) -> list[tuple[str, ...]]:
 
 def _summarize(plan: ConversionPlan) -> list[str]:
     accounted = plan.accounted
-    by = Counter()
-    for origin, name in accounted.superseded:
-        by[origin.file, accounted.origins[name].file] += len(origin.keys)
+    replaced = {
+        (origin.file, accounted.origins[name].file, key)
+        for origin, name in accounted.superseded
+        for key in origin.keys
+    }
+    by = Counter((old, new) for old, new, _ in replaced)
     lines = [f"{count} of {old} are superseded by {new}" for (old, new), count in sorted(by.items())]
     reasons = Counter((file, reason) for file, _, reason in accounted.leftovers)
     lines += [f"{count} of {file} are left over: {reason}" for (file, reason), count in sorted(reasons.items())]

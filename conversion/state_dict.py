@@ -1,15 +1,21 @@
-"""The authors' state dicts as ours: tensors renamed, reshaped, and with their LoRA products merged if asked for."""
+"""The authors' state dicts as ours: tensors renamed, reshaped, and with their LoRA products merged if asked for; and back."""
 
 from collections.abc import Callable
 
 import torch
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.modeling_minigpt3d import (
+    FOLDED_LAYERS,
+    MiniGPT3DForConditionalGeneration,
+    fold_batch_norm,
+    folded_names,
+    unfolded_names,
+)
 
 from .accounting import Account, account, converted_shape
 from .lora import lora_scale, merge_lora_factors
-from .names import File
+from .names import MINI_POINTNET, File, authors_name
 
 
 def convert_state_dict(
@@ -92,11 +98,48 @@ class Reader:
 
 
 def convert_tensor(tensors: list[torch.Tensor], name: str, config: MiniGPT3DConfig) -> torch.Tensor:
-    """1×1 convolutions become linear layers, query tokens lose their batch dimension, q, k and v become one matrix.
+    """One tensor of ours from the authors' tensor, or from its parts in their file.
 
-    q, k and v of shape (D, ...) become (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's.
+    1×1 convolutions become linear layers with their BatchNorm folded in (float32), query tokens lose their batch
+    dimension, and q, k and v of shape (D, ...) become (3*D, ...), laid out as (heads, 3, head_dim) like TinyGPT-V's.
     """
-    if len(tensors) > 1:
-        parts = [part.unflatten(0, (config.text_config.num_attention_heads, -1)) for part in tensors]
-        return torch.stack(parts, dim=1).flatten(0, 2)
-    return tensors[0].reshape(converted_shape([tuple(tensors[0].shape)], name))
+    if len(tensors) == 1:
+        return tensors[0].reshape(converted_shape([tuple(tensors[0].shape)], name))
+    for layers in FOLDED_LAYERS.values():
+        if (leaf := name.removeprefix(f"{MINI_POINTNET}.")) in folded_names(layers):
+            weight, *vectors = (tensor.float() for tensor in tensors)
+            return fold_batch_norm([weight.reshape(weight.shape[:2]), *vectors], layers)[leaf]
+    parts = [part.unflatten(0, (config.text_config.num_attention_heads, -1)) for part in tensors]
+    return torch.stack(parts, dim=1).flatten(0, 2)
+
+
+def authors_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our state dict by the authors' names and shapes, for their code: the inverse of `convert_state_dict`.
+
+    What was folded into the linear layers of the mini-PointNet stays there: the BatchNorms behind them change nothing.
+
+    Args:
+        state_dict: of `MiniGPT3DForConditionalGeneration`; LoRA factors as `….lora_A.weight`.
+    """
+    result = {}
+    for name, tensor in (state_dict | _unfold(state_dict)).items():
+        if name.startswith(f"{MINI_POINTNET}.linear_") and tensor.ndim == 2:
+            tensor = tensor[..., None]
+        elif name.startswith("model.query_experts."):
+            tensor = tensor[None]
+        if (key := authors_name(name)) is not None:
+            result[key] = tensor
+    return result
+
+
+def _unfold(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear layers with BatchNorms behind them that change nothing, from the layers of `MiniPointNet`."""
+    result = {}
+    for old, new in FOLDED_LAYERS.items():
+        weight, bias, *rest = (state_dict[f"{MINI_POINTNET}.{name}"] for name in folded_names(new))
+        one, zero = torch.ones_like(bias), torch.zeros_like(bias)
+        tensors = (torch.cat([weight, *rest], dim=1), bias, one, zero, zero, one - 1e-5)
+        names = (f"{MINI_POINTNET}.{name}" for name in unfolded_names(old))
+        result |= dict(zip(names, tensors, strict=False))
+        result |= {f"{MINI_POINTNET}.{norm}.num_batches_tracked": torch.tensor(0) for norm in old[1:]}
+    return result

@@ -98,10 +98,7 @@ def write_weights(folder: Path, plan: ConversionPlan, dtype: torch.dtype, merge_
     """Write `model.safetensors`, or shards and their index, with at most one shard in memory."""
     read = plan.reader()
     with torch.device("meta"):
-        shapes = {
-            name: torch.empty(shape, dtype=torch.int64 if name.endswith("num_batches_tracked") else dtype)
-            for name, shape in plan.expected.items()
-        }
+        shapes = {name: torch.empty(shape, dtype=dtype) for name, shape in plan.expected.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_SIZE)
     with tqdm(total=len(shapes), desc="weights", unit="tensor", disable=None) as progress:
         for filename, names in split.filename_to_tensors.items():
@@ -127,8 +124,6 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     Raises:
         ValueError: a value is not finite, or not in this dtype.
     """
-    if not tensor.is_floating_point():
-        return tensor.clone()
     cast = tensor.to(dtype, copy=True).contiguous()
     if not cast.isfinite().all():
         if not tensor.isfinite().all():

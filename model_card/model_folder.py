@@ -21,7 +21,6 @@ from .facts import Fact, read_fact
 
 
 RECIPE_FILE = "recipe.json"
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: not parameters
 
 # Origin of the parts of a conversion, by the name of their file, as in NOTICE.
 _COMPONENTS = {
@@ -103,8 +102,7 @@ def _count_weights(folder: Path) -> dict[str, Fact] | None:
     number = 0
     for file in files:
         with safe_open(file, "np") as tensors:
-            names = [name for name in tensors.keys() if not name.endswith(_BUFFERS)]
-            number += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+            number += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     source = files[0].name if len(files) == 1 else "model-*.safetensors"
     size = sum(file.stat().st_size for file in files)
     return {

@@ -8,7 +8,8 @@ Shapes: B clouds, N points, G groups, K neighbors, Q query tokens, E experts, S 
 D width (of whichever part the line is in), H heads, V vocabulary.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, initialization as init
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
@@ -38,39 +41,28 @@ from .grouping_minigpt3d import group
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def fold_batch_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor]:
-    """One linear layer that equals `norm(linear(x))` with the running statistics: weight (out, in), bias (out,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return linear.weight * scale[:, None], (linear.bias - norm.running_mean) * scale + norm.bias
-
-
 class MiniPointNet(nn.Module):
     """Embed each neighborhood: a point-wise MLP and a max over the group, twice; the second MLP also reads the first max.
 
-    The authors' 1×1 convolutions are written as matrix products over points, BatchNorm (always with its running
-    statistics) folded in. The half of the third layer that reads the group's maximum is applied once per group.
+    The authors' 1×1 convolutions are matrix products over points, with their BatchNorms folded in. The half of the third
+    layer that reads the group's maximum is a layer of its own, applied once per group.
     """
 
     def __init__(self, config: MiniGPT3DPointConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(config.num_channels, 128)
-        self.norm_1 = nn.BatchNorm1d(128)
-        self.linear_2 = nn.Linear(128, 256)
-        self.linear_3 = nn.Linear(512, 512)
-        self.norm_2 = nn.BatchNorm1d(512)
-        self.linear_4 = nn.Linear(512, config.group_embedding_size)
+        self.point_linear_1 = nn.Linear(config.num_channels, 128)
+        self.point_linear_2 = nn.Linear(128, 256)
+        self.group_linear_3 = nn.Linear(256, 512)
+        self.point_linear_3 = nn.Linear(256, 512, bias=False)
+        self.point_linear_4 = nn.Linear(512, config.group_embedding_size)
 
     def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
         """(B, G, K, C) → (B, G, D). The order of the neighbors does not matter."""
         points = neighborhood.flatten(0, 1)  # (B*G, K, C)
-        points = nn.functional.linear(points, *fold_batch_norm(self.linear_1, self.norm_1)).relu_()
-        points = self.linear_2(points)  # (B*G, K, 256)
-        groups = points.amax(1)  # (B*G, 256)
-        weight, bias = fold_batch_norm(self.linear_3, self.norm_2)
-        group_weight, point_weight = weight.chunk(2, dim=1)
-        groups = nn.functional.linear(groups, group_weight, bias)  # (B*G, 512)
-        points = nn.functional.linear(points, point_weight)  # (B*G, K, 512)
-        points = self.linear_4(points.add_(groups[:, None]).relu_())  # (B*G, K, D)
+        points = self.point_linear_2(self.point_linear_1(points).relu_())  # (B*G, K, 256)
+        groups = self.group_linear_3(points.amax(1, keepdim=True))  # (B*G, 1, 512)
+        points = self.point_linear_3(points).add_(groups).relu_()  # (B*G, K, 512)
+        points = self.point_linear_4(points)  # (B*G, K, D)
         return points.amax(1).unflatten(0, neighborhood.shape[:2])  # (B, G, D)
 
 
@@ -713,6 +705,84 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["point_clouds"] = point_clouds
         return model_inputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Older checkpoints and the authors' files: BatchNorm behind the mini-PointNet's linear layers is folded into them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Layers of the mini-PointNet in older checkpoints → those of today.
+FOLDED_LAYERS = {
+    ("linear_1", "norm_1"): ("point_linear_1",),
+    ("linear_2",): ("point_linear_2",),
+    ("linear_3", "norm_2"): ("group_linear_3", "point_linear_3"),
+    ("linear_4",): ("point_linear_4",),
+}
+
+
+def unfolded_names(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The tensors of a linear layer, and of the BatchNorm behind it if there is one."""
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    return tuple(f"{layer}.{leaf}" for layer, end in zip(layers, (2, 4), strict=False) for leaf in leaves[:end])
+
+
+def folded_names(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of the layers that read one layer's inputs: the weight of each, and the first one's bias."""
+    return (f"{layers[0]}.weight", f"{layers[0]}.bias", *(f"{layer}.weight" for layer in layers[1:]))
+
+
+def fold_batch_norm(tensors: Sequence[torch.Tensor], layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Linear layers that equal a linear layer with BatchNorm behind it, which uses its running statistics.
+
+    Args:
+        tensors: weight (out, in) and bias (out,); then weight, bias, running mean and variance (out,) of the BatchNorm,
+            if there is one.
+        layers: names of the results, each of which reads its share of the inputs.
+
+    Returns:
+        The parameters by `folded_names(layers)`, in the dtype of the weight.
+    """
+    weight, bias, *norm = (tensor.cpu().double() for tensor in tensors)
+    if norm:
+        norm_weight, norm_bias, mean, variance = norm
+        scale = norm_weight * (variance + 1e-5).rsqrt()
+        weight, bias = weight * scale[:, None], (bias - mean) * scale + norm_bias
+    weight, *rest = weight.chunk(len(layers), dim=1)
+    results = zip(folded_names(layers), (weight, bias, *rest), strict=True)
+    return {name: tensor.contiguous().to(tensors[0]) for name, tensor in results}
+
+
+class FoldBatchNorm(ConversionOps):
+    """`fold_batch_norm` while transformers loads a checkpoint."""
+
+    supports_many_to_many = True
+
+    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
+        tensors = [input_dict[pattern][0] for pattern in source_patterns if "num_batches" not in pattern]
+        layers = tuple(name.removesuffix(".weight") for name in target_patterns if name.endswith(".weight"))
+        return fold_batch_norm(tensors, layers)
+
+
+class OlderLayers(WeightConverter):
+    """Layers that older checkpoints have with BatchNorm. What was loaded from them is saved with the names of today."""
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("mini_pointnet", "mini_pointnet")
+
+
+def convert_older_layers() -> list[OlderLayers]:
+    """How transformers loads encoders of older checkpoints."""
+    converters = []
+    for old, new in FOLDED_LAYERS.items():
+        sources = [*unfolded_names(old), *(f"{norm}.num_batches_tracked" for norm in old[1:])]
+        sources = [re.escape(f"mini_pointnet.{name}") for name in sources]
+        targets = [f"mini_pointnet.{name}" for name in folded_names(new)]
+        converters.append(OlderLayers(sources, targets, operations=[FoldBatchNorm()]))
+    return converters
+
+
+register_checkpoint_conversion_mapping(MiniGPT3DPointConfig.model_type, convert_older_layers(), overwrite=True)
 
 
 __all__ = [

@@ -31,7 +31,14 @@ from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
 from minigpt3d.files import write_json
 from minigpt3d.hub import save_pretrained
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, MiniPointNet
+from minigpt3d.modeling_minigpt3d import (
+    FOLDED_LAYERS,
+    MiniGPT3DForConditionalGeneration,
+    MiniGPT3DModel,
+    MiniPointNet,
+    fold_batch_norm,
+    unfolded_names,
+)
 from minigpt3d.processing_minigpt3d import (
     MiniGPT3DPointCloudProcessor,
     MiniGPT3DProcessor,
@@ -195,15 +202,37 @@ class EncoderTraining(nn.Module):
         return [dict(zip(self.head_sizes, logits.split(sizes, dim=-1), strict=True)) for logits in both]
 
 
-@torch.no_grad()
-def calibrate(mini_pointnet: MiniPointNet, neighborhood: torch.Tensor):
-    """Set the BatchNorms' running statistics from data, once: they are never updated."""
-    points = mini_pointnet.linear_1(neighborhood.flatten(0, 2))  # (B*G*K, 128)
-    _set_statistics(mini_pointnet.norm_1, points)
-    points = mini_pointnet.norm_1.eval()(points).relu()
-    points = mini_pointnet.linear_2(points).unflatten(0, (-1, neighborhood.shape[2]))  # (B*G, K, 256)
-    points = torch.cat([points.amax(1, keepdim=True).expand_as(points), points], dim=-1)
-    _set_statistics(mini_pointnet.norm_2, mini_pointnet.linear_3(points).flatten(0, 1))
+class NormedMiniPointNet(nn.Module):
+    """The mini-PointNet as it is trained: with BatchNorms, whose running statistics come from data once."""
+
+    def __init__(self, config: MiniGPT3DPointConfig):
+        super().__init__()
+        self.linear_1, self.norm_1 = nn.Linear(config.num_channels, 128), nn.BatchNorm1d(128)
+        self.linear_2 = nn.Linear(128, 256)
+        self.linear_3, self.norm_2 = nn.Linear(512, 512), nn.BatchNorm1d(512)
+        self.linear_4 = nn.Linear(512, config.group_embedding_size)
+        self._folded = (MiniPointNet(config).to("meta"),)  # not a submodule: it has no weights of its own
+
+    def forward(self, neighborhood: torch.Tensor) -> torch.Tensor:
+        """(B, G, K, C) → (B, G, D)."""
+        return torch.func.functional_call(self._folded[0], self.fold(), neighborhood)
+
+    def fold(self) -> dict[str, torch.Tensor]:
+        """The state dict of the `MiniPointNet` that equals this one."""
+        state, folded = dict(self.named_parameters()) | dict(self.named_buffers()), {}
+        for old, new in FOLDED_LAYERS.items():
+            folded |= fold_batch_norm([state[name] for name in unfolded_names(old)], new)
+        return folded
+
+    @torch.no_grad()
+    def calibrate(self, neighborhood: torch.Tensor):
+        """Set the running statistics, which are never updated, from (B, G, K, C)."""
+        points = self.linear_1(neighborhood.flatten(0, 2))  # (B*G*K, 128)
+        _set_statistics(self.norm_1, points)
+        points = self.norm_1.eval()(points).relu()
+        points = self.linear_2(points).unflatten(0, (-1, neighborhood.shape[2]))  # (B*G, K, 256)
+        points = torch.cat([points.amax(1, keepdim=True).expand_as(points), points], dim=-1)
+        _set_statistics(self.norm_2, self.linear_3(points).flatten(0, 1))
 
 
 def _set_statistics(norm: nn.BatchNorm1d, values: torch.Tensor):
@@ -298,13 +327,18 @@ def balance(weights: np.ndarray, kinds: np.ndarray, num_real: int, num_kinds: in
 
 def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:
     """Train point encoder, query tokens and Q-Former in place; returns the accuracy of the heads on validation objects."""
-    for module in model.point_encoder.modules():
+    encoder = model.point_encoder
+    encoder.mini_pointnet = normed = NormedMiniPointNet(encoder.config)
+    for module in encoder.modules():
         if isinstance(module, nn.Linear):  # transformers' initial weights are too small: positions have no effect
             module.reset_parameters()
     training = EncoderTraining(model, views.head_sizes)
     first = views.rng.choice(len(views.targets), 64, p=views.weights)
-    calibrate(model.point_encoder.mini_pointnet, torch.stack([views.neighborhoods[i][0].float() for i in first]))
-    return _train_heads("encoder", training, objects, views, steps, batch_size, peak_lr=2e-3)
+    normed.calibrate(torch.stack([views.neighborhoods[i][0].float() for i in first]))
+    scores = _train_heads("encoder", training, objects, views, steps, batch_size, peak_lr=2e-3)
+    encoder.mini_pointnet = MiniPointNet(encoder.config)
+    encoder.mini_pointnet.load_state_dict(normed.fold())
+    return scores
 
 
 def train_qformer(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:

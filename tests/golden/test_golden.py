@@ -13,7 +13,7 @@ from tiny_model import make_tiny_config, tiny_phi_config
 
 from minigpt3d.conversion.lora import lora_config
 from minigpt3d.conversion.names import authors_name, our_name
-from minigpt3d.conversion.state_dict import convert_state_dict
+from minigpt3d.conversion.state_dict import authors_state_dict, convert_state_dict
 from minigpt3d.grouping_minigpt3d import farthest_point_sampling, group, nearest_neighbors
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
@@ -419,10 +419,21 @@ def test_every_key_is_accounted_for(golden):
     with torch.device("meta"):
         ours = set(MiniGPT3DForConditionalGeneration(config).state_dict())
     assert converted.keys() - lora == ours
-    assert {authors_name(name) for name in converted} == state.keys() - {"Qformer.bert.embeddings.position_ids"}
-    assert all(our_name(authors_name(name)) == name for name in converted)
+    authors = authors_state_dict(converted)
+    assert authors.keys() == state.keys() - {"Qformer.bert.embeddings.position_ids"}
+    assert all(tensor.shape == state[key].shape for key, tensor in authors.items())
     merged = convert_state_dict(state, config)
     assert merged.keys() == ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ours_as_the_authors_is_ours_again(golden, dtype):
+    """BatchNorms that change nothing are folded without rounding."""
+    state, config = golden("full.state"), make_tiny_config()
+    ours = {name: t.to(dtype) for name, t in convert_state_dict(state, config, merge_lora=False).items()}
+    again = convert_state_dict(authors_state_dict(ours), config, merge_lora=False)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.items())
 
 
 def test_aliases_and_peft_spellings(golden):

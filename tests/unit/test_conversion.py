@@ -184,10 +184,13 @@ def swap(one, other):
         (change("stage4", "query_router.0.bias", torch.ones(20, dtype=torch.int64)), "query_router.0.bias is int64, expected float16"),
         (change("blip2", "Qformer.bert.embeddings.LayerNorm.gamma", torch.ones(32)), "is not in this configuration"),
         (change("stage4", "query_expert_dict.0", torch.ones(1, 6, 32)), "query_expert_dict.0 should be the same tensor as query_tokens"),
+        (change("point_encoder", "encoder.first_conv.1.running_var", None), "needs encoder.first_conv.1.running_var beside it"),
+        (change("point_encoder", "encoder.second_conv.1.bias", torch.ones(7)), "have shapes that do not fit"),
+        (change("point_encoder", "encoder.second_conv.3.bias", None), "encoder.second_conv.3.weight needs encoder.second_conv.3.bias"),
         (swap("stage3", "stage4"), "stage3: this looks like the file of `stage4`"),
         (swap("stage3", "stage4"), "stage4: this looks like the file of `stage3`"),
         (swap("blip2", "tinygpt_v"), "blip2: this looks like the file of `tinygpt_v`"),
-        (change("phi", "model.layers.0.self_attn.q_proj.weight", torch.ones(64, 64)), "needs k_proj, v_proj beside it"),
+        (change("phi", "model.layers.0.self_attn.q_proj.weight", torch.ones(64, 64)), "q_proj.weight needs model.layers.0.self_attn.k_proj.weight"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_add_up_are_named(mutate, message, tmp_path):

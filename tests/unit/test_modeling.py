@@ -3,12 +3,15 @@
 import pytest
 import torch
 from backbones import BACKBONES, SMALL_TEXT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
+from minigpt3d.conversion.names import our_name
+from minigpt3d.conversion.state_dict import convert_state_dict
 from minigpt3d.grouping_minigpt3d import farthest_point_sampling, nearest_neighbors
+from minigpt3d.hub import load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
 
 
@@ -160,12 +163,59 @@ def test_two_passes_are_bit_equal(tiny_model, point_clouds):
     assert torch.equal(tiny_model.generate(**inputs, **GREEDY), tiny_model.generate(**inputs, **GREEDY))
 
 
-def test_batch_norm_uses_running_statistics_even_in_training(tiny_model, point_clouds):
+def test_the_encoder_computes_the_same_in_training(tiny_model, point_clouds):
+    """BatchNorms are folded, and nothing in it is dropped out."""
     expected = tiny_model.model.point_encoder(point_clouds)
-    before = {name: buffer.clone() for name, buffer in tiny_model.named_buffers()}
     tiny_model.train()
     assert torch.equal(tiny_model.model.point_encoder(point_clouds), expected)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in tiny_model.named_buffers())
+
+
+@pytest.fixture
+def older_checkpoint(golden, tmp_path):
+    """The golden model as a folder of a version that kept the BatchNorms."""
+    converted = convert_state_dict(golden("full.state"), make_tiny_config())
+    model = make_tiny_model()
+    model.load_state_dict(converted)
+    model.save_pretrained(tmp_path / "older")
+    folded = {name for name in converted if "mini_pointnet" in name}
+    unfolded = {our_name(key): tensor for key, tensor in golden("full.state").items() if ".encoder." in key}
+    unfolded = {name: tensor for name, tensor in unfolded.items() if name and "mini_pointnet" in name}
+    unfolded = {name: tensor.squeeze(-1) if tensor.ndim == 3 else tensor for name, tensor in unfolded.items()}
+    assert len(unfolded) == 18 and any("running_var" in name for name in unfolded)
+    state = {name: tensor for name, tensor in converted.items() if name not in folded} | unfolded
+    save_file(state, tmp_path / "older" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "older", converted
+
+
+@pytest.mark.parametrize("placement", [{}, {"device_map": "cpu"}, {"device_map": {"": "disk"}}])
+def test_checkpoints_with_batch_norms_load(older_checkpoint, point_clouds, placement, tmp_path):
+    folder, converted = older_checkpoint
+    if "disk" in str(placement):
+        placement = placement | {"offload_folder": tmp_path / "offload"}
+    model, report = MiniGPT3DForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **placement)
+    assert not any(report.values())
+    expected = make_tiny_model()
+    expected.load_state_dict(converted)
+    assert torch.equal(model.get_point_features(point_clouds), expected.get_point_features(point_clouds))
+
+
+def test_checkpoints_with_batch_norms_are_saved_without(older_checkpoint, tmp_path):
+    folder, converted = older_checkpoint
+    for number, loaded in enumerate((MiniGPT3DForConditionalGeneration, MiniGPT3DModel)):
+        loaded.from_pretrained(folder).save_pretrained(tmp_path / str(number))
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        saved = {"model." * number + name: tensor for name, tensor in saved.items()}
+        assert saved.keys() == {name for name in converted if not (number and name.startswith("lm_head."))}
+        assert all(torch.equal(tensor, converted[name]) for name, tensor in saved.items())
+
+
+def test_an_incomplete_checkpoint_with_batch_norms_is_refused(older_checkpoint):
+    folder, _ = older_checkpoint
+    state = load_file(folder / "model.safetensors")
+    del state["model.point_encoder.mini_pointnet.norm_2.running_var"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="cannot load"):
+        load_weights(folder)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -306,12 +356,13 @@ def test_config_round_trip(tmp_path):
 
 
 def test_default_config_is_the_paper(golden):
-    """The number of parameters without LoRA, at full size, as the authors count them."""
+    """The number of parameters without LoRA, at full size, as the authors count them; BatchNorms are folded here."""
     with torch.device("meta"):
         model = MiniGPT3DForConditionalGeneration(MiniGPT3DConfig())
     facts = golden("trainable_full.json")
     lora = sum(facts["stage_2"]["trainable_by_group"][name] for name in ("llm_lora", "Qformer_lora"))
-    assert model.num_parameters() == facts["stage_4"]["all_params_total_dedup"] - lora
+    batch_norms = 2 * (128 + 512)  # weights and biases
+    assert model.num_parameters() == facts["stage_4"]["all_params_total_dedup"] - lora - batch_norms
 
 
 # Grouping
