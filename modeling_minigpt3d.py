@@ -8,8 +8,11 @@ Shapes: B clouds, N points, G groups, K neighbors, Q query tokens, E experts, S 
 D width (of whichever part the line is in), H heads, V vocabulary.
 """
 
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
 from transformers.models.phi.modeling_phi import (
     PhiAttention,
     PhiDecoderLayer,
@@ -30,7 +33,9 @@ from transformers.models.phi.modeling_phi import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
 from .grouping_minigpt3d import group
@@ -142,7 +147,7 @@ class PointBert(PreTrainedModel):
     config_class = MiniGPT3DPointConfig
     main_input_name = "point_clouds"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PointBertBlock", "MiniPointNet"]
+    _no_split_modules = ["PointBert"]  # its parameters beside the layers are on no module of their own
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -168,9 +173,11 @@ class PointBert(PreTrainedModel):
     def encode_groups(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Neighborhoods (B, G, K, C) around centers (B, G, 3) → (B, 1+G, D), the cls token first."""
         tokens = self.group_projection(self.mini_pointnet(neighborhood))  # (B, G, D)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+G, D)
-        position = self.position_embedding(center)  # (B, G, D)
-        position = torch.cat([self.cls_position.expand(len(tokens), -1, -1), position], dim=1)  # (B, 1+G, D)
+        cls_token, cls_position = (
+            x.expand(len(tokens), -1, -1).to(tokens) for x in (self.cls_token, self.cls_position)
+        )
+        tokens = torch.cat([cls_token, tokens], dim=1)  # (B, 1+G, D)
+        position = torch.cat([cls_position, self.position_embedding(center).to(tokens)], dim=1)  # (B, 1+G, D)
         for block in self.blocks:
             tokens = block(tokens, position)
         return self.norm(tokens)
@@ -386,6 +393,58 @@ def pin_qformer_attention(config: MiniGPT3DConfig):
         config.qformer_config._attn_implementation = "sdpa"
 
 
+def leave_alone(config: QuantizationConfigMixin | dict, modules: list[str]) -> QuantizationConfigMixin:
+    """A copy of the configuration of a quantization, with the modules to leave alone if it names none."""
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy(config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes, and of the others
+        if field in vars(config) and getattr(config, field) is None:
+            setattr(config, field, list(modules))
+    return config
+
+
+def check_files(model: PreTrainedModel, files: list[str], compare_sizes: bool):
+    """Compare a model without memory, on the meta device, with the files that its weights are to come from.
+
+    Raises:
+        ValueError: a file lies outside of the model's folder; the model is larger than what the files hold, or a shape
+            differs.
+    """
+    folder = os.path.abspath(model.config.name_or_path)
+    for file in files:
+        if os.path.isdir(folder) and os.path.commonpath([folder, os.path.abspath(file)]) != folder:
+            raise ValueError(f"{folder}: its index of weights names {file}, which is outside of the folder.")
+    if not (compare_sizes and files):
+        return
+    in_files = {
+        name: tuple(t.shape) for file in files for name, t in load_state_dict(file, map_location="meta").items()
+    }
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in expected.items():
+        stored = in_files.get(name, in_files.get(f"{model.base_model_prefix}.{name}", shape))
+        if stored != shape:
+            raise ValueError(
+                f"{folder}: config.json needs {name} of shape {shape}, the weights have {stored}. One of them is of "
+                "another model."
+            )
+    needed, present = (sum(map(math.prod, shapes.values())) for shapes in (expected, in_files))
+    if needed > 2 * present:  # less is missing where a head is new
+        raise ValueError(
+            f"{folder}: config.json describes {needed:,} parameters, the weights are {present:,}. One of them is of "
+            "another model."
+        )
+
+
+def check_finite(model: PreTrainedModel):
+    """
+    Raises:
+        ValueError: a weight is infinite or no number.
+    """
+    for name, parameter in model.named_parameters():
+        is_plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # not quantized, not on disk
+        if is_plain and parameter.is_floating_point() and not parameter.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{name} holds values that are not finite. The weights are damaged; download them again.")
+
+
 class MiniGPT3DPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization."""
 
@@ -394,12 +453,43 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("point_cloud", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PointBertBlock", "MiniPointNet", "Blip2QFormerLayer", "MiniGPT3DPhiDecoderLayer"]
+    _no_split_modules = ["PointBert", "Blip2QFormerLayer", "MiniGPT3DPhiDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # A twentieth of the paper's model, on which every answer depends. A quantization that names other modules to leave
+    # alone decides for itself. Regular expressions: this class may be the whole model or the model without its head.
+    modules_not_to_quantize = [
+        rf"(model\.)?{name}"
+        for name in ("point_encoder", "point_projection", "router", "query_experts", "qformer", "language_projection")
+    ] + ["lm_head"]
+
+    @classmethod
+    def from_pretrained(cls, *args, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs):
+        """See `PreTrainedModel.from_pretrained`.
+
+        Args:
+            quantization_config: by default the modules of `modules_not_to_quantize` are left alone.
+
+        Raises:
+            ValueError: the files hold weights that are not finite, do not fit the sizes in config.json, or lie outside
+                of the folder.
+        """
+        if quantization_config is not None:
+            quantization_config = leave_alone(quantization_config, cls.modules_not_to_quantize)
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        compare_sizes = not (load_config.is_quantized or load_config.ignore_mismatched_sizes)
+        check_files(model, checkpoint_files or [], compare_sizes)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        check_finite(model)
+        return loaded
 
     def set_attn_implementation(self, *args, **kwargs):
         super().set_attn_implementation(*args, **kwargs)
@@ -756,12 +846,12 @@ def fold_batch_norm(tensors: Sequence[torch.Tensor], layers: tuple[str, ...]) ->
 class FoldBatchNorm(ConversionOps):
     """`fold_batch_norm` while transformers loads a checkpoint."""
 
-    supports_many_to_many = True
+    def __init__(self, layers: tuple[str, ...]):
+        self.layers = layers
 
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         tensors = [input_dict[pattern][0] for pattern in source_patterns if "num_batches" not in pattern]
-        layers = tuple(name.removesuffix(".weight") for name in target_patterns if name.endswith(".weight"))
-        return fold_batch_norm(tensors, layers)
+        return {f"mini_pointnet.{name}": tensor for name, tensor in fold_batch_norm(tensors, self.layers).items()}
 
 
 class OlderLayers(WeightConverter):
@@ -777,8 +867,7 @@ def convert_older_layers() -> list[OlderLayers]:
     for old, new in FOLDED_LAYERS.items():
         sources = [*unfolded_names(old), *(f"{norm}.num_batches_tracked" for norm in old[1:])]
         sources = [re.escape(f"mini_pointnet.{name}") for name in sources]
-        targets = [f"mini_pointnet.{name}" for name in folded_names(new)]
-        converters.append(OlderLayers(sources, targets, operations=[FoldBatchNorm()]))
+        converters.append(OlderLayers(sources, f"mini_pointnet.{new[0]}.weight", operations=[FoldBatchNorm(new)]))
     return converters
 
 

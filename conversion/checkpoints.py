@@ -135,9 +135,12 @@ def _weight_files(path: Path) -> list[Path]:
         if (path / name).exists():
             try:
                 weight_map = read_json(path / name)["weight_map"]
-                files = [path / shard for shard in sorted(set(weight_map.values()))]
+                shards = sorted(set(weight_map.values()))
+                files = [path / shard for shard in shards]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path / name}: not an index of shards ({error!r}). Download it again.") from error
+            if outside := [shard for shard in shards if Path(shard).name != shard]:
+                raise ValueError(f"{path / name}: names {', '.join(outside)}, which is no file of this folder.")
             if absent := [file.name for file in files if not file.exists()]:
                 raise FileNotFoundError(f"{path}: {name} names {', '.join(absent)}, which is not there. Download it.")
             return files

@@ -37,14 +37,6 @@ from .run_options import RunOptions
 from .stages import Stage, select_trainable
 
 
-# Not quantized in a model of 4 bits: everything but the layers of the language model.
-NOT_IN_4_BIT = [
-    *(f"model.{part}" for part in ("point_encoder", "point_projection", "query_experts", "router", "qformer")),
-    "model.language_projection",
-    "lm_head",
-]
-
-
 def plain_name(name: str) -> str:
     """Name of a parameter without the parts that PEFT adds: `model.qformer.….query.lora_A.weight`."""
     return re.sub(r"^base_model\.model\.|\.base_layer\b|\.default\b", "", name)
@@ -74,7 +66,6 @@ def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=half or torch.float32,
-            llm_int8_skip_modules=NOT_IN_4_BIT,
         )
         loading["device_map"] = {"": accelerator.device}
     model = prepare_model(load_weights(start.base, **loading), stage, start.adapter, start.stage)

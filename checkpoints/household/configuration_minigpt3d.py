@@ -11,6 +11,9 @@ from transformers.configuration_utils import PreTrainedConfig
 # The published model.
 HUB_ID = "org/minigpt3d"
 
+# Of layers or experts: more is a mistake, or meant to fill the memory.
+MAX_COUNT = 1000
+
 CUSTOM_PIPELINES = {
     "point-cloud-to-text": {
         "impl": "pipeline_minigpt3d.PointCloudToTextPipeline",
@@ -166,6 +169,13 @@ class MiniGPT3DConfig(PreTrainedConfig):
         return super().to_dict() | {"custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     def _validate(self):
+        counts = {
+            f"{name}.num_hidden_layers": getattr(self, name).to_dict().get("num_hidden_layers", 0)
+            for name in ("point_config", "qformer_config", "text_config")
+        } | {"num_query_experts": self.num_query_experts}
+        for name, count in counts.items():
+            if count > MAX_COUNT:  # every one is built before its weights are looked for
+                raise ValueError(f"{name} must be at most {MAX_COUNT}, got {count}.")
         if not 1 <= self.num_experts_per_cloud <= self.num_query_experts:
             raise ValueError(
                 f"num_experts_per_cloud must be between 1 and num_query_experts ({self.num_query_experts}), "

@@ -1,7 +1,8 @@
 """Grouping a point cloud: farthest point sampling, then the nearest neighbors of each center. Paper: §3.1.1.
 
 Both are exact. On a CPU the sampling runs coordinate by coordinate and the neighbors come from a k-d tree (scipy, if
-installed); on a GPU the sampling is one Triton kernel and the neighbors come from the distance matrix.
+installed); on a GPU the sampling is one Triton kernel and the neighbors come from the distance matrix. Both are operators
+that `torch.compile` calls; an exported model has operations of torch in their place.
 
 Shapes: B clouds, N points, G groups, K neighbors.
 """
@@ -48,12 +49,41 @@ def farthest_point_sampling(
             "(the processor repeats a small cloud up to its num_points) or lower point_config.num_groups."
         )
     start = torch.as_tensor(0 if start is None else start, device=coord.device).expand(batch_size).long()
+    planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
+    sample = _farthest_point_sampling_traced if torch.compiler.is_exporting() else _farthest_point_sampling
+    return sample(planes, num_samples, start)
+
+
+# Operators of their own, so that compiled code calls them as they are. The package and a copy of this file from the Hub
+# may be loaded together: each has its own names.
+_OPERATORS = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_OPERATORS}::farthest_point_sampling", mutates_args=())
+def _farthest_point_sampling(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+    """Planes (3, B, N), start (B,) → (B, G)."""
+    num_points = planes.shape[2]
     if ((start < 0) | (start >= num_points)).any():
         raise ValueError(f"fps_start must be between 0 and {num_points - 1}, got {start.tolist()}.")
-    planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
-    if triton is not None and coord.is_cuda:
+    if triton is not None and planes.is_cuda:
         return _farthest_point_sampling_triton(planes, num_samples, start)
     return _farthest_point_sampling_loop(planes, num_samples, start)
+
+
+@_farthest_point_sampling.register_fake
+def _(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+    return start.new_empty(planes.shape[1], num_samples)
+
+
+def _farthest_point_sampling_traced(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+    """In operations of torch alone, for `torch.export` and ONNX; every step is in the graph."""
+    distance, farthest, indices = torch.full_like(planes[0], torch.inf), start, []
+    for _ in range(num_samples):
+        indices.append(farthest)
+        x, y, z = planes - planes.gather(2, farthest[None, :, None].expand(3, -1, 1))  # (B, N) each
+        distance = torch.minimum(distance, x * x + y * y + z * z)
+        farthest = distance.argmax(-1)
+    return torch.stack(indices, dim=1)
 
 
 def _farthest_point_sampling_loop(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
@@ -138,6 +168,13 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
             "repeats a small cloud up to its num_points) or lower point_config.group_size."
         )
     coord, center = coord.detach().float(), center.detach().float()
+    neighbors = _nearest_neighbors_traced if torch.compiler.is_exporting() else _nearest_neighbors
+    return neighbors(coord, center, num_neighbors)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::nearest_neighbors", mutates_args=())
+def _nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+    """As `nearest_neighbors`, by a k-d tree on a CPU."""
     if cKDTree is not None and coord.device.type == "cpu":
         points, centers = coord.numpy(), center.numpy()
         return torch.stack(
@@ -148,6 +185,17 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
         )
     distance = torch.cdist(center, coord, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, N)
     return distance.topk(num_neighbors, largest=False, sorted=False).indices
+
+
+@_nearest_neighbors.register_fake
+def _(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+    return coord.new_empty(*center.shape[:2], num_neighbors, dtype=torch.int64)
+
+
+def _nearest_neighbors_traced(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+    """In operations that ONNX has."""
+    distance = (center[:, :, None] - coord[:, None]).square().sum(-1)  # (B, G, N)
+    return distance.topk(num_neighbors, largest=False).indices
 
 
 def group(
