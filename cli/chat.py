@@ -60,7 +60,7 @@ def ask(pipeline, cloud: dict, turns: list[tuple], question: str, max_new_tokens
 
     kept = turns
     while True:
-        streamer = AnswerStreamer(pipeline.processor.tokenizer)
+        streamer = AnswerStreamer(pipeline.processor.tokenizer, pipeline.processor.end_of_answer)
         messages = to_messages(cloud, kept, question)
         try:
             (output,) = pipeline(messages, up_axis="y", clean="none", max_new_tokens=max_new_tokens, streamer=streamer)

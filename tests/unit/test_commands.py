@@ -19,6 +19,7 @@ OPTIONS = {
     "chat": "clean device max-memory max-new-tokens max-seconds missing-color model up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
+    "new": "dtype llm out point-encoder qformer",
     "verify": "trust-remote-code",
     "pack": "annotations clean data from max-broken max-memory max-seconds missing-color num-workers out private push-to-hub seed "
     "up-axis",
