@@ -27,7 +27,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import write_json, written_whole
-from minigpt3d.hub import CONFIG_FILE, check_model_dir, load_model, public_name, write_all_but_weights
+from minigpt3d.hub import CONFIG_FILE, check_model_dir, find_model, load_model, public_name, write_all_but_weights
 from minigpt3d.messages import one_line, public_word
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, build_lm_head
 from minigpt3d.processing_minigpt3d import (
@@ -111,6 +111,9 @@ def read_qformer(path: str) -> Part:
 
 
 def _of_model(path: str, beginnings: tuple[str, ...]) -> Part:
+    config = _read_config(find_model(path).base)
+    if config.model_type != MiniGPT3DConfig.model_type:
+        raise ValueError(f"{path}: expected a MiniGPT-3D model, got one of type {config.model_type}.")
     model, processor = load_model(path)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(beginnings)}
     return Part(model.config, tensors, processor.feature_extractor)

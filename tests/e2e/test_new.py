@@ -145,8 +145,8 @@ def test_wrong_parts_are_named_before_anything_is_written(base, tmp_path, capsys
     for arguments, message in (
         (["--llm", str(gemma), "--point-encoder", str(base)], "gemma2"),
         (["--llm", str(empty), "--point-encoder", str(base)], "config.json"),
-        (["--llm", str(llm), "--point-encoder", str(llm)], "cannot load"),
-        (["--llm", str(llm), "--point-encoder", str(base), "--qformer", str(llm)], "cannot load"),
+        (["--llm", str(llm), "--point-encoder", str(llm)], "type llama"),
+        (["--llm", str(llm), "--point-encoder", str(base), "--qformer", str(llm)], "type llama"),
         (["--llm", str(llm), "--point-encoder", str(tmp_path / "none")], "no folder"),
     ):
         assert main(["new", *arguments, *out]) == 1
