@@ -39,7 +39,7 @@ def run(options: Options, argv: list[str]) -> int:
     import torch
 
     from minigpt3d.conversion.parts import write_start
-    from minigpt3d.model_card.card import write_card
+    from minigpt3d.model_card.readme import write_card
 
     quiet()
     dtype = options.dtype and getattr(torch, options.dtype)

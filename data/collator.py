@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from transformers import BatchFeature
 
 from minigpt3d.processing_minigpt3d import IGNORED_LABEL, MiniGPT3DProcessor
@@ -41,7 +42,12 @@ class MiniGPT3DCollator:
         """
         read = [_read_packed(row) if "coord" in row else _read_messages(row) for row in rows]
         conversations = [messages for messages, _ in read]
-        clouds = [cloud for _, clouds in read for cloud in clouds]
+        # A data set gives an array as lists of numbers, which the processor would take for lists of sources.
+        clouds = [
+            np.asarray(cloud, np.float32) if isinstance(cloud, list) else cloud
+            for _, clouds in read
+            for cloud in clouds
+        ]
         batch = self.processor.encode_training(conversations, clouds, self.max_text_length)
         if not self.assistant_only_loss:
             ids = batch["input_ids"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ways_in import make_cloud, make_processor, make_seeing_model
 
-from minigpt3d.cli.look import Attention, measure_attention, spread
 from minigpt3d.cli.main import main
+from minigpt3d.evaluation.attention import Attention, measure_attention, spread
 from minigpt3d.hub import save_pretrained
 
 

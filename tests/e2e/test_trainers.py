@@ -82,8 +82,9 @@ def test_clouds_may_be_a_column(rows):
     messages = rows[0]["messages"]
     path = messages[0]["content"][0]["point_cloud"]
     bare = [{"role": "user", "content": [{"type": "point_cloud"}, text("What is this?")]}, messages[1]]
-    batch = collate([{"messages": bare, "point_clouds": [np.load(path)]}])
-    assert all(torch.equal(batch[name], tensor) for name, tensor in collate([rows[0]]).items())
+    for cloud in (path, np.load(path), np.load(path).tolist()):
+        batch = collate([{"messages": bare, "point_clouds": [cloud]}])
+        assert all(torch.equal(batch[name], tensor) for name, tensor in collate([rows[0]]).items())
     only_text = collate([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}])
     assert "point_clouds" not in only_text
     with pytest.raises(ValueError, match="point_clouds.* 2"):
