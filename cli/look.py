@@ -29,12 +29,12 @@ class Options(ReadingOptions, ModelOptions):
 
 def run(options: Options, argv: list[str]) -> int:
     """Write the page, print the answer; returns the exit code."""
-    from minigpt3d.evaluation.attention import draw_page, measure_attention
-
     if find_spec("plotly") is None:
         raise ImportError("The page is drawn by plotly: pip install 'minigpt3d[look]'")
     if not options.out.resolve().parent.is_dir():
         raise ValueError(f"`out` {options.out}: there is no folder {options.out.resolve().parent}")
+    from minigpt3d.evaluation.attention import draw_page, measure_attention
+
     pipeline, cloud = read_file(options.path, options, options)
     (output,) = pipeline(cloud, up_axis="y", max_new_tokens=options.max_new_tokens)
     attention = measure_attention(pipeline.model, cloud)

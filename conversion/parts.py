@@ -96,7 +96,8 @@ def read_qformer(path: str) -> Part:
     elif (Path(path) / CONFIG_FILE).is_file() and (blip2 := _read_config(path)).model_type == "blip-2":
         checkpoint = Checkpoint(path)
         names = {match[1]: key for key in checkpoint.shapes if (match := BLIP2_KEY.fullmatch(key))}
-        config = MiniGPT3DConfig(qformer_config=blip2.qformer_config.to_dict() | {"model_type": "blip_2_qformer"})
+        no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)  # as our own default
+        config = MiniGPT3DConfig(qformer_config=blip2.qformer_config.to_dict() | no_dropout)
         queries = checkpoint.read(names["query_tokens"]) if "query_tokens" in names else None
         with torch.device("meta"):
             expected = Blip2QFormerModel(config.qformer_config).state_dict()
@@ -198,7 +199,9 @@ def write_start(
         router_hidden_size=encoder.config.router_hidden_size,
         point_token_id=tokenizer.convert_tokens_to_ids(POINT_TOKEN),
     )
-    own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    own_template = tokenizer.chat_template
+    if isinstance(own_template, dict):
+        own_template = own_template.get("default")
     processor = MiniGPT3DProcessor(
         encoder.feature_extractor or MiniGPT3DPointCloudProcessor(),
         tokenizer,
@@ -243,7 +246,6 @@ def _assemble(
     problems = {name: keys for name, keys in loading.items() if keys}
     if problems:
         raise ValueError(f"`llm`: its weights do not fit a model of its configuration: {str(problems)[:300]}")
-    model.generation_config.update(**language_model.generation_config.to_diff_dict())
     parts = ["point projection", "language projection", "router"]
     return model, [*parts, *([] if queries else ["Q-Former", "query tokens"])]
 

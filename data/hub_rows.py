@@ -47,7 +47,7 @@ def _stream(address: str, mesh_column: str, text_column: str, split: str) -> Ite
     try:
         from datasets import Mesh, load_dataset
     except ImportError as error:
-        raise ImportError("Data sets on the Hub need datasets: pip install 'minigpt3d[train]'") from error
+        raise ImportError("Data sets on the Hub need datasets 5 or later: pip install -U datasets") from error
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise ValueError(f"{address}: expected hf://datasets/OWNER/NAME.")

@@ -108,6 +108,7 @@ def test_blip2_gives_its_qformer(base, tmp_path):
     model, processor = load_model(folder)
     assert model.config.num_query_tokens == processor.num_query_tokens == 5
     assert model.config.qformer_config.encoder_hidden_size == 32
+    assert model.config.qformer_config.hidden_dropout_prob == 0
     for name, tensor in blip2.qformer.state_dict().items():
         assert torch.equal(model.model.qformer.state_dict()[name], tensor)
     assert all(torch.equal(expert.weight, blip2.query_tokens[0]) for expert in model.model.query_experts)
