@@ -161,7 +161,9 @@ class Training:
         if main:
             cut_history(self.work_dir / HISTORY_FILE, self.first_step)
         if self.options.report_to:
-            self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", self.facts)
+            settings = {name: value for name, value in self.facts.items() if name != "departures"}  # no nested values
+            settings |= {name: value for name, (_, value) in self.departures.items()}
+            self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", settings)
         self.validation_before = self._validate("validation_before") if self.first_step == 0 else {}
         self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not main)
         self.last_time = time.perf_counter()
