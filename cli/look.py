@@ -5,11 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
-from minigpt3d.data.reading_options import ReadingOptions
 from minigpt3d.files import write_text
 from minigpt3d.sources_minigpt3d import source_name
 
-from .inference import ModelOptions, read_file
+from .inference import InferenceOptions, read_file
 
 
 HELP = "show which parts of an object the model's queries attend to"
@@ -20,7 +19,7 @@ DESCRIPTION = (
 
 
 @dataclass(kw_only=True)
-class Options(ReadingOptions, ModelOptions):
+class Options(InferenceOptions):
     path: Path | str = option(
         "point cloud or mesh, or an https:// URL", positional=True, type=path_or_url, metavar="FILE"
     )
@@ -35,7 +34,7 @@ def run(options: Options, argv: list[str]) -> int:
         raise ValueError(f"`out` {options.out}: there is no folder {options.out.resolve().parent}")
     from minigpt3d.evaluation.attention import draw_page, measure_attention
 
-    pipeline, cloud = read_file(options.path, options, options)
+    pipeline, cloud = read_file(options.path, options)
     (output,) = pipeline(cloud, up_axis="y", max_new_tokens=options.max_new_tokens)
     attention = measure_attention(pipeline.model, cloud)
     name = source_name(options.path).rpartition("/")[2]
