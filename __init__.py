@@ -24,6 +24,7 @@ _MODULES = {
     "MiniGPT3DPointCloudProcessor": "processing_minigpt3d",
     "MiniGPT3DProcessor": "processing_minigpt3d",
     "prepare_tokenizer": "processing_minigpt3d",
+    "MiniGPT3DCollator": "data.collator",
     "PointCloudToTextPipeline": "pipeline_minigpt3d",
     "PointCloudError": "point_cloud_minigpt3d",
     "ReadingLimits": "point_cloud_minigpt3d",

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # The published model.
 HUB_ID = "org/minigpt3d"
+PAPER_POINT_TOKEN_ID = 50295  # the first row of Phi-2's embedding that its tokenizer does not use
 
 # Of layers or experts: more is a mistake, or meant to fill the memory.
 MAX_COUNT = 1000
@@ -116,9 +117,12 @@ class MiniGPT3DConfig(PreTrainedConfig):
             softmax weights; *constant*: all experts, each 1/E; *none*: expert 0 alone, as before stage IV (an adapter
             with a trained router turns *none* into *sparse*).
         router_hidden_size: width inside the router.
-        point_projection_hidden_size: width inside the point projection.
-        language_projection_hidden_size: width between the two linear layers of the language projection.
-        point_token_id: the placeholder in `input_ids` that a cloud's vectors replace, one each.
+        point_projection_hidden_size: width inside the point projection; by default twice the 3D encoder's, as in the
+            paper (768).
+        language_projection_hidden_size: width between the two linear layers of the language projection; by default 8/5 of
+            the language model's, as in the paper (4096).
+        point_token_id: the placeholder in `input_ids` that a cloud's vectors replace, one each; by default the paper's in
+            its language model, and the last row of the embedding in another one.
 
     Raises:
         ValueError: impossible sizes, with their values.
@@ -139,9 +143,9 @@ class MiniGPT3DConfig(PreTrainedConfig):
     num_experts_per_cloud: int = 2
     router_type: Literal["sparse", "soft", "constant", "none"] = "sparse"
     router_hidden_size: int = 256
-    point_projection_hidden_size: int = 768
-    language_projection_hidden_size: int = 4096
-    point_token_id: int = 50295
+    point_projection_hidden_size: int | None = None
+    language_projection_hidden_size: int | None = None
+    point_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -151,6 +155,13 @@ class MiniGPT3DConfig(PreTrainedConfig):
             self.qformer_config = _build(no_dropout | dict(self.qformer_config or {}), Blip2QFormerConfig)
         self.text_config = _build(self.text_config, MiniGPT3DPhiConfig)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.point_projection_hidden_size is None:
+            self.point_projection_hidden_size = 2 * self.point_config.hidden_size
+        if self.language_projection_hidden_size is None:
+            self.language_projection_hidden_size = 8 * self.text_config.hidden_size // 5
+        if self.point_token_id is None:
+            of_paper = isinstance(self.text_config, MiniGPT3DPhiConfig)
+            self.point_token_id = PAPER_POINT_TOKEN_ID if of_paper else self.text_config.vocab_size - 1
         self._validate()
         kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)

@@ -18,7 +18,7 @@ from minigpt3d.messages import one_line
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import ProcessorMixin
 
     from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
     from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
@@ -326,7 +326,7 @@ def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration
                 f"model and processor do not belong together: {name} is {of_model} in the model and {of_processor} in the "
                 "processor."
             )
-    set_generation_defaults(model, processor.tokenizer)
+    set_generation_defaults(model, processor)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_code(folder)
@@ -341,15 +341,14 @@ def write_code(folder: Path):
         shutil.copyfile(source, folder / source.name)
 
 
-def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
-    """Make generation stop at `###`: every token that ends in it by itself ends a sequence, as eos does.
+def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, processor: MiniGPT3DProcessor):
+    """Make generation stop where an answer ends: at eos, and at every token that ends in `###` by itself.
 
     With a tokenizer that splits `###` into several tokens, generation also needs
     `generate(stop_strings=["###"], tokenizer=tokenizer)`, which the pipeline passes.
     """
-    from minigpt3d.processing_minigpt3d import END_OF_ANSWER
-
-    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(END_OF_ANSWER)]
+    tokenizer, end = processor.tokenizer, processor.end_of_answer
+    ends = [index for token, index in tokenizer.get_vocab().items() if token.endswith(end)]
     config = model.generation_config
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     config.eos_token_id = sorted({index for index in (tokenizer.eos_token_id, *ends) if index is not None})

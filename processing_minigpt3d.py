@@ -26,7 +26,10 @@ from .point_cloud_minigpt3d import load_point_cloud
 POINT_TOKEN = "<point>"
 END_OF_PROMPT = "[/INST]"
 END_OF_ANSWER = "###"
+SHOWN_CLOUD = f"<PC>{POINT_TOKEN}</PC> "
 DEFAULT_PROMPT = "What is this?"
+# Around an answer while a language model's own template renders it; from Unicode's private use area.
+ANSWER_START, ANSWER_END = "\ue000", "\ue001"
 IGNORED_LABEL = -100  # which torch's cross entropy ignores
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 
@@ -61,12 +64,33 @@ def _chat_template(opening: str, cloud: str, closing: str) -> str:
 
 CHAT_TEMPLATES = {
     # Two spaces: the authors put one after every question and another before [/INST].
-    "default": _chat_template(
-        "bos_token | default('', true) + '[INST] '", f"<PC>{POINT_TOKEN}</PC> ", f"  {END_OF_PROMPT}"
-    ),
+    "default": _chat_template("bos_token | default('', true) + '[INST] '", SHOWN_CLOUD, f"  {END_OF_PROMPT}"),
     # The prompt of the authors' evaluation scripts: <s> is plain text to Phi's tokenizer, [INST] occurs twice, no bos.
     "benchmark": _chat_template("'<s>[INST] '", f"<PC>{POINT_TOKEN}</PC> <s>[INST] ", f" {END_OF_PROMPT}"),
 }
+
+
+def with_point_clouds(chat_template: str) -> str:
+    """The chat template of a language model, made to show point clouds.
+
+    Templates of language models take text alone. A message becomes text before the model's own template reads it: `<point>`
+    between `<PC>` marks for each cloud, as in our default template, then the text.
+    """
+    return (
+        "{%- set ours = namespace(messages=[], text='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['content'] is string -%}{%- set ours.text = message['content'] -%}{%- else -%}"
+        "{%- set ours.text = '' -%}"
+        "{%- for item in message['content'] or [] if item['type'] == 'point_cloud' -%}"
+        f"{{%- set ours.text = ours.text + '{SHOWN_CLOUD}' -%}}"
+        "{%- endfor -%}"
+        "{%- for item in message['content'] or [] if item['type'] == 'text' -%}"
+        "{%- set ours.text = ours.text + item['text'] -%}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- set ours.messages = ours.messages + [dict(message, content=ours.text)] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = ours.messages -%}" + chat_template
+    )
 
 
 def clean_question(question: str) -> str:
@@ -254,6 +278,15 @@ class MiniGPT3DProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "point_clouds"]
 
+    @property
+    def end_of_answer(self) -> str:
+        """What ends an answer: `###` in our templates; in a language model's own, a special token such as `<|im_end|>`."""
+        answer = "no other text"
+        (text,), _ = self._render([[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]], None)
+        after = text.rpartition(answer)[2].lstrip()
+        marks = (mark for mark in (END_OF_ANSWER, *self.tokenizer.all_special_tokens) if after.startswith(mark))
+        return next(marks, self.tokenizer.eos_token or END_OF_ANSWER)
+
     def __call__(
         self,
         text: str | list[str] | None = None,
@@ -332,7 +365,8 @@ class MiniGPT3DProcessor(ProcessorMixin):
             conversation: a list of messages, `{"role": "user" | "assistant", "content": …}`, or B such lists. Content is
                 text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`.
             chat_template: the name of one of the processor's templates, or a template; "default" by default.
-            add_generation_prompt: has no effect: a prompt always ends where the answer begins.
+            add_generation_prompt: end with what begins an answer. It has no effect on our own templates, whose prompts
+                always end there.
             continue_final_message: leave the last answer open, so that the model continues it.
             tokenize: whether to return ids rather than text.
             return_tensors, return_dict: see transformers.
@@ -429,13 +463,37 @@ class MiniGPT3DProcessor(ProcessorMixin):
         template = templates.get(chat_template or "default", chat_template)
         if "{" not in template:
             raise ValueError(f"chat_template must be one of {', '.join(templates)} or a template, got {template!r}.")
-        return render_jinja_template(
+        has_answers = re.search(r"\{%-?\s*generation\b", template) is not None
+        if not has_answers:
+            conversations = [[_mark_answer(message) for message in conversation] for conversation in conversations]
+        texts, spans = render_jinja_template(
             conversations=conversations,
             chat_template=template,
-            return_assistant_tokens_mask="generation" in template,
+            return_assistant_tokens_mask=has_answers,
             **self.tokenizer.special_tokens_map,
             **kwargs,
         )
+        if has_answers:
+            return texts, spans
+        texts, spans = zip(*map(self._take_marks, texts), strict=True)
+        return list(texts), list(spans)
+
+    def _take_marks(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """A text without the marks of `_mark_answer`, and the (start, end) of its answers with the token that ends them.
+
+        Raises:
+            ValueError: the template has cut an answer.
+        """
+        special = "|".join(map(re.escape, self.tokenizer.all_special_tokens))
+        if re.sub(f"[^{ANSWER_START}{ANSWER_END}]", "", text).replace(ANSWER_START + ANSWER_END, ""):
+            raise ValueError("The chat template leaves out part of an answer. Use answers without reasoning.")
+        spans, parts = [], re.split(f"[{ANSWER_START}{ANSWER_END}]", text)
+        clean = parts[0]
+        for answer, rest in zip(parts[1::2], parts[2::2], strict=True):
+            end = re.match(rf"\s*(?:{special})|", rest).end()
+            spans.append((len(clean), len(clean) + len(answer) + end))
+            clean += answer + rest
+        return clean, spans
 
     def _tokenize(self, texts: list[str], answer_spans: list[list[tuple[int, int]]], num_clouds: int) -> list[_Tokens]:
         """Texts → tokens, `<point>` repeated for every vector of a cloud."""
@@ -497,6 +555,16 @@ class MiniGPT3DProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}, is_answer
 
 
+def _mark_answer(message: dict) -> dict:
+    """The message, with marks around its text if it is an answer."""
+    if message["role"] != "assistant":
+        return message
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "".join(item["text"] for item in content if item["type"] == "text")
+    return message | {"content": f"{ANSWER_START}{content}{ANSWER_END}"}
+
+
 def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     """One conversation or a batch → a batch, and whether a batch was given."""
     conversation = getattr(conversation, "messages", conversation)
@@ -525,4 +593,5 @@ __all__ = [
     "MiniGPT3DProcessor",
     "clean_question",
     "prepare_tokenizer",
+    "with_point_clouds",
 ]

@@ -1,5 +1,6 @@
 """`minigpt3d chat`: ask several questions about one file."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,20 @@ from minigpt3d.arguments import option, path_or_url
 from minigpt3d.messages import one_line
 
 from .console import FAILED, complain
-from .inference import InferenceOptions, load_pipeline, read_clouds
+from .inference import InferenceOptions, read_file, read_points
 
 
 HELP = "ask several questions about one file"
+COMMANDS = {
+    "/help": "list these commands",
+    "/reset": "forget the conversation",
+    "/file FILE": "go on with another file",
+    "/quit": "stop, as the end of input does",
+}
 DESCRIPTION = (
-    "Talk about a 3D model. Questions are read line by line; blank lines are skipped; /quit or the end of input stops."
+    "Talk about a 3D model. Questions are read line by line; blank lines are skipped. "
+    + "; ".join(f"{command}: {what}" for command, what in COMMANDS.items())
+    + "."
 )
 
 
@@ -27,23 +36,22 @@ class Options(InferenceOptions):
 
 def run(options: Options, argv: list[str]) -> int:
     """Answer questions from standard input; returns the exit code."""
-    from minigpt3d.data.reading import FileReader
-    from minigpt3d.point_cloud_minigpt3d import load_orientations
-
-    if isinstance(options.path, Path) and not options.path.is_file():
-        problem = "this is a folder; pass one of the files in it" if options.path.is_dir() else "no such file"
-        raise ValueError(f"{options.path}: {problem}")
-    with FileReader(load_orientations, limits=options.limits) as reader:
-        pipeline = load_pipeline(options)
-        (result,) = read_clouds(reader, pipeline, [options.path], options)
-    if result.error is not None:
-        raise result.error
-    orientation, _ = result.content
-    cloud = {"type": "point_cloud", "point_cloud": orientation.cloud}
+    pipeline, points = read_file(options.path, options)
     exit_code, turns = 0, []
     for question in read_questions():
         try:
-            turns = ask(pipeline, cloud, turns, question, options.max_new_tokens)
+            command, _, argument = question.partition(" ")
+            if command == "/help":
+                print("\n".join(f"{name:<12}{what}" for name, what in COMMANDS.items()))
+            elif command == "/reset":
+                turns = []
+            elif command == "/file":
+                points, turns = read_points(pipeline, path_or_url(argument.strip()), options), []
+            elif re.fullmatch(r"/\w+", command):
+                raise ValueError(f"{command} is no command; /help lists them")
+            else:
+                cloud = {"type": "point_cloud", "point_cloud": points}
+                turns = ask(pipeline, cloud, turns, question, options.max_new_tokens)
         except ValueError as error:  # the question is dropped, the conversation continues
             complain(str(error))
             exit_code = FAILED
@@ -60,7 +68,7 @@ def ask(pipeline, cloud: dict, turns: list[tuple], question: str, max_new_tokens
 
     kept = turns
     while True:
-        streamer = AnswerStreamer(pipeline.processor.tokenizer)
+        streamer = AnswerStreamer(pipeline.processor.tokenizer, pipeline.processor.end_of_answer)
         messages = to_messages(cloud, kept, question)
         try:
             (output,) = pipeline(messages, up_axis="y", clean="none", max_new_tokens=max_new_tokens, streamer=streamer)

@@ -83,3 +83,38 @@ def _choose_orientation(pipeline, result: "FileResult") -> "FileResult":
             result, error=ValueError(f"{source_name(result.path)}: no choice of an up axis: {one_line(error)}")
         )
     return replace(result, content=(chosen, facts), warnings=(*result.warnings, *chosen.notes))
+
+
+def read_file(path: Path | str, options: InferenceOptions) -> tuple:
+    """The pipeline, and the cloud of one file, (P, 6), y up. Raises as `load_pipeline` and `read_points`."""
+    check_file(path)
+    pipeline = load_pipeline(options)
+    return pipeline, read_points(pipeline, path, options)
+
+
+def read_points(pipeline, path: Path | str, options: InferenceOptions):
+    """The cloud of one file, (P, 6), y up.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from minigpt3d.data.reading import FileReader
+    from minigpt3d.point_cloud_minigpt3d import load_orientations
+
+    check_file(path)
+    with FileReader(load_orientations, limits=options.limits) as reader:
+        (result,) = read_clouds(reader, pipeline, [path], options)
+    if result.error is not None:
+        raise result.error
+    orientation, _ = result.content
+    return orientation.cloud
+
+
+def check_file(path: Path | str):
+    """
+    Raises:
+        ValueError: it is neither a file nor a URL.
+    """
+    if isinstance(path, Path) and not path.is_file():
+        problem = "this is a folder; pass one of the files in it" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {problem}")

@@ -21,7 +21,7 @@ from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import read_json, sha256
 from minigpt3d.hub import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, find_model
 from minigpt3d.messages import one_line, public_word
-from minigpt3d.modeling_minigpt3d import PointProjection, QueryExpertRouter
+from minigpt3d.modeling_minigpt3d import LanguageProjection, PointProjection, QueryExpertRouter
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor, MiniGPT3DProcessor, prepare_tokenizer
 
 from .accounting import Account, account, is_ignored
@@ -149,7 +149,7 @@ class ConversionPlan:
 
     def reader(self) -> Reader:
         by_slot = {source.file.slot: source for source in self.sources}
-        linear = _new_linear_layers(self.config)
+        linear = new_linear_layers(self.config)
 
         def make_new(name: str) -> torch.Tensor:
             return linear[name] if name in linear else read("model.query_experts.0.weight")
@@ -266,11 +266,15 @@ def _choose_router(router: str | None, by_slot: dict[str, WeightSource], config:
     return router or config.router_type
 
 
-def _new_linear_layers(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
+def new_linear_layers(config: MiniGPT3DConfig) -> dict[str, torch.Tensor]:
     """Initial weights of new parts: PyTorch's defaults for linear layers, as in the authors' code."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        modules = {"model.point_projection": PointProjection(config), "model.router": QueryExpertRouter(config)}
+        modules = {
+            "model.point_projection": PointProjection(config),
+            "model.router": QueryExpertRouter(config),
+            "model.language_projection": LanguageProjection(config),
+        }
     return {f"{part}.{name}": p.detach() for part, module in modules.items() for name, p in module.named_parameters()}
 
 

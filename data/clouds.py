@@ -7,6 +7,9 @@ import numpy as np
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
+PREVIEW_POINTS = 2048
+
+
 def point_cloud_path(data_dir: str | Path, object_id: str) -> Path:
     """The file of an object's cloud, as PointLLM names it."""
     return Path(data_dir) / f"{object_id}_8192.npy"
@@ -51,6 +54,15 @@ def decode_cloud(coord: bytes, color: bytes) -> np.ndarray:
     cloud[:, :3] = np.frombuffer(coord, "<u2").reshape(-1, 3) * np.float32(1 / 32767.5) - np.float32(1)
     cloud[:, 3:] = np.frombuffer(color, np.uint8).reshape(-1, 3) * np.float32(1 / 255)
     return cloud
+
+
+def to_glb(point_cloud: np.ndarray) -> bytes:
+    """A small `.glb` of about `PREVIEW_POINTS` of a cloud's points (N, 6)."""
+    import trimesh
+
+    shown = point_cloud[:: max(1, len(point_cloud) // PREVIEW_POINTS)]
+    colors = np.round(255 * np.column_stack([shown[:, 3:], np.ones(len(shown))])).astype(np.uint8)
+    return trimesh.PointCloud(shown[:, :3], colors=colors).export(file_type="glb")
 
 
 def augment(point_cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:

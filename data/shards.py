@@ -5,7 +5,7 @@
     OUT/{source}/train-00000-of-00042.parquet      rows of one source, in an order drawn by the seed
 
 A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a point, [-1, 1] in 65536 steps), `color`
-(uint8, three a point, [0, 1] in 256 steps) and `conversations` as in PointLLM's annotations. Clouds are normalized
+(uint8, three a point, [0, 1] in 256 steps), `conversations` as in PointLLM's annotations, and `preview` if asked for. Clouds are normalized
 before they are packed, as the model's processor does anyway.
 """
 
@@ -23,10 +23,10 @@ from tqdm import tqdm
 from minigpt3d.files import read_json, write_json, write_text, written_file
 from minigpt3d.messages import MultilineError, one_line
 
-from .clouds import load_encoded, point_cloud_path
+from .clouds import decode_cloud, load_encoded, point_cloud_path, to_glb
 from .reading import FileReader, FileResult, Limits
 from .records import SOURCES, read_records, to_sample
-from .sources import MANIFEST_FILE, ROWS_PER_GROUP
+from .sources import COLUMNS, MANIFEST_FILE, ROWS_PER_GROUP
 from .tables import read_table
 
 
@@ -35,6 +35,15 @@ ROWS_PER_SHARD = 512
 # A small data set still has a shard for each sample of a batch (see `training.stream`), but none of very few rows.
 LEAST_SHARDS, LEAST_ROWS = 32, 8
 PLAN_FILE = "plan.json"
+# Columns of a shard with previews, as datasets and the Hub's viewer know them.
+_TEXT, _BINARY = {"dtype": "string", "_type": "Value"}, {"dtype": "binary", "_type": "Value"}
+PREVIEWED_FEATURES = {
+    "object_id": _TEXT,
+    "coord": _BINARY,
+    "color": _BINARY,
+    "conversations": {"feature": {"from": _TEXT, "value": _TEXT}, "_type": "List"},
+    "preview": {"_type": "Mesh"},
+}
 
 
 # ---- Entries --------------------------------------------------------------------------------------------------------
@@ -57,11 +66,10 @@ def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry
     """
     if not data.is_dir():
         raise ValueError(f"`data` {data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
-    entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
-    for source, sample, record in read_records(annotations):
-        path = str(point_cloud_path(data, sample.object_id))
-        entries[source].append(Entry(sample.object_id, path, record["conversations"]))
-    return entries
+    return sort_entries(
+        (source, Entry(sample.object_id, str(point_cloud_path(data, sample.object_id)), record["conversations"]))
+        for source, sample, record in read_records(annotations)
+    )
 
 
 def table_entries(path: Path) -> dict[str, list[Entry]]:
@@ -75,19 +83,30 @@ def table_entries(path: Path) -> dict[str, list[Entry]]:
     Raises:
         ValueError: a line out of schema, with its number.
     """
-    entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
+    rows = []
     for where, row in read_table(path, {"file", "caption"}):
-        record = _to_record(row, where)
+        if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()):
+            raise ValueError(f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}")
+        record = to_record({"object_id": Path(row["file"]).stem} | row, where)
         source, sample = to_sample(record, where)
-        entries[source].append(Entry(sample.object_id, str(path.parent / row["file"]), record["conversations"]))
+        rows.append((source, Entry(sample.object_id, str(path.parent / row["file"]), record["conversations"])))
+    return sort_entries(rows)
+
+
+def sort_entries(rows: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
+    """Entries by source, in the order of the rows; a source may have none."""
+    entries: dict[str, list[Entry]] = {source: [] for source in SOURCES.values()}
+    for source, entry in rows:
+        entries[source].append(entry)
     return entries
 
 
-def _to_record(row, where: str) -> dict:
-    """A row of a table in PointLLM's schema."""
-    if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()):
-        raise ValueError(f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}")
-    record = {"object_id": Path(row["file"]).stem} | row
+def to_record(record: dict, where: str) -> dict:
+    """A row with a caption or conversations in PointLLM's schema.
+
+    Raises:
+        ValueError: it has neither or both, or no text.
+    """
     if ("caption" in record) == ("conversations" in record):
         raise ValueError(f"{where}: expected either a 'caption' or 'conversations', and no empty ones.")
     if "caption" in record:
@@ -118,6 +137,7 @@ def pack(
     reading: dict | None = None,
     limits: Limits | None = None,
     notify: Callable[[str], None] | None = None,
+    preview: bool = False,
 ) -> dict:
     """Write the data set; returns its manifest.
 
@@ -133,6 +153,7 @@ def pack(
         reading: arguments of `load_point_cloud` for the files, such as `up_axis`.
         limits: of reading one file.
         notify: called with each warning about a file.
+        preview: add a column of small `.glb` files, which the Hub's viewer shows.
 
     Raises:
         ValueError: there is nothing to pack, too many clouds are broken, or `OUT.partial` is of another run.
@@ -146,9 +167,9 @@ def pack(
         raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
     partial = output_dir.with_name(output_dir.name + ".partial")
     shards = list(plan_shards(partial, entries, seed, rows_per_shard))
-    check_plan(partial, shards, [seed, NUM_POINTS, reading])
-    facts = _write_shards(shards, reading, max_broken, num_workers, limits, notify)
-    manifest = _manifest(shards, facts, seed) | {"reading": reading}
+    check_plan(partial, shards, [seed, NUM_POINTS, reading, *(["preview"] if preview else [])])
+    facts = _write_shards(shards, reading, max_broken, num_workers, limits, notify, preview)
+    manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview}
     write_json(partial / MANIFEST_FILE, manifest)
     write_text(partial / "README.md", dataset_card(manifest))
     (partial / PLAN_FILE).unlink()
@@ -195,6 +216,7 @@ def _write_shards(
     num_workers: int | None,
     limits: Limits | None,
     notify: Callable[[str], None] | None,
+    preview: bool,
 ) -> dict[Path, dict]:
     """Write the shards that are not there yet; returns the facts of all of them."""
     total = sum(len(shard.entries) for shard in shards)
@@ -209,7 +231,7 @@ def _write_shards(
         progress.update(total - len(paths))
         results = reader.read_files(paths, num_points=NUM_POINTS, **reading)
         for shard in waiting:
-            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify)
+            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify, preview)
             progress.update(len(shard.entries))
             broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
             if len(broken) > max_broken * total:
@@ -221,15 +243,21 @@ def _write_shards(
     return facts
 
 
-def write_shard(shard: Shard, results: Iterable[FileResult], notify: Callable[[str], None] | None = None) -> dict:
+def write_shard(
+    shard: Shard,
+    results: Iterable[FileResult],
+    notify: Callable[[str], None] | None = None,
+    preview: bool = False,
+) -> dict:
     """Write the rows of one shard; returns its facts, which the file holds too.
 
     Args:
         results: of `load_encoded`, one for each entry.
         notify: called with each warning about a file.
+        preview: see `pack`.
     """
     pa, pq = _pyarrow()
-    columns: dict[str, list] = {"object_id": [], "coord": [], "color": [], "conversations": []}
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
     broken, max_error = [], 0.0
     for entry, result in zip(shard.entries, results, strict=True):
         for text in result.warnings if notify else ():
@@ -239,14 +267,24 @@ def write_shard(shard: Shard, results: Iterable[FileResult], notify: Callable[[s
             continue
         coord, color, error = result.content
         max_error = max(max_error, error)
-        for name, value in zip(columns, (entry.object_id, coord, color, entry.conversations), strict=True):
+        for name, value in zip(COLUMNS, (entry.object_id, coord, color, entry.conversations), strict=True):
             columns[name].append(value)
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-    schema = pa.schema(
-        [("object_id", pa.string()), ("coord", pa.binary()), ("color", pa.binary()), ("conversations", pa.list_(turn))]
-    )
+    fields = [
+        ("object_id", pa.string()), ("coord", pa.binary()), ("color", pa.binary()), ("conversations", pa.list_(turn))
+    ]  # fmt: skip
+    metadata = {}
+    if preview:
+        fields.append(("preview", pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
+        columns["preview"] = [
+            {"bytes": to_glb(decode_cloud(coord, color)), "path": f"{object_id}.glb"}
+            for object_id, coord, color in zip(*(columns[name] for name in COLUMNS[:3]), strict=True)
+        ]
+        metadata["huggingface"] = json.dumps({"info": {"features": PREVIEWED_FEATURES}})
     facts = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": max_error}
-    table = pa.table(columns, schema=schema).replace_schema_metadata({"minigpt3d": json.dumps(facts)})
+    table = pa.table(columns, schema=pa.schema(fields)).replace_schema_metadata(
+        metadata | {"minigpt3d": json.dumps(facts)}
+    )
     shard.path.parent.mkdir(parents=True, exist_ok=True)
     with written_file(shard.path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
@@ -307,7 +345,8 @@ def dataset_card(manifest: dict) -> str:
         f"---\nconfigs:\n{configs}tags: [point-cloud, 3d, minigpt3d]\n---\n\n# Conversations about point clouds\n\n"
         f"{manifest['rows']:,} rows ({counts}), {manifest['bytes_per_row']:,} bytes each, packed by `minigpt3d pack`.\n"
         f"A row: `object_id`; `coord`, {manifest['num_points']} × 3 uint16, value / 32767.5 - 1, off by at most "
-        f"{manifest['max_coord_error']:.1e}; `color`, {manifest['num_points']} × 3 uint8; `conversations`.\n"
+        f"{manifest['max_coord_error']:.1e}; `color`, {manifest['num_points']} × 3 uint8; `conversations`"
+        f"{'; `preview`, a .glb of some points' if manifest['preview'] else ''}.\n"
     )
 
 
@@ -315,8 +354,10 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a packed data set; returns its address.
 
     Raises:
-        ValueError: the upload failed; the data stay on disk.
+        ValueError: the folder holds no packed data, or the upload failed; the data stay on disk.
     """
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ValueError(f"{folder}: no packed data there ({MANIFEST_FILE} is missing).")
     from huggingface_hub import HfApi
 
     api, target = HfApi(), {"repo_id": repo_id, "repo_type": "dataset"}

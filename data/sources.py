@@ -22,6 +22,7 @@ from .records import SOURCES, Sample, read_annotations, to_sample
 # Of packed data (see `shards`).
 ROWS_PER_GROUP = 64
 MANIFEST_FILE = "packed.json"
+COLUMNS = ("object_id", "coord", "color", "conversations")
 
 
 def open_sources(names: Iterable[str], data: str, annotations: list[Path], any_source: bool = False) -> dict:
@@ -174,7 +175,7 @@ class PackedSource:
     def _group(self, shard: int, number: int) -> dict:
         key = shard, number
         if key not in self._groups:
-            table = self._file(shard).read_row_group(number, use_threads=False)
+            table = self._file(shard).read_row_group(number, columns=COLUMNS, use_threads=False)
             columns = {name: table[name] for name in table.column_names}
             self._groups[key] = {  # usually one chunk, which need not be copied
                 name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

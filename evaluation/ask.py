@@ -22,7 +22,7 @@ from transformers import BatchFeature
 from minigpt3d.hub import load_model
 from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
-from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
+from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
 from .evaluate_options import EvaluateOptions
@@ -237,7 +237,7 @@ def generate(
     Returns:
         For each cloud `answer`, `tokens` (new ones, with `###` and without eos) and `cut`: whether the limit ended it.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, end_of_answer = processor.tokenizer, processor.end_of_answer
     inputs = encode_question(processor, clouds, prompt, template, up_axis)
     torch.manual_seed(seed)
     # Only eos ends an answer here: if `###` did, as in the model's settings, `min_new_tokens` would suppress it.
@@ -245,7 +245,7 @@ def generate(
         **inputs.to(model.device),
         **decoding,
         eos_token_id=tokenizer.eos_token_id,
-        stop_strings=[END_OF_ANSWER],
+        stop_strings=[end_of_answer],
         tokenizer=tokenizer,
     )
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -253,8 +253,8 @@ def generate(
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         row = row[: next((position for position, token in enumerate(row) if token in ends), len(row))]
         text = tokenizer.decode(row, skip_special_tokens=True)
-        ended = len(row) < decoding["max_new_tokens"] or END_OF_ANSWER in text
-        lines.append({"answer": text.split(END_OF_ANSWER)[0].strip(), "tokens": len(row), "cut": not ended})
+        ended = len(row) < decoding["max_new_tokens"] or end_of_answer in text
+        lines.append({"answer": text.split(end_of_answer)[0].strip(), "tokens": len(row), "cut": not ended})
     return lines
 
 

@@ -96,11 +96,15 @@ def encode_answers(
     """
     content = [{"type": "point_cloud"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
-    chats = [chat, *([*chat, {"role": "assistant", "content": answer}] for answer in answers)]
-    texts = processor.apply_chat_template(chats, chat_template=template)
+    chats = [[*chat, {"role": "assistant", "content": answer}] for answer in answers]
+    texts = [
+        processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=True),
+        *processor.apply_chat_template(chats, chat_template=template),
+    ]
     texts = [text.replace(POINT_TOKEN, POINT_TOKEN * processor.num_query_tokens) for text in texts]
     prompt, *complete = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert all(ids[: len(prompt)] == prompt for ids in complete), "the processor must split text after the prompt"
+    if any(ids[: len(prompt)] != prompt for ids in complete):
+        raise ValueError("The chat template changes the prompt where an answer follows, so answers cannot be ranked.")
     return prompt, [ids[len(prompt) :] for ids in complete]
 
 

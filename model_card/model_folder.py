@@ -79,6 +79,7 @@ def _read_origin(
     in_two_parts = record is not None and record["lora"] == "keep"
     base_config = read_fact(folder / "adapter" / "adapter_config.json") if config else adapter
     base = base_config["base_model_name_or_path"].raw if base_config else None
+    language_model = record.raw.get("language_model") if record else None
     is_path = base is None or Path(base).is_absolute() or Path(base).exists() or not is_hub_id(base)
     return {
         "whole": config is not None,
@@ -86,7 +87,13 @@ def _read_origin(
         "of_release": of_release,
         "trained": "stage4" in files,
         "base": Path(base).name if base and is_path else base,
-        "base_model": "microsoft/phi-2" if of_release else None if is_path else base,
+        "base_model": "microsoft/phi-2"
+        if of_release
+        else language_model
+        if language_model and is_hub_id(language_model)
+        else None
+        if is_path
+        else base,
         "license": "cc-by-nc-sa-4.0" if of_release else recipe.raw["license"] if recipe else None,
         "components": [
             _COMPONENTS[slot] for slot in (*files, *(["data"] if of_release else [])) if slot in _COMPONENTS

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minigpt3d.arguments import run_script, with_flags
 
-from .run_options import RunOptions
+from .run_options import FinetuneOptions, RunOptions
 from .stages import RECIPES, Stage
 
 
@@ -28,7 +28,8 @@ def main(stage_name: str, argv: Sequence[str] | None = None):
         options.check()
         _run(RECIPES[options.recipe][stage_name], options)
 
-    run_script(check_and_run, RunOptions, argv, _describe(RECIPES["paper"][stage_name]))
+    options = FinetuneOptions if stage_name == "own" else RunOptions
+    run_script(check_and_run, options, argv, _describe(RECIPES["paper"][stage_name]))
 
 
 def _run(stage: Stage, options: RunOptions):

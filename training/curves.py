@@ -84,6 +84,11 @@ def _draw_loss(panel, steps: np.ndarray, history: list[dict]):
                 markevery=[end],
                 clip_on=False,
             )
+    between = [(entry["step"], entry["validation"]) for entry in history if "validation" in entry]
+    if between:
+        panel.plot(
+            *zip(*between, strict=True), label="validation", color="#555555", linewidth=1, marker="o", markersize=4
+        )
     panel.legend(title="each step faint,\nmedian around it strong", **_LEGEND)
 
 

@@ -10,6 +10,7 @@ router                  only where there is a router, over the clouds of the ste
     entropy, between    mean entropy of a cloud's weights; entropy of the mean weights minus that, 0 if all clouds have the
                         same weights; in nats
 validation_before       loss on held-out samples, in the first entry, if it was measured
+validation              the same, after each `eval_every`-th step between
 validation_after        the same, in the last entry
 """
 

@@ -43,7 +43,7 @@ from .run_state import (
     newest_checkpoint,
     restore_optimizer,
 )
-from .stages import Stage, learning_rate, title_of
+from .stages import Stage, change_stage, departures, learning_rate, title_of
 from .stream import StageStream, pack_batch, read_ahead, split_micro_batches, takes_one_row
 from .weights import (
     adapter_names,
@@ -110,13 +110,16 @@ class Training:
         options.check()
         self.options, self.work_dir = options, options.work_dir
         self.start = find_start(stage, options)
-        self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
         names = [source.name for source in stage.mixture]
         sources = open_sources(names, options.data, options.annotations, stage.any_source)
         self.validation_sources = {}
         if options.validation_data:
             self.validation_sources = open_sources(names, options.validation_data, [], any_source=True)
-        self.stage = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
+        row = replace(stage, mixture=tuple(source for source in stage.mixture if source.name in sources))
+        num_rows = sum(sum(source.rows) for source in sources.values())
+        self.stage = stage = change_stage(row, options.settings, num_rows)
+        self.departures = departures(stage, row)
+        self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
         self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
         place = self.accelerator.process_index, self.accelerator.num_processes
         self.processor = load_processor(self.start)
@@ -130,7 +133,7 @@ class Training:
                 f"{options.init} has no stage.json, so it may not be the result of stage {stage.starts_from}."
             )
         self.facts = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
-        self.facts["router_type"] = model.config.router_type
+        self.facts |= {"router_type": model.config.router_type, "departures": self.departures}
         self.facts["data"] = fingerprint(options.data, options.annotations)
         self._restore_and_prepare(model)
         # Without the wrappers of Accelerate and torch.compile.
@@ -158,7 +161,9 @@ class Training:
         if main:
             cut_history(self.work_dir / HISTORY_FILE, self.first_step)
         if self.options.report_to:
-            self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", self.facts)
+            settings = {name: value for name, value in self.facts.items() if name != "departures"}  # no nested values
+            settings |= {name: value for name, (_, value) in self.departures.items()}
+            self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", settings)
         self.validation_before = self._validate("validation_before") if self.first_step == 0 else {}
         self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not main)
         self.last_time = time.perf_counter()
@@ -183,7 +188,10 @@ class Training:
         seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
         entry["samples_per_second"] = round(self.stream.batch(step) / seconds, 2)
         entry |= self.validation_before if step == 0 else {}
-        return entry | (self._validate("validation_after") if step + 1 == self.num_steps else {})
+        if step + 1 == self.num_steps:
+            return entry | self._validate("validation_after")
+        is_due = self.stage.eval_every is not None and (step + 1) % self.stage.eval_every == 0
+        return entry | (self._validate("validation") if is_due else {})
 
     def _learn(self, step: int, samples: list[dict]) -> tuple[float, float]:
         reseed(self.options.seed, step, self.accelerator.process_index)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from minigpt3d.arguments import option
 
+from .stages import parse_settings
+
 
 def _boolean(text: str) -> bool:
     """A truth value as transformers' scripts accept it, for argparse."""
@@ -95,6 +97,11 @@ class RunOptions:
     hub_every: int | None = option("Also publish every N-th checkpoint, in the background.", default=None, metavar="N")
 
     @property
+    def settings(self) -> dict[str, float]:
+        """Values other than the row's, by name; only a run on your own objects has any."""
+        return {}
+
+    @property
     def work_dir(self) -> Path:
         """Where the run keeps its history and checkpoints until the result is complete."""
         return self.output_dir.with_name(self.output_dir.name + ".unfinished")
@@ -124,3 +131,30 @@ class RunOptions:
             raise ValueError("`push_to_hub` and `hub_model_id` belong together: give both, or neither.")
         if self.hub_every is not None and not self.push_to_hub:
             raise ValueError("`hub_every` needs `push_to_hub` and `hub_model_id`.")
+
+
+@dataclass
+class FinetuneOptions(RunOptions):
+    """A run on your own objects, which may depart from its row."""
+
+    set: list[str] = option(
+        "Another value than the row's: lr, min_lr, warmup_steps, epochs (passes over your data) or steps, batch, "
+        "weight_decay, or eval_every (steps between losses on --validation_data); may be repeated. The model card names "
+        "what differs.",
+        default=[],
+        action="append",
+        metavar="NAME=VALUE",
+    )
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return parse_settings(self.set)
+
+    def check(self):
+        """
+        Raises:
+            ValueError: an option is wrong; the message says what to do.
+        """
+        super().check()
+        if "eval_every" in self.settings and self.validation_data is None:
+            raise ValueError("`set` eval_every needs `validation_data`, the objects to measure the loss on.")

@@ -148,6 +148,8 @@ def check_checkpoint(checkpoint: Path, run: dict) -> int:
             raise ValueError(
                 f"`resume`: {checkpoint} is of a run with {name} {earlier[name]!r}, but now it is {run[name]!r}."
             )
+    if earlier.get("departures", {}) != run["departures"]:
+        raise ValueError(f"`resume`: {checkpoint} is of a run with other values. Pass the same `set`.")
     if earlier["data"] != run["data"]:
         raise ValueError(
             f"`resume`: {checkpoint} is of a run on other data. Pass the same `data`, or a new `output_dir`."

@@ -67,6 +67,7 @@ class Stage:
         augment: whether clouds are rotated, scaled and thinned out at random (see `data.clouds.augment`).
         max_text_length: maximum number of tokens after the first prompt of a conversation.
         betas, weight_decay: AdamW's; the decay acts on tensors with two or more dimensions only.
+        eval_every: steps between measurements of the loss on held-out data; None: only before and after the stage.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Stage:
     max_text_length: int = 1024
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
+    eval_every: int | None = None
 
     @property
     def title(self) -> str:
@@ -212,6 +214,82 @@ OWN = replace(
     epochs=1,
     router_type=None,
 )
+
+
+# ---- Other values for a run on your own objects -----------------------------------------------------------------------
+
+# What `--set NAME=VALUE` takes: type and least value. Epochs are passes over the data.
+SETTINGS = {
+    "lr": (float, 0),
+    "min_lr": (float, 0),
+    "warmup_steps": (int, 0),
+    "steps": (int, 1),
+    "epochs": (float, 0),
+    "batch": (int, 1),
+    "weight_decay": (float, 0),
+    "eval_every": (int, 1),
+}
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, float]:
+    """Values by name from `NAME=VALUE`.
+
+    Raises:
+        ValueError: another name, no number, or one out of range; a name is given twice, or both steps and epochs.
+    """
+    settings = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in SETTINGS:
+            raise ValueError(f"`set` {text}: expected NAME=VALUE with a NAME of {', '.join(SETTINGS)}.")
+        kind, least = SETTINGS[name]
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf or (name in ("lr", "epochs") and number == 0):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(
+                f"`set` {text}: {name} must be {what} of at least {least}{' and not 0' if kind is float else ''}."
+            )
+        if name in settings:
+            raise ValueError(f"`set`: {name} is given twice.")
+        settings[name] = number
+    if {"steps", "epochs"} <= settings.keys():
+        raise ValueError("`set`: steps and epochs both say how long the run is; give one of them.")
+    return settings
+
+
+def change_stage(stage: Stage, settings: dict[str, float], num_rows: int) -> Stage:
+    """The stage with other values. A warm-up that is not set is at most a tenth of a run whose length is set.
+
+    Args:
+        settings: of `parse_settings`.
+        num_rows: of the training data.
+    """
+    if "batch" in settings:
+        stage = replace(stage, mixture=tuple(replace(source, batch=settings["batch"]) for source in stage.mixture))
+    steps = settings.get("steps")
+    if "epochs" in settings:
+        steps = max(1, round(settings["epochs"] * num_rows / stage.mixture[0].batch))
+    if steps is not None:
+        warmup_steps = min(stage.warmup_steps, steps // 10)
+        stage = replace(stage, steps_per_epoch=steps, epochs=1, warmup_steps=warmup_steps)
+    if "lr" in settings:  # the rates before and after stay below it
+        lr = settings["lr"]
+        stage = replace(stage, peak_lr=lr, warmup_lr=min(stage.warmup_lr, lr), min_lr=min(stage.min_lr, lr))
+    plain = {
+        name: settings[name] for name in ("min_lr", "warmup_steps", "weight_decay", "eval_every") if name in settings
+    }
+    return replace(stage, **plain)
+
+
+def departures(stage: Stage, row: Stage) -> dict[str, list]:
+    """What differs from the row: [value of the row, value] by name."""
+    values = {"batch": [s.mixture[0].batch for s in (row, stage)], "steps": [row.steps, stage.steps]}
+    for name in ("peak_lr", "warmup_lr", "min_lr", "warmup_steps", "weight_decay", "eval_every"):
+        values[name] = [getattr(row, name), getattr(stage, name)]
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
 # ---- The household recipe: the same stages for a small model, few objects and two cores ------------------------------

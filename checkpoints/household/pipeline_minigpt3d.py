@@ -45,7 +45,7 @@ class PointCloudToTextPipeline(Pipeline):
     [[{'generated_text': 'Brown.'}], [{'generated_text': 'White.'}]]
     ```
 
-    Decoding is greedy and ends at `###`, which is removed.
+    Decoding is greedy and ends at the processor's `end_of_answer` (`###`), which is removed.
     """
 
     _load_processor = True
@@ -114,7 +114,12 @@ class PointCloudToTextPipeline(Pipeline):
             messages = [self._read_clouds(message, reading) for message in messages]
             reading = {"up_axis": "y", "clean": "none"}
         encoded = self.processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", **reading
+            messages,
+            add_generation_prompt=messages[-1]["role"] == "user",
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **reading,
         )
         # A list: collating would keep only the first cloud of each chat.
         clouds = encoded.pop("point_clouds", None)
@@ -252,11 +257,12 @@ class PointCloudToTextPipeline(Pipeline):
         return {"answers": sequences[:, prompt_length:].unflatten(0, (batch_size, -1))}
 
     def _generation_arguments(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Add to the arguments of `generate` what ends an answer: `###`, and a number of tokens if none is set."""
+        """Add to the arguments of `generate` what ends an answer, such as `###`, and a number of tokens if none is set."""
         arguments = dict(generate_kwargs)
         config = arguments.get("generation_config") or self.model.generation_config
         stops = arguments.get("stop_strings") or config.stop_strings or []
-        ends = {"stop_strings": list(dict.fromkeys([*([stops] if isinstance(stops, str) else stops), END_OF_ANSWER]))}
+        stops = [stops] if isinstance(stops, str) else stops
+        ends = {"stop_strings": list(dict.fromkeys([*stops, self.processor.end_of_answer]))}
         if config.max_new_tokens is None and not {"max_new_tokens", "max_length"} & arguments.keys():
             ends["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         if "generation_config" not in arguments:
@@ -268,18 +274,20 @@ class PointCloudToTextPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         """New tokens of one input, (1, num_return_sequences, T) → texts without `###`."""
         texts = self.processor.tokenizer.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
-        return [{"generated_text": text.split(END_OF_ANSWER)[0].strip()} for text in texts]
+        end = self.processor.end_of_answer
+        return [{"generated_text": text.split(end)[0].strip()} for text in texts]
 
 
 class AnswerStreamer(TextStreamer):
     """Prints an answer during generation, without the prompt and the final `###`."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, end_of_answer: str = END_OF_ANSWER):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.end_of_answer = end_of_answer
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         # Text arrives in complete words, so the mark is never split.
-        super().on_finalized_text(text.split(END_OF_ANSWER)[0], stream_end)
+        super().on_finalized_text(text.split(self.end_of_answer)[0], stream_end)
 
 
 def _flatten(nested: Iterable) -> Iterable[torch.Tensor]:

@@ -17,6 +17,7 @@ import trimesh
 from safetensors.torch import load_file, save_file
 from ways_in import make_cloud, make_processor, make_seeing_model
 
+from minigpt3d.cli import chat
 from minigpt3d.cli.main import main
 from minigpt3d.data.reading import Limits
 from minigpt3d.hub import save_pretrained
@@ -325,6 +326,24 @@ def test_chat_drops_a_bad_question_and_continues(run, objects, monkeypatch):
     code, out, err = ask("A <point>?", "What is this?", "what " * 3000, "What color is it?")
     assert (code, out) == (1, good)
     assert len(err) == 2 and "2 <point> placeholders" in err[0] and "the context has" in err[1]
+
+
+def test_chat_has_commands(run, objects, monkeypatch):
+    def ask(*lines, path=objects / "b.npy"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return run("chat", path)
+
+    first, second = "What is this?", "What color is it?"
+    fresh = ask(second)[1]
+    assert ask(first, second)[1][-len(fresh) :] != fresh, "the first question counts"
+    assert ask(first, "/reset", second)[1][-len(fresh) :] == fresh
+    other = objects / "more" / "a.npy"
+    about_other = ask(first, path=other)[1]
+    assert ask(second, f"/file {other}", first)[1] == fresh + about_other != fresh + ask(first)[1]
+    code, out, err = ask(f"/file {objects}/none.npy", "/nothing", second)
+    assert (code, out) == (1, fresh) and "none.npy" in err[0] and "/help" in err[1]
+    code, out, err = ask("/help")
+    assert (code, err) == (0, []) and all(any(command in line for line in out) for command in chat.COMMANDS)
 
 
 def test_chat_about_a_bad_file(run, tmp_path, monkeypatch):

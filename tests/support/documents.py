@@ -310,7 +310,8 @@ def unknown_references(text: str) -> list[str]:
     unknown = []
     for word in re.findall(r"`([\w./-]+(?:::\w+)?)`", without_blocks(text)):
         file, _, name = word.partition("::")
-        in_checkout = "/" in file and (ROOT / file.split("/")[0]).is_dir()
+        folder = file.partition("/")[0] if "/" in file else ""
+        in_checkout = folder != "" and (ROOT / folder).is_dir()
         if not (in_checkout or file.endswith(".py")):
             continue
         path = ROOT / file

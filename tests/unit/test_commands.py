@@ -17,11 +17,13 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 OPTIONS = {
     "describe": "clean device json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
     "chat": "clean device max-memory max-new-tokens max-seconds missing-color model up-axis",
+    "look": "clean device max-memory max-new-tokens max-seconds missing-color model out up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
+    "new": "dtype llm out point-encoder qformer",
     "verify": "trust-remote-code",
-    "pack": "annotations clean data from max-broken max-memory max-seconds missing-color num-workers out private push-to-hub seed "
-    "up-axis",
+    "pack": "annotations clean data from max-broken max-memory max-seconds mesh-column missing-color num-workers out preview "
+    "private push-to-hub seed split text-column up-axis",
     "evaluate": "annotations answers batch-size clean data device dtype greedy judge judge-cache judge-concurrency "
     "judge-max-tokens judge-price judge-prompt judge-rpm judge-timeout judge-url limit max-memory max-seconds metrics "
     "missing-color model out "

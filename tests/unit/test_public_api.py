@@ -10,6 +10,7 @@ import minigpt3d
 
 PUBLIC_NAMES = [
     "HUB_ID",
+    "MiniGPT3DCollator",
     "MiniGPT3DConfig",
     "MiniGPT3DForConditionalGeneration",
     "MiniGPT3DModel",
