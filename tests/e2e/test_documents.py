@@ -62,7 +62,7 @@ HELPS += [
     f"python -m minigpt3d.{name} --help"
     for name in ("training.stage1", "recipes.household", "recipes.household.ablate")
 ]
-ACCELERATE_OPTIONS = {"--config_file", "--dynamo_backend"}
+ACCELERATE_OPTIONS = {"--config_file", "--dynamo_backend", "--quiet"}
 
 
 def title(block) -> str:
