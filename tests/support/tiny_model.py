@@ -62,11 +62,11 @@ def make_tiny_config(**changes) -> MiniGPT3DConfig:
 
 
 def make_tiny_model(config: MiniGPT3DConfig | None = None) -> MiniGPT3DForConditionalGeneration:
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # one whose answers depend on the cloud
     model = MiniGPT3DForConditionalGeneration(config or make_tiny_config())
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():  # random weights everywhere, so that nothing is an identity by chance
-            tensor.add_(0.1 * torch.rand_like(tensor) if "var" in name else 0.05 * torch.randn_like(tensor))
+            tensor.add_(0.05 * torch.randn_like(tensor))
     return model.eval()
 
 

@@ -79,7 +79,7 @@ def separate_passes(model, processor, clouds, texts) -> tuple[np.ndarray, np.nda
 def test_equal_to_separate_passes(tiny_processor, clouds, backbone):
     model = make_model(backbone)
     expected, counts = separate_passes(model, tiny_processor, clouds, CLASSES)
-    assert counts.min() == 3 and len(set(counts)) > 4 and expected.std(axis=0).min() > 1e-3  # the cloud matters
+    assert counts.min() == 3 and len(set(counts)) > 4 and expected.std(axis=0).mean() > 1e-3  # the cloud matters
     for batch_size in (1, 2, 32):
         got, tokens = class_log_likelihoods(model, tiny_processor, clouds, QUESTION, CLASSES, batch_size=batch_size)
         assert got.dtype == np.float64 and np.array_equal(tokens, counts)

@@ -43,7 +43,7 @@ def test_public_name_hides_local_paths(tmp_path, monkeypatch):
 
 
 def test_names_and_folders_need_no_torch():
-    program = "import sys, minigpt3d.hub, minigpt3d.data.records, minigpt3d.conversion.names; print(*sys.modules)"
+    program = "import sys, minigpt3d.hub, minigpt3d.data.records; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert not {"torch", "transformers"} & set(done.stdout.split())
 
