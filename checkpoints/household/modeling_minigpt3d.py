@@ -483,8 +483,9 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        compare_sizes = not (load_config.is_quantized or load_config.ignore_mismatched_sizes)
-        check_files(model, checkpoint_files or [], compare_sizes)
+        if not model._hf_peft_config_loaded:  # an adapter's one file has a name of its own and a part of the weights
+            compare_sizes = not (load_config.is_quantized or load_config.ignore_mismatched_sizes)
+            check_files(model, checkpoint_files or [], compare_sizes)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )

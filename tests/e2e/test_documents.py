@@ -56,11 +56,11 @@ CHECKED = unique(
 # The options that documents name outside of blocks are options of these.
 HELPS = [
     f"python -m minigpt3d.cli {name} --help"
-    for name in ("describe", "chat", "convert", "verify", "pack", "evaluate", "compare", "card")
+    for name in ("describe", "chat", "convert", "verify", "pack", "evaluate", "compare", "card", "new", "look")
 ]
 HELPS += [
     f"python -m minigpt3d.{name} --help"
-    for name in ("training.stage1", "recipes.household", "recipes.household.ablate")
+    for name in ("training.stage1", "training.finetune", "recipes.household", "recipes.household.ablate")
 ]
 ACCELERATE_OPTIONS = {"--config_file", "--dynamo_backend", "--quiet"}
 
