@@ -19,7 +19,9 @@ EPILOG = "Exit code: 0 if they agree, 1 if they differ or there is nothing to co
 @dataclass(kw_only=True)
 class Options:
     model: str = option("folder or Hub id", positional=True, metavar="DIR_OR_ID")
-    trust_remote_code: bool = option("run the code of the model even if it is not the code of this package", default=False)
+    trust_remote_code: bool = option(
+        "run the code of the model even if it is not the code of this package", default=False
+    )
 
 
 def run(options: Options, argv: list[str]) -> int:

@@ -24,7 +24,9 @@ except ImportError:  # a local judge does not need it
 ATTEMPTS = 11
 GRACE = 10  # seconds for requests that are in flight when the run ends early
 KEY_VARIABLE = "OPENAI_API_KEY"
-SHORTEST_SECRET = 6  # a shorter key, such as the "EMPTY" of local servers, protects nothing and may be a word of a reply
+SHORTEST_SECRET = (
+    6  # a shorter key, such as the "EMPTY" of local servers, protects nothing and may be a word of a reply
+)
 REPLACEMENTS = {"seed": None, "temperature": None, "max_tokens": "max_completion_tokens"}  # of refused settings
 FIXES = {
     401: f"Set the environment variable {KEY_VARIABLE} to a key that it accepts.",

@@ -36,7 +36,15 @@ def write_adapter_config(folder, base):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("me/model-1.0", True), ("model", False), ("a/b/c", False), ("/a/b", False), ("a b/c", False), ("../c", False), ("./c", False)],
+    [
+        ("me/model-1.0", True),
+        ("model", False),
+        ("a/b/c", False),
+        ("/a/b", False),
+        ("a b/c", False),
+        ("../c", False),
+        ("./c", False),
+    ],
 )
 def test_is_hub_id(name, expected):
     assert is_hub_id(name) is expected

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from backbones import BACKBONES, SMALL_TEXT
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel
