@@ -3,7 +3,7 @@
 Both answer "What is this?" greedily about the bundled model's held-out objects: `describe` reads each from a file, in a process
 of its own whose time is counted; `evaluate` reads them from one table. Both times include loading the model.
 
-    python benchmarks/describe.py
+    python benchmarks/describe_files.py
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from minigpt3d.cli.describe import Options, run as describe
 from minigpt3d.evaluation.ask import generate, load_for_evaluation
 from minigpt3d.evaluation.objects import check_clouds, read_objects
-from minigpt3d.evaluation.options import EvaluateOptions
+from minigpt3d.evaluation.evaluate_options import EvaluateOptions
 from minigpt3d.evaluation.suites import GREEDY
 from minigpt3d.hub import default_model
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
