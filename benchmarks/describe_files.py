@@ -20,8 +20,8 @@ import torch
 
 from minigpt3d.cli.describe import Options, run as describe
 from minigpt3d.evaluation.ask import generate, load_for_evaluation
-from minigpt3d.evaluation.objects import check_clouds, read_objects
 from minigpt3d.evaluation.evaluate_options import EvaluateOptions
+from minigpt3d.evaluation.objects import check_clouds, read_objects
 from minigpt3d.evaluation.suites import GREEDY
 from minigpt3d.hub import default_model
 from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
