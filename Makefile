@@ -12,7 +12,7 @@ QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST := $(QUIET) $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow lint sync household benchmark clean
+.PHONY: help install demo test test-fast test-slow test-oldest lint sync household benchmark clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,17 @@ test-fast: $(INSTALLED)  ## run unit tests and goldens (about 2 minutes on two q
 test-slow: $(INSTALLED)  ## run the slow tests
 	@$(PYTEST) -m 'slow and not gpu and not network' $(ARGS) || test $$? -eq 5
 
+OLDEST := $(VENV)-oldest
+# The tests that use these libraries most.
+OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_pipeline.py unit/test_processing.py \
+  unit/test_weights.py unit/test_train_step.py unit/test_stream.py unit/test_pack.py \
+  e2e/test_cli.py e2e/test_convert.py e2e/test_hub.py e2e/test_resume.py e2e/test_saves.py e2e/test_training.py)
+
+test-oldest:  ## run the tests of models and training with the oldest versions allowed (Python 3.11)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt torch -e ".[train]" pytest
+	@$(QUIET) $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
+
 lint: $(INSTALLED)  ## check style, format and the direction of imports
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -54,4 +65,4 @@ benchmark: $(INSTALLED)  ## time the encoder beside the plain published algorith
 	@$(PY) benchmarks/encode.py $(ARGS)
 
 clean:  ## remove the environment and build files
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -45,7 +45,14 @@ def __dir__() -> list[str]:
 
 def _register():
     """Tell transformers' Auto classes and pipelines about the classes here. Doing it twice does no harm."""
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoFeatureExtractor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     from . import configuration_minigpt3d, modeling_minigpt3d, pipeline_minigpt3d, processing_minigpt3d
 
@@ -56,6 +63,7 @@ def _register():
     AutoModel.register(config, modeling_minigpt3d.MiniGPT3DModel, exist_ok=True)
     AutoModel.register(phi_config, modeling_minigpt3d.MiniGPT3DPhiModel, exist_ok=True)
     AutoModelForImageTextToText.register(config, conditional_generation, exist_ok=True)
+    AutoModelForMultimodalLM.register(config, conditional_generation, exist_ok=True)
     AutoFeatureExtractor.register(config, processing_minigpt3d.MiniGPT3DPointCloudProcessor, exist_ok=True)
     AutoProcessor.register(config, processing_minigpt3d.MiniGPT3DProcessor, exist_ok=True)
     pipeline_minigpt3d.register()

@@ -1,11 +1,16 @@
 """Configuration of MiniGPT-3D (arXiv 2405.01413): the architecture only. The defaults are the paper's model."""
 
 from copy import deepcopy
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PreTrainedConfig
+
+
+if TYPE_CHECKING:  # transformers copies the files that a file names: with these two lines, every copy has all of them
+    from .modeling_minigpt3d import MiniGPT3DForConditionalGeneration  # noqa: F401
+    from .pipeline_minigpt3d import PointCloudToTextPipeline  # noqa: F401
 
 
 # The published model.
@@ -129,6 +134,7 @@ class MiniGPT3DConfig(PreTrainedConfig):
     """
 
     model_type = "minigpt3d"
+    _auto_class: ClassVar[str] = "AutoConfig"  # so that every save comes with the code
     sub_configs = {
         "point_config": MiniGPT3DPointConfig,
         "qformer_config": Blip2QFormerConfig,
@@ -170,6 +176,7 @@ class MiniGPT3DConfig(PreTrainedConfig):
             "AutoConfig": "configuration_minigpt3d.MiniGPT3DConfig",
             "AutoModel": "modeling_minigpt3d.MiniGPT3DModel",
             "AutoModelForImageTextToText": "modeling_minigpt3d.MiniGPT3DForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_minigpt3d.MiniGPT3DForConditionalGeneration",
         }
         # Where this package is installed, its registered pipeline is used and needs no trust_remote_code.
         if __name__.startswith("transformers_modules."):

@@ -6,6 +6,8 @@ Importing this module is cheap. torch and transformers are imported by the funct
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -38,7 +40,15 @@ ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE = "adapter_config.json", "adapter_model
 
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name has the form of a Hub id, OWNER/NAME."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) is not None
+
+
+def portable_name(name: str | Path) -> str:
+    """A name for a file that may move: a Hub id, or a folder's path relative to the working directory, as PEFT reads it."""
+    if is_hub_id(name) and not Path(name).is_dir():
+        return str(name)
+    path = Path(os.path.relpath(name)).as_posix()
+    return path if path.startswith(".") else f"./{path}"  # unlike OWNER/NAME
 
 
 def public_name(name: str | Path) -> str:
@@ -101,16 +111,22 @@ def find_model(name: str | Path) -> ModelFiles:
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else folder / ADAPTER_DIR
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} holds neither a {CONFIG_FILE} of a model nor an {ADAPTER_CONFIG} of a PEFT adapter.")
-    return ModelFiles(_find_base(folder, adapter), adapter, stage or _read_stage(adapter), offline)
+    return ModelFiles(_find_base(adapter), adapter, stage or _read_stage(adapter), offline)
 
 
-def _find_base(folder: Path, adapter: Path) -> str:
-    """The base model of an adapter: `base/` beside it, else what adapter_config.json names."""
-    if adapter != folder and (folder / BASE_DIR / CONFIG_FILE).is_file():
-        return str(folder / BASE_DIR)
+def _find_base(adapter: Path) -> str:
+    """The base model of an adapter: `base/` beside it, else what adapter_config.json names, a Hub id or a path.
+
+    A path is relative to the working directory, as PEFT reads it, or to the adapter's folder.
+    """
+    if adapter.name == ADAPTER_DIR and (beside := adapter.parent / BASE_DIR / CONFIG_FILE).is_file():
+        return str(beside.parent)
     config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or ""
-    if not Path(base).is_dir() and not is_hub_id(base):
+    for path in (Path(base), adapter / base):
+        if base and path.is_dir():
+            return str(path.resolve())
+    if not is_hub_id(base):
         raise ValueError(
             f"{adapter}: its base model {base} is not there. Correct base_model_name_or_path in {adapter / ADAPTER_CONFIG}."
         )
@@ -162,7 +178,9 @@ def load_model(name: str | Path, **options) -> tuple[MiniGPT3DForConditionalGene
         ValueError: there is no such model, it cannot be read, or weights are missing.
     """
     files = find_model(name)
-    model = load_weights(files.adapter or files.base, local_files_only=files.offline, **options)
+    model = load_weights(files.base, local_files_only=files.offline, **options)
+    if files.adapter is not None:
+        load_adapter(model, files.adapter)
     return model, load_processor(files)
 
 
@@ -192,7 +210,8 @@ def load_processor(files: ModelFiles) -> MiniGPT3DProcessor:
     from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
     try:
-        return MiniGPT3DProcessor.from_pretrained(files.base, local_files_only=files.offline)
+        options = {"local_files_only": files.offline, "trust_remote_code": False}
+        return MiniGPT3DProcessor.from_pretrained(files.base, **options)
     except Exception as error:
         raise ValueError(f"cannot load the processor of {files.base}: {one_line(error)}") from error
 
@@ -201,7 +220,7 @@ def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGenerati
     """A model, after a check that every weight comes from its files.
 
     Args:
-        name: folder or Hub id of a complete model, or the folder of an adapter.
+        name: folder or Hub id of a complete model.
         options: of `from_pretrained`.
 
     Raises:
@@ -210,9 +229,29 @@ def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGenerati
     from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
     try:
-        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = MiniGPT3DForConditionalGeneration.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False, **options
+        )
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {one_line(error)}") from error
+    _check_loading(name, loading)
+    return model
+
+
+def load_adapter(model: MiniGPT3DForConditionalGeneration, adapter: Path):
+    """Add a PEFT adapter to a model, after a check that its files have every weight of it.
+
+    Raises:
+        ValueError: it cannot be read, or its files and configuration do not agree.
+    """
+    try:
+        loading = model.load_adapter(str(adapter)).to_dict()
+    except Exception as error:
+        raise ValueError(f"cannot load the adapter {adapter}: {one_line(error)}") from error
+    _check_loading(adapter, loading)
+
+
+def _check_loading(name: str | Path, loading: dict):
     for problem, keys in loading.items():
         if keys:
             example = sorted(map(str, keys))[0]
@@ -220,7 +259,6 @@ def load_weights(name: str | Path, **options) -> MiniGPT3DForConditionalGenerati
                 f"cannot load the model {name}: {len(keys)} {problem.replace('_', ' ')}, such as {example}. "
                 "Download or save it again."
             )
-    return model
 
 
 def fingerprint_model(name: str | Path) -> str:
@@ -314,7 +352,7 @@ def save_pretrained(model: MiniGPT3DForConditionalGeneration, processor: Process
 
 
 def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration, processor: ProcessorMixin):
-    """Write generation config, processor, chat template, code and licenses.
+    """Write generation config, processor, chat template and licenses; the code comes with config.json.
 
     Raises:
         ValueError: the processor is for another model.
@@ -329,7 +367,6 @@ def write_all_but_weights(folder: Path, model: MiniGPT3DForConditionalGeneration
     set_generation_defaults(model, processor)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_code(folder)
     for name in ("LICENSE", "NOTICE"):
         if (PACKAGE_DIR / name).exists():
             shutil.copyfile(PACKAGE_DIR / name, folder / name)
@@ -339,6 +376,22 @@ def write_code(folder: Path):
     """Copy the flat files of this package, which `trust_remote_code=True` runs, into a folder."""
     for source in sorted(PACKAGE_DIR.glob("*_minigpt3d.py")):
         shutil.copyfile(source, folder / source.name)
+
+
+def has_package_code(name: str | Path) -> bool:
+    """Whether a model is a folder whose code, which `trust_remote_code=True` runs, is this package's, byte for byte."""
+    folder = Path(name)
+    configs = [read_json(path) for path in folder.glob("*config.json")]
+    return (
+        folder.is_dir()
+        and all(_is_package_file(path) for path in folder.rglob("*.py"))
+        and "--" not in json.dumps(configs)  # OTHER/MODEL--module.Class is the code of another model
+    )
+
+
+def _is_package_file(path: Path) -> bool:
+    source = PACKAGE_DIR / path.name
+    return source.is_file() and source.read_bytes() == path.read_bytes()
 
 
 def set_generation_defaults(model: MiniGPT3DForConditionalGeneration, processor: MiniGPT3DProcessor):

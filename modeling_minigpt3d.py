@@ -241,6 +241,12 @@ class QueryExpertRouter(nn.Module):
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(config.router_hidden_size, config.num_query_experts)
 
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        # PEFT puts stage IV's router on a base that has none; a model that is merged later keeps it.
+        if name == "linear_1" and hasattr(value, "modules_to_save") and self.config.router_type == "none":
+            self.config.router_type = "sparse"
+
     def get_logits(self, point_features: torch.Tensor) -> torch.Tensor:
         """(B, 1+G, D) → (B, E), from the cls feature beside the maximum over the others."""
         global_feature = torch.cat([point_features[:, 0], point_features[:, 1:].amax(1)], dim=-1)  # (B, 2*D)
@@ -249,8 +255,6 @@ class QueryExpertRouter(nn.Module):
     def forward(self, point_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 1+G, D) → chosen experts (B, S) int64 and their weights (B, S), most probable first."""
         num_experts, router_type = self.config.num_query_experts, self.config.router_type
-        if router_type == "none" and not isinstance(self.linear_1, nn.Linear):
-            router_type = "sparse"  # PEFT has put stage IV's router on a base that has none
         if router_type in ("sparse", "soft"):
             probabilities = self.get_logits(point_features).softmax(-1, dtype=torch.float32)  # (B, E)
             num_used = self.config.num_experts_per_cloud if router_type == "sparse" else num_experts
@@ -519,7 +523,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         if config.text_config.model_type == MiniGPT3DPhiConfig.model_type:
             self.language_model = MiniGPT3DPhiModel(config.text_config)
         else:
-            self.language_model = AutoModel.from_config(config.text_config)
+            self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -670,7 +674,8 @@ def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
         if text_config.model_type == MiniGPT3DPhiConfig.model_type:
             bias = True
         else:
-            bias = AutoModelForCausalLM.from_config(text_config).get_output_embeddings().bias is not None
+            backbone = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
+            bias = backbone.get_output_embeddings().bias is not None
     return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
 
 

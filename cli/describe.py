@@ -4,11 +4,13 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-from minigpt3d.arguments import option, path_or_url
+from minigpt3d.arguments import option, path_or_url, positive_int
 from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
+from minigpt3d.sources_minigpt3d import source_name
 
 from .console import FAILED, complain
 from .inference import InferenceOptions, load_pipeline, read_clouds
@@ -22,6 +24,7 @@ EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
 PARTS = ".mtl .bin .png .jpg .jpeg .tga .bmp .gif .tif .tiff .webp .dds .ktx2".split()
 # Colors of a smaller share are not listed.
 LEAST_SHARE = 0.01
+CPU_BATCH, ACCELERATOR_BATCH = 16, 64
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,12 @@ class Options(InferenceOptions):
         "point cloud, mesh, a folder, or an https:// URL", positional=True, type=path_or_url, metavar="FILE_OR_FOLDER"
     )
     prompt: str | None = option('the question (default: "What is this?")', default=None)
+    batch_size: int | None = option(
+        "files that the model answers at once (default: 16 on a CPU, 64 on an accelerator)",
+        default=None,
+        type=positive_int,
+        metavar="N",
+    )
     json: bool = option("print one JSON object per line: file, prompt, answer, facts and warnings", default=False)
 
 
@@ -102,7 +111,7 @@ def run(options: Options, argv: list[str]) -> int:
 
 
 def describe_files(progress: Progress, options: Options):
-    """Print a line for each file; the next one is read while the model answers."""
+    """Print a line for each file; the next ones are read while the model answers about a batch of them."""
     from tqdm import tqdm
 
     from minigpt3d.data.reading import FileReader
@@ -113,50 +122,61 @@ def describe_files(progress: Progress, options: Options):
         pipeline = load_pipeline(options)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
         bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)
+        size = options.batch_size or (CPU_BATCH if pipeline.device.type == "cpu" else ACCELERATOR_BATCH)
+        results = read_clouds(reader, pipeline, files, options, ahead=size)
         with bar:
-            for result in read_clouds(reader, pipeline, files, options):
-                bar.update()
-                if isinstance(result.error, NotACloudError) and result.path in progress.in_folders:
-                    progress.skipped[result.path.suffix.lower()] += 1
-                    continue
-                try:
-                    line = describe_file(pipeline, result, options, with_name=len(files) > 1)
-                except ValueError as error:
-                    progress.fail(str(error))
-                    continue
-                progress.described += 1
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
+            while batch := list(islice(results, size)):
+                clouds = [result.content[0].cloud for result in batch if result.error is None]
+                answers = iter(ask(pipeline, clouds, options))
+                for result in batch:
+                    bar.update()
+                    answer = next(answers) if result.error is None else result.error
+                    if isinstance(answer, NotACloudError) and result.path in progress.in_folders:
+                        progress.skipped[result.path.suffix.lower()] += 1
+                    elif isinstance(answer, Exception):
+                        unread = result.error is not None
+                        name = source_name(result.path)
+                        progress.fail(str(answer) if unread else f"{name}: no answer: {one_line(answer)}")
+                    else:
+                        progress.described += 1
+                        tqdm.write(to_line(result, answer, options, with_name=len(files) > 1), file=sys.stdout)
+                        sys.stdout.flush()
 
 
-def describe_file(pipeline, result, options: Options, with_name: bool) -> str:
+def ask(pipeline, clouds: list, options: Options) -> list[str | Exception]:
+    """For each cloud the answer, or why there is none."""
+    try:
+        outputs = pipeline(
+            clouds,
+            prompt=options.prompt,
+            up_axis="y",
+            clean="none",
+            batch_size=len(clouds),
+            max_new_tokens=options.max_new_tokens,
+        )
+    except Exception as error:
+        if len(clouds) == 1:
+            return [error]
+        # Out of memory, for example: a cloud alone may fit.
+        return [answer for cloud in clouds for answer in ask(pipeline, [cloud], options)]
+    return [output["generated_text"] for (output,) in outputs]
+
+
+def to_line(result, answer: str, options: Options, with_name: bool) -> str:
     """The line that is printed about a file.
 
     Args:
         result: of `read_clouds`.
-
-    Raises:
-        ValueError: the file cannot be read, or the model fails on it.
     """
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
-    from minigpt3d.sources_minigpt3d import source_name
 
-    if result.error is not None:
-        raise result.error
-    prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-    orientation, facts = result.content
-    cloud = orientation.cloud
-    name = source_name(result.path)
-    try:
-        (output,) = pipeline(cloud, prompt=prompt, up_axis="y", clean="none", max_new_tokens=options.max_new_tokens)
-    except Exception as error:  # out of memory, for example: the next cloud may still fit
-        raise ValueError(f"{name}: no answer: {one_line(error)}") from error
-    answer = output["generated_text"]
     if options.json:
+        orientation, facts = result.content
+        prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
         record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts._asdict()
         record["up_axis"] = orientation.up_axis
-        return json_line(record | measure(cloud, facts.has_color) | {"warnings": result.warnings})
-    return f"{name}: {answer}" if with_name else answer
+        return json_line(record | measure(orientation.cloud, facts.has_color) | {"warnings": result.warnings})
+    return f"{source_name(result.path)}: {answer}" if with_name else answer
 
 
 def measure(cloud, has_color: bool) -> dict:

@@ -24,6 +24,9 @@ class InferenceOptions(ReadingOptions, LimitOptions):
 
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)
     device: str | None = option("cpu, cuda, cuda:1, mps (default: the accelerator if there is one)", default=None)
+    dtype: Literal["float16", "bfloat16", "float32"] | None = option(
+        "of the weights (default: as stored, but float32 on a CPU)", default=None
+    )
     max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
     up_axis: Literal["x", "y", "z", "auto"] | None = option(
         "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
@@ -45,15 +48,16 @@ def load_pipeline(options: InferenceOptions):
     from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
     quiet()
-    model, processor = load_model(options.model or default_model())
+    dtype = options.dtype or "auto"
+    model, processor = load_model(options.model or default_model(), dtype=dtype)
     try:
-        return PointCloudToTextPipeline(model=model, processor=processor, device=options.device)
+        return PointCloudToTextPipeline(model=model, processor=processor, device=options.device, dtype=dtype)
     except Exception as error:
         raise ValueError(f"cannot use the device {options.device}: {one_line(error)} (leave out --device)") from error
 
 
 def read_clouds(
-    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: InferenceOptions
+    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: InferenceOptions, ahead: int = 1
 ) -> Iterator["FileResult"]:
     """A result for each file, whose content is an `Orientation`, y up, and `CloudFacts`; warnings are printed.
 
@@ -63,7 +67,7 @@ def read_clouds(
     Args:
         reader: of `load_orientations`.
     """
-    for result in reader.read_files(paths, **pipeline.reading_arguments(**options.reading)):
+    for result in reader.read_files(paths, ahead, **pipeline.reading_arguments(**options.reading)):
         name = source_name(result.path)
         if result.error is None:
             result = _choose_orientation(pipeline, result)

@@ -19,19 +19,22 @@ EPILOG = "Exit code: 0 if they agree, 1 if they differ or there is nothing to co
 @dataclass(kw_only=True)
 class Options:
     model: str = option("folder or Hub id", positional=True, metavar="DIR_OR_ID")
-    trust_remote_code: bool = option("run the code that comes with a Hub id", default=False)
+    trust_remote_code: bool = option(
+        "run the code of the model even if it is not the code of this package", default=False
+    )
 
 
 def run(options: Options, argv: list[str]) -> int:
     """Compare a model with its verification.json; returns the exit code."""
     from minigpt3d.conversion import verification
-    from minigpt3d.hub import is_hub_id
+    from minigpt3d.hub import find_model, has_package_code, is_hub_id
 
-    if not Path(options.model).is_dir():
-        if not is_hub_id(options.model):
-            raise ValueError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
-        if not options.trust_remote_code:
-            raise ValueError(f"{options.model} comes with its own code, which would be run: pass --trust-remote-code")
+    if not Path(options.model).is_dir() and not is_hub_id(options.model):
+        raise ValueError(f"there is no folder {options.model}, and a model on the Hub is named OWNER/NAME")
+    if not options.trust_remote_code:
+        code = find_model(options.model).base if Path(options.model).is_dir() else options.model
+        if not has_package_code(code):
+            raise ValueError(f"{code} comes with its own code, which would be run: pass --trust-remote-code")
     stored = verification.read_stored(options.model)
     computed = verification.compute(options.model)
     print(verification.to_text(computed))

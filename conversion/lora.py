@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.files import write_json
-from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE
+from minigpt3d.hub import ADAPTER_FILE, STAGE_FILE, portable_name
 
 
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
@@ -145,7 +145,7 @@ def write_adapter(
     options = {
         # Without "model.", as for the LoRA targets (see `lora_config`).
         "modules_to_save": [module.removeprefix("model.") for module in modules],
-        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
+        "base_model_name_or_path": portable_name(base),
         "inference_mode": True,
     }
     peft = import_peft()

@@ -209,7 +209,7 @@ def plan_stage_result(folder: Path, router: str | None = None, ignore: Iterable[
     if not any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
         raise ValueError(f"{folder}: no {CONFIG_FILE} or {ADAPTER_CONFIG}; give the output folder of a training stage")
     sources, config, lora = stage_sources(folder)
-    processor = MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path)
+    processor = MiniGPT3DProcessor.from_pretrained(sources[0].checkpoint.path, trust_remote_code=False)
     return make_plan(sources, config, processor, router, ignore, lora)
 
 
@@ -288,7 +288,7 @@ def make_processor(phi_dir: Path, config: MiniGPT3DConfig) -> MiniGPT3DProcessor
         raise ValueError(f"`phi`: {phi_dir} is no folder; expected Phi-2's, with weights, config.json and tokenizer.")
     _check_phi(phi_dir, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(phi_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(phi_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every tokenizer class has its own way to fail
         raise ValueError(
             f"{phi_dir}: no tokenizer can be loaded ({one_line(error)[:150]}). The folder needs Phi-2's tokenizer.json, or "

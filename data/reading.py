@@ -145,18 +145,17 @@ class FileReader:
             process.close()
         self._threads.shutdown(cancel_futures=True)
 
-    def read_files(self, paths: Iterable[str | Path], **arguments) -> Iterator[FileResult]:
-        """Results in the order of the paths. While one is looked at, the next are read.
+    def read_files(self, paths: Iterable[str | Path], ahead: int = LOOKAHEAD, **arguments) -> Iterator[FileResult]:
+        """Results in the order of the paths. While one is looked at, the next `ahead` for each process are read.
 
         Raises:
             OSError: a process cannot be started.
         """
         waiting = deque()
-        ahead = LOOKAHEAD * len(self._processes) if len(self._processes) > 1 else 1
         try:
             for path in paths:
                 waiting.append(self._threads.submit(self._read, path, arguments))
-                if len(waiting) > ahead:
+                if len(waiting) > ahead * len(self._processes):
                     yield _result(waiting.popleft())
             while waiting:
                 yield _result(waiting.popleft())

@@ -22,6 +22,7 @@ from transformers import BatchFeature
 from minigpt3d.hub import load_model
 from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.pipeline_minigpt3d import default_dtype
 from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 from .conditions import apply, read_clouds
@@ -112,8 +113,8 @@ def load_for_evaluation(
     model, processor = load_model(name)
     try:
         device = torch.device(options.device) if options.device else PartialState().device
-        default = torch.float32 if device.type == "cpu" else model.dtype
-        return model.to(device, getattr(torch, options.dtype) if options.dtype else default).eval(), processor
+        dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(model, device)
+        return model.to(device, dtype).eval(), processor
     except Exception as error:
         raise ValueError(
             f"`device` {options.device} cannot be used: {one_line(error)}. Leave it out for the default."

@@ -7,6 +7,8 @@ that `torch.compile` calls; an exported model has operations of torch in their p
 Shapes: B clouds, N points, G groups, K neighbors.
 """
 
+import re
+
 import numpy as np
 import torch
 
@@ -56,7 +58,7 @@ def farthest_point_sampling(
 
 # Operators of their own, so that compiled code calls them as they are. The package and a copy of this file from the Hub
 # may be loaded together: each has its own names.
-_OPERATORS = __name__.replace(".", "_")
+_OPERATORS = re.sub(r"\W", "_", __name__)  # the folder of a copy may be named "my model"
 
 
 @torch.library.custom_op(f"{_OPERATORS}::farthest_point_sampling", mutates_args=())

@@ -1,13 +1,14 @@
 """From a 3D object to text in one call: `pipeline("point-cloud-to-text")`."""
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, Pipeline
+from transformers import AutoModelForImageTextToText, Pipeline, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -21,6 +22,11 @@ TASK = "point-cloud-to-text"
 DEFAULT_MAX_NEW_TOKENS = 150
 # In nats, how much more likely another axis than y, as in the training data, must be. See benchmarks/clean.py.
 UP_AXIS_MARGIN = 0.3
+
+
+def default_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """The precision to compute in on a device: float32 on a CPU, where half precision is several times slower."""
+    return torch.float32 if device.type == "cpu" else model.dtype
 
 
 def _is_chat(item: Any) -> bool:
@@ -45,7 +51,9 @@ class PointCloudToTextPipeline(Pipeline):
     [[{'generated_text': 'Brown.'}], [{'generated_text': 'White.'}]]
     ```
 
-    Decoding is greedy and ends at the processor's `end_of_answer` (`###`), which is removed.
+    Decoding is greedy and ends at the processor's `end_of_answer` (`###`), which is removed. On a CPU the model computes in
+    float32, elsewhere in the precision of its files, unless `pipeline(…, dtype=…)` says otherwise. A model that is passed to this
+    class keeps its own.
     """
 
     _load_processor = True
@@ -54,8 +62,12 @@ class PointCloudToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, dtype: str | torch.dtype | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # "auto" is what transformers.pipeline passes if nothing is given. Quantized or distributed models stay as they are.
+        on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
+        if dtype == "auto" and on_one_device and not hasattr(self.model, "hf_quantizer"):
+            self.model.to(default_dtype(self.model, self.model.device))
         # The base class pads batches on this side: an answer must follow its question without a gap.
         self.processor.tokenizer.padding_side = "left"
 
@@ -91,6 +103,11 @@ class PointCloudToTextPipeline(Pipeline):
                 return []
             inputs = [{"messages": item} if _is_chat(item) else item for item in inputs]
         return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Write model, processor and code; `pipeline(…, trust_remote_code=True)` reads the folder without this package."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(
         self,

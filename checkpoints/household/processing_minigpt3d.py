@@ -255,8 +255,6 @@ class MiniGPT3DProcessor(ProcessorMixin):
             prompt of the authors' evaluation, for comparison with their numbers).
     """
 
-    _auto_class = "AutoProcessor"
-
     def __init__(
         self,
         feature_extractor,
@@ -268,6 +266,14 @@ class MiniGPT3DProcessor(ProcessorMixin):
         prepare_tokenizer(tokenizer)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES)
         self.num_query_tokens = num_query_tokens
+        self.auto_map = {"AutoProcessor": "processing_minigpt3d.MiniGPT3DProcessor"}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor"):
+        """Do nothing: `auto_map` has the entry, and a registered processor also writes it into the tokenizer's files.
+
+        A tokenizer that is saved alone would then name code that is not there.
+        """
 
     @property
     def point_token_id(self) -> int:

@@ -24,6 +24,9 @@ except ImportError:  # a local judge does not need it
 ATTEMPTS = 11
 GRACE = 10  # seconds for requests that are in flight when the run ends early
 KEY_VARIABLE = "OPENAI_API_KEY"
+SHORTEST_SECRET = (
+    6  # a shorter key, such as the "EMPTY" of local servers, protects nothing and may be a word of a reply
+)
 REPLACEMENTS = {"seed": None, "temperature": None, "max_tokens": "max_completion_tokens"}  # of refused settings
 FIXES = {
     401: f"Set the environment variable {KEY_VARIABLE} to a key that it accepts.",
@@ -188,7 +191,8 @@ class EndpointJudge(Judge):
         response.read()
         if response.is_success:
             try:
-                self._thread.completion = _read_completion(response.content.decode(errors="replace"))
+                completion = _read_completion(response.content.decode(errors="replace"))
+                self._thread.completion = {name: self._without_key(value) for name, value in completion.items()}
             except ValueError as error:
                 self._thread.trouble = self._shown(f"no chat completion came, but {error}")
                 response.status_code = 502  # bad gateway: the client retries after errors only
@@ -200,8 +204,11 @@ class EndpointJudge(Judge):
 
     def _shown(self, trouble: str) -> str:
         """On one line, not too long, and without the key, which some servers repeat."""
-        trouble = trouble.replace(self._api_key, "***") if self._api_key else trouble
-        return " ".join(trouble.split())[:300].rstrip(".")
+        return " ".join(self._without_key(trouble).split())[:300].rstrip(".")
+
+    def _without_key(self, value):
+        is_secret = isinstance(value, str) and len(self._api_key) >= SHORTEST_SECRET
+        return value.replace(self._api_key, "***") if is_secret else value
 
 
 def _read_completion(text: str) -> dict:

@@ -31,7 +31,7 @@ class LocalJudge(Judge):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self._device = device or accelerator
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`model` {str(model)!r} cannot be loaded: expected a folder or the Hub id of a chat model, or a `url` for a "
@@ -51,7 +51,8 @@ class LocalJudge(Judge):
 
     @cached_property
     def _model(self):
-        return AutoModelForCausalLM.from_pretrained(self._source, dtype="auto").to(self._device).eval()
+        model = AutoModelForCausalLM.from_pretrained(self._source, dtype="auto", trust_remote_code=False)
+        return model.to(self._device).eval()
 
     def _ask(self, prompts: list[str]) -> Iterator[Reply]:
         prompts = sorted(prompts, key=len)  # similar lengths: little padding

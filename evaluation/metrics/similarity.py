@@ -65,7 +65,7 @@ def _load_sentence_transformer(encoder: str) -> Callable[[list[str]], np.ndarray
         raise ImportError(
             'S-BERT needs sentence-transformers: pip install "minigpt3d[eval]", or pip install sentence-transformers'
         ) from error
-    model = SentenceTransformer(encoder)
+    model = SentenceTransformer(encoder, trust_remote_code=False)
     return lambda texts: model.encode(texts, batch_size=BATCH_SIZE, show_progress_bar=False)
 
 
@@ -73,8 +73,8 @@ def _load_pooler(encoder: str) -> Callable[[list[str]], np.ndarray]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model, loading = AutoModel.from_pretrained(encoder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+    model, loading = AutoModel.from_pretrained(encoder, output_loading_info=True, trust_remote_code=False)
     # transformers initializes missing weights at random, and many encoders are published without a pooler.
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])

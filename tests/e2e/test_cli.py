@@ -201,13 +201,13 @@ def test_a_model_that_fails_on_one_file_continues_with_the_next(run, objects, mo
 
     forward, calls = PointCloudToTextPipeline._forward, []
 
-    def fail_once(self, *args, **kwargs):
+    def fail_twice(self, *args, **kwargs):  # on the batch, then on its first cloud alone
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) <= 2:
             raise RuntimeError("out of\nmemory")
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(PointCloudToTextPipeline, "_forward", fail_once)
+    monkeypatch.setattr(PointCloudToTextPipeline, "_forward", fail_twice)
     code, out, err = run("describe", objects, "--json")
     assert code == 1
     assert [json.loads(line)["file"] for line in out] == [str(objects / "more" / "a.npy")]

@@ -423,7 +423,7 @@ def test_verify_finds_what_changed(merged, tmp_path, run):
     source = (other / "modeling_minigpt3d.py").read_text()
     assert "self.scaling = self.head_dim**-0.5" in source
     (other / "modeling_minigpt3d.py").write_text(source.replace("self.head_dim**-0.5", "self.head_dim**-0.4", 1))
-    code, printed = run(["verify", str(other)])
+    code, printed = run(["verify", str(other), "--trust-remote-code"])
     assert code == 1 and "features: off by" in printed
 
 
@@ -452,8 +452,12 @@ def test_a_model_that_cannot_be_loaded_or_is_killed(merged, make_command, releas
     assert not (tmp_path / "out" / "verification.json").exists()
 
 
-def test_verify_runs_no_strangers_code(run):
-    code, printed = run(["verify", "somebody/model"])
-    assert code == 1 and "--trust-remote-code" in printed
+def test_verify_runs_no_strangers_code(merged, tmp_path, run):
+    other = shutil.copytree(merged, tmp_path / "other")
+    (other / "configuration_minigpt3d.py").write_text(f"open({str(tmp_path / 'evil')!r}, 'w')")
+    for model in ("somebody/model", str(other)):
+        code, printed = run(["verify", model])
+        assert code == 1 and "--trust-remote-code" in printed
+    assert not (tmp_path / "evil").exists()
     code, printed = run(["verify", "no-such-folder"])
     assert code == 1 and "no-such-folder" in printed

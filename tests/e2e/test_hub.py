@@ -4,8 +4,10 @@ Once in a fresh process where the package cannot be imported, so that the folder
 the package is installed and `trust_remote_code` is not needed.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 import minigpt3d
-from minigpt3d.hub import save_pretrained
+from minigpt3d.hub import load_model, save_pretrained
 
 
 QUESTION = "What color is it?"
-AUTO_CLASSES = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor)
+AUTO_CLASSES = (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor)
 
 # argv: the model's folder, a cloud, a question. Prints results as JSON.
 FRESH_PROCESS = """
@@ -43,7 +52,7 @@ from transformers import pipeline
 torch.set_num_threads(1)
 result = {}
 loaded = {}
-for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"):
+for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor"):
     loaded[name] = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
     result[name] = [type(loaded[name]).__module__.split(".")[0], type(loaded[name]).__name__]
 chat = [{"role": "user", "content": [{"type": "point_cloud", "point_cloud": cloud}, {"type": "text", "text": question}]}]
@@ -62,6 +71,8 @@ result["batch"] = describe([cloud, np.load(cloud)], prompt=question, max_new_tok
 result["unnamed"] = type(pipeline(**arguments)).__name__
 general = pipeline("image-text-to-text", **arguments)
 result["general"] = general(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"].strip()
+general = pipeline("any-to-any", **arguments)
+result["any"] = general(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"].strip()
 result["imported"] = sorted(name for name in sys.modules if name.split(".")[0].startswith("minigpt3d"))
 print(json.dumps(result))
 """
@@ -128,6 +139,7 @@ def test_auto_classes_where_the_package_is_absent(fresh):
         "AutoConfig": "MiniGPT3DConfig",
         "AutoModel": "MiniGPT3DModel",
         "AutoModelForImageTextToText": "MiniGPT3DForConditionalGeneration",
+        "AutoModelForMultimodalLM": "MiniGPT3DForConditionalGeneration",
         "AutoProcessor": "MiniGPT3DProcessor",
     }
     assert {name: fresh[name] for name in classes} == {k: ["transformers_modules", v] for k, v in classes.items()}
@@ -137,7 +149,7 @@ def test_pipelines_where_the_package_is_absent(fresh):
     assert fresh["pipeline"] == ["transformers_modules", "PointCloudToTextPipeline"]
     assert fresh["unnamed"] == "PointCloudToTextPipeline"
     assert fresh["batch"] == [fresh["answer"], fresh["answer"]]
-    assert fresh["general"] == fresh["answer"][0]["generated_text"]
+    assert fresh["general"] == fresh["any"] == fresh["answer"][0]["generated_text"]
 
 
 def test_installed_classes_are_used_without_trust_remote_code(installed):
@@ -154,6 +166,19 @@ def test_remote_code_and_package_compute_the_same(installed, fresh):
 def test_installed_pipeline_reads_the_folder_with_trust_remote_code(folder, cloud, installed):
     describe = pipeline("point-cloud-to-text", model=str(folder), device="cpu", trust_remote_code=True)
     assert describe(cloud, prompt=QUESTION, max_new_tokens=8) == installed["answer"]
+
+
+def test_a_folders_tokenizer_code_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    (other / "evil.py").write_text(f"open({str(tmp_path / 'evil')!r}, 'w')")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with contextlib.suppress(ValueError):  # transformers may read tokenizer.json without the code, or refuse
+        load_model(other)
+    assert not asked and not (tmp_path / "evil").exists()
 
 
 REGISTERED = """

@@ -165,6 +165,8 @@ def kept(tmp_path_factory):
     files = release_options(write_release_files(folder / "release"))
     options = ["--config", str(folder / "config.json"), "--dtype", "float32", "--lora", "keep"]
     assert main(["convert", *files, "--out", str(folder / "model"), *options]) == 0
+    config = folder / "model" / "adapter" / "adapter_config.json"  # who publishes an adapter names its base on the Hub
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": BASE}))
     return folder / "model"
 
 

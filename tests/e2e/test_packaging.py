@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from repository import FLAT_FILES, ROOT, tracked_files
 
 
@@ -128,6 +129,19 @@ def test_constraints_pin_every_direct_requirement(metadata):
                 assert name in chosen, f"constraints.txt does not pin {name} for Python {python}"
                 assert requirement.specifier.contains(chosen[name]), f"{requirement} excludes the tested version"
     assert chosen["torch"] == "2.13.0"
+
+
+def test_the_oldest_tested_versions_are_the_lower_bounds(metadata):
+    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(pin.name): pin.specifier for pin in map(Requirement, lines)}
+    bounds = {}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        name = canonicalize_name(requirement.name)
+        if name in pins:
+            (bounds[name],) = [bound.version for bound in requirement.specifier]
+    oldest = {name: next(iter(specifiers)).version for name, specifiers in pins.items()}
+    assert bounds.keys() == pins.keys() - {"tokenizers"}
+    assert all(Version(oldest[name]) == Version(bound) for name, bound in bounds.items())
 
 
 # ---- Installed ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
 # Renaming or dropping one of these breaks somebody's scripts.
 OPTIONS = {
-    "describe": "clean device json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
-    "chat": "clean device max-memory max-new-tokens max-seconds missing-color model up-axis",
-    "look": "clean device max-memory max-new-tokens max-seconds missing-color model out up-axis",
+    "describe": "batch-size clean device dtype json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
+    "chat": "clean device dtype max-memory max-new-tokens max-seconds missing-color model up-axis",
+    "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
     "new": "dtype llm out point-encoder qformer",

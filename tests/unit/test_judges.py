@@ -561,6 +561,14 @@ def test_a_refusal_ends_the_run_at_once(endpoint, make_judge, tmp_path, status, 
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
 
 
+def test_an_echoed_key_is_not_kept(endpoint, make_judge, tmp_path):
+    endpoint.answer = lambda request, nth: completion(f"Yes, {KEY}!") | {"model": f"model-of-{KEY}"}
+    judge = make_judge()
+    assert judge(["a"]) == ["Yes, ***!"]
+    assert judge.sum_up()["served_models"] == ["model-of-***"]
+    assert KEY not in "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
+
+
 def refuses(name: str, status: int) -> Answer:
     """In the words of OpenAI or, with 422, of Mistral."""
     if status == 422:

@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from minigpt3d.files import sha256, write_json, write_text, written_file, written_whole
-from minigpt3d.hub import check_model_dir, find_model, is_hub_id, public_name, write_code
+from minigpt3d.hub import (
+    check_model_dir,
+    find_model,
+    has_package_code,
+    is_hub_id,
+    portable_name,
+    public_name,
+    write_code,
+)
 
 
 def write_config(folder, model_type="minigpt3d"):
@@ -28,7 +36,15 @@ def write_adapter_config(folder, base):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("me/model-1.0", True), ("model", False), ("a/b/c", False), ("/a/b", False), ("a b/c", False)],
+    [
+        ("me/model-1.0", True),
+        ("model", False),
+        ("a/b/c", False),
+        ("/a/b", False),
+        ("a b/c", False),
+        ("../c", False),
+        ("./c", False),
+    ],
 )
 def test_is_hub_id(name, expected):
     assert is_hub_id(name) is expected
@@ -75,6 +91,35 @@ def test_a_base_beside_its_adapter_is_found_wherever_the_folder_moves(tmp_path):
     write_json(adapter / "stage.json", {"stage": "III"})
     files = find_model(tmp_path)
     assert (files.base, files.adapter, files.stage) == (str(base), adapter, {"stage": "III"})
+
+
+def test_an_adapter_names_its_base_by_a_relative_path(tmp_path, monkeypatch):
+    base = write_config(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    for name in (base, "models/base"):
+        assert portable_name(name) == "./models/base"
+        assert not is_hub_id(portable_name(name))
+    assert find_model(write_adapter_config(tmp_path / "adapter", portable_name(base))).base == str(base)
+    monkeypatch.chdir(tmp_path / "models")
+    assert portable_name(base) == "./base" and portable_name("me/model") == "me/model"
+    assert find_model(write_adapter_config(base.parent / "adapter", "../base")).base == str(base)
+
+
+def test_code_of_this_package_and_of_others(tmp_path):
+    assert not has_package_code(write_config(tmp_path / "model") / "not there")
+    write_code(tmp_path / "model")
+    assert has_package_code(tmp_path / "model")
+    write_json(tmp_path / "model" / "config.json", {"auto_map": {"AutoModel": "other/model--modeling.Model"}})
+    assert not has_package_code(tmp_path / "model")
+    write_config(tmp_path / "model")
+    for name in ("modeling_minigpt3d.py", "evil.py", "custom_generate/generate.py"):
+        path = tmp_path / "model" / name
+        content = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("print('evil')")
+        assert not has_package_code(tmp_path / "model"), name
+        path.unlink() if content is None else path.write_bytes(content)
+    assert has_package_code(tmp_path / "model")
 
 
 def test_no_model(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backbones import BACKBONES, SMALL_TEXT
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel
@@ -255,6 +256,18 @@ def test_the_qformer_keeps_an_attention_that_takes_its_mask(tiny_model, monkeypa
 def _set_everywhere(model, name):
     for config in (model.config.point_config, model.config.qformer_config, model.config.text_config):
         config._attn_implementation = name
+
+
+def test_a_merged_router_stays_a_router(point_clouds):
+    """PEFT puts stage IV's router on a base that has none."""
+    base = make_tiny_model(make_tiny_config(router_type="none"))
+    modules = ["router.linear_1", "router.linear_2", "query_experts.0", "query_experts.1"]
+    adapted = get_peft_model(base, LoraConfig(target_modules=["query_key_value"], modules_to_save=modules))
+    with torch.no_grad():
+        expected = adapted.base_model.model.get_point_features(point_clouds)
+        merged = adapted.merge_and_unload()
+        assert torch.equal(merged.get_point_features(point_clouds), expected)
+    assert merged.config.router_type == "sparse"
 
 
 def test_offloaded_query_experts(tmp_path, point_clouds):

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from ways_in import make_cloud, make_processor, make_seeing_model
 
+from minigpt3d.hub import save_pretrained
 from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipeline
 
 
@@ -177,9 +178,30 @@ def test_inputs_that_are_refused(describe, inputs, arguments, message):
     assert message in str(error.value)
 
 
-def test_image_text_to_text_takes_the_same_chat(describe, clouds):
-    """transformers' pipeline for chats with images works too."""
-    general = pipeline("image-text-to-text", model=describe.model, processor=describe.processor, device="cpu")
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("auto", torch.float32),  # what transformers.pipeline passes if nothing is given
+        (None, torch.float16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float16),  # the caller has loaded the model in it
+    ],
+)
+def test_half_precision_is_computed_in_float32_on_a_cpu(dtype, expected):
+    half = make_seeing_model().half()
+    assert make_pipeline(half, dtype=dtype).model.dtype == expected
+
+
+def test_dtype_of_a_loaded_folder(tmp_path):
+    save_pretrained(make_seeing_model().half(), make_processor(), tmp_path / "half")
+    assert pipeline("point-cloud-to-text", model=str(tmp_path / "half"), device="cpu").dtype == torch.float32
+    half = pipeline("point-cloud-to-text", model=str(tmp_path / "half"), device="cpu", dtype="float16")
+    assert half.dtype == torch.float16
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_pipelines_of_transformers_take_the_same_chat(describe, clouds, task):
+    general = pipeline(task, model=describe.model, processor=describe.processor, device="cpu")
     chat = make_chat(clouds[0], "What is this?", "A chair.", "What color is it?")
     (output,) = general(text=chat, max_new_tokens=8, return_full_text=False)
     assert output["generated_text"].strip() == text_of(describe(chat))

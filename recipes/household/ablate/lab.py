@@ -97,7 +97,7 @@ class Lab:
     def __init__(self, base: str, data: str, work_dir: Path, scale: float, views: int):
         self.base, self.work_dir, self.scale = base, work_dir, scale
         self.accelerator = Accelerator()
-        self.processor = MiniGPT3DProcessor.from_pretrained(base)
+        self.processor = MiniGPT3DProcessor.from_pretrained(base, trust_remote_code=False)
         names = {source.name for row in stage_rows(FULL, scale) for source in row.mixture}
         self.sources = open_sources(sorted(names), data, [])
         work_dir.mkdir(parents=True, exist_ok=True)
