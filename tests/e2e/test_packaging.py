@@ -92,7 +92,9 @@ def test_the_wheel_holds_the_package_and_no_more(distributions):
 def test_the_wheels_metadata(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "quantization", "eval", "demo", "formats", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "train", "quantization", "onnx", "eval", "demo", "look", "trl", "notebooks", "formats", "dev"
+    }
 
 
 def test_the_sdist_holds_what_a_build_and_a_reader_need(distributions):
