@@ -93,7 +93,16 @@ def test_the_wheels_metadata(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra")) == {
-        "train", "quantization", "onnx", "eval", "demo", "look", "trl", "notebooks", "formats", "dev"
+        "train",
+        "quantization",
+        "onnx",
+        "eval",
+        "demo",
+        "look",
+        "trl",
+        "notebooks",
+        "formats",
+        "dev",
     }
 
 
