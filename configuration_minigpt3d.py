@@ -140,6 +140,8 @@ class MiniGPT3DConfig(PreTrainedConfig):
         "qformer_config": Blip2QFormerConfig,
         "text_config": AutoConfig,
     }
+    # Outputs that not every batch has: Trainer joins the outputs of batches for compute_metrics.
+    keys_to_ignore_at_inference = ["past_key_values", "point_features"]
 
     point_config: dict | PreTrainedConfig | None = None
     qformer_config: dict | PreTrainedConfig | None = None

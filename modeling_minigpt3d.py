@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
@@ -679,6 +680,50 @@ def build_lm_head(text_config: PreTrainedConfig) -> nn.Linear:
     return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
 
 
+class StreamerWithoutEnd(BaseStreamer):
+    """Passes an answer on to another streamer, without the text that ends it.
+
+    Args:
+        streamer: of transformers.
+        tokenizer: the model's.
+        ends: texts that end an answer. Of those that contain others, only the others count.
+    """
+
+    def __init__(self, streamer: BaseStreamer, tokenizer, ends: list[str]):
+        ends = {end for end in ends if end}
+        self.streamer = streamer
+        self.tokenizer = tokenizer
+        self.ends = [end for end in ends if not any(other in end for other in ends - {end})]
+        self.held: list[int] | None = None  # tokens that may begin the end; None before the prompt
+
+    def put(self, value: torch.Tensor):
+        """The prompt (1, T), then new tokens (K,)."""
+        if self.held is None:
+            self.held = []
+            self.streamer.put(value)
+            return
+        self.held += value.flatten().tolist()
+        text = self.tokenizer.decode(self.held)
+        may_end = any(text.endswith(end[:length]) for end in self.ends for length in range(1, len(end)))
+        if not may_end and self._find_end(text) is None:
+            self._pass_on(self.held)
+
+    def end(self):
+        text = self.tokenizer.decode(self.held or [])
+        end = self._find_end(text)
+        # A token may hold the last letters of the answer and the beginning of its end.
+        self._pass_on(self.held if end is None else self.tokenizer(text[:end], add_special_tokens=False)["input_ids"])
+        self.streamer.end()
+
+    def _find_end(self, text: str) -> int | None:
+        return min((text.index(end) for end in self.ends if end in text), default=None)
+
+    def _pass_on(self, tokens: list[int] | None):
+        if tokens:
+            self.streamer.put(torch.tensor(tokens))
+        self.held = []
+
+
 class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
     """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
 
@@ -769,17 +814,76 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             point_features=outputs.point_features,
         )
 
+    def generate(self, *args, streamer: BaseStreamer | None = None, **kwargs):
+        """See `GenerationMixin.generate`.
+
+        Args:
+            streamer: gets the answer without the text that ends it; the sequences returned hold it.
+            point_clouds: with `past_key_values` of earlier turns all clouds of the conversations, or only those that
+                the cache does not hold; none if it holds all.
+        """
+        tokenizer = kwargs.get("tokenizer", getattr(streamer, "tokenizer", None))
+        if streamer is not None and tokenizer is not None:
+            config = kwargs.get("generation_config") or self.generation_config
+            stops = kwargs.get("stop_strings") or config.stop_strings or []
+            ends = kwargs.get("eos_token_id", config.eos_token_id)
+            ends = tokenizer.batch_decode(
+                [[end] for end in torch.tensor([] if ends is None else ends).flatten().tolist()],
+                skip_special_tokens=True,
+            )
+            streamer = StreamerWithoutEnd(
+                streamer, tokenizer, [*([stops] if isinstance(stops, str) else stops), *ends]
+            )
+        return super().generate(*args, streamer=streamer, **kwargs)
+
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, point_clouds=None, **kwargs):
-        """Copy a row's clouds with the row, for beams and several answers; rows may have any number of clouds."""
+        """Leave the clouds that the cache does not hold; copy a row's clouds with the row, for beams and several answers."""
+        if point_clouds is not None:
+            point_clouds, clouds_per_row = self._clouds_to_encode(point_clouds, input_ids, **kwargs)
         if point_clouds is not None and expand_size > 1:
-            embeds = kwargs.get("inputs_embeds")
-            mask = self.model.find_placeholders(None if embeds is not None else input_ids, embeds)
-            clouds_per_row = (mask.sum(1) // self.config.num_query_tokens).tolist()
             point_clouds = torch.cat([row.repeat(expand_size, 1, 1) for row in point_clouds.split(clouds_per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
         )
+        model_kwargs.setdefault("prompt_length", input_ids.shape[1])  # an assistant is told its model's
         return input_ids, model_kwargs | {"point_clouds": point_clouds}
+
+    def _clouds_to_encode(
+        self,
+        point_clouds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_length: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        """Choose each row's last clouds, as many as there are placeholders behind the cache.
+
+        Args:
+            point_clouds: the clouds of the complete conversations (B, T), or only those that the cache does not hold.
+
+        Returns:
+            The clouds, or None if the cache holds all, and their number for each row.
+
+        Raises:
+            ValueError: the number of clouds is neither of both.
+        """
+        mask = self.model.find_placeholders(None if inputs_embeds is not None else input_ids, inputs_embeds)  # (B, T)
+        mask = mask[:, :prompt_length]  # what an assistant has written shows no cloud
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and attention_mask.shape[1] > mask.shape[1]:
+            cached = 0  # only what follows the cache was passed
+        in_text, left = ((m.sum(1) // self.config.num_query_tokens).tolist() for m in (mask, mask[:, cached:]))
+        if len(point_clouds) == sum(in_text):
+            rows = point_clouds.split(in_text)
+            point_clouds = torch.cat([row[len(row) - count :] for row, count in zip(rows, left, strict=True)])
+        elif len(point_clouds) != sum(left):
+            raise ValueError(
+                f"got {len(point_clouds)} point clouds for a text that shows {sum(in_text)}, {sum(left)} of them behind "
+                "the cache. Pass all of them, or those behind the cache."
+            )
+        return (point_clouds if len(point_clouds) else None), left
 
     def prepare_inputs_for_generation(
         self,
@@ -788,9 +892,10 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         point_clouds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        prompt_length: int | None = None,
         **kwargs,
     ) -> dict:
-        """Pass the clouds together with the prompt; afterwards they are in the cache."""
+        """Pass the clouds together with their placeholders; afterwards they are in the cache."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -798,8 +903,20 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        ids = model_inputs.get("input_ids")
+        if ids is None:
             model_inputs["point_clouds"] = point_clouds
+        elif is_first_iteration or ids.shape[1] > 1:
+            split = (
+                ids.shape[1] if prompt_length is None else max(0, prompt_length - input_ids.shape[1] + ids.shape[1])
+            )
+            is_placeholder = self.model.find_placeholders(ids, None)
+            if is_placeholder[:, :split].any():
+                model_inputs["point_clouds"] = point_clouds
+            if is_placeholder[:, split:].any():  # of a candidate, which shows no cloud
+                prompt, _ = self.model.embed(ids[:, :split], model_inputs.pop("point_clouds", None))
+                embeds = torch.cat([prompt, self.get_input_embeddings()(ids[:, split:])], dim=1)
+                model_inputs |= {"input_ids": None, "inputs_embeds": embeds}
         return model_inputs
 
 

@@ -9,8 +9,10 @@ rounds (`clean_question`) and keeps those of longer conversations; at inference 
 Shapes: B texts, C clouds of the batch, P points, T tokens.
 """
 
+import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,11 @@ DEFAULT_PROMPT = "What is this?"
 ANSWER_START, ANSWER_END = "\ue000", "\ue001"
 IGNORED_LABEL = -100  # which torch's cross entropy ignores
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+TRUNCATIONS = (True, False, None, "longest_first", "only_first", "do_not_truncate")
+# Between the letters of a mark that a message quotes, so that it is no mark. Never part of a text: no character of Unicode.
+QUOTE = "\ufdd0"
+# Where a tokenizer splits a text, and whether it removes the place.
+SPLITS = {QUOTE: "removed", END_OF_PROMPT: "merged_with_previous", END_OF_ANSWER: "merged_with_previous"}
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -105,8 +112,8 @@ def prepare_tokenizer(tokenizer):
 
     `<point>` becomes a special token (the language model's embedding must have a row for it). Text is split after
     `[/INST]` and `###` before it is tokenized, because the authors tokenize prompts and answers separately: no token
-    spans both, so that each label belongs to an answer or does not. Padding is on the left, with eos if the tokenizer
-    has no pad token.
+    spans both, so that each label belongs to an answer or does not. Marks that a message quotes become single letters.
+    Padding is on the left, with eos if the tokenizer has no pad token.
 
     Args:
         tokenizer: any fast tokenizer of transformers.
@@ -131,8 +138,9 @@ def prepare_tokenizer(tokenizer):
 
     backend = tokenizer.backend_tokenizer
     present = json.loads(backend.to_str())["pre_tokenizer"]
-    if END_OF_PROMPT not in json.dumps(present):
-        splits = [pre_tokenizers.Split(mark, "merged_with_previous") for mark in (END_OF_PROMPT, END_OF_ANSWER)]
+    known = json.dumps(present, ensure_ascii=False)
+    splits = [pre_tokenizers.Split(mark, behavior) for mark, behavior in SPLITS.items() if mark not in known]
+    if splits:
         backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, *([backend.pre_tokenizer] if present else [])])
     return tokenizer
 
@@ -224,14 +232,55 @@ def _sources(point_clouds: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """One text with placeholders expanded: T ids, and for each whether it belongs to an answer."""
+class _TextOptions:
+    """How texts become tokens, see `MiniGPT3DProcessor.__call__`. The names are transformers'."""
 
-    ids: np.ndarray
-    is_answer: np.ndarray
+    add_special_tokens: bool = False
+    padding: bool | str = True
+    truncation: bool | str | None = False
+    max_length: int | None = None
+    padding_side: str | None = None
+    pad_to_multiple_of: int | None = None
+    return_attention_mask: bool | None = True
+    return_token_type_ids: bool | None = False
+    return_special_tokens_mask: bool | None = False
+    return_offsets_mapping: bool | None = False
+    return_mm_token_type_ids: bool | None = False
+    return_assistant_tokens_mask: bool | None = False
+    return_length: bool | None = False
 
-    def __getitem__(self, positions) -> "_Tokens":
-        return _Tokens(self.ids[positions], self.is_answer[positions])
+    def __post_init__(self):
+        for name, choices in (
+            ("padding", PADDINGS),
+            ("truncation", TRUNCATIONS),
+            ("padding_side", (None, "left", "right")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}."
+                )
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be 1 or more, got {self.pad_to_multiple_of}.")
+
+    def fields(self) -> list[str]:
+        """Names of what is returned for each token."""
+        wanted = {
+            "input_ids": True,
+            "attention_mask": self.return_attention_mask,
+            "token_type_ids": self.return_token_type_ids,
+            "special_tokens_mask": self.return_special_tokens_mask,
+            "offset_mapping": self.return_offsets_mapping,
+            "mm_token_type_ids": self.return_mm_token_type_ids,
+            "assistant_masks": self.return_assistant_tokens_mask,
+        }
+        return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+_TEXT_OPTIONS = {field.name for field in dataclasses.fields(_TextOptions)}
+_READING_OPTIONS = {"up_axis", "missing_color", "clean"}
+# Dictionaries of options by modality, as transformers' processors take them.
+_GROUPS = {"text_kwargs", "common_kwargs"}
+_Row = dict[str, np.ndarray]  # a text's tokens: `input_ids` (T,) and other fields (T, …) by transformers' names
 
 
 class MiniGPT3DProcessor(ProcessorMixin):
@@ -288,7 +337,9 @@ class MiniGPT3DProcessor(ProcessorMixin):
     def end_of_answer(self) -> str:
         """What ends an answer: `###` in our templates; in a language model's own, a special token such as `<|im_end|>`."""
         answer = "no other text"
-        (text,), _ = self._render([[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]], None)
+        (text,), _ = self._render(
+            [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]], self._template(None)
+        )
         after = text.rpartition(answer)[2].lstrip()
         marks = (mark for mark in (END_OF_ANSWER, *self.tokenizer.all_special_tokens) if after.startswith(mark))
         return next(marks, self.tokenizer.eos_token or END_OF_ANSWER)
@@ -301,51 +352,58 @@ class MiniGPT3DProcessor(ProcessorMixin):
         videos: Any = None,
         audio: Any = None,
         return_tensors: str | None = None,
-        padding: bool | str = True,
-        truncation: bool = False,
-        max_length: int | None = None,
-        padding_side: str | None = None,
         up_axis: str | None = None,
         missing_color: str | tuple[float, float, float] | None = None,
         clean: str | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        common_kwargs: dict[str, Any] | None = None,
+        **kwargs,
     ) -> BatchFeature:
         """Tokenize texts in which `<point>` stands for a cloud, and read those clouds.
 
         Args:
-            text: one text or B of them, as `apply_chat_template` renders it. Nothing is added to it, not even bos.
-            point_clouds: one source or C of them (lists of lists, too), see `load_point_cloud`.
+            text: one text or B of them, as `apply_chat_template` renders it.
+            point_clouds: one source or C of them, see `load_point_cloud`; or B lists of them, one for each text.
             images, videos, audio: not supported.
             return_tensors: "pt", "np", or None for lists.
+            up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
+            missing_color: for points without color; by default the point cloud processor's.
+            clean: what is removed from these clouds; by default the point cloud processor's.
+            text_kwargs, common_kwargs: dictionaries of the arguments below, and of `return_tensors`.
+            add_special_tokens: whether the tokenizer adds bos and the like; False by default.
             padding: True or "longest": to the longest text; "max_length": to `max_length`; False or "do_not_pad": none.
             truncation: whether to cut a text that is too long at its end. Placeholders of clouds are kept.
             max_length: most tokens of a text, with placeholders; by default the tokenizer's `model_max_length`.
             padding_side: "left" or "right"; by default the tokenizer's, which is left.
-            up_axis: the axis that points up in these clouds, "x", "y" or "z"; by default the point cloud processor's.
-            missing_color: for points without color; by default the point cloud processor's.
-            clean: what is removed from these clouds; by default the point cloud processor's.
+            pad_to_multiple_of: round the width T of a padded batch up to a multiple of it.
+            return_attention_mask, return_token_type_ids, return_special_tokens_mask, return_offsets_mapping,
+                return_mm_token_type_ids, return_length: what is returned beside `input_ids`, as in transformers; of
+                these only `attention_mask` by default. `mm_token_type_ids` is 1 at placeholders.
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` (B, T), and `point_clouds` (C, num_points, 6) if there are any.
 
         Raises:
             ValueError: texts and clouds do not match, a text is too long, or a cloud cannot be used.
+            TypeError: an argument is unknown.
         """
         for name, value in (("images", images), ("videos", videos), ("audio", audio)):
             if value is not None:
                 raise ValueError(f"MiniGPT-3D reads point clouds and text, got {name}. Pass point_clouds=… instead.")
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}.")
-        if padding_side not in (None, "left", "right"):
-            raise ValueError(f"padding_side must be 'left', 'right' or None (the tokenizer's), got {padding_side!r}.")
+        kwargs = (common_kwargs or {}) | (text_kwargs or {}) | kwargs
+        return_tensors = kwargs.pop("return_tensors", None) if return_tensors is None else return_tensors
+        answer_spans = kwargs.pop("answer_spans", None)
+        options = _text_options(kwargs)
         sources = list(_sources(point_clouds))
         data = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             if not texts:
                 raise ValueError("text is an empty list. Pass at least one text, or none at all (None).")
-            rows = self._tokenize(texts, [[]] * len(texts), len(sources))
-            rows = [self._fit(row, max_length, truncation) for row in rows]
-            data, _ = self._pad(rows, padding, padding_side or self.tokenizer.padding_side, max_length)
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"text must be one text or a list of texts, got {text!r:.80}.")
+            rows = self._tokenize(texts, point_clouds, options, answer_spans)
+            data = self._pad([self._fit(row, options) for row in rows], options)
         if sources:
             clouds = self.feature_extractor(sources, None, up_axis, missing_color, clean)
             data["point_clouds"] = clouds["point_clouds"]
@@ -357,47 +415,87 @@ class MiniGPT3DProcessor(ProcessorMixin):
         self,
         conversation: Any,
         chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = None,
         return_dict: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         **kwargs,
     ) -> Any:
         """Render conversations as the text that the model was trained on, or as its inputs.
 
+        What messages say is data: if they quote `<point>`, `[/INST]`, `###` or a special token of the tokenizer, the
+        letters are tokenized one by one, which no mark of the template is. In rendered text they stand apart by `QUOTE`.
+
         Args:
             conversation: a list of messages, `{"role": "user" | "assistant", "content": …}`, or B such lists. Content is
-                text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`.
+                text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`;
+                "path" or "url" may stand for the second "point_cloud", which may also be missing if `point_clouds` are
+                given. Other roles, such as "system", are for templates that know them.
             chat_template: the name of one of the processor's templates, or a template; "default" by default.
+            tools, documents: for templates that know them.
             add_generation_prompt: end with what begins an answer. It has no effect on our own templates, whose prompts
                 always end there.
             continue_final_message: leave the last answer open, so that the model continues it.
+            return_assistant_tokens_mask: whether to return `assistant_masks` (B, T), 1 at answers and their `###`.
             tokenize: whether to return ids rather than text.
             return_tensors, return_dict: see transformers.
-            processor_kwargs, kwargs: for `__call__`, such as `up_axis`, `missing_color`, `clean` and `padding`.
+            processor_kwargs: for `__call__`, such as `up_axis`, `missing_color`, `clean`, `padding` and `point_clouds`.
+            sanitize_control_tokens: has no effect: what messages say is always data.
+            kwargs: as `processor_kwargs`, or variables of the template.
 
         Returns:
             With `tokenize` and `return_dict` what `__call__` returns; ids without `return_dict`; else text, one or B.
 
         Raises:
-            ValueError: as `__call__`.
+            ValueError: as `__call__`; also arguments that contradict each other, or `tools` or `documents` that the
+                template does not know.
         """
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            raise ValueError(
+                "continue_final_message leaves the last answer open: add_generation_prompt and "
+                "return_assistant_tokens_mask do not go with it."
+            )
         conversations, is_batched = _conversations(conversation)
-        texts, _ = self._render(
+        template = self._template(chat_template)
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and name not in template:
+                raise ValueError(
+                    f"the chat template does not know {name}. Leave them out, or pass another chat_template."
+                )
+        known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | {"point_clouds"}
+        variables = {name: value for name, value in kwargs.items() if name not in known}
+        arguments = (processor_kwargs or {}) | {name: kwargs[name] for name in kwargs.keys() & known}
+        if unused := [name for name in variables if name not in template]:
+            warnings.warn(
+                f"{', '.join(unused)}: neither an argument of the processor nor a variable of the chat template.",
+                stacklevel=2,
+            )
+        texts, spans = self._render(
             conversations,
-            chat_template,
+            template,
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            **variables,
         )
         if not tokenize:
             return texts if is_batched else texts[0]
+        if texts[0].startswith(self.tokenizer.bos_token or "\0"):
+            arguments["add_special_tokens"] = False
+        arguments = {"point_clouds": _message_clouds(conversations)} | arguments
         inputs = self(
             text=texts,
-            point_clouds=list(_message_clouds(conversations)),
             return_tensors=None if return_tensors == "auto" else return_tensors,
-            **(processor_kwargs or {}) | kwargs,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            answer_spans=spans,
+            **arguments,
         )
         return inputs if return_dict else inputs["input_ids"]
 
@@ -408,7 +506,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
         Args:
             conversations: B lists of messages, see `apply_chat_template`, each with at least one answer.
-            point_clouds: their C clouds in order; by default the ones in the messages.
+            point_clouds: their C clouds in order, or B lists of them; by default the ones in the messages.
             max_text_length: tokens kept after the first prompt, the authors' `max_txt_len`; the rest is cut off.
 
         Returns:
@@ -422,26 +520,27 @@ class MiniGPT3DProcessor(ProcessorMixin):
         if not conversations:
             raise ValueError("conversations is an empty list. Pass at least one conversation.")
         if point_clouds is None:
-            point_clouds = list(_message_clouds(conversations))
-        sources = list(_sources(point_clouds))
-        texts, spans = self._render(conversations, None)
+            point_clouds = _message_clouds(conversations)
+        options = _TextOptions(padding_side="right", return_assistant_tokens_mask=True)
+        texts, spans = self._render(conversations, self._template(None))
         rows = []
-        for index, row in enumerate(self._tokenize(texts, spans, len(sources))):
-            if not row.is_answer.any():
+        for index, row in enumerate(self._tokenize(texts, point_clouds, options, spans)):
+            if not row["assistant_masks"].any():
                 raise ValueError(
                     f"Conversation {index} has no answer to learn from. Its last message must be an answer."
                 )
             if max_text_length is not None:
-                end = int(row.is_answer.argmax()) + max_text_length
-                if (row.ids[end:] == self.point_token_id).any():
+                end = int(row["assistant_masks"].argmax()) + max_text_length
+                if row["mm_token_type_ids"][end:].any():
                     raise ValueError(
                         f"Conversation {index}: max_text_length={max_text_length} would cut off a point cloud. "
                         "Raise it, or show the cloud in the first question."
                     )
-                row = row[:end]
-            rows.append(self._fit(row, None, truncation=False))
-        data, is_answer = self._pad(rows, "longest", "right", None)
-        data["labels"] = np.where(is_answer, data["input_ids"], IGNORED_LABEL)
+                row = _choose(row, slice(end))
+            rows.append(self._fit(row, options))
+        data = self._pad(rows, options)
+        data["labels"] = np.where(data.pop("assistant_masks"), data["input_ids"], IGNORED_LABEL)
+        sources = list(_sources(point_clouds))
         if sources:
             # Training data stand upright and are cleaned, if at all, when they are packed.
             up_axis = "y" if self.feature_extractor.up_axis == "auto" else None
@@ -461,14 +560,17 @@ class MiniGPT3DProcessor(ProcessorMixin):
             results.append(prompt + mark + answer.split(END_OF_ANSWER)[0])
         return results
 
-    def _render(
-        self, conversations: list, chat_template: str | None, **kwargs
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        """B texts, and for each the (start, end) of its answers in characters."""
+    def _template(self, chat_template: str | None) -> str:
+        """The template of that name, or the template itself."""
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)
         if "{" not in template:
             raise ValueError(f"chat_template must be one of {', '.join(templates)} or a template, got {template!r}.")
+        return template
+
+    def _render(self, conversations: list, template: str, **kwargs) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """B texts, and for each the (start, end) of its answers in characters."""
+        conversations = [[self._quote_message(message) for message in messages] for messages in conversations]
         has_answers = re.search(r"\{%-?\s*generation\b", template) is not None
         if not has_answers:
             conversations = [[_mark_answer(message) for message in conversation] for conversation in conversations]
@@ -476,8 +578,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             conversations=conversations,
             chat_template=template,
             return_assistant_tokens_mask=has_answers,
-            **self.tokenizer.special_tokens_map,
-            **kwargs,
+            **self.tokenizer.special_tokens_map | kwargs,
         )
         if has_answers:
             return texts, spans
@@ -501,64 +602,137 @@ class MiniGPT3DProcessor(ProcessorMixin):
             clean += answer + rest
         return clean, spans
 
-    def _tokenize(self, texts: list[str], answer_spans: list[list[tuple[int, int]]], num_clouds: int) -> list[_Tokens]:
-        """Texts → tokens, `<point>` repeated for every vector of a cloud."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        rows = []
-        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans, strict=True):
-            ids, starts = np.array(ids, dtype=np.int64), np.array([start for start, _ in offsets], dtype=np.int64)
-            is_answer = np.zeros(len(ids), dtype=bool)
-            for start, end in spans:
-                is_answer |= (start <= starts) & (starts < end)
-            rows.append(_Tokens(ids, is_answer))
-        num_placeholders = sum(int((row.ids == self.point_token_id).sum()) for row in rows)
-        if num_placeholders != num_clouds:
-            raise ValueError(
-                f"The text has {num_placeholders} {POINT_TOKEN} placeholders, but {num_clouds} point clouds were given. "
-                f"Write one {POINT_TOKEN} for each cloud, or use apply_chat_template."
-            )
+    def _quote_message(self, message: dict) -> dict:
+        """A message in whose texts no mark has a meaning. Its clouds are left out: templates show only their places."""
+        content = message["content"]
+        if isinstance(content, str):
+            return message | {"content": self._quote(content)}
+        return message | {
+            "content": [
+                item | {"text": self._quote(item["text"])}
+                if isinstance(item.get("text"), str)
+                else {"type": item["type"]}
+                for item in content or []
+            ]
+        }
+
+    def _quote(self, text: str) -> str:
+        """A text with `QUOTE` between the letters of each mark of a template or tokenizer."""
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        marks = {"[INST]", END_OF_PROMPT, END_OF_ANSWER, "<PC>", "</PC>", *(mark for mark in added if mark.strip())}
+        pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+        return re.sub(pattern, lambda mark: QUOTE.join(mark[0]), text)
+
+    def _tokenize(
+        self, texts: list[str], point_clouds: Any, options: _TextOptions, answer_spans: list | None
+    ) -> list[_Row]:
+        """Texts → rows with all fields, `<point>` repeated for every vector of a cloud."""
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=options.add_special_tokens,
+            return_attention_mask=True,
+            return_token_type_ids=True,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        rows = [
+            {name: np.array(values, dtype=np.int64) for name, values in zip(encoded, row, strict=True)}
+            for row in zip(*encoded.values(), strict=True)
+        ]
+        for row, spans in zip(rows, answer_spans or [[]] * len(rows), strict=True):
+            starts = row["offset_mapping"].reshape(-1, 2)[:, 0]
+            is_answer = [(start <= starts) & (starts < end) for start, end in spans]
+            row["assistant_masks"] = np.any([np.zeros(len(starts), dtype=bool), *is_answer], axis=0).astype(np.int64)
+            row["mm_token_type_ids"] = (row["input_ids"] == self.point_token_id).astype(np.int64)
+        self._check_clouds([int(row["mm_token_type_ids"].sum()) for row in rows], point_clouds)
+        repeats = [np.where(row["mm_token_type_ids"], self.num_query_tokens, 1) for row in rows]
         return [
-            row[np.repeat(np.arange(len(row.ids)), np.where(row.ids == self.point_token_id, self.num_query_tokens, 1))]
-            for row in rows
+            _choose(row, np.repeat(np.arange(len(count)), count)) for row, count in zip(rows, repeats, strict=True)
         ]
 
-    def _fit(self, row: _Tokens, max_length: int | None, truncation: bool) -> _Tokens:
+    def _check_clouds(self, placeholders: list[int], point_clouds: Any):
+        """Compare each text's placeholders with its clouds, or all with all if clouds are not given text by text.
+
+        Raises:
+            ValueError: their numbers differ.
+        """
+        counts = [("The text" if len(placeholders) == 1 else "All texts together", sum(placeholders), point_clouds)]
+        is_list = isinstance(point_clouds, (list, tuple))
+        if is_list and any(item is None or isinstance(item, (list, tuple)) for item in point_clouds):
+            if len(point_clouds) != len(placeholders):
+                raise ValueError(
+                    f"point_clouds has {len(point_clouds)} lists for {len(placeholders)} texts. Pass a list for each text."
+                )
+            names = [f"Text {index}" for index in range(len(placeholders))]
+            counts = list(zip(names, placeholders, point_clouds, strict=True))
+        for name, num_placeholders, sources in counts:
+            num_clouds = sum(1 for _ in _sources(sources))
+            if num_placeholders != num_clouds:
+                raise ValueError(
+                    f"{name}: {num_placeholders} {POINT_TOKEN} placeholders, but {num_clouds} point clouds were given. "
+                    f"Write one {POINT_TOKEN} for each cloud, or use apply_chat_template."
+                )
+
+    def _fit(self, row: _Row, options: _TextOptions) -> _Row:
         """Truncate a row that is too long, or raise if truncation is off."""
-        limit = self.tokenizer.model_max_length if max_length is None else max_length
-        excess = len(row.ids) - limit
+        limit = self.tokenizer.model_max_length if options.max_length is None else options.max_length
+        length = len(row["input_ids"])
+        excess = length - limit
         if excess <= 0:
             return row
-        if not truncation:
+        if options.truncation in (False, None, "do_not_truncate"):
             raise ValueError(
-                f"The text has {len(row.ids)} tokens with {self.num_query_tokens} for each cloud, but the context has {limit}. "
+                f"The text has {length} tokens with {self.num_query_tokens} for each cloud, but the context has {limit}. "
                 "Shorten it, or pass truncation=True to cut its end."
             )
-        (removable,) = np.nonzero(row.ids != self.point_token_id)
+        (removable,) = np.nonzero(row["mm_token_type_ids"] == 0)
         if excess > len(removable):
             raise ValueError(
-                f"max_length={limit} has no room for the {len(row.ids) - len(removable)} vectors of the point clouds, "
+                f"max_length={limit} has no room for the {length - len(removable)} vectors of the point clouds, "
                 "which are never truncated. Raise it."
             )
-        return row[np.delete(np.arange(len(row.ids)), removable[len(removable) - excess :])]
+        return _choose(row, np.delete(np.arange(length), removable[len(removable) - excess :]))
 
-    def _pad(
-        self, rows: list[_Tokens], padding: bool | str, side: str, max_length: int | None
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        """Rows → `input_ids` and `attention_mask` (B, T), and which ids belong to answers, (B, T)."""
-        lengths = [len(row.ids) for row in rows]
-        if padding in (False, "do_not_pad") and len(set(lengths)) > 1:
-            return {"input_ids": [r.ids.tolist() for r in rows], "attention_mask": [[1] * n for n in lengths]}, None
-        if padding == "max_length" and max_length is None:
-            max_length = self.tokenizer.model_max_length
-        width = max_length if padding == "max_length" else max(lengths)
-        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
-        is_answer = np.zeros((len(rows), width), dtype=bool)
-        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            place = slice(width - length, width) if side == "left" else slice(0, length)
-            input_ids[number, place], attention_mask[number, place] = row.ids, 1
-            is_answer[number, place] = row.is_answer
-        return {"input_ids": input_ids, "attention_mask": attention_mask}, is_answer
+    def _pad(self, rows: list[_Row], options: _TextOptions) -> dict[str, Any]:
+        """Rows → the fields that are wanted, (B, T), or lists if they are not padded and their lengths differ."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        fields = options.fields()
+        if options.padding in (False, "do_not_pad") and len(set(lengths)) > 1:
+            data = {name: [row[name].tolist() for row in rows] for name in fields}
+            return data | ({"length": lengths} if options.return_length else {})
+        width = max(lengths)
+        if options.padding == "max_length":
+            width = self.tokenizer.model_max_length if options.max_length is None else options.max_length
+        if options.padding not in (False, "do_not_pad") and options.pad_to_multiple_of is not None:
+            width += -width % options.pad_to_multiple_of
+        fills = {"input_ids": self.tokenizer.pad_token_id, "special_tokens_mask": 1}
+        side = options.padding_side or self.tokenizer.padding_side
+        data = {}
+        for name in fields:
+            shape = (len(rows), width, *rows[0][name].shape[1:])
+            data[name] = np.full(shape, fills.get(name, 0), dtype=np.int64)
+            for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                place = slice(width - length, width) if side == "left" else slice(0, length)
+                data[name][number, place] = row[name]
+        return data | ({"length": np.full(len(rows), width)} if options.return_length else {})
+
+
+def _text_options(arguments: dict[str, Any]) -> _TextOptions:
+    """
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument has no such value.
+    """
+    if unknown := sorted(arguments.keys() - _TEXT_OPTIONS):
+        known = ", ".join(sorted(_TEXT_OPTIONS | _READING_OPTIONS))
+        raise TypeError(f"the processor has no argument {', '.join(unknown)}. It has {known}.")
+    return _TextOptions(**arguments)
+
+
+def _choose(row: _Row, positions: Any) -> _Row:
+    """A row's tokens at these positions."""
+    return {name: values[positions] for name, values in row.items()}
 
 
 def _mark_answer(message: dict) -> dict:
@@ -581,13 +755,30 @@ def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     return [getattr(item, "messages", item) for item in conversation], True
 
 
-def _message_clouds(conversations: Iterable[list[dict]]) -> Iterator[Any]:
-    """The sources in the messages, in order."""
-    for message in (message for conversation in conversations for message in conversation):
-        content = message["content"]
-        for item in [] if isinstance(content, str) else content:
-            if item["type"] == "point_cloud" and item.get("point_cloud") is not None:
-                yield item["point_cloud"]
+def _message_clouds(conversations: Iterable[list[dict]]) -> list[list[Any]]:
+    """The sources in the messages of each conversation, in order."""
+    contents = [[message["content"] for message in messages] for messages in conversations]
+    return [
+        [
+            source
+            for content in texts_and_clouds
+            for item in ([] if isinstance(content, str) else content or [])
+            if item["type"] == "point_cloud" and (source := cloud_source(item)) is not None
+        ]
+        for texts_and_clouds in contents
+    ]
+
+
+def cloud_source(item: dict[str, Any]) -> Any:
+    """What `{"type": "point_cloud", "point_cloud" | "path" | "url": source}` holds, or None.
+
+    Raises:
+        ValueError: it holds more than one.
+    """
+    sources = {key: item[key] for key in ("point_cloud", "path", "url") if item.get(key) is not None}
+    if len(sources) > 1:
+        raise ValueError(f"a point cloud comes from one of point_cloud, path and url, got {' and '.join(sources)}.")
+    return next(iter(sources.values()), None)
 
 
 __all__ = [

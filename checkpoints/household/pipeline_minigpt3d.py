@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .cleaning_minigpt3d import mirror_distance
 from .point_cloud_minigpt3d import Orientation, load_orientations
-from .processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER
+from .processing_minigpt3d import DEFAULT_PROMPT, END_OF_ANSWER, cloud_source
 
 
 TASK = "point-cloud-to-text"
@@ -79,7 +79,8 @@ class PointCloudToTextPipeline(Pipeline):
                 `load_point_cloud` reads (a path, an array or a tensor (N, 3 or 6), a trimesh object), or a chat: a list of
                 messages whose content holds `{"type": "point_cloud", "point_cloud": …}` and
                 `{"type": "text", "text": …}`.
-            prompt (`str`, *optional*): the question about each input that is no chat; "What is this?" by default.
+            prompt (`str` or a list of them, *optional*): the question about each input that is no chat, or a question for
+                each of a list of inputs, None for chats; "What is this?" by default.
             up_axis (`str`, *optional*): the axis that points up in the inputs, "x", "y" or "z"; by default the processor's.
                 Pass "y" for clouds that have been turned already. "auto" chooses it, see `choose_orientation`.
             missing_color (`str` or three numbers, *optional*): for points without color: "black", "gray", "white" or
@@ -102,6 +103,15 @@ class PointCloudToTextPipeline(Pipeline):
             if not inputs:
                 return []
             inputs = [{"messages": item} if _is_chat(item) else item for item in inputs]
+        if isinstance(prompts := kwargs.get("prompt"), (list, tuple)):
+            del kwargs["prompt"]
+            if not isinstance(inputs, list) or len(inputs) != len(prompts):
+                raise ValueError(
+                    f"{TASK}: prompts are one text, or as many as there are inputs in a list; got {prompts!r}."
+                )
+            for prompt in prompts:
+                self._sanitize_parameters(prompt=prompt)
+            inputs = [{"messages": self._messages(*pair)} for pair in zip(inputs, prompts, strict=True)]
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -119,7 +129,7 @@ class PointCloudToTextPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(
-                f"{TASK}: prompt is one text for all inputs and not empty, got {prompt!r}. Pass chats to ask different questions."
+                f"{TASK}: prompt is one text for all inputs, or a list with a text for each, and not empty; got {prompt!r}."
             )
         preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color, "clean": clean}
         return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}
@@ -170,8 +180,8 @@ class PointCloudToTextPipeline(Pipeline):
         if not isinstance(message["content"], (list, tuple)):
             return message
         content = [
-            item | {"point_cloud": self.read_point_cloud(item["point_cloud"], **reading)}
-            if item.get("type") == "point_cloud" and item.get("point_cloud") is not None
+            {"type": "point_cloud", "point_cloud": self.read_point_cloud(source, **reading)}
+            if item.get("type") == "point_cloud" and (source := cloud_source(item)) is not None
             else item
             for item in message["content"]
         ]

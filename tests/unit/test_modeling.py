@@ -6,7 +6,7 @@ from backbones import BACKBONES, SMALL_TEXT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
-from transformers import Gemma2Config, LlamaConfig, PreTrainedModel
+from transformers import Gemma2Config, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.conversion.names import our_name
@@ -56,6 +56,58 @@ def test_left_padded_batch_equals_its_rows(backbone_model, point_clouds):
             input_ids=inputs["input_ids"][row][seen][None], point_clouds=point_clouds[row : row + 1], **GREEDY
         )
         assert torch.equal(alone[0, -8:], batch[row])
+
+
+@pytest.mark.parametrize("bias_of_placeholder", [0, 2])
+def test_candidates_change_nothing(tiny_model, point_clouds, bias_of_placeholder):
+    """Also if a model writes placeholders, which show no cloud."""
+    tiny_model.lm_head.bias.data[POINT_TOKEN_ID] += bias_of_placeholder
+    inputs = make_inputs(point_clouds, lengths=(9,))
+    plain = tiny_model.generate(**inputs, **GREEDY)
+    assert torch.equal(tiny_model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3), plain)
+    assert torch.equal(tiny_model.generate(**inputs, **GREEDY, assistant_model=make_tiny_model()), plain)
+
+
+def test_a_cache_of_earlier_turns(tiny_model, point_clouds):
+    """Rows with one and two clouds, then one and no further cloud: the caller passes all, or only the new ones."""
+    placeholders, words = torch.full((6,), POINT_TOKEN_ID), torch.arange(10, 16)
+    first = torch.stack([torch.cat([placeholders, words, words]), torch.cat([placeholders, placeholders, words])])
+    second = torch.stack([torch.cat([words, placeholders]), torch.cat([words, words])])
+    clouds = point_clouds[[0, 1, 2, 0]]  # row 0: the first and, in its second turn, the second
+    turn = tiny_model.generate(input_ids=first, point_clouds=clouds[[0, 2, 3]], **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat([turn.sequences, second], dim=1)
+    ids[:, first.shape[1] : turn.sequences.shape[1]].clamp_(max=280)
+    expected = tiny_model.generate(input_ids=ids, point_clouds=clouds, **GREEDY)
+    for given in (clouds, clouds[1:2]):
+        cache = tiny_model(input_ids=ids[:, :-13], point_clouds=clouds[[0, 2, 3]]).past_key_values
+        assert torch.equal(
+            tiny_model.generate(input_ids=ids, point_clouds=given, past_key_values=cache, **GREEDY), expected
+        )
+    more = torch.cat([expected, second[1:].expand(2, -1)], dim=1)
+    more[:, ids.shape[1] :].clamp_(max=280)
+    expected = tiny_model.generate(input_ids=more, point_clouds=clouds, **GREEDY)
+    for given in (clouds, None):
+        cache = tiny_model(input_ids=more[:, :-13], point_clouds=clouds).past_key_values
+        assert torch.equal(
+            tiny_model.generate(input_ids=more, point_clouds=given, past_key_values=cache, **GREEDY), expected
+        )
+    with pytest.raises(ValueError, match="2 point clouds"):
+        tiny_model.generate(input_ids=ids, point_clouds=clouds[:2], **GREEDY)
+
+
+def test_trainer_joins_batches_with_and_without_clouds(tiny_model, point_clouds, tmp_path):
+    with_cloud = {name: value[0] for name, value in make_inputs(point_clouds, lengths=(9,)).items()}
+    rows = [with_cloud, {"input_ids": torch.arange(15), "attention_mask": torch.ones(15, dtype=torch.long)}]
+    rows = [row | {"labels": row["input_ids"]} for row in rows]
+    seen = []
+    trainer = Trainer(
+        tiny_model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=1, use_cpu=True, report_to=[], disable_tqdm=True),
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: seen.append(prediction.predictions.shape) or {},
+    )
+    trainer.evaluate()
+    assert seen == [(2, 15, 300)]
 
 
 @pytest.mark.parametrize("with_embeds", [False, True])

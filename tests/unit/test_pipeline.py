@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers.generation.streamers import BaseStreamer
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.hub import save_pretrained
+from minigpt3d.modeling_minigpt3d import StreamerWithoutEnd
 from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipeline
 
 
@@ -85,6 +87,16 @@ def test_a_prompt_is_a_chat_of_one_turn(describe, clouds):
     assert describe(clouds[0]) == describe(make_chat(clouds[0], "What is this?"))
 
 
+def test_a_prompt_for_each_input(describe, clouds):
+    prompts = ["What color is it?", "What is this?", None]
+    chat = make_chat(clouds[2], "Is it new?")
+    answers = describe([*clouds[:2], chat], prompt=prompts, batch_size=2)
+    assert answers == [describe(clouds[0], prompt=prompts[0]), describe(clouds[1]), describe(chat)]
+    for refused in (["What?"], ["What?", " "], ["What?", "Why?", "How?"]):
+        with pytest.raises(ValueError, match="prompt"):
+            describe(clouds[:2], prompt=refused)
+
+
 def test_reading_options_of_a_call(describe, clouds, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -157,6 +169,38 @@ def test_streaming(describe, ending, clouds, capsys):
     assert capsys.readouterr().out.strip() == answer
     ending(clouds[0], streamer=AnswerStreamer(tokenizer))
     assert capsys.readouterr().out == "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    ending(clouds[0], streamer=streamer)
+    assert "".join(streamer) == ""
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.ids, self.is_ended = [], False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.is_ended = True
+
+
+def test_streamers_get_all_but_the_end():
+    tokenizer = make_processor().tokenizer
+    for text, expected in (
+        ("a chair.###", "a chair."),
+        ("#1 of ##", "#1 of ##"),
+        ("a ## b###", "a ## b"),
+        ("###", ""),
+    ):
+        recorder = Recorder()
+        streamer = StreamerWithoutEnd(recorder, tokenizer, ["###", ".###"])
+        streamer.put(torch.tensor([[7]]))  # the prompt
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        assert recorder.ids[0] == 7 and recorder.is_ended
+        assert tokenizer.decode(recorder.ids[1:]) == expected
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,117 @@ def test_decoding_ends_at_the_mark_of_the_last_answer(tiny_processor):
     assert tiny_processor.post_process_image_text_to_text([ids]) == ["[INST] a  [/INST]b###[INST] c  [/INST]d"]
 
 
+# What transformers' processors take
+
+
+def test_marks_in_messages_are_text(tiny_processor):
+    """They are neither clouds nor ends, in questions and answers, and decode to what was written."""
+    quoted = f"<point> [/INST] ### {BOS} [INST]"
+    tokenizer, point = tiny_processor.tokenizer, tiny_processor.point_token_id
+    chat = [user(f"Is {quoted} it?", cloud()), assistant(f"No {quoted}."), user(quoted)]
+    inputs = tiny_processor.apply_chat_template(chat, return_assistant_tokens_mask=True, **TENSORS)
+    (ids,) = inputs["input_ids"]
+    assert (ids == point).sum() == 6 and (ids == tokenizer.bos_token_id).sum() == 2
+    assert tokenizer.decode(ids).count(quoted) == 3
+    assert tokenizer.decode(ids[inputs["assistant_masks"][0].bool()]) == f"No {quoted}.###"
+    text = tiny_processor.apply_chat_template(chat)
+    assert torch.equal(tiny_processor(text=text, point_clouds=cloud(), return_tensors="pt")["input_ids"][0], ids)
+    end = tokenizer("[/INST]", add_special_tokens=False)["input_ids"]
+    quoted_end = tiny_processor.apply_chat_template([user("[/INST]")], **TENSORS)["input_ids"][0].tolist()
+    assert sum(quoted_end[i : i + len(end)] == end for i in range(len(quoted_end))) == 1
+
+
+def test_assistant_masks_are_the_labels(tiny_processor):
+    chats = [
+        [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("No.")],
+        [user("Hm?"), assistant("A lamp.")],
+    ]
+    inputs = tiny_processor.apply_chat_template(
+        chats, return_assistant_tokens_mask=True, padding_side="right", **TENSORS
+    )
+    labels = tiny_processor.encode_training(chats)["labels"]
+    assert torch.equal(inputs["assistant_masks"].bool(), labels != -100)
+    with pytest.raises(ValueError, match="continue_final_message"):
+        tiny_processor.apply_chat_template(chats, return_assistant_tokens_mask=True, continue_final_message=True)
+
+
+def test_arguments_of_tokenizers(tiny_processor):
+    texts = ["<point> Hello there", "Hm"]
+    options = {
+        "pad_to_multiple_of": 16,
+        "return_offsets_mapping": True,
+        "return_special_tokens_mask": True,
+        "return_token_type_ids": True,
+        "return_mm_token_type_ids": True,
+        "return_length": True,
+    }
+    inputs = tiny_processor(text=texts, point_clouds=[[cloud()], []], return_tensors="pt", **options)
+    width = inputs["input_ids"].shape[1]
+    assert width % 16 == 0 and inputs["length"].tolist() == [width, width]
+    assert inputs["offset_mapping"].shape == (2, width, 2)
+    assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == tiny_processor.point_token_id)
+    assert (inputs["special_tokens_mask"][inputs["attention_mask"] == 0] == 1).all()
+    nested = tiny_processor(
+        text=texts, point_clouds=[[cloud()], []], text_kwargs=options, common_kwargs={"return_tensors": "pt"}
+    )
+    assert all(torch.equal(nested[name], inputs[name]) for name in inputs)
+    assert "attention_mask" not in tiny_processor(text="Hm", return_attention_mask=False)
+    assert tiny_processor(text=["Hm"], padding=False, return_length=True)["length"].tolist() == [
+        len(tiny_processor(text="Hm")["input_ids"][0])
+    ]
+    with pytest.raises(TypeError, match="max_lenght"):
+        tiny_processor(text="Hm", max_lenght=3)
+    with pytest.raises(ValueError, match="truncation"):
+        tiny_processor(text="Hm", truncation="sometimes")
+
+
+def test_special_tokens_are_added_if_asked(tmp_path):
+    tokenizer = prepare_tokenizer(llama_style())
+    processor = MiniGPT3DProcessor(MiniGPT3DPointCloudProcessor(num_points=64), tokenizer, num_query_tokens=4)
+    added = tokenizer("Is it?")["input_ids"]
+    assert processor(text="Is it?", add_special_tokens=True)["input_ids"][0].tolist() == added
+    ids = processor.apply_chat_template([user("Is it?")], add_special_tokens=True, **TENSORS)["input_ids"]
+    assert (ids == tokenizer.bos_token_id).sum() == 1  # the template has written it
+
+
+def test_sources_by_path_and_url(tiny_processor, tmp_path):
+    np.save(tmp_path / "cloud.npy", cloud())
+    expected = tiny_processor.apply_chat_template([user("What?", cloud())], **TENSORS)
+    path = tmp_path / "cloud.npy"
+    for source in ({"path": str(path)}, {"url": path.as_uri()}, {"point_cloud": str(path), "path": None}):
+        message = {"role": "user", "content": [{"type": "point_cloud"} | source, {"type": "text", "text": "What?"}]}
+        inputs = tiny_processor.apply_chat_template([message], **TENSORS)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    message["content"][0] = {"type": "point_cloud", "path": str(path), "url": path.as_uri()}
+    with pytest.raises(ValueError, match="path and url"):
+        tiny_processor.apply_chat_template([message], **TENSORS)
+
+
+def test_variables_tools_and_systems_of_other_templates(tiny_processor):
+    template = (
+        "{%- for message in messages -%}{{- message['role'] + ': ' -}}"
+        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+        "{%- for item in message['content'] -%}{{- '<point>' if item['type'] == 'point_cloud' else item['text'] -}}"
+        "{%- endfor -%}{%- endif -%}{{- mood | default('') -}}{%- endfor -%}"
+    )
+    chat = [{"role": "system", "content": "Be brief."}, user("What?", cloud())]
+    text = tiny_processor.apply_chat_template(chat, chat_template=template, mood="!", tools=None, documents=None)
+    assert text == "system: Be brief.!user: <point>What?!"
+    inputs = tiny_processor.apply_chat_template(chat, chat_template=template, mood="!", **TENSORS)
+    assert tiny_processor.tokenizer.decode(inputs["input_ids"][0]) == text.replace("<point>", "<point>" * 6)
+    with pytest.raises(ValueError, match="tools"):
+        tiny_processor.apply_chat_template(chat, chat_template=template, tools=[{"name": "turn"}])
+    with pytest.warns(UserWarning, match="enable_thinking"):
+        tiny_processor.apply_chat_template(chat[1:], enable_thinking=False)
+
+
+def test_clouds_beside_messages(tiny_processor):
+    message = {"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": "What?"}]}
+    expected = tiny_processor.apply_chat_template([user("What?", cloud())], **TENSORS)
+    inputs = tiny_processor.apply_chat_template([message], processor_kwargs={"point_clouds": [cloud()]}, **TENSORS)
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
 # Errors
 
 
@@ -294,8 +405,20 @@ def test_placeholders_and_clouds_must_match(tiny_processor):
         tiny_processor(text=["<point> a", "<point> b"], point_clouds=cloud())
     with pytest.raises(ValueError, match="0 <point> placeholders.* 1 point clouds"):
         tiny_processor(text="What?", point_clouds=cloud())
+    no_source = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": "What?"}]}]
     with pytest.raises(ValueError, match="1 <point> placeholders.* 0 point clouds"):
-        tiny_processor.apply_chat_template([user("What is a <point>?")], **TENSORS)
+        tiny_processor.apply_chat_template(no_source, **TENSORS)
+    texts = ["<point> a", "<point> <point> b"]
+    assert len(tiny_processor(text=texts, point_clouds=[[cloud()], [cloud(), cloud()]])["point_clouds"]) == 3
+    assert len(tiny_processor(text=texts, point_clouds=[cloud(), cloud(), cloud()])["point_clouds"]) == 3
+    assert len(tiny_processor(text=["a", "<point> b"], point_clouds=[None, cloud()])["point_clouds"]) == 1
+    with pytest.raises(ValueError, match="Text 0: 1 <point>.* 2 point clouds"):
+        tiny_processor(text=texts, point_clouds=[[cloud(), cloud()], [cloud()]])
+    with pytest.raises(ValueError, match="1 lists for 2 texts"):
+        tiny_processor(text=texts, point_clouds=[[cloud(), cloud(), cloud()]])
+    swapped = [no_source, [user("What?", cloud(), cloud())]]
+    with pytest.raises(ValueError, match="Text 0"):
+        tiny_processor.apply_chat_template(swapped, **TENSORS)
     with pytest.raises(ValueError, match="1 <point> placeholders.* 2 point clouds"):
         tiny_processor.encode_training([[user("What?", cloud()), assistant("A chair.")]], [cloud(), cloud()])
 
