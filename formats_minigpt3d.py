@@ -50,8 +50,8 @@ _DIFFUSE, _BASE_COLOR = 1, 12  # kinds of textures
 
 def _read_assimp(path: Path) -> list[Surface]:
     assimp = import_reader("assimp_py", "assimp-py")
-    if path.suffix.lower() == ".zae":
-        check_zip(path)
+    if path.suffix.lower() in (".dae", ".zae", ".x3d", ".amf"):
+        _check_num_places(path)
     try:
         scene = assimp.import_file(str(path), assimp.Process_Triangulate | assimp.Process_SortByPType)
     except (RuntimeError, ValueError) as error:
@@ -82,6 +82,53 @@ def _read_assimp(path: Path) -> list[Surface]:
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
     return surfaces
+
+
+# Elements that stand for objects of a scene in COLLADA, X3D and AMF.
+_PLACES = {"node", "Transform", "Group", "StaticGroup", "Switch", "Collision", "Shape", "constellation", "instance"}
+
+
+def _check_num_places(path: Path):
+    """Count the nodes of a scene whose nodes stand for others by name: a few lines can place 2 ** 24.
+
+    Raises:
+        PointCloudError: they are more than `max_nodes`, or a node stands for itself.
+    """
+    texts = [path.read_bytes()]
+    if zipfile.is_zipfile(path):
+        check_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            texts = [archive.read(name) for name in archive.namelist()]
+    for text in texts:
+        if re.search(rb"instance_node|USE\s*=|<instance", text.replace(b"\0", b"")):  # also in UTF-16
+            etree = import_reader("lxml.etree", "lxml")
+            root = etree.fromstring(text, etree.XMLParser(recover=True, resolve_entities=False, huge_tree=True))
+            if root is not None:
+                _check_num_nodes(root)
+
+
+def _check_num_nodes(root: Any):
+    by_name: dict[str, list] = {}
+    for element in root.iter("*"):
+        for name in {element.get(key) for key in ("id", "name", "sid", "DEF")} - {None}:
+            by_name.setdefault(name, []).append(element)
+    counts: dict[Any, int] = {}  # 0 while it is counted
+
+    def count(element: Any) -> int:
+        if element not in counts:
+            counts[element] = 0
+            kind = element.tag.rpartition("}")[2]
+            name = element.get("USE") or {
+                "instance_node": element.get("url", "").removeprefix("#"),
+                "instance": element.get("objectid"),
+            }.get(kind)
+            used = max((count(other) for other in by_name.get(name, ())), default=0)
+            counts[element] = (kind in _PLACES) + used + sum(map(count, element.iterchildren("*")))
+            if counts[element] > limits().max_nodes:
+                raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
+        return counts[element]
+
+    count(root)
 
 
 def _is_new_blend(path: Path) -> bool:
@@ -212,17 +259,20 @@ def _read_usd(path: Path) -> list[Surface]:
         ) from error
     textures, surfaces, num_faces = TextureFiles(), [], 0
     materials: dict[str, Material | None] = {}
-    transforms = geometry.XformCache()
+    time = usd.TimeCode.EarliestTime()  # what is not animated has one value for all times
+    transforms = geometry.XformCache(time)
     for num_prims, prim in enumerate(usd.PrimRange(stage.GetPseudoRoot(), usd.TraverseInstanceProxies())):
         if num_prims > limits().max_nodes:
             raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         imageable = geometry.Imageable(prim)
         if not prim.IsA(geometry.Mesh) or imageable.ComputePurpose() in ("proxy", "guide"):
             continue
+        if imageable.ComputeVisibility(time) == "invisible":
+            continue
         mesh = geometry.Mesh(prim)
-        coord = np.array(mesh.GetPointsAttr().Get() or (), dtype=np.float64).reshape(-1, 3)
-        counts = np.array(mesh.GetFaceVertexCountsAttr().Get() or (), dtype=np.int64)
-        indices = np.array(mesh.GetFaceVertexIndicesAttr().Get() or (), dtype=np.int64)
+        coord = np.array(mesh.GetPointsAttr().Get(time) or (), dtype=np.float64).reshape(-1, 3)
+        counts = np.array(mesh.GetFaceVertexCountsAttr().Get(time) or (), dtype=np.int64)
+        indices = np.array(mesh.GetFaceVertexIndicesAttr().Get(time) or (), dtype=np.int64)
         if counts.sum() != len(indices) or (counts < 0).any():
             raise PointCloudError("a mesh has faces with missing corners. The file is corrupt; export it again.")
         check_indices(indices, len(coord))
@@ -231,13 +281,13 @@ def _read_usd(path: Path) -> list[Surface]:
         corners, polygon = split_polygons(counts)
         matrix = np.array(transforms.GetLocalToWorldTransform(prim))
         coord = coord @ matrix[:3, :3] + matrix[3, :3]
-        whole = _UsdMesh(coord[indices[corners]], geometry.PrimvarsAPI(prim), indices, corners, polygon)
+        whole = _UsdMesh(coord[indices[corners]], geometry.PrimvarsAPI(prim), time, indices, corners, polygon)
         pieces = [(prim, np.arange(len(polygon)))]
         subsets = shading.MaterialBindingAPI(prim).GetMaterialBindSubsets()
         if subsets:
             owner = np.zeros(len(counts), dtype=np.int64)
             for number, subset in enumerate(subsets, start=1):
-                chosen = np.array(subset.GetIndicesAttr().Get() or (), dtype=np.int64)
+                chosen = np.array(subset.GetIndicesAttr().Get(time) or (), dtype=np.int64)
                 owner[chosen[(chosen >= 0) & (chosen < len(counts))]] = number
             prims = [prim, *(subset.GetPrim() for subset in subsets)]
             pieces = [(prims[number], np.arange(len(polygon))[here]) for number, here in split_groups(owner[polygon])]
@@ -245,7 +295,7 @@ def _read_usd(path: Path) -> list[Surface]:
             bound = shading.MaterialBindingAPI(owner_prim).ComputeBoundMaterial()[0]
             key = str(bound.GetPath()) if bound else ""
             if key not in materials:
-                materials[key] = _usd_material(bound, textures, path) if bound else None
+                materials[key] = _usd_material(bound, time, textures, path) if bound else None
             surfaces.append(whole.surface(here, materials[key]))
     textures.warn_missing()
     if not surfaces:
@@ -257,9 +307,16 @@ class _UsdMesh:
     """A mesh's triangles (F, 3, 3), and what it says about their corners."""
 
     def __init__(
-        self, corners: np.ndarray, primvars: Any, indices: np.ndarray, positions: np.ndarray, polygon: np.ndarray
+        self,
+        corners: np.ndarray,
+        primvars: Any,
+        time: Any,
+        indices: np.ndarray,
+        positions: np.ndarray,
+        polygon: np.ndarray,
     ):
-        self.corners, self._indices, self._positions, self._polygon = corners, indices, positions, polygon
+        self.corners, self._time = corners, time
+        self._indices, self._positions, self._polygon = indices, positions, polygon
         self._color = self._values(primvars.GetPrimvar("displayColor"), 3)
         names = ("st", "UVMap", "st0", "uv", "st1")
         self._uv = next(
@@ -268,7 +325,7 @@ class _UsdMesh:
 
     def _values(self, primvar: Any, width: int) -> np.ndarray | None:
         """Of every triangle's corners, (F, 3, width)."""
-        values = primvar.ComputeFlattened() if primvar and primvar.HasValue() else None
+        values = primvar.ComputeFlattened(self._time) if primvar and primvar.HasValue() else None
         values = np.array([] if values is None else values, dtype=np.float64)
         if values.ndim != 2 or values.shape[1] != width or not len(values):
             return None
@@ -289,7 +346,7 @@ class _UsdMesh:
         return Surface(self.corners[here], np.concatenate([color, np.ones_like(color[..., :1])], axis=-1))
 
 
-def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | None:
+def _usd_material(bound: Any, time: Any, textures: TextureFiles, path: Path) -> Material | None:
     """The texture or color of a UsdPreviewSurface."""
     shader = bound.ComputeSurfaceSource()[0]
     entry = shader.GetInput("diffuseColor") if shader else None
@@ -298,17 +355,18 @@ def _usd_material(bound: Any, textures: TextureFiles, path: Path) -> Material | 
     source = entry.GetConnectedSources()[0] if entry.HasConnectedSource() else []
     if source:
         file = import_reader("pxr.UsdShade", "usd-core").Shader(source[0].source.GetPrim()).GetInput("file")
-        asset = file.Get() if file else None
+        asset = file.Get(time) if file else None
         name = asset.path if asset else ""
         resolution = import_reader("pxr.Ar", "usd-core")
         resolved = resolution.ResolvedPath(asset.resolvedPath) if asset and asset.resolvedPath else None
-        opened = resolution.GetResolver().OpenAsset(resolved) if resolved else None
+        is_inside = asset and Path(asset.resolvedPath).resolve().is_relative_to(path.parent.resolve())
+        opened = resolution.GetResolver().OpenAsset(resolved) if resolved and is_inside else None
         if opened is not None:
             texture = textures.decode(name, bytes(opened.GetBuffer()))
         else:
             texture = textures.find(name, folders_beside(path))
         return None if texture is None else Material(texture=texture)
-    color = entry.Get()
+    color = entry.Get(time)
     return None if color is None else Material(np.append(np.clip(np.array(color), 0, 1), 1.0), linear=True)
 
 

@@ -7,6 +7,7 @@ Shapes: N values, C components of a value.
 
 import base64
 import json
+import posixpath
 import urllib.parse
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from .readers_minigpt3d import (
     limits,
     warn,
 )
+from .surfaces_minigpt3d import leads_outside
 
 
 _COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -114,7 +116,10 @@ class GltfFile:
         """A file beside this one. Exporters write blanks as %20 or not, backslashes, another case, and paths of their
         own machine; of those only the name counts."""
         names = [text.replace("\\", "/") for text in (urllib.parse.unquote(uri), uri)]
-        for name in [*(name for name in names if name[:1] != "/"), *(name.rsplit("/", 1)[-1] for name in names)]:
+        for name in [
+            *(name for name in names if not leads_outside(name)),
+            *(posixpath.basename(name) for name in names),
+        ]:
             for folder in folders_beside(self.path):
                 path = folder / name.replace("\0", "")
                 if path.is_file():
@@ -123,7 +128,8 @@ class GltfFile:
                     for other in path.parent.iterdir():
                         if other.name.casefold() == path.name.casefold() and other.is_file():
                             return other
-        raise PointCloudError(f"its file {names[0][:200]!r} is missing. Put it beside this one.")
+        reason = "outside of its folder, where nothing is read" if leads_outside(names[0]) else "missing"
+        raise PointCloudError(f"its file {names[0][:200]!r} is {reason}. Put it beside this one.")
 
     def load(self, uri: Any) -> np.ndarray:
         """The bytes behind a URI, (N,) uint8."""

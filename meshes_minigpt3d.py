@@ -19,6 +19,12 @@ from .readers_minigpt3d import PointCloudError, Points, import_reader, limits, r
 # Draws for points that replace transparent ones; each is four times the number of points that are missing.
 MAX_REDRAWS = 16
 _CHUNK = 1 << 15  # faces whose area is computed at once
+_ROWS_AT_ONCE = 256  # of an image whose pixels are converted
+# Images that textures are; PIL opens others with programs of their own, such as Ghostscript.
+_IMAGE_FORMATS = (
+    *("PNG", "JPEG", "WEBP", "BMP", "DIB", "TGA", "TIFF", "GIF", "DDS", "JPEG2000", "PPM", "PCX", "SGI", "PSD", "ICO"),
+    "AVIF",  # last: a pillow without it stops here
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +80,15 @@ def to_srgb(color: np.ndarray) -> np.ndarray:
 
 def image_pixels(image: Any) -> np.ndarray:
     """A PIL image as (H, W, 4) uint8, first row on top."""
-    if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip at 255
-        gray = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
-        return np.stack([gray, gray, gray, np.full_like(gray, 255)], axis=-1)
-    return np.asarray(image.convert("RGBA"))
+    pixels = np.full((image.height, image.width, 4), 255, dtype=np.uint8)
+    for top in range(0, image.height, _ROWS_AT_ONCE):
+        strip = image.crop((0, top, image.width, min(top + _ROWS_AT_ONCE, image.height)))
+        here = pixels[top : top + _ROWS_AT_ONCE]
+        if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip at 255
+            here[..., :3] = np.clip(np.asarray(strip) >> 8, 0, 255)[..., None]
+        else:
+            here[:] = np.asarray(strip.convert("RGBA"))
+    return pixels
 
 
 class TextureLimitError(PointCloudError):
@@ -114,7 +125,7 @@ class Textures:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's own limit is lower
             try:
-                image = pil.open(io.BytesIO(data))
+                image = pil.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
             except pil.DecompressionBombError as error:
                 raise TextureLimitError(f"a texture has too many pixels ({error}). Make it smaller first.") from error
         self.count(image.width * image.height)

@@ -8,6 +8,7 @@ Shapes: V vertices, F triangles.
 import array
 import posixpath
 import re
+import secrets
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,6 @@ class _Object:
 
 # Elements that differ in their numbers only.
 _LIST = re.compile(rb"<(vertices|triangles)\s*>\s*(?=<\w+\s)")
-_LIST_NUMBER = b"minigpt3d_list"
 
 
 def _read_list(text: bytes) -> dict[str, np.ndarray] | None:
@@ -92,6 +92,7 @@ class _ModelTarget:
         self._tags: dict[str, str] = {}  # without their namespace
         self._default = (-1, -1)  # pid and pindex of the object
         self._lists: list[dict[str, np.ndarray]] = []
+        self._list_name = f"list_{secrets.token_hex(16)}"  # no file can hold it
 
     def take_lists(self, text: bytes) -> bytes:
         """Read lists before lxml sees them, and leave their numbers in their places."""
@@ -101,7 +102,11 @@ class _ModelTarget:
             columns = _read_list(text[match.end() : end])
             parts.append(text[start : match.end()])
             if columns is not None and set(columns) in ({"x", "y", "z"}, {"v1", "v2", "v3"}):
-                parts[-1] = text[start : match.start()] + b'<%b %b="%d">' % (match[1], _LIST_NUMBER, len(self._lists))
+                parts[-1] = text[start : match.start()] + b'<%b %b="%d">' % (
+                    match[1],
+                    self._list_name.encode(),
+                    len(self._lists),
+                )
                 self._lists.append(columns)
             else:
                 end = match.end()
@@ -118,7 +123,7 @@ class _ModelTarget:
             self._object.vertices.extend((float(read("x")), float(read("y")), float(read("z"))))
         elif tag == "triangle" and self._object:
             self._add_triangle(read)
-        elif self._object and (number := read(_LIST_NUMBER.decode())):
+        elif self._object and (number := read(self._list_name)):
             self._add_list(self._lists[int(number)])
         elif tag == "object":
             self._object = _Object(array.array("d"), array.array("q"), [])

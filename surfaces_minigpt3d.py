@@ -6,6 +6,7 @@ reads 32, assimp-py 1.1 33, pymeshlab 2025.7 33, and tinyobjloader 2.0rc13 18 of
 Shapes: V vertices, F triangles.
 """
 
+import posixpath
 import re
 import unicodedata
 import urllib.parse
@@ -163,20 +164,33 @@ def says_color(color: np.ndarray | None) -> bool:
 
 
 def find_file(name: str, folders: Iterable[Path]) -> Path | None:
-    """The file that another names: as written, then without its leading folders, in any case and with %20 as a blank."""
+    """The file that another names: as written, then without its leading folders, in any case and with %20 as a blank.
+
+    Of a name that leads out of `folders`, only what comes after is looked for in them.
+    """
     name = name.strip().strip("\"'").replace("\\", "/")
     if not name or "\0" in name:
         return None
     folders = list(dict.fromkeys(folders))
     for spelling in dict.fromkeys((name, urllib.parse.unquote(name))):
         is_absolute = spelling.startswith("/") or spelling[1:2] == ":"
-        parts = [part for part in spelling.split("/") if part not in ("", ".")][-16:]
+        parts = [part for part in posixpath.normpath(spelling).split("/") if part not in ("", ".", "..")][-16:]
         for first in range(1 if is_absolute and len(parts) > 1 else 0, len(parts)):
             for folder in folders:
                 path = _walk(folder, parts[first:])
                 if path is not None:
                     return path
     return None
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a file's name in another file is absolute, or climbs out of the folder of that file."""
+    name = posixpath.normpath(name.strip().strip("\"'").replace("\\", "/"))
+    return name.startswith(("/", "../")) or name[1:2] == ":"
+
+
+def why_not_found(name: str) -> str:
+    return "outside of the folder, not read" if leads_outside(name) else "not found"
 
 
 def _walk(folder: Path, parts: list[str]) -> Path | None:
@@ -216,7 +230,7 @@ class TextureFiles:
     def _find(self, name: str, folders: Iterable[Path]) -> np.ndarray | None:
         path = find_file(name, [folder / below for below in _TEXTURE_FOLDERS for folder in folders])
         if path is None:
-            self._lost[name] = "not found"
+            self._lost[name] = why_not_found(name)
             return None
         if path.stat().st_size > limits().max_texture_bytes:
             raise PointCloudError(f"its texture {name!r} has {path.stat().st_size:,} bytes. Make it smaller first.")
@@ -300,17 +314,18 @@ def _off_vertices(text: bytes, kind: bytes) -> tuple[np.ndarray, np.ndarray | No
         with np.errstate(divide="ignore", invalid="ignore"):
             coord, first = coord / table[:, 3:4], 4
     extra = table[:, first : width - 2 if b"ST" in kind else width]
-    # Geomview has normals before colors, MeshLab's NCOFF after them.
-    num_normals = 3 if b"N" in kind else 0
-    layouts = [extra[:, num_normals:], extra[:, : extra.shape[1] - num_normals]]
-    if kind.find(b"N") < kind.find(b"C"):
-        layouts.reverse()
-    for layout in layouts:
-        if layout.shape[1] in (3, 4):
-            color = unit_colors(layout)
-            if color is not None:
-                return coord, color
-    return coord, None
+    layouts = [extra]
+    if b"N" in kind:  # Geomview has normals before colors, MeshLab after them, and not always of length 1
+        layouts = [extra[:, 3:], extra[:, :-3]]
+        if _share_of_units(extra[:, -3:]) > _share_of_units(extra[:, :3]):
+            layouts.reverse()
+    colors = (unit_colors(layout) for layout in layouts if layout.shape[1] in (3, 4))
+    return coord, next((color for color in colors if color is not None), None)
+
+
+def _share_of_units(vectors: np.ndarray) -> float:
+    """The share of vectors (V, 3) of length 1."""
+    return (np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.01).mean()
 
 
 def _off_faces(text: bytes, coord: np.ndarray, vertex_color: np.ndarray | None) -> list[Surface]:
@@ -350,26 +365,32 @@ def read_stl(path: Path) -> list[Surface]:
     is_exact = len(data) >= 84 and len(data) == 84 + 50 * num_facets
     if not is_exact and re.match(rb"\s*solid\b", data[:512], re.IGNORECASE) and re.search(rb"(?i)\bvertex\s", data):
         return [Surface(_stl_text(data))]
-    surfaces, start = [], 0
+    solids, start = [], 0  # (start, number of facets)
     while len(data) - start >= 84:
-        num_facets = int.from_bytes(data[start + 80 : start + 84], "little")
-        if not num_facets and not start and (len(data) - 84) % 50 == 0:  # written before the facets were counted
-            num_facets = (len(data) - 84) // 50
-        end = start + 84 + 50 * num_facets
-        if end > len(data) or (start and not num_facets):
+        count = int.from_bytes(data[start + 80 : start + 84], "little")
+        end = start + 84 + 50 * count
+        if end > len(data) or (start and not count):
             break
-        facets = np.frombuffer(data, _STL_FACET, count=num_facets, offset=start + 84)
-        surfaces.append(Surface(facets["corners"].copy(), _stl_colors(data[start : start + 80], facets["attribute"])))
+        solids.append((start, count))
         start = end
-    if not surfaces:
-        num_facets = int.from_bytes(data[80:84], "little")
+    most, rest = divmod(len(data) - 84, 50)
+    if solids and start < len(data) and not rest:  # one solid, written before its facets were counted
+        if num_facets:
+            warn(f"its header says {num_facets:,} facets, but {most:,} follow, which were all read.")
+        solids, start = [(0, most)], len(data)
+    if not solids:
         raise PointCloudError(
             f"its header says {num_facets:,} facets, but the file has {len(data):,} bytes for them. "
             "The file is truncated or corrupt, or no STL; export it again."
         )
     if len(data) - start > 84:
         warn(f"{len(data) - start:,} bytes after its facets were not read.")
-    return surfaces
+    return [_stl_solid(data, start, count) for start, count in solids]
+
+
+def _stl_solid(data: bytes, start: int, count: int) -> Surface:
+    facets = np.frombuffer(data, _STL_FACET, count=count, offset=start + 84)
+    return Surface(facets["corners"].copy(), _stl_colors(data[start : start + 80], facets["attribute"]))
 
 
 def _stl_text(data: bytes) -> np.ndarray:

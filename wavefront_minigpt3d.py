@@ -16,7 +16,6 @@ from .meshes_minigpt3d import Material, Surface
 from .readers_minigpt3d import PointCloudError, Points, folders_beside, limits, warn
 from .surfaces_minigpt3d import (
     TextureFiles,
-    check_indices,
     count_words,
     decode_text,
     find_file,
@@ -26,6 +25,7 @@ from .surfaces_minigpt3d import (
     split_groups,
     split_polygons,
     unit_colors,
+    why_not_found,
 )
 
 
@@ -47,7 +47,8 @@ class _Paint:
     """A material of an MTL file."""
 
     color: np.ndarray | None = None  # Kd, (3,)
-    texture_name: str | None = None
+    map: str | None = None  # map_Kd, or else map_Ka, which is all that some exporters write
+    folders: list[Path] = field(default_factory=list)  # where its texture may be
     material: Material | None = None  # with the texture
     scale: np.ndarray = field(default_factory=lambda: np.ones(2))
     offset: np.ndarray = field(default_factory=lambda: np.zeros(2))
@@ -62,7 +63,13 @@ def read_obj(path: Path) -> Points | list[Surface]:
     if not rows.faces:
         return Points(coord, None if color is None else color[:, :3])
     counts, indices, uv_indices = _corners(rows)
-    check_indices(indices, len(coord))
+    is_wrong = (indices < 0) | (indices >= len(coord))
+    if is_wrong.any():
+        line = rows.faces[np.searchsorted(np.cumsum(counts), is_wrong.argmax(), side="right")]
+        raise PointCloudError(
+            f"its line {'f ' + decode_text(line[:60]).strip()!r} names a vertex that is not there: {len(coord):,} are, counted "
+            "from 1. The file is truncated or corrupt; export it again."
+        )
     corners, polygon = split_polygons(counts)
     faces = indices[corners]  # (F, 3)
     uv = None
@@ -76,11 +83,13 @@ def read_obj(path: Path) -> Points | list[Surface]:
         has_uv = np.zeros(len(faces), dtype=bool)
 
     textures = TextureFiles()
-    paints, is_complete = _read_libraries(path, rows.libraries, textures, any(rows.materials))
+    paints, is_complete = _read_libraries(path, rows.libraries, any(rows.materials))
     numbers: dict[str, int] = {}
     number = np.array([numbers.setdefault(name, len(numbers)) for name in rows.materials])  # of each run
     if is_complete:
         _report_unknown(path, [name for name in numbers if name], paints)
+    for paint in {id(paint): paint for paint in map(paints.find, numbers) if paint is not None}.values():
+        _read_map(paint, textures)
     targets, flat_colors, materials = _choose(list(numbers), paints, says_color(color))
     lengths = np.diff([*(run[0] for run in rows.runs), len(rows.faces)])
     number = np.repeat(number, lengths)[polygon]  # of each triangle
@@ -233,7 +242,7 @@ def _choose(
         if paint is None:
             continue
         is_gray = paint.color is None or np.ptp(paint.color) <= 1e-3
-        if not use_vertex_color and not (is_gray and (paint.color is None or paint.texture_name is not None)):
+        if not use_vertex_color and not (is_gray and (paint.color is None or paint.map is not None)):
             targets[index] = _FLAT_COLOR
             flat_colors[index, :3] = paint.color
         if paint.material is not None:
@@ -250,9 +259,7 @@ def _report_unknown(path: Path, names: list[str], paints: _Paints):
         warn(f"materials are in none of its MTL files: {', '.join(map(repr, unknown[:3]))}{more}.")
 
 
-def _read_libraries(
-    path: Path, lines: list[str], textures: TextureFiles, uses_materials: bool
-) -> tuple[_Paints, bool]:
+def _read_libraries(path: Path, lines: list[str], uses_materials: bool) -> tuple[_Paints, bool]:
     """The materials of all MTL files, and whether all files were found."""
     files, missing = [], []
     for line in list(dict.fromkeys(lines))[: limits().max_material_files]:
@@ -275,31 +282,32 @@ def _read_libraries(
             files += [file] if (file := find_file(name, folders_beside(path))) else []
         missing = [] if files else missing
     if missing:
-        warn(f"its material file {missing[0][:200]!r} was not found.")
+        names = [f"{name[:200]!r} ({why_not_found(name)})" for name in missing]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warn(f"material files are missing: {', '.join(names[:3])}{more}.")
     paints = _Paints()
     for file in dict.fromkeys(files):
         if file.stat().st_size > limits().max_material_bytes:
             raise PointCloudError(f"its material file {file.name} has {file.stat().st_size:,} bytes.")
-        _read_mtl(file, [file.parent, *folders_beside(path)], textures, paints)
+        _read_mtl(file, [file.parent, *folders_beside(path)], paints)
     return paints, not missing
 
 
-def _read_mtl(path: Path, folders: list[Path], textures: TextureFiles, paints: _Paints):
+def _read_mtl(path: Path, folders: list[Path], paints: _Paints):
     paint, ambient = _Paint(), {}
     for line in read_lines(path):
         key, _, rest = decode_text(line).strip().partition(" ")
         key, rest = key.lower(), rest.strip()
         if key == "newmtl":
-            paint = paints.setdefault(rest, _Paint())
+            paint = paints.setdefault(rest, _Paint(folders=folders))
         elif key == "kd":
             paint.color = _diffuse(rest)
         elif key == "map_kd" and rest:
-            _read_map(rest, folders, textures, paint)
-        elif key == "map_ka" and rest:  # some exporters write only this one
+            paint.map = rest
+        elif key == "map_ka" and rest:
             ambient[id(paint)] = (paint, rest)
     for paint, rest in ambient.values():
-        if paint.texture_name is None:
-            _read_map(rest, folders, textures, paint)
+        paint.map = paint.map or rest
 
 
 def _diffuse(text: str) -> np.ndarray | None:
@@ -323,9 +331,11 @@ _MAP_OPTION = re.compile(
 )
 
 
-def _read_map(text: str, folders: list[Path], textures: TextureFiles, paint: _Paint):
-    """A map_Kd: options, and the name of a file, which may hold blanks."""
-    wrap, base, gain, rest = "repeat", 0.0, 1.0, text
+def _read_map(paint: _Paint, textures: TextureFiles):
+    """Find the texture of a material: after options, the name of a file, which may hold blanks."""
+    if paint.map is None:
+        return
+    wrap, base, gain, rest = "repeat", 0.0, 1.0, paint.map
     while match := _MAP_OPTION.match(rest):
         rest = rest[match.end() :]
         if match["uvw"] in ("s", "o"):
@@ -336,9 +346,10 @@ def _read_map(text: str, folders: list[Path], textures: TextureFiles, paint: _Pa
             wrap = "clamp" if match["clamp"].lower() == "on" else "repeat"
         elif match["base"]:
             base, gain = float(match["base"]), float(match["gain"])
-    paint.texture_name = re.split(r"\s#", rest)[0].strip()
-    name = rest if rest != paint.texture_name and find_file(rest, folders) else paint.texture_name
-    texture = textures.find(name, folders)
+    name = re.split(r"\s#", rest)[0].strip()
+    if rest != name and find_file(rest, paint.folders):
+        name = rest
+    texture = textures.find(name, paint.folders)
     if texture is None:
         return
     if (base, gain) != (0, 1):

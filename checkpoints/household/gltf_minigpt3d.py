@@ -186,9 +186,11 @@ def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) ->
         PointCloudError: they are too many; nothing has been read of them yet.
     """
     parts, total = [], 0
+    skins: dict[int | None, np.ndarray | None] = {None: None}
     for (mesh, skin, weights), places in _placements(file, world, in_scene).items():
         matrices = np.concatenate(places)
-        joints = None if skin is None else _joints(file, skin, world)
+        if skin not in skins:
+            skins[skin] = _joints(file, skin, world)
         for primitive in file.item("meshes", mesh).get("primitives", []):
             mode, position = primitive.get("mode", 4), primitive.get("attributes", {}).get("POSITION")
             if position is None:
@@ -198,11 +200,11 @@ def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) ->
                 raise PointCloudError(f"its mesh {mesh} has the unknown mode {mode!r:.20}; export it again.")
             elements = {0: count, 4: count // 3, 5: max(count - 2, 0), 6: max(count - 2, 0)}.get(mode, 0)
             total += elements * len(matrices)
-            parts.append(_Part(primitive, mode, elements, matrices, weights, joints))
-    if len(parts) > limits().max_primitives:
-        raise PointCloudError(
-            f"its meshes have {len(parts):,} parts, more than the {limits().max_primitives:,} allowed. Join them first."
-        )
+            if len(parts) == limits().max_primitives:
+                raise PointCloudError(
+                    f"its meshes have more than the {limits().max_primitives:,} parts allowed. Join them first."
+                )
+            parts.append(_Part(primitive, mode, elements, matrices, weights, skins[skin]))
     check_num_faces(total)
     return parts
 
@@ -236,8 +238,17 @@ def _unpack_draco(file: GltfFile, primitive: dict, packed: dict) -> tuple[dict[s
     except Exception as error:
         raise PointCloudError(f"a mesh with {_DRACO} cannot be decoded ({error}); export it again.") from error
     faces = getattr(mesh, "faces", None)
+    position = primitive["attributes"]["POSITION"]
     count = len(values["POSITION"].stored)
-    return values, np.arange(count) if faces is None else np.asarray(faces).reshape(-1)
+    order = np.arange(count) if faces is None else np.asarray(faces).reshape(-1)
+    expected = file.count(position), file.count(primitive.get("indices", position))
+    if (count, len(order)) != expected:
+        raise PointCloudError(
+            f"a mesh with {_DRACO} holds {count:,} vertices and {len(order):,} corners of faces, and its accessors say "
+            f"{expected[0]:,} and {expected[1]:,}. It is damaged; export it again."
+        )
+    file.allocate(order.nbytes + sum(value.stored.nbytes for value in values.values()))
+    return values, order
 
 
 def _triangles(mode: int, rows: np.ndarray) -> np.ndarray:

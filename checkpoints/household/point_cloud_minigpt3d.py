@@ -290,7 +290,9 @@ def _read_file(path: Path) -> Points | list[Surface]:
     check_content(path)
     try:
         return _READERS[suffix](path)
-    except PointCloudError:
+    except PointCloudError as error:
+        if suffix in SURFACE_READERS and _other_content(path, suffix):
+            raise _unreadable(path, suffix, error) from error
         raise
     except MemoryError as error:
         raise PointCloudError("it needs more memory than is available; the file is corrupt or too large.") from error
@@ -306,13 +308,18 @@ def _read_file(path: Path) -> Points | list[Surface]:
 
 def _unreadable(path: Path, suffix: str, error: BaseException) -> PointCloudError:
     detail = printable(" ".join(str(error).split()) or type(error).__name__)[:200]
-    actual = sniff_suffix(path)
-    if actual not in (None, suffix, ".txt") and {actual, suffix} != {".las", ".laz"}:
+    if actual := _other_content(path, suffix):
         return PointCloudError(f"its content is {actual}, though its name ends in {suffix}. Rename it.")
     return PointCloudError(
         f"it cannot be read as {suffix} ({detail}). The file is truncated or corrupt, or its "
         "name does not match its format; export it again."
     )
+
+
+def _other_content(path: Path, suffix: str) -> str | None:
+    """The suffix that fits a file's content, if that is known and another one."""
+    actual = sniff_suffix(path)
+    return None if actual in (None, suffix, ".txt") or {actual, suffix} == {".las", ".laz"} else actual
 
 
 # ---- Points ---------------------------------------------------------------------------------------------------------

@@ -512,7 +512,8 @@ def changed(tmp_path: Path, change) -> Path:
         (lambda j: j["nodes"][0].update(skin=0), ("skins",)),
         (lambda j: j.update(scene=7), ("entry 7 of its scenes",)),
         (lambda j: j["buffers"][0].update(uri="https://host.example/a.bin"), ("https://host.example", "download")),
-        (lambda j: j["buffers"][0].update(uri="/dev/zero"), ("zero", "missing")),
+        (lambda j: j["buffers"][0].update(uri="/dev/zero"), ("zero", "outside")),
+        (lambda j: j["buffers"][0].update(uri="../../../../../../etc/passwd"), ("passwd", "outside")),
         (lambda j: j.update(meshes=[], nodes=[], scenes=[{}]), ("no triangles",)),
     ],
 )  # fmt: skip
@@ -541,7 +542,7 @@ def test_version_one_and_truncated_binaries(tmp_path):
     ("limit", "value", "word"),
     [
         ("max_nodes", 1, "2 nodes"),
-        ("max_primitives", 0, "1 parts"),
+        ("max_primitives", 1, "more than the 1 parts"),
         ("max_faces", 3, "4 faces"),
         ("max_texture_pixels", 4095, "4,096 pixels"),
         ("max_json_values", 10, "values allowed"),
@@ -550,11 +551,49 @@ def test_version_one_and_truncated_binaries(tmp_path):
 )
 def test_limits(tmp_path, limit, value, word):
     builder = Builder().image(np.zeros((64, 64, 3), np.uint8)).square([0.5, 0.5], material=texture())
-    builder.json |= {"nodes": [{"mesh": 0}, {"mesh": 0}], "scenes": [{"nodes": [0, 1]}], "textures": [{"source": 0}]}
+    builder.json |= {
+        "nodes": [{"mesh": 0}, {"mesh": 0, "weights": [1]}],
+        "scenes": [{"nodes": [0, 1]}],
+        "textures": [{"source": 0}],
+    }
     path = builder.save(tmp_path)
     load_point_cloud(path, 64)
     refused(path, word, limits=ReadingLimits(**{limit: value}))
     load_point_cloud(path, 64)
+
+
+def test_draco_holds_what_its_accessors_say(tmp_path):
+    draco = pytest.importorskip("DracoPy")
+    grid = np.stack(np.meshgrid(np.arange(9.0), np.arange(9.0), [0.0]), -1).reshape(-1, 3)
+    corner = np.array([row * 9 + column for row in range(8) for column in range(8)])
+    data = draco.encode(grid, np.stack([corner, corner + 1, corner + 9], axis=1).astype(np.uint32))
+    mesh = draco.decode(data)
+    counts = len(mesh.points), 3 * len(mesh.faces)
+    for factor in (1, 0.5):
+        builder = Builder()
+        view = builder.view(data)
+        builder.json["accessors"] = [
+            {"componentType": 5126, "type": "VEC3", "count": int(factor * counts[0])},
+            {"componentType": 5125, "type": "SCALAR", "count": int(factor * counts[1])},
+        ]
+        packed = {"KHR_draco_mesh_compression": {"bufferView": view, "attributes": {"POSITION": 0}}}
+        path = builder.scene({"POSITION": 0}, indices=1, extensions=packed).save(tmp_path)
+        if factor == 1:
+            load_point_cloud(path, 64)
+            refused(path, "would unpack", limits=ReadingLimits(max_decoded_bytes=1000))
+        else:
+            refused(path, "its accessors say")
+
+
+def test_files_outside_of_the_folder_are_not_read(tmp_path):
+    (tmp_path / "object").mkdir()
+    Image.new("RGB", (2, 2), (255, 0, 0)).save(tmp_path / "secret.png")
+    builder = Builder().square([0.5, 0.5], material=texture())
+    builder.json |= {"images": [{"uri": "../secret.png"}], "textures": [{"source": 0}]}
+    with pytest.warns(UserWarning, match="outside of its folder"):
+        assert not load_point_cloud(builder.save(tmp_path / "object"), 64)[:, 3:].any()
+    (tmp_path / "object" / "secret.png").write_bytes((tmp_path / "secret.png").read_bytes())
+    np.testing.assert_array_equal(read_color(builder.save(tmp_path / "object")), [1, 0, 0])
 
 
 def test_instances_are_counted_before_they_are_made(tmp_path):

@@ -4,6 +4,7 @@ In tests/cases/ an object is (200, 100, 50) where x is smallest and (20, 40, 220
 """
 
 import gzip
+import io
 import re
 import sys
 import types
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+from minigpt3d.meshes_minigpt3d import Textures, image_pixels
+from minigpt3d.point_cloud_minigpt3d import PointCloudError, ReadingLimits, load_point_cloud
+from minigpt3d.scenes_minigpt3d import _ModelTarget, read_3mf
 
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -135,6 +138,59 @@ def test_one_warning_for_what_is_missing(tmp_path, missing):
     assert cloud[:, 3:].max() == 0  # the gray beside the texture is no color
 
 
+def test_textures_of_unused_materials_are_not_looked_for(tmp_path):
+    (tmp_path / "a.mtl").write_text(MATERIALS + "newmtl unused\nmap_Kd no.png\nmap_Ka neither.png\n")
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + lines_of("obj_kd.obj"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_point_cloud(tmp_path / "a.obj", 100)
+
+
+@pytest.mark.parametrize("outside", ["../secret.mtl", "{folder}/secret.mtl", "x/../../secret.mtl", "../../secret.mtl"])
+def test_files_outside_of_the_folder_are_not_read(tmp_path, outside):
+    folder = tmp_path / "object"
+    folder.mkdir()
+    (tmp_path / "secret.mtl").write_text(MATERIALS)
+    name = outside.format(folder=tmp_path)
+    (folder / "a.obj").write_text(f"mtllib {name}\nmtllib b.mtl\n" + lines_of("obj_kd.obj"))
+    with pytest.warns(UserWarning, match=r"secret.mtl.*outside of the folder.*b.mtl.*not found"):
+        cloud = load_point_cloud(folder / "a.obj", 100)
+    assert not cloud[:, 3:].any()
+    (folder / "secret.mtl").write_text(MATERIALS)  # the name is looked for inside
+    assert verdict(folder / "a.obj") == "colored"
+
+
+def test_names_of_textures_outside_of_the_folder(tmp_path):
+    folder = tmp_path / "object"
+    folder.mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (folder / "a.mtl").write_text("newmtl ma\nmap_Kd ../secret.png\nnewmtl mb\nmap_Kd ../secret.png\n")
+    (folder / "a.obj").write_text("mtllib a.mtl\n" + lines_of("obj_map.obj"))
+    with pytest.warns(UserWarning, match=r"secret.png.*outside of the folder"):
+        load_point_cloud(folder / "a.obj", 100)
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_bits_of_gray_and_many_rows():
+    gray = (np.arange(600, dtype=np.uint16) * 109)[:, None].repeat(2, axis=1)
+    for image in (Image.fromarray(gray), Image.fromarray(gray.astype(np.int32))):
+        pixels = image_pixels(image)
+        np.testing.assert_array_equal(pixels[..., 0], gray >> 8)
+        assert (pixels[..., 3] == 255).all() and (pixels[..., 1] == pixels[..., 2]).all()
+    color = np.random.default_rng(0).integers(0, 256, (600, 3, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(image_pixels(Image.fromarray(color)), color)
+
+
+def test_images_that_need_other_programs_are_not_opened(monkeypatch):
+    """Pillow gives EPS to Ghostscript."""
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    with pytest.raises(Exception, match="cannot identify|AVIF"):
+        Textures().decode("a", data)
+
+
 # ---- OFF and STL ----------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +207,31 @@ def test_one_warning_for_what_is_missing(tmp_path, missing):
 def test_off_headers(tmp_path, change):
     (tmp_path / "a.off").write_text(change((CASES / "off_coff.off").read_text()), newline="")
     assert verdict(tmp_path / "a.off") == "colored"
+
+
+@pytest.mark.parametrize("normal", ["0 0.6 0.8", "0.577 0.577 0.577", "0 0 -1"])
+@pytest.mark.parametrize("kind, scale", [("NC", 1), ("CN", 1), ("NC", 255), ("STCN", 255)])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_off_with_normals_on_either_side_of_colors(tmp_path, normal, kind, scale, is_first):
+    lines = [f"{kind}OFF", "8 2 0"]
+    for x, color in ((0, LEFT), (1, LEFT), (1, RIGHT), (2, RIGHT)):
+        text = " ".join(f"{value * scale:.4g}" for value in (*color, 1))
+        extra = f"{normal} {text}" if is_first else f"{text} {normal}"
+        lines += [f"{x} {y} 0 {extra}" + (" 0.6 0.8" if "ST" in kind else "") for y in (0, 1)]
+    (tmp_path / "a.off").write_text("\n".join([*lines, "4 0 1 3 2", "4 4 5 7 6"]))
+    assert verdict(tmp_path / "a.off") == "colored"
+
+
+def test_stl_with_a_wrong_count(tmp_path):
+    content = bytearray((CASES / "stl_viscam_color.stl").read_bytes())
+    for count, said in ((1, "says 1 facets"), (0, "")):
+        content[80:84] = count.to_bytes(4, "little")
+        (tmp_path / "a.stl").write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_point_cloud(tmp_path / "a.stl", 100)
+        assert any(said in str(warning.message) for warning in caught) if said else not caught
+        assert verdict(tmp_path / "a.stl") == "colored"
 
 
 def test_stl_of_several_solids(tmp_path):
@@ -281,6 +362,15 @@ def test_harmful_3mf(tmp_path, resources, before, reason):
         load_point_cloud(tmp_path / "a.3mf")
 
 
+def test_a_3mf_cannot_use_a_list_twice(tmp_path):
+    """The reader leaves numbers of lists in the text; a file cannot name them."""
+    copies = '<triangles minigpt3d_list="1"/>' * 3
+    write_3mf(tmp_path / "a.3mf", f'<object id="1">{MESH}{copies}</object>', '<item objectid="1"/>')
+    assert sum(len(surface.corners) for surface in read_3mf(tmp_path / "a.3mf")) == MESH.count("<triangle ")
+    names = {_ModelTarget("a").take_lists(b'<vertices><vertex x="0" y="0" z="0"/></vertices>') for _ in range(9)}
+    assert len(names) == 9
+
+
 # ---- Harm in the other formats --------------------------------------------------------------------------------------
 
 PLY_HEADER = (
@@ -298,7 +388,10 @@ CORNERS = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], "<f4").tobytes()
         ("a.ply", PLY_HEADER.format(faces=1, count="uchar").encode() + CORNERS + b"\3" + b"\xff" * 12, "vertex -1"),
         ("a.off", b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3000000000 0 1 2\n", "fewer corners"),
         ("a.off", b"OFF\n3000000000 1 0\n0 0 0\n", "header says 3,000,000,000"),
-        ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 3\n", "vertex 2"),
+        ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 1\nf 1 2 3 # x\nf 1 1 1\n", "'f 1 2 3.* 2 are, counted from 1"),
+        ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 -3\n", "'f 1 2 -3' names a vertex"),
+        ("a.ply", b"# x\nv 0 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 3\n", "its content is .obj"),
+        ("a.ply", b"solid x\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\n", "its content is .stl"),
         ("a.obj", b"v 0 0 zero\nv 1 0 0\nf 1 2 2\n", "'zero'"),
         ("a.obj", b"v 0 0 0\nv 1 0 0\nf 1 2\n", "no faces"),
         ("a.stl", b"solid\nfacet\nvertex 0 0 0\nvertex 1 0 0\nendsolid", "fewer than three"),
@@ -372,6 +465,37 @@ def test_files_of_new_blender_are_named(tmp_path, start):
     assert "2.8" not in str(caught.value)
 
 
+def branching(depth: int, form: str) -> str:
+    """A scene of 2 ** depth nodes in a few lines."""
+    start, node, use, end = {
+        "dae": ("<COLLADA><library_nodes>", '<node id="n{0}">{1}</node>', '<instance_node url="#n{0}"/>', "</library_nodes>"
+                '<library_visual_scenes><visual_scene><node><instance_node url="#n0"/></node></visual_scene>'
+                "</library_visual_scenes></COLLADA>"),
+        "amf": ("<amf>", '<constellation id="n{0}">{1}</constellation>', '<instance objectid="n{0}"/>', "</amf>"),
+        "x3d": ("<X3D><Scene>", '<Group DEF="n{0}">{1}</Group>', '<Group USE="n{0}"/>', "</Scene></X3D>"),
+    }[form]  # fmt: skip
+    nodes = [node.format(i, use.format(i + 1) * 2) for i in range(depth)]
+    return start + "".join([*nodes, node.format(depth, "")]) + end
+
+
+@pytest.mark.parametrize("form", ["dae", "amf", "x3d"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_nodes_of_assimp_are_counted_before_it_places_them(tmp_path, monkeypatch, form, encoding):
+    def import_file(*_):
+        raise RuntimeError("placed")
+
+    library = types.SimpleNamespace(Process_Triangulate=8, Process_SortByPType=1, import_file=import_file)
+    monkeypatch.setitem(sys.modules, "assimp_py", library)
+    path = tmp_path / f"a.{form}"
+    for depth, reason in ((4, "placed"), (24, "200,000 nodes")):
+        path.write_bytes(branching(depth, form).encode(encoding))
+        with pytest.raises(PointCloudError, match=reason):
+            load_point_cloud(path, 100)
+    with pytest.raises(PointCloudError, match="20 nodes"):
+        path.write_bytes(branching(4, form).encode(encoding))
+        load_point_cloud(path, 100, limits=ReadingLimits(max_nodes=20))
+
+
 def test_scene_of_assimp(tmp_path, monkeypatch):
     """What assimp-py shows of a file becomes surfaces in their places, also where its library is absent."""
     square = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], np.float32)
@@ -417,5 +541,17 @@ def test_usd_when_its_library_is_there(tmp_path):
     mesh.CreateFaceVertexIndicesAttr([0, 1, 4, 3, 1, 2, 5, 4])
     linear = [[((value + 0.055) / 1.055) ** 2.4 for value in color] for color in (LEFT, RIGHT)]
     mesh.CreateDisplayColorPrimvar("uniform").Set([tuple(color) for color in linear])
+    stage.Save()
+    assert verdict(tmp_path / "a.usda") == "colored"
+    hidden = geometry.Mesh.Define(stage, "/hidden")
+    hidden.CreatePointsAttr([(0, 0, 0), (9, 0, 0), (9, 9, 0)])
+    hidden.CreateFaceVertexCountsAttr([3])
+    hidden.CreateFaceVertexIndicesAttr([0, 1, 2])
+    hidden.CreateVisibilityAttr("invisible")
+    points = mesh.GetPointsAttr()
+    values = points.Get()
+    points.Clear()
+    points.Set(values, usd.TimeCode(3))  # animated
+    geometry.Xformable(mesh).AddTranslateOp().Set((5, 0, 0), usd.TimeCode(3))
     stage.Save()
     assert verdict(tmp_path / "a.usda") == "colored"
