@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from .readers_minigpt3d import (
     PointCloudError,
     Points,
     check_unpacked_size,
+    WINDOWS_NAN,
+    bad_table,
     import_reader,
     named_columns,
     read_header,
@@ -109,10 +111,16 @@ def _read_pcd(path: Path) -> Points:
 
 
 def _read_pcd_text(path: Path, header: _PcdHeader) -> np.ndarray:
-    with open(path, "rb") as stream:
-        stream.seek(header.num_bytes)
-        lines = io.TextIOWrapper(stream, encoding="latin-1")
-        rows = np.loadtxt(lines, ndmin=2, max_rows=header.num_points)
+    def lines() -> Iterator[str]:
+        with open(path, "rb") as stream:
+            stream.seek(header.num_bytes)
+            for line in io.TextIOWrapper(stream, encoding="latin-1"):
+                yield WINDOWS_NAN.sub("nan", line) if "#" in line or "(" in line else line
+
+    try:
+        rows = np.loadtxt(lines(), comments=None, ndmin=2, max_rows=header.num_points)
+    except ValueError as error:
+        raise bad_table(lines(), header.num_points, "points", header.num_columns) from error
     if len(rows) != header.num_points:
         raise too_few(f"{header.num_points:,} points", f"{len(rows):,} follow")
     if rows.shape[1] != header.num_columns:
