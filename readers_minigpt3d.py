@@ -416,7 +416,7 @@ def read_header(path: Path, end: re.Pattern) -> tuple[bytes, int]:
     if not match:
         raise PointCloudError(
             f"its header does not end within {min(num_bytes, most):,} bytes. The file is truncated, corrupt, or "
-            " of another format than its name says."
+            "of another format than its name says."
         )
     return header[: match.end()], num_bytes
 

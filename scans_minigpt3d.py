@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .readers_minigpt3d import (
+    WINDOWS_NAN,
     PointCloudError,
     Points,
-    check_unpacked_size,
-    WINDOWS_NAN,
     bad_table,
+    check_unpacked_size,
     import_reader,
     named_columns,
     read_header,
@@ -78,6 +78,11 @@ def _read_pcd_header(path: Path) -> _PcdHeader:
     num_points = int(values["POINTS"][0]) if "POINTS" in values else width * height
     if min(*counts, *sizes, num_points) < 0:
         raise PointCloudError("its header has a negative number. The file is corrupt; export it again.")
+    if max(counts) > file_bytes:
+        raise PointCloudError(
+            f"its header says {max(counts):,} values of one field in each point, more than the file has bytes. It is corrupt; "
+            "export it again."
+        )
     fields, start, column = [], 0, 0
     for name, size, kind, count in zip(names, sizes, types, counts, strict=True):
         if name != "_" and 1 <= count <= _PCD_MAX_COUNT:
@@ -112,9 +117,9 @@ def _read_pcd(path: Path) -> Points:
 
 def _read_pcd_text(path: Path, header: _PcdHeader) -> np.ndarray:
     def lines() -> Iterator[str]:
-        with open(path, "rb") as stream:
+        with open(path, "rb") as stream, io.TextIOWrapper(stream, encoding="latin-1") as text:
             stream.seek(header.num_bytes)
-            for line in io.TextIOWrapper(stream, encoding="latin-1"):
+            for line in text:
                 yield WINDOWS_NAN.sub("nan", line) if "#" in line or "(" in line else line
 
     try:

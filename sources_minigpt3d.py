@@ -77,7 +77,7 @@ def _find(source: Any, stack: contextlib.ExitStack) -> Path:
     if _is_row(source):
         content, path = source.get("bytes"), source.get("path")
         if content is None and not path:
-            raise PointCloudError("a row must have 'bytes' or a 'path', and this one has neither.")
+            raise PointCloudError("this row has neither bytes nor a path. Expected {'bytes': …, 'path': …}.")
         if content is None:
             return _find(path, stack)
         return _save(content, PurePosixPath(str(path or "")).name, stack)
@@ -366,9 +366,7 @@ def _connect(url: str, timeout: float) -> http.client.HTTPSConnection:
     if not host:
         raise PointCloudError("this URL names no host. Pass https://HOST/PATH.")
     address = _public_address(host, port)
-    connection = http.client.HTTPSConnection(
-        host, port, timeout=timeout, context=ssl.create_default_context()
-    )
+    connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
     # The name stays for the certificate; the connection goes to the address that was checked.
     connection._create_connection = lambda _, timeout, source: socket.create_connection(address, timeout, source)
     return connection

@@ -5,6 +5,7 @@ Columns are found by name where there are names, in any order, and else by their
 Shapes: N points, C columns.
 """
 
+import contextlib
 import io
 import zipfile
 from collections.abc import Callable
@@ -85,10 +86,8 @@ def _split_fields(array: np.ndarray) -> Points:
     for name in used:
         values = columns[name]
         if values.dtype.kind == "O":  # of a data frame: numbers beside None
-            try:
+            with contextlib.suppress(TypeError, ValueError):
                 values = columns[name] = values.astype(np.float64)
-            except (TypeError, ValueError):
-                pass
         if values.dtype.kind not in "fiu":
             raise PointCloudError(
                 f"its column '{printable(str(name))[:80]}' holds {values.dtype} and no real numbers, such as "
@@ -165,7 +164,7 @@ def _is_brightness(values: np.ndarray, color: np.ndarray) -> bool:
     """Whether values (N,) are the brightness of colors (N, 3), by one of its usual weightings, up to rounding."""
     weights = np.array([(0.299, 0.587, 0.114), (0.2126, 0.7152, 0.0722), (1 / 3, 1 / 3, 1 / 3)])
     distance = np.abs(color @ weights.T - values[:, None]).max(axis=0)
-    return bool(distance.min() <= max(0.01 * color.max(), 0))
+    return bool(distance.min() <= 0.01 * color.max())
 
 
 # ---- NumPy ----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ def _read_text(path: Path) -> Points:
     table = table[:, : len(chosen)]
     if names is not None:
         points = named_columns(dict(zip(columns, table.T, strict=True)), columns)
+    elif is_scan and table.shape[1] == 7:
+        points = Points(table[:, :3], table[:, 4:])  # by definition x y z intensity r g b
     else:
         table = _drop_index(table)
         if table.shape[1] not in (3, 4, 6, 7, 9):
@@ -91,10 +93,7 @@ def _read_text(path: Path) -> Points:
                 f"expected 3 columns (x y z), 4 (x y z intensity), 6 (x y z r g b), 7 or 9, got {table.shape[1]}. "
                 "Name them in a first line, such as 'x,y,z,intensity,red,green,blue'."
             )
-        if is_scan and table.shape[1] == 7:
-            points = Points(table[:, :3], table[:, 4:])  # by definition x y z intensity r g b
-        else:
-            points = split_columns(table, in_text=True)
+        points = split_columns(table, in_text=True)
     color = points.color if packed is None else packed
     return points._replace(color=color, may_be_sparse=True)
 
