@@ -26,7 +26,7 @@ from .cleaning_minigpt3d import (
 )
 from .formats_minigpt3d import CONVERSIONS, FORMAT_READERS
 from .gltf_minigpt3d import GLTF_READERS
-from .meshes_minigpt3d import Surface, open_trimesh, sample_surface
+from .meshes_minigpt3d import Surface, check_num_faces, open_trimesh, sample_surface
 from .readers_minigpt3d import PointCloudError, Points, ReadingLimits, called, limited, printable, report_dropped, warn
 from .scans_minigpt3d import SCAN_READERS
 from .scenes_minigpt3d import SURFACE_READERS
@@ -251,7 +251,7 @@ def _read(source: Any) -> Points | list[Surface]:
     if hasattr(source, "to_records"):  # a data frame
         return split_columns(source.to_records(index=False))
     raise PointCloudError(
-        f"a {type(source).__name__} cannot be read. Pass a path, an array or tensor (N, 3) or (N, 6), or a trimesh object."
+        f"objects of type {type(source).__name__} cannot be read. Pass a path, an array or tensor (N, 3) or (N, 6), or a trimesh object."
     )
 
 
@@ -289,7 +289,10 @@ def _read_file(path: Path) -> Points | list[Surface]:
         raise PointCloudError("the file is empty (0 bytes).")
     check_content(path)
     try:
-        return _READERS[suffix](path)
+        content = _READERS[suffix](path)
+        if not isinstance(content, Points):
+            check_num_faces(sum(len(surface.corners) for surface in content))
+        return content
     except PointCloudError as error:
         if suffix in SURFACE_READERS and _other_content(path, suffix):
             raise _unreadable(path, suffix, error) from error

@@ -90,6 +90,11 @@ class ReadingLimits:
     max_depth: int = 32
     max_objects: int = 100_000
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}.")
+
 
 _DEFAULT_LIMITS = ReadingLimits()
 _LIMITS = contextvars.ContextVar("limits of the source that is being read", default=_DEFAULT_LIMITS)
@@ -135,6 +140,8 @@ class Points(NamedTuple):
     color: np.ndarray | None
     may_be_sparse: bool = False
 
+
+WINDOWS_NAN = re.compile(r"[-+]?1\.#\w+|[-+]?nan\(\w*\)", re.I)  # NaN or infinity, as its programs print them
 
 # ---- For all readers ------------------------------------------------------------------------------------------------
 
@@ -254,18 +261,39 @@ def too_few(expected: str, actual: str) -> PointCloudError:
     )
 
 
+def bad_table(lines: Iterator[str], count: int, what: str, width: int) -> PointCloudError:
+    """The error of a table in text that numpy.loadtxt does not read: its first row that is not `width` numbers."""
+    rows = (line.strip() for line in lines if line.strip())
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        cells = row.split()
+        try:
+            is_complete = len([float(cell) for cell in cells]) == width
+        except ValueError:
+            is_complete = False
+        if not is_complete and next(rows, None) is not None:
+            return PointCloudError(
+                f"row {number:,} of its {count:,} {what} must be {width} numbers, got '{printable(row[:60])}'. The file is "
+                "corrupt; export it again."
+            )
+        number -= not is_complete
+    return too_few(f"{count:,} {what}", f"{number:,} follow")
+
+
 # ---- Columns by name ------------------------------------------------------------------------------------------------
 
 # "Points:0", "pos_x", "X (m)" and "x" are all the first coordinate; "diffuse_red", "RGB:0", "Rf" the first of rgb.
 _COORD_NAME = re.compile(
-    r"(?P<set>points?|position|pos|p|coords?|coordinates?|loc|location|vertex|vertices|xyz|cartesian|center)?"
-    r"(?P<axis>[xyz012])(?:m|mm|cm|coord|coordinate|pos|position)?"
+    r"(?P<set>points?|pointsmxyz|position|pos|p|coords?|coordinates?|loc|location|vertex|vertices|xyz|cartesian|center)?"
+    r"(?P<axis>[xyz012])(?:m|mm|cm|coord|coordinate|koordinate|pos|position)?"
 )
 _COLOR_NAME = re.compile(
     r"(?P<set>rgba?|bgra?|colou?rs?|col|diffuse|scalar|scalarfield|vertexcolou?r|pointcolou?r)?"
     r"(?P<axis>red|green|blue|[rgb012])(?:f|channel|value|colou?r|8|16)?"
 )
 _MAP_NAMES = {"easting": 0, "east": 0, "northing": 1, "north": 1, "elevation": 2, "altitude": 2, "height": 2}
+_MAP_NAMES |= {"e": 0, "n": 1, "h": 2, "rechtswert": 0, "hochwert": 1, "höhe": 2, "hoehe": 2}
+_GERMAN_COLORS = {"rot": "red", "grün": "green", "gruen": "green", "blau": "blue"}
 _PACKED_NAMES = ("rgb", "rgba", "packedrgb", "packedrgba", "packedcolor")
 # Gaussian splats: color = 0.5 + f_dc times the first spherical harmonic.
 _SPLAT_NAMES = ("fdc0", "fdc1", "fdc2")
@@ -273,9 +301,10 @@ _SPLAT_FACTOR = 0.28209479177387814
 
 
 def _plain_name(name: str) -> str:
-    """A column's name without case, quotes, unit and separators: "Points:0" → "points0", "X (m)" → "x"."""
+    """A column's name without case, quotes, unit and separators: "Points:0" → "points0", "X (m)" → "x", "Rot" → "red"."""
     name = re.sub(r"\[(\d)\]", r"\1", name.lower())
-    return re.sub(r"[\s\"'/#%_.:\-]+", "", re.sub(r"[\[(].*?[\])]", "", name))
+    name = re.sub(r"[\s\"'/#%_.:\-]+", "", re.sub(r"[\[(].*?[\])]", "", name))
+    return _GERMAN_COLORS.get(name, name)
 
 
 def _triple(names: list[str], pattern: re.Pattern, letters: dict[str, int]) -> list[str] | None:
@@ -377,16 +406,17 @@ def read_header(path: Path, end: re.Pattern) -> tuple[bytes, int]:
     Raises:
         PointCloudError: nothing matches within `max_header_bytes`.
     """
-    num_bytes, length = path.stat().st_size, 1 << 14
+    num_bytes, most = path.stat().st_size, limits().max_header_bytes
+    length = min(1 << 14, most)
     with open(path, "rb") as stream:
         header = stream.read(length)
-        while not (match := end.search(header)) and len(header) < min(num_bytes, limits().max_header_bytes):
-            length *= 4
+        while not (match := end.search(header)) and len(header) < min(num_bytes, most):
+            length = min(4 * length, most - len(header))
             header += stream.read(length)
     if not match:
         raise PointCloudError(
-            f"its header does not end within {min(num_bytes, limits().max_header_bytes):,} bytes. The file is truncated, corrupt, "
-            "or of another format than its name says."
+            f"its header does not end within {min(num_bytes, most):,} bytes. The file is truncated, corrupt, or "
+            "of another format than its name says."
         )
     return header[: match.end()], num_bytes
 
@@ -455,17 +485,22 @@ def _read_ascii_vertices(path: Path, properties: list[list[str]], count: int) ->
     """The first table of an ascii PLY, (count,) with named fields. plyfile reads it too, but takes ten times as long."""
     dtype = [(name, {"char": "i1", "uchar": "u1"}.get(type_name, type_name)) for _, type_name, name in properties]
 
-    def read(dtype: list) -> np.ndarray:
+    def rows() -> Iterator[str]:
         with open(path, encoding="latin-1") as lines:
             for line in lines:
                 if line.strip() == "end_header":
                     break
-            return np.loadtxt(lines, dtype=dtype, comments=None, max_rows=count, ndmin=1)
+            yield from lines
 
     try:
-        vertices = read(dtype)
+        vertices = np.loadtxt(rows(), dtype=dtype, comments=None, max_rows=count, ndmin=1)
     except ValueError:  # some programs print whole numbers as "255.0" or "-1.#IND"
-        vertices = read([(name, "f8") for name, _ in dtype])
+        dtype = [(name, "f8") for name, _ in dtype]
+        numbers = (WINDOWS_NAN.sub("nan", row) for row in rows())
+        try:
+            vertices = np.loadtxt(numbers, dtype=dtype, comments=None, max_rows=count, ndmin=1)
+        except ValueError as error:
+            raise bad_table(rows(), count, "vertices", len(dtype)) from error
     if len(vertices) != count:
         raise too_few(f"{count:,} vertices", f"{len(vertices):,} follow")
     return vertices

@@ -11,15 +11,17 @@ import io
 import logging
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .readers_minigpt3d import (
+    WINDOWS_NAN,
     PointCloudError,
     Points,
+    bad_table,
     check_unpacked_size,
     import_reader,
     named_columns,
@@ -76,6 +78,11 @@ def _read_pcd_header(path: Path) -> _PcdHeader:
     num_points = int(values["POINTS"][0]) if "POINTS" in values else width * height
     if min(*counts, *sizes, num_points) < 0:
         raise PointCloudError("its header has a negative number. The file is corrupt; export it again.")
+    if max(counts) > file_bytes:
+        raise PointCloudError(
+            f"its header says {max(counts):,} values of one field in each point, more than the file has bytes. It is corrupt; "
+            "export it again."
+        )
     fields, start, column = [], 0, 0
     for name, size, kind, count in zip(names, sizes, types, counts, strict=True):
         if name != "_" and 1 <= count <= _PCD_MAX_COUNT:
@@ -109,10 +116,16 @@ def _read_pcd(path: Path) -> Points:
 
 
 def _read_pcd_text(path: Path, header: _PcdHeader) -> np.ndarray:
-    with open(path, "rb") as stream:
-        stream.seek(header.num_bytes)
-        lines = io.TextIOWrapper(stream, encoding="latin-1")
-        rows = np.loadtxt(lines, ndmin=2, max_rows=header.num_points)
+    def lines() -> Iterator[str]:
+        with open(path, "rb") as stream, io.TextIOWrapper(stream, encoding="latin-1") as text:
+            stream.seek(header.num_bytes)
+            for line in text:
+                yield WINDOWS_NAN.sub("nan", line) if "#" in line or "(" in line else line
+
+    try:
+        rows = np.loadtxt(lines(), comments=None, ndmin=2, max_rows=header.num_points)
+    except ValueError as error:
+        raise bad_table(lines(), header.num_points, "points", header.num_columns) from error
     if len(rows) != header.num_points:
         raise too_few(f"{header.num_points:,} points", f"{len(rows):,} follow")
     if rows.shape[1] != header.num_columns:

@@ -5,6 +5,7 @@ Columns are found by name where there are names, in any order, and else by their
 Shapes: N points, C columns.
 """
 
+import contextlib
 import io
 import zipfile
 from collections.abc import Callable
@@ -81,6 +82,17 @@ def _split_fields(array: np.ndarray) -> Points:
         values = array[name].reshape(array.size, -1)
         parts = [name] if values.shape[1] == 1 else [f"{name}:{index}" for index in range(values.shape[1])]
         columns |= dict(zip(parts, values.T, strict=False))
+    used = (coord_names(list(columns)) or []) + (color_names(list(columns)) or [])
+    for name in used:
+        values = columns[name]
+        if values.dtype.kind == "O":  # of a data frame: numbers beside None
+            with contextlib.suppress(TypeError, ValueError):
+                values = columns[name] = values.astype(np.float64)
+        if values.dtype.kind not in "fiu":
+            raise PointCloudError(
+                f"its column '{printable(str(name))[:80]}' holds {values.dtype} and no real numbers, such as "
+                f"{printable(repr(values[0]))[:80] if len(values) else 'none'}. Convert it to numbers."
+            )
     points = named_columns(columns, list(columns))
     if points is None:
         raise PointCloudError(f"its fields have no x, y, z, got {printable(', '.join(columns))[:200]}.")
@@ -139,11 +151,20 @@ def _intensity_is_first(extra: np.ndarray) -> bool:
     high = extra.max(axis=0)
     if (high[:3] <= 1).all() != (high[1:] <= 1).all():  # 0–1 colors beside something larger
         return bool((high[1:] <= 1).all())
+    if _is_brightness(extra[:, 0], extra[:, 1:]):
+        return True
     # Red, green and blue of an object vary together, more than a color and an intensity or label.
     centered = extra - extra.mean(axis=0)
     norms = np.linalg.norm(centered, axis=0)
     relation = np.abs(centered.T @ centered / np.maximum(np.outer(norms, norms), 1e-300))  # (4, 4)
     return bool(relation[3, 1:3].max() > relation[0, 1:3].max() + 1e-9)
+
+
+def _is_brightness(values: np.ndarray, color: np.ndarray) -> bool:
+    """Whether values (N,) are the brightness of colors (N, 3), by one of its usual weightings, up to rounding."""
+    weights = np.array([(0.299, 0.587, 0.114), (0.2126, 0.7152, 0.0722), (1 / 3, 1 / 3, 1 / 3)])
+    distance = np.abs(color @ weights.T - values[:, None]).max(axis=0)
+    return bool(distance.min() <= 0.01 * color.max())
 
 
 # ---- NumPy ----------------------------------------------------------------------------------------------------------

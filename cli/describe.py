@@ -65,9 +65,13 @@ class Progress:
         from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
 
         self.has_folder = True
-        visible = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and file.is_file()]
+        visible = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and not file.is_dir()]
+        special = sum(not file.is_file() for file in visible)
+        visible = [file for file in visible if file.is_file()]
         readable = [file for file in visible if is_readable(file)]
         others = Counter(file.suffix.lower() for file in visible if not is_readable(file))
+        if special:
+            others["pipes and broken links"] = special
         self.skipped += others
         if not readable:
             content = f" but {by_type(others)}" if others else ""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .meshes_minigpt3d import Material, Surface
+from .meshes_minigpt3d import Material, Surface, check_num_faces
 from .readers_minigpt3d import (
     PointCloudError,
     Points,
@@ -87,6 +87,7 @@ def read_ply(path: Path) -> Points | list[Surface]:
     """A PLY: its surface if it has faces or strips of triangles, else its points."""
     header = read_ply_header(path)
     if header.counts.get("face") or header.counts.get("tristrips"):
+        check_num_faces(header.counts.get("face", 0))
         return _read_surface(path)
     return read_ply_points(path, header)
 

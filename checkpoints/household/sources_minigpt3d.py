@@ -14,6 +14,7 @@ import socket
 import ssl
 import stat
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -28,6 +29,7 @@ from .readers_minigpt3d import PointCloudError, check_unpacked_size, limits, pac
 
 ALLOW_PRIVATE_VARIABLE = "MINIGPT3D_ALLOW_PRIVATE_URLS"
 _BLOCK = 1 << 20
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _URL = re.compile(r"(?i)(https?|file|ftp|s3|gs|hf)://")
 
 
@@ -75,7 +77,7 @@ def _find(source: Any, stack: contextlib.ExitStack) -> Path:
     if _is_row(source):
         content, path = source.get("bytes"), source.get("path")
         if content is None and not path:
-            raise PointCloudError("this row has neither bytes nor a path.")
+            raise PointCloudError("this row has neither bytes nor a path. Expected {'bytes': …, 'path': …}.")
         if content is None:
             return _find(path, stack)
         return _save(content, PurePosixPath(str(path or "")).name, stack)
@@ -103,7 +105,7 @@ def _find(source: Any, stack: contextlib.ExitStack) -> Path:
 
 
 def _is_row(source: Any) -> bool:
-    return isinstance(source, dict) and {"bytes", "path"} <= source.keys()
+    return isinstance(source, dict)
 
 
 def _file_url(url: str) -> Path:
@@ -148,7 +150,7 @@ def _safe_name(name: str) -> str:
     return re.sub(r"[^\w.,+=@ -]", "_", name.replace("\\", "/").rpartition("/")[2])[-100:].lstrip(".")
 
 
-def _copy(source: Any, target: BinaryIO, limit: int, deadline: float | None = None):
+def _copy(source: Any, target: BinaryIO, limit: int):
     size = 0
     while block := source.read(_BLOCK):
         if isinstance(block, str):
@@ -156,12 +158,12 @@ def _copy(source: Any, target: BinaryIO, limit: int, deadline: float | None = No
         size += len(block)
         if size > limit:
             raise PointCloudError(f"it has more than the {limit:,} bytes allowed, and is not read further.")
-        if deadline is not None and time.monotonic() > deadline:
-            raise PointCloudError(f"it was not complete after {limits().max_download_seconds} seconds.")
         target.write(block)
 
 
 def _with_suffix(path: Path) -> Path:
+    if not path.stat().st_size:
+        raise PointCloudError("it is empty (0 bytes).")
     suffix = sniff_suffix(path)
     if suffix is None:
         raise PointCloudError("its format cannot be told from its content. Give it a name, or save it as a file.")
@@ -286,11 +288,39 @@ def _without_secrets(text: str) -> str:
 
 
 def _download(url: str, stack: contextlib.ExitStack) -> Path:
+    """
+    Raises:
+        PointCloudError: it fails, or is not complete after `max_download_seconds`.
+    """
     deadline = time.monotonic() + limits().max_download_seconds
+    late = f"the download was not complete after {limits().max_download_seconds:g} seconds."
+    try:
+        path = _download_until(deadline, url, stack)
+    except PointCloudError as error:
+        if time.monotonic() < deadline:
+            raise
+        raise PointCloudError(late) from error
+    if time.monotonic() >= deadline:  # its end may have been cut off
+        raise PointCloudError(late)
+    return path
+
+
+def _cut(connection: socket.socket):
+    """End all reading from a server, also one that sends a byte at a time. `SSLSocket.shutdown` would break a read."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _download_until(deadline: float, url: str, stack: contextlib.ExitStack) -> Path:
     try:
         for _ in range(limits().max_redirects + 1):
-            connection = _connect(url)
+            connection = _connect(url, max(0.001, min(limits().url_timeout_seconds, deadline - time.monotonic())))
             stack.callback(connection.close)
+            connection.connect()
+            timer = threading.Timer(max(0, deadline - time.monotonic()), _cut, [connection.sock])
+            timer.daemon = True
+            timer.start()
+            stack.callback(timer.cancel)
             parts = urllib.parse.urlsplit(url)
             target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
             connection.request("GET", f"{target}?{parts.query}" if parts.query else target, headers={"Accept": "*/*"})
@@ -298,14 +328,14 @@ def _download(url: str, stack: contextlib.ExitStack) -> Path:
             if response.status in (301, 302, 303, 307, 308):
                 url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
                 continue
-            return _save_response(response, url, deadline, stack)
+            return _save_response(response, url, stack)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         raise PointCloudError(f"it cannot be downloaded: {printable(reason)[:200]}.") from error
     raise PointCloudError(f"it was redirected more than {limits().max_redirects} times.")
 
 
-def _save_response(response: http.client.HTTPResponse, url: str, deadline: float, stack: contextlib.ExitStack) -> Path:
+def _save_response(response: http.client.HTTPResponse, url: str, stack: contextlib.ExitStack) -> Path:
     if response.status != 200:
         raise PointCloudError(f"the server answers {response.status} {printable(response.reason)[:80]}.")
     stated = response.headers.get("Content-Length", "")
@@ -314,13 +344,13 @@ def _save_response(response: http.client.HTTPResponse, url: str, deadline: float
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     path = folder / (_safe_name(urllib.parse.unquote(urllib.parse.urlsplit(url).path)) or "cloud")
     with open(path, "wb") as target:
-        _copy(response, target, limits().max_download_bytes, deadline)
+        _copy(response, target, limits().max_download_bytes)
     if stated.isdecimal() and path.stat().st_size < int(stated):
         raise PointCloudError(f"the download ended after {path.stat().st_size:,} of {int(stated):,} bytes.")
     return path if path.suffix else _with_suffix(path)
 
 
-def _connect(url: str) -> http.client.HTTPSConnection:
+def _connect(url: str, timeout: float) -> http.client.HTTPSConnection:
     """A connection to an address that has been checked.
 
     Raises:
@@ -331,12 +361,12 @@ def _connect(url: str) -> http.client.HTTPSConnection:
         host, port = parts.hostname, parts.port or 443
     except ValueError as error:
         raise PointCloudError(f"this is no URL ({error}).") from error
-    if parts.scheme.lower() != "https" or not host:
+    if parts.scheme.lower() != "https":
         raise PointCloudError(f"it leads to {parts.scheme or 'no'}://; only https:// is read.")
+    if not host:
+        raise PointCloudError("this URL names no host. Pass https://HOST/PATH.")
     address = _public_address(host, port)
-    connection = http.client.HTTPSConnection(
-        host, port, timeout=limits().url_timeout_seconds, context=ssl.create_default_context()
-    )
+    connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
     # The name stays for the certificate; the connection goes to the address that was checked.
     connection._create_connection = lambda _, timeout, source: socket.create_connection(address, timeout, source)
     return connection
@@ -348,10 +378,13 @@ def _public_address(host: str, port: int) -> tuple[str, int]:
     if os.environ.get(ALLOW_PRIVATE_VARIABLE) != "1":
         for text in addresses:
             address = ipaddress.ip_address(text.partition("%")[0])
-            address = getattr(address, "ipv4_mapped", None) or address
+            address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+            if address in _NAT64:  # the gateway leads to the IPv4 address in its last four bytes
+                address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
             if not address.is_global or address.is_multicast:
+                alias = "" if host == str(address) else f" is {address}, which"
                 raise PointCloudError(
-                    f"{printable(host)} is {address}, which is not a public address. If you trust it, set "
+                    f"{printable(host)}{alias} is not a public address. If you trust it, set "
                     f"{ALLOW_PRIVATE_VARIABLE}=1, or download the file and pass its path."
                 )
     return addresses[0], port

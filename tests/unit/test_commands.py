@@ -1,5 +1,6 @@
 """The command line of `minigpt3d`: options, help, exit codes and errors, without a model."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -223,8 +224,11 @@ def test_files_in_a_folder(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    os.mkfifo(tmp_path / "pipe.ply")
+    (tmp_path / "broken.ply").symlink_to("absent.ply")
     progress = describe.Progress()
     progress.add(tmp_path)
     names = [path.relative_to(tmp_path).as_posix() for path in progress.files]
     assert names == ["a.ply.gz", "b.OBJ", "below/c.usdz"]
-    assert progress.skipped == {".md": 1, ".gz": 1, ".wrl": 1}
+    assert progress.skipped == {".md": 1, ".gz": 1, ".wrl": 1, "pipes and broken links": 2}
+    assert "2 pipes and broken links" in progress.summary()

@@ -300,3 +300,38 @@ def test_e57_scans_at_their_poses(tmp_path):
     (tmp_path / "scan.e57").write_bytes(content[: len(content) // 2])
     with pytest.raises(PointCloudError, match="truncated"):
         load_point_cloud(tmp_path / "scan.e57")
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".pcd"])
+def test_text_that_ends_or_breaks_early(tmp_path, suffix):
+    """Rows are compared with the header, and what Windows prints for NaN is read."""
+    headers = {
+        ".ply": "ply\nformat ascii 1.0\nelement vertex 200\nproperty float x\nproperty float y\nproperty float z\n"
+        "end_header\n",
+        ".pcd": "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nPOINTS 200\nDATA ascii\n",
+    }
+    rows = [f"{x:.9f} {y:.9f} {z:.9f}" for x, y, z in COORD]
+    path = tmp_path / f"cloud{suffix}"
+
+    def read(rows: list[str]) -> str:
+        path.write_text(headers[suffix] + "\n".join(rows))
+        with pytest.raises(PointCloudError) as caught:
+            load_point_cloud(path)
+        return str(caught.value)
+
+    message = read([*rows[:150], rows[150][:18]])
+    assert "200" in message and "150 follow" in message
+    message = read([*rows[:150], "0.1 chair 0.2", *rows[151:]])
+    assert "row 151" in message and "chair" in message
+    path.write_text(headers[suffix] + "\n".join(["-nan(ind) 1.#QNAN 1.#INF", *rows[1:]]))
+    with pytest.warns(UserWarning, match="1 of 200"):
+        load_point_cloud(path)
+
+
+def test_a_pcd_with_an_endless_field(tmp_path):
+    path = tmp_path / "cloud.pcd"
+    path.write_text(
+        "FIELDS x y z f\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 2000000000\nPOINTS 1\nDATA ascii\n1 2 3 4\n"
+    )
+    with pytest.raises(PointCloudError, match="2,000,000,000 values"):
+        load_point_cloud(path)

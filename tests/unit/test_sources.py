@@ -1,5 +1,6 @@
 """Sources besides paths: bytes, open files, URLs, rows of data sets, gzip, objects of other libraries; and their limits."""
 
+import contextlib
 import gzip
 import http.server
 import io
@@ -73,6 +74,8 @@ def test_messages_name_the_source():
     refused(broken, "/there/broken.ply:")
     refused({"bytes": b"ply\n", "path": "row.ply"}, "row.ply:")
     refused({"bytes": None, "path": None}, "the given row: ", "neither bytes nor a path")
+    refused({"data": PLY}, "the given row: ", "neither bytes nor a path")
+    refused(b"", "the given bytes: ", "empty")
     refused("x" * 5000, "cannot be opened")
     refused("", "empty")
 
@@ -135,6 +138,22 @@ def test_open_files_are_read_to_a_limit():
     refused(io.BytesIO(PLY), "1,000 bytes allowed", limits=ReadingLimits(max_unpacked_bytes=1000))
 
 
+@pytest.mark.parametrize("name", ["g_external_percent20.gltf", "mply_tex_wedge_space_name.ply", "obj_map_so.obj"])
+def test_meshes_are_read_to_a_limit(name):
+    assert what_is_seen(CASES / name) == "AB"
+    refused(CASES / name, "faces", limits=ReadingLimits(max_faces=1))
+
+
+def test_headers_are_read_to_a_limit():
+    refused(PLY, "10 bytes", limits=ReadingLimits(max_header_bytes=10))
+
+
+@pytest.mark.parametrize("limit", [{"max_faces": -1}, {"max_bad_share": float("nan")}])
+def test_limits_are_not_negative(limit):
+    with pytest.raises(ValueError, match="max_"):
+        ReadingLimits(**limit)
+
+
 def test_objects_with_points_and_colors():
     cloud = types.SimpleNamespace(points=COORD.tolist(), colors=(COLOR / 255).tolist())
     assert what_is_seen(cloud) == "AB"
@@ -191,6 +210,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "/inside": "https://10.0.0.1/cloud.ply",
             "/file": "file:///etc/passwd",
         }.get(self.path)
+        if self.path.startswith("/slow"):
+            self.drip()
+            return
         self.send_response(302 if location else status)
         if location:
             self.send_header("Location", location)
@@ -198,6 +220,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self):
+        """Send a header or a body a byte at a time."""
+        self.send_response(200)
+        if self.path == "/slow_body.ply":
+            self.send_header("Content-Length", str(len(PLY)))
+            self.end_headers()
+        with contextlib.suppress(OSError):  # the other side has left
+            self.wfile.flush()
+            for _ in range(100):
+                self.wfile.write(b"p")
+                self.wfile.flush()
+                time.sleep(0.1)
 
     def log_message(self, *_):
         pass
@@ -256,6 +291,17 @@ def test_downloads_that_are_refused(trusted, path, word):
     refused(trusted + path, word)
 
 
+@pytest.mark.parametrize("path", ["/slow_body.ply", "/slow_header.ply"])
+def test_downloads_end_in_time(trusted, path):
+    start = time.perf_counter()
+    refused(trusted + path, "1.5 seconds", limits=ReadingLimits(max_download_seconds=1.5))
+    assert time.perf_counter() - start < 4
+
+
+def test_a_url_without_a_host():
+    refused("https:///cloud.ply", "no host")
+
+
 def test_names_in_messages_have_no_secrets(trusted):
     message = refused(
         trusted.replace("https://", "https://user:secret@") + "/absent.ply?token=secret", "/absent.ply: "
@@ -270,6 +316,8 @@ def test_private_addresses_are_refused(server, trusted, monkeypatch):
     start = time.perf_counter()
     for host in ("127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "[::1]", "[::ffff:10.0.0.1]", "0.0.0.0"):
         refused(f"https://{host}/cloud.ply", "not a public address")
+    for host in ("[64:ff9b::7f00:1]", "[2002:7f00:1::]"):  # gateways to 127.0.0.1
+        refused(f"https://{host}/cloud.ply", "127.0.0.1")
     assert time.perf_counter() - start < 5
 
 

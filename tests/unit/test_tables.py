@@ -7,6 +7,7 @@ import pytest
 from point_cases import make_normals, make_object, what_is_seen
 
 from minigpt3d.point_cloud_minigpt3d import PointCloudError, load_point_cloud
+from minigpt3d.readers_minigpt3d import NotACloudError
 
 
 COORD, COLOR = make_object()
@@ -31,6 +32,7 @@ def save(path, lines, encoding="utf-8", newline="\n"):
 
 
 RANDOM = np.random.default_rng(5)
+BRIGHTNESS = np.rint(COLOR @ [0.299, 0.587, 0.114]).astype(int)[:, None]
 INTENSITY, REFLECTANCE = RANDOM.integers(0, 256, (200, 1)), RANDOM.integers(-2000, 500, (200, 1))
 LABEL, ALPHA = RANDOM.integers(0, 13, (200, 1)), np.full((200, 1), 255)
 HEADERS = {
@@ -53,6 +55,9 @@ HEADERS = {
     "r_language": ('"x" "y" "z" "r" "g" "b"', (COUNTER + 1, COORD, COLOR), " "),
     "normals_first": ("nx,ny,nz,x,y,z,red,green,blue", (NORMALS, COORD, COLOR), ","),
     "two_sets": ("Rf,Gf,Bf,x,y,z,normal_x,normal_y,normal_z", (COLOR / 255, COORD, NORMALS), ","),
+    "german": ("X-Koordinate;Y-Koordinate;Z-Koordinate;Rot;Grün;Blau", (COORD, COLOR), ";"),
+    "letters_of_a_map": ("E N H R G B", (COORD, COLOR), " "),
+    "veloview": ("Points_m_XYZ:0,Points_m_XYZ:1,Points_m_XYZ:2,r,g,b", (COORD, COLOR), ","),
     "packed": ("x y z rgb", (COORD, (COLOR.astype(int) * [65536, 256, 1]).sum(1)), " "),
 }
 
@@ -115,6 +120,7 @@ def test_encodings_and_line_ends(tmp_path, encoding, newline):
     assert what_is_seen(save(tmp_path / "cloud.csv", lines, encoding, newline)) == "AB"
 
 
+HEX_COLORS = ["{:02x}{:02x}{:02x}".format(*color) for color in COLOR.astype(int)]
 TEXTS = {
     "decimal_commas": rows(COORD, COLOR, sep=";", decimal=","),
     "decimal_commas_and_blanks": rows(COORD, COLOR, sep=" ", decimal=","),
@@ -145,6 +151,16 @@ TEXTS = {
     "windows": [*rows(COORD, COLOR), "-1.#IND 0 0 1 2 3", "1.#QNAN000 0 0 1 2 3"],
     "separator_line": ["sep=;", "x;y;z;r;g;b", *rows(COORD, COLOR, sep=";", decimal=",")],
     "tecplot": ['VARIABLES = "X" "Y" "Z"', "ZONE I=200", *rows(COORD, COLOR)],
+    "bars": ["x|y|z|r|g|b", *rows(COORD, COLOR, sep="|")],
+    "two_tabs": rows(COORD, COLOR, sep="\t\t"),
+    "two_tabs_and_names": ["x\t\ty\t\tz\t\tr\t\tg\t\tb", *rows(COORD, COLOR, sep="\t\t")],
+    "apostrophes": [",".join(f"'{cell}'" for cell in row.split()) for row in rows(COORD, COLOR)],
+    "hex_colors": ["x,y,z,rgb", *[f"{a},#{b}" for a, b in zip(rows(COORD, sep=","), HEX_COLORS, strict=True)]],
+    "hex_numbers": ["x y z paint", *[f"{a} 0x{b}" for a, b in zip(rows(COORD), HEX_COLORS, strict=True)]],
+    "hex_without_names": [f"{a} #{b}" for a, b in zip(rows(COORD), HEX_COLORS, strict=True)],
+    "windows_first": ["-nan(ind) 1.#QNAN 1.#INF 0 0 0", *rows(COORD, COLOR)],
+    "brightness": rows(COORD, BRIGHTNESS, COLOR),
+    "fortran": [" ".join(f"{value:.4E}" for value in row).replace("E", "D") for row in np.hstack([COORD, COLOR])],
     "exponents": [" ".join(f"{value:.4E}" for value in row) for row in np.column_stack([COORD, COLOR])],
 }
 
@@ -289,3 +305,63 @@ def test_scans_as_pts_with_a_count(tmp_path):
         load_point_cloud(tmp_path / "scan.pts")
     (tmp_path / "scan.txt").write_text(scan)
     assert len(load_point_cloud(tmp_path / "scan.txt", 3)) == 3
+
+
+@pytest.mark.parametrize("intensity", [BRIGHTNESS, INTENSITY, BRIGHTNESS * 0, LABEL], ids=range(4))
+def test_the_fourth_column_of_a_pts_is_the_intensity(tmp_path, intensity):
+    path = save(tmp_path / "scan.pts", ["200", *rows(COORD, intensity, COLOR)])
+    assert what_is_seen(path) == "AB"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [np.full((200, 1), 1699999.123), COUNTER * 2 + 1.7e9, COUNTER * 3 + 50],
+    ids=["constant", "time", "counter"],
+)
+def test_a_first_column_that_is_no_coordinate_needs_a_name(tmp_path, first):
+    lines = [f"{value!r} {row}" for value, row in zip(first[:, 0].tolist(), rows(COORD, COLOR), strict=True)]
+    with pytest.raises(PointCloudError, match="time"):
+        load_point_cloud(save(tmp_path / "cloud.txt", lines))
+    assert what_is_seen(save(tmp_path / "cloud.txt", ["time x y z r g b", *lines])) == "AB"
+
+
+@pytest.mark.parametrize(
+    ("header", "error"),
+    [("sepal,width,length", NotACloudError), ("a,b,c", NotACloudError), ("x,y,depth", PointCloudError)],
+)
+def test_a_header_of_other_columns(tmp_path, header, error):
+    with pytest.raises(PointCloudError, match=header.replace(",", ", ")) as caught:
+        load_point_cloud(save(tmp_path / "table.csv", [header, *rows(COORD, sep=",")]))
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("line", ["end", "Total rows: 200", "x y z r g b"])
+def test_a_line_between_the_rows_is_named(tmp_path, line):
+    with pytest.raises(PointCloudError, match=r"line 201 .*Remove this line"):
+        load_point_cloud(save(tmp_path / "cloud.txt", [*rows(COORD, COLOR), line]))
+
+
+def test_a_tail_of_zero_bytes_is_named(tmp_path):
+    with pytest.raises(PointCloudError, match="line 201 .*zero bytes"):
+        load_point_cloud(save(tmp_path / "cloud.txt", [*rows(COORD, COLOR), "\0" * 5000]))
+
+
+def test_a_first_row_of_missing_values_counts(tmp_path):
+    path = save(tmp_path / "cloud.csv", ["x,y,z", "NA,NA,NA", *rows(COORD, sep=",")])
+    with pytest.warns(UserWarning, match="1 of 201 points"):
+        load_point_cloud(path)
+
+
+@pytest.mark.parametrize("row", ["a0 58 1c d8 df 9c 34 75 2f 31 32", ",".join(["1", "a"] * 1500)], ids=["hex", "wide"])
+def test_time_grows_with_the_length_of_the_text(tmp_path, row):
+    path = save(tmp_path / "notes.txt", [row] * (200_000 // len(row)))
+    start = time.process_time()
+    assert what_is_seen(path) == "refuse"
+    assert time.process_time() - start < 5
+
+
+def test_a_column_of_words_in_a_data_frame_is_named():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"x": [0.0, 1.0], "height": ["low", "high"], "y": [0.0, 1.0]})
+    with pytest.raises(PointCloudError, match="'height'"):
+        load_point_cloud(frame)
