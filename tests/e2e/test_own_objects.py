@@ -12,7 +12,7 @@ def test_own_objects(tmp_path):
     make_workspace(tmp_path)
     blocks = [block for block in all_blocks() if block.document == "docs/own-objects.md" and not block.is_run]
     (snippet,) = [block for block in blocks if block.language == "python"]
-    (commands,) = [block for block in blocks if block.language == "bash"]
+    commands = next(block for block in blocks if block.language == "bash")
     ((_, error),) = run_snippets([("toys", snippet.title, snippet.code)], tmp_path)
     assert error is None, error
     output = "".join(run_shell(command, tmp_path) for command in read_commands(commands.code))
