@@ -1,0 +1,168 @@
+"""Captioned objects → data of the recipe: clouds, splits and texts, in one command that resumes.
+
+    python -m minigpt3d.recipes.open_objects.build_data CLOUDS --output_dir DATA [--wordnet DIR]
+
+    coord.npy, color.npy       (M, 4096, 3) int16 and uint8 of all objects, to be mapped into memory
+    objects.jsonl              one line per object, in that order: id, noun, kind, split, colors, extent, texts, creator, …
+    brief.json detailed.json single_round.json multi_round.json    PointLLM's records of the training objects
+    split.json                 ids by split
+    report.json                counts; written last
+
+A step whose file exists is skipped. The files depend on the captions, the clouds and the seed only.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minigpt3d.arguments import option, run_script
+from minigpt3d.data.records import SOURCES
+from minigpt3d.evaluation.objects import read_household
+from minigpt3d.files import write_json, write_text, written_file
+
+from .nothing import NOTHING, make_nothing
+from .objects import CaptionedObject, read_captions, read_clouds, to_cloud
+from .split import SPLITS, split_objects
+from .text import Described, annotate, measure
+from .wordnet import Entry, WordNet
+
+
+NUM_NOTHING = {"train": 300, "validation": 60, "test": 60}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of the command."""
+
+    clouds: Path = option("folder of the .npz shards that the captions name", positional=True, metavar="CLOUDS")
+    output_dir: Path = option("folder for the data", default=Path("build/data"), metavar="DIR")
+    wordnet: Path | None = option(
+        "folder with WordNet's index.noun and data.noun, for general questions", default=None, metavar="DIR"
+    )
+    seed: int = option("seed of nothing-shapes and wording", default=0)
+
+
+def build(options: BuildOptions) -> dict:
+    """Write the data; returns the content of report.json.
+
+    Raises:
+        ValueError: clouds or WordNet are missing.
+    """
+    output = options.output_dir
+    if (output / "report.json").exists():
+        return json.loads((output / "report.json").read_text(encoding="utf-8"))
+    meanings = WordNet(options.wordnet) if options.wordnet else None
+    output.mkdir(parents=True, exist_ok=True)
+    objects = read_captions()
+    if not (output / "split.json").exists():
+        write_arrays(options.clouds, objects, output, options.seed)
+    split = json.loads((output / "split.json").read_text(encoding="utf-8"))
+    coord, color = (np.load(output / f"{name}.npy", mmap_mode="r") for name in ("coord", "color"))
+    lines = describe(objects, split, coord, color, meanings)
+    write_text(output / "objects.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    num_records = write_records(output, options.seed)
+    report = {"objects": dict(Counter(line["split"] for line in lines)), "records": num_records}
+    report["kinds"] = {
+        kind: [sum(line["kind"] == kind and line["split"] == name for line in lines) for name in SPLITS]
+        for kind in sorted({line["kind"] for line in lines})
+    }
+    write_json(output / "report.json", report)
+    return report
+
+
+def write_arrays(clouds: Path, objects: list[CaptionedObject], output: Path, seed: int):
+    """Write coord.npy, color.npy and split.json: the captioned objects, then nothing-shapes."""
+    coord, color = read_clouds(clouds, objects)
+    suite = {item.object_id for item in read_household()}
+    splits = split_objects(objects, [xyz / np.float32(32767) for xyz in coord], suite)
+    ids = {name: [o.object_id for o, s in zip(objects, splits, strict=True) if s == name] for name in SPLITS}
+    rows = {name: [i for i, s in enumerate(splits) if s == name] for name in SPLITS}
+    extra = []
+    for number, (name, count) in enumerate(NUM_NOTHING.items()):
+        rng = np.random.default_rng([seed, number])
+        whole = [to_cloud(coord[i], color[i]) for i in rows[name]]
+        extra += [make_nothing(whole, rng) for _ in range(count)]
+        ids[name] += [f"{NOTHING}/{name}-{index:03d}" for index in range(count)]
+    extra = np.stack(extra)
+    arrays = {
+        "coord": np.concatenate([coord, np.round(extra[..., :3] * 32767).astype(np.int16)]),
+        "color": np.concatenate([color, np.round(extra[..., 3:] * 255).astype(np.uint8)]),
+    }
+    for name, array in arrays.items():
+        with written_file(output / f"{name}.npy") as partial, open(partial, "wb") as file:
+            np.save(file, array)
+    write_json(output / "split.json", ids)
+
+
+def describe(
+    objects: list[CaptionedObject],
+    split: dict[str, list[str]],
+    coord: np.ndarray,
+    color: np.ndarray,
+    meanings: WordNet | None,
+) -> list[dict]:
+    """The lines of objects.jsonl, in the order of the arrays."""
+    split_of = {object_id: name for name, ids in split.items() for object_id in ids}
+    known = {item.object_id: item for item in objects}
+    ids = [item.object_id for item in objects]
+    ids += [i for name in NUM_NOTHING for i in split[name] if i not in known]
+    lines = []
+    for object_id, xyz, rgb in zip(ids, coord, color, strict=True):
+        colors, extent = measure(to_cloud(xyz, rgb))
+        item = known.get(object_id)
+        noun = item.noun if item else NOTHING
+        described = Described(
+            object_id=object_id.replace("/", "-"),
+            noun=noun,
+            kind=item.kind if item else NOTHING,
+            brief=item.brief if item else "",
+            detailed=item.detailed if item else "",
+            questions=item.questions if item else (),
+            material=item.material if item else "",
+            colors=colors,
+            extent=extent,
+            meaning=meanings.look_up(noun) if meanings and item else None,
+        )
+        origin = {name: getattr(item, name) if item else NOTHING for name in ("source", "pack", "creator", "license")}
+        lines.append(asdict(described) | origin | {"split": split_of[object_id]})
+    return lines
+
+
+def read_lines(data: Path) -> list[dict]:
+    """The lines of objects.jsonl."""
+    return [json.loads(line) for line in (data / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def to_described(line: dict) -> Described:
+    """A line of objects.jsonl as what texts are made from."""
+    fields = {name: line[name] for name in Described.__dataclass_fields__}
+    fields["meaning"] = Entry(**fields["meaning"]) if fields["meaning"] else None
+    fields["questions"] = tuple(map(tuple, fields["questions"]))
+    return Described(**fields | {"colors": tuple(fields["colors"]), "extent": tuple(fields["extent"])})
+
+
+def write_records(data: Path, seed: int) -> dict[str, int]:
+    """Write the records of the training objects; returns their numbers by source."""
+    items = [to_described(line) for line in read_lines(data) if line["split"] == "train"]
+    records: dict[str, list[dict]] = {source: [] for source in SOURCES.values()}
+    for item in items:
+        rng = np.random.default_rng([seed, *item.object_id.encode()])
+        for record in annotate(item, items, rng):
+            records[SOURCES[record["conversation_type"]]].append(record)
+    for source, content in records.items():
+        write_json(data / f"{source}.json", content, indent=None)
+    return {source: len(content) for source, content in records.items()}
+
+
+def main(argv: list[str] | None = None):
+    def action(options: BuildOptions):
+        print(json.dumps(build(options), indent=1))
+
+    run_script(action, BuildOptions, argv, __doc__, "minigpt3d.recipes.open_objects.build_data")
+
+
+if __name__ == "__main__":
+    main()
