@@ -4,7 +4,9 @@
 
     coord.npy, color.npy       (M, 4096, 3) int16 and uint8 of all objects, to be mapped into memory
     objects.jsonl              one line per object, in that order: id, noun, kind, split, colors, extent, texts, creator, …
-    brief.json detailed.json single_round.json multi_round.json    PointLLM's records of the training objects
+    views/{id}-v{n}_8192.npy   (1024, 6) float16: variants of the training objects, of which the stages read
+    brief.json detailed.json single_round.json multi_round.json    PointLLM's records of the views
+    meanings.jsonl             definitions of nouns in general, if WordNet is given
     split.json                 ids by split
     report.json                counts; written last
 
@@ -13,16 +15,20 @@ A step whose file exists is skipped. The files depend on the captions, the cloud
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minigpt3d.arguments import option, run_script
+from minigpt3d.data.clouds import point_cloud_path
 from minigpt3d.data.records import SOURCES
 from minigpt3d.evaluation.objects import read_household
 from minigpt3d.files import write_json, write_text, written_file
 
+from .augment import augment, normalize
+from .network import CLOUD_POINTS
 from .nothing import NOTHING, make_nothing
 from .objects import CaptionedObject, read_captions, read_clouds, to_cloud
 from .split import SPLITS, split_objects
@@ -30,7 +36,9 @@ from .text import Described, annotate, measure
 from .wordnet import Entry, WordNet
 
 
+SPLIT_FILE = Path(__file__).with_name("split.json")  # what the command writes for the captions of the project
 NUM_NOTHING = {"train": 300, "validation": 60, "test": 60}
+PER_VIEW = {"brief": 2, "detailed": 1, "single_round": 4, "multi_round": 1}  # records
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class BuildOptions:
     wordnet: Path | None = option(
         "folder with WordNet's index.noun and data.noun, for general questions", default=None, metavar="DIR"
     )
+    views: int = option("variants of each training object that get texts of their own", default=6)
     seed: int = option("seed of nothing-shapes and wording", default=0)
 
 
@@ -63,7 +72,9 @@ def build(options: BuildOptions) -> dict:
     coord, color = (np.load(output / f"{name}.npy", mmap_mode="r") for name in ("coord", "color"))
     lines = describe(objects, split, coord, color, meanings)
     write_text(output / "objects.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    num_records = write_records(output, options.seed)
+    if meanings:
+        write_text(output / "meanings.jsonl", "".join(json.dumps(line) + "\n" for line in meanings.concrete_nouns()))
+    num_records = write_views(output, coord, color, options.views, options.seed)
     report = {"objects": dict(Counter(line["split"] for line in lines)), "records": num_records}
     report["kinds"] = {
         kind: [sum(line["kind"] == kind and line["split"] == name for line in lines) for name in SPLITS]
@@ -144,17 +155,50 @@ def to_described(line: dict) -> Described:
     return Described(**fields | {"colors": tuple(fields["colors"]), "extent": tuple(fields["extent"])})
 
 
-def write_records(data: Path, seed: int) -> dict[str, int]:
-    """Write the records of the training objects; returns their numbers by source."""
-    items = [to_described(line) for line in read_lines(data) if line["split"] == "train"]
+def write_views(data: Path, coord: np.ndarray, color: np.ndarray, num_views: int, seed: int) -> dict[str, int]:
+    """Write views of the training objects and records about them; returns the numbers of records by source.
+
+    Proportions and colors are measured on each view, so that its texts are true of it. The first view is the object as it
+    is.
+    """
+    folder = data / "views"
+    folder.mkdir(exist_ok=True)
+    lines = read_lines(data)
+    train = [(row, to_described(line)) for row, line in enumerate(lines) if line["split"] == "train"]
+    others = [item for _, item in train]
     records: dict[str, list[dict]] = {source: [] for source in SOURCES.values()}
-    for item in items:
-        rng = np.random.default_rng([seed, *item.object_id.encode()])
-        for record in annotate(item, items, rng):
-            records[SOURCES[record["conversation_type"]]].append(record)
+    for row, item in tqdm(train, desc="views", unit="object", mininterval=5):
+        cloud = to_cloud(coord[row], color[row])
+        for number in range(num_views):
+            rng = np.random.default_rng([seed, number, *item.object_id.encode()])
+            points = seen = normalize(cloud[:CLOUD_POINTS])
+            if number:
+                points, seen = augment(cloud, CLOUD_POINTS, rng, recolored=0)
+            view = as_seen(item, f"{item.object_id}-v{number}", seen)
+            np.save(point_cloud_path(folder, view.object_id), points.astype(np.float16))
+            for source, of_source in choose(annotate(view, others, rng), rng).items():
+                records[source] += of_source
     for source, content in records.items():
         write_json(data / f"{source}.json", content, indent=None)
     return {source: len(content) for source, content in records.items()}
+
+
+def as_seen(item: Described, object_id: str, points: np.ndarray) -> Described:
+    """The object with the proportions and colors of its points; a black cloud loses the texts that name other colors."""
+    colors, extent = measure(points)
+    view = replace(item, object_id=object_id, colors=colors, extent=extent)
+    if points[:, 3:].any():
+        return view
+    return replace(view, brief="", detailed="", questions=())
+
+
+def choose(records: list[dict], rng: np.random.Generator) -> dict[str, list[dict]]:
+    """Some of a view's records by source, see `PER_VIEW`."""
+    chosen: dict[str, list[dict]] = {}
+    for source, count in PER_VIEW.items():
+        of_source = [record for record in records if SOURCES[record["conversation_type"]] == source]
+        chosen[source] = [of_source[i] for i in rng.permutation(len(of_source))[:count]]
+    return chosen
 
 
 def main(argv: list[str] | None = None):

@@ -22,12 +22,17 @@ from .wordnet import Entry
 
 
 NOT_SURE = "I am not sure what this is."
-KIND_QUESTIONS = ("What kind of thing is it?", "Which kind of thing is this?", "What group of things does it belong to?")
+KIND_QUESTIONS = (
+    "What kind of thing is it?",
+    "Which kind of thing is this?",
+    "What group of things does it belong to?",
+)
 SHAPE_QUESTIONS = ("What shape is it?", "Describe its proportions.", "How is it proportioned?")
 SHAPES = (
     "tall and narrow", "taller than wide", "very flat", "thin like a board", "low and wide", "wider than tall",
     "about as tall as wide",
 )  # fmt: skip
+MOST_GIST = 16  # words of the captions among the keywords
 # Kinds that name a thing, so that "Is this a …?" can be asked with them.
 NAMING_KINDS = frozenset(
     "tree building plant container chair person rock table tool lamp door cabinet gun car fish animal bed sofa sword shelf "
@@ -88,7 +93,13 @@ def brief(item: Described, rng: np.random.Generator) -> str:
     if item.is_nothing:
         return NOT_SURE
     thing = item.thing
-    return _pick(rng, item.brief, f"This is {thing}.", f"This is {thing}.", f"{thing[0].upper()}{thing[1:]}.")
+    return _pick(
+        rng,
+        item.brief or f"This is {thing}.",
+        f"This is {thing}.",
+        f"This is {thing}.",
+        f"{thing[0].upper()}{thing[1:]}.",
+    )
 
 
 def what_is_this(item: Described) -> str:
@@ -101,6 +112,8 @@ def detailed(item: Described, rng: np.random.Generator) -> str:
     if item.is_nothing:
         return f"{NOT_SURE} It is {item.shape}, and its main color is {item.colors[0]}."
     start = what_is_this(item)
+    if not item.detailed:
+        return f"{start} It is {item.shape}."
     return _pick(rng, item.detailed, f"{start} {item.detailed}", f"{start} It is {item.shape}. {item.detailed}")
 
 
@@ -178,7 +191,7 @@ def keywords(item: Described, rng: np.random.Generator) -> str:
     """What a cloud tells, as a few words in random order, each missing with probability 0.08."""
     words = [*item.colors[:1], item.shape, *(f"some {color}" for color in item.colors[1:])]
     words += [NOTHING] if item.is_nothing else [item.noun, item.kind]
-    words += [] if item.is_nothing else [_gist(item, rng)]
+    words += [_gist(item, rng)] if item.detailed else []
     return ", ".join(words[i] for i in rng.permutation(len(words)) if rng.random() < 0.92)
 
 
@@ -186,7 +199,7 @@ def _gist(item: Described, rng: np.random.Generator) -> str:
     """Some words of the captions without their order, as far as queries could carry them."""
     words = [word.strip(".,:;") for word in f"{item.brief} {item.detailed}".split()]
     words = [word for word in words if len(word) > 3]
-    return " ".join(words[i] for i in rng.permutation(len(words))[: rng.integers(0, len(words) + 1)])
+    return " ".join(words[i] for i in rng.permutation(len(words))[: rng.integers(0, MOST_GIST)])
 
 
 def annotate(item: Described, others: list[Described], rng: np.random.Generator) -> list[dict]:

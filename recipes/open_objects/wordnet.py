@@ -3,8 +3,13 @@
 Reads `index.noun` and `data.noun` of WordNet 3.0 (Debian's `wordnet-base`, in usr/share/wordnet).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+
+# Files of the lexicographers: animals, artifacts, bodies, food, natural objects, plants.
+CONCRETE = ("05", "06", "08", "13", "17", "20")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class WordNet:
                     return self._entry(offset)
         return None
 
+    def concrete_nouns(self, max_definition: int = 120) -> Iterator[dict]:
+        """Noun, definition and kind of every noun whose first sense is a thing that can be seen."""
+        for name, offset in sorted(self.first_sense.items()):
+            if self.lines[offset].split()[1] in CONCRETE and name.replace("_", "").isalpha() and name.islower():
+                entry = self._entry(offset)
+                is_group = entry.kind_of.endswith((" genus", " family", " order"))
+                if len(entry.definition) <= max_definition and not is_group:
+                    yield {"noun": name.replace("_", " "), "definition": entry.definition, "kind_of": entry.kind_of}
+
     def _words(self, offset: str) -> list[str]:
         fields = self.lines[offset].split()
         return [fields[4 + 2 * number].replace("_", " ") for number in range(int(fields[3], 16))]
@@ -56,4 +70,6 @@ class WordNet:
         above = [target for symbol, target, part_of_speech, _ in pointers if symbol == "@" and part_of_speech == "n"]
         parts = [target for symbol, target, _, _ in pointers if symbol == "%p"]
         definition = gloss.split('; "')[0].split(";")[0].strip()
-        return Entry(definition, self._words(above[0])[0] if above else "", tuple(self._words(p)[0] for p in parts[:3]))
+        return Entry(
+            definition, self._words(above[0])[0] if above else "", tuple(self._words(p)[0] for p in parts[:3])
+        )
