@@ -13,7 +13,9 @@ from pathlib import Path
 
 from minigpt3d.arguments import option, run_script
 from minigpt3d.data.records import SOURCES
-from minigpt3d.recipes.household.__main__ import _LAUNCH, STAGES, Steps, export, run_module
+from minigpt3d.recipes.household.__main__ import LAUNCH, STAGES, Steps, export, run_module
+
+from .objects import CAPTIONS_FILE
 
 
 PACKAGE = "minigpt3d.recipes.open_objects"
@@ -24,6 +26,7 @@ class RecipeOptions:
     """Options of the command."""
 
     clouds: Path = option("folder of the .npz shards that the captions name", positional=True, metavar="CLOUDS")
+    captions: Path = option("captions of the objects, .jsonl.gz", default=CAPTIONS_FILE, metavar="FILE")
     wordnet: Path | None = option("folder with WordNet's index.noun and data.noun", default=None, metavar="DIR")
     work_dir: Path = option("folder for data, stages and the checkpoint", default=Path("build/open"), metavar="DIR")
     max_steps: int | None = option("maximum steps of every training, to try the recipe out", default=None)
@@ -43,8 +46,18 @@ def run_recipe(options: RecipeOptions):
     work, steps = options.work_dir, Steps(options.work_dir)
     data, encoder, language, base = (work / name for name in ("data", "encoder", "language", "base"))
     limit = ["--steps", options.max_steps] if options.max_steps else []
+    few_views = ["--views", 1] if options.max_steps else []
     wordnet = ["--wordnet", options.wordnet] if options.wordnet else []
-    build = [f"{PACKAGE}.build_data", options.clouds, "--output_dir", data, *wordnet]
+    build = [
+        f"{PACKAGE}.build_data",
+        options.clouds,
+        "--output_dir",
+        data,
+        "--captions",
+        options.captions,
+        *wordnet,
+        *few_views,
+    ]
     steps.run("data", data / "report.json", lambda: run_module(*build))
     for name, folder in (("encoder", encoder), ("language", language)):
         command = [f"{PACKAGE}.{name}", "--data", data, "--output_dir", folder, *limit]
@@ -60,7 +73,7 @@ def run_recipe(options: RecipeOptions):
         "--output_dir",
         base,
     ]
-    steps.run("Q-Former", base / "pretrain.json", lambda: run_module(*qformer, *limit))
+    steps.run("Q-Former", base / "pretrain.json", lambda: run_module(*qformer, *few_views, *limit))
     init = base
     for number, stage in enumerate(STAGES, start=1):
         folder = work / f"stage{number}"
@@ -81,7 +94,7 @@ def stage_command(number: int, init: Path, data: Path, output_dir: Path, max_ste
     """The command of a stage, which continues a stopped run."""
     annotations = [data / f"{source}.json" for source in SOURCES.values()]
     command = [
-        *_LAUNCH,
+        *LAUNCH,
         f"minigpt3d.training.stage{number}",
         "--recipe",
         "open",

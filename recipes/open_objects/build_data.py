@@ -30,7 +30,7 @@ from minigpt3d.files import write_json, write_text, written_file
 from .augment import augment, normalize
 from .network import CLOUD_POINTS
 from .nothing import NOTHING, make_nothing
-from .objects import CaptionedObject, read_captions, read_clouds, to_cloud
+from .objects import CAPTIONS_FILE, CaptionedObject, read_captions, read_clouds, to_cloud
 from .split import SPLITS, split_objects
 from .text import Described, annotate, measure
 from .wordnet import Entry, WordNet
@@ -47,6 +47,7 @@ class BuildOptions:
 
     clouds: Path = option("folder of the .npz shards that the captions name", positional=True, metavar="CLOUDS")
     output_dir: Path = option("folder for the data", default=Path("build/data"), metavar="DIR")
+    captions: Path = option("captions of the objects, .jsonl.gz", default=CAPTIONS_FILE, metavar="FILE")
     wordnet: Path | None = option(
         "folder with WordNet's index.noun and data.noun, for general questions", default=None, metavar="DIR"
     )
@@ -65,7 +66,7 @@ def build(options: BuildOptions) -> dict:
         return json.loads((output / "report.json").read_text(encoding="utf-8"))
     meanings = WordNet(options.wordnet) if options.wordnet else None
     output.mkdir(parents=True, exist_ok=True)
-    objects = read_captions()
+    objects = read_captions(options.captions)
     if not (output / "split.json").exists():
         write_arrays(options.clouds, objects, output, options.seed)
     split = json.loads((output / "split.json").read_text(encoding="utf-8"))

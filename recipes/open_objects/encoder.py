@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from .objects import to_cloud
 TEXT_SIZE = 128
 NOTHING_SHARE = 0.06
 PEAK_LR = 1.5e-3
+PARTIAL_SHARE = 0.93  # of the steps, at which the encoder sees a part of the groups
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ class EncoderOptions:
     width: int = option("width of the encoder", default=POINT_CONFIG["hidden_size"])
     layers: int = option("layers of the encoder", default=POINT_CONFIG["num_hidden_layers"])
     group_size: int = option("neighbors of a group", default=POINT_CONFIG["group_size"])
-    num_channels: int = option(
-        "6: relative coordinates and color; 9: and absolute coordinates", default=6, choices=(6, 9)
+    absolute_coordinates: Literal["yes", "no"] = option(
+        "whether the mini-PointNet reads where each point is in the cloud",
+        default="yes" if POINT_CONFIG["absolute_coordinates"] else "no",
     )
     kept_groups: float = option(
-        "share of the groups that the encoder sees in the first 85 % of the steps", default=0.33
+        "share of the groups that the encoder sees in the first 93 % of the steps", default=0.33
     )
     text_weight: float = option("weight of the loss that finds an object's text", default=0.5)
     augment_share: float = option("share of the clouds that are augmented", default=0.7)
@@ -128,11 +131,8 @@ def head(line: dict) -> str:
 
 
 def to_groups(clouds: np.ndarray, config: MiniGPT3DPointConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N, 6) → neighborhood (B, G, K, C) and center (B, G, 3); with 9 channels, the absolute coordinates too."""
-    neighborhood, center = group(torch.from_numpy(clouds).float(), config.num_groups, config.group_size)
-    if config.num_channels == 9:
-        neighborhood = torch.cat([neighborhood, neighborhood[..., :3] + center[:, :, None]], dim=-1)
-    return neighborhood, center
+    """(B, N, 6) → neighborhood (B, G, K, 6) and center (B, G, 3)."""
+    return group(torch.from_numpy(clouds).float(), config.num_groups, config.group_size)
 
 
 class Batches:
@@ -164,7 +164,7 @@ class Batches:
             clouds.append(cloud)
             shares.append(color_shares(item[:, 3:]))
         neighborhood, center = to_groups(np.stack(clouds), self.config)
-        if step < 0.85 * self.options.steps:
+        if step < PARTIAL_SHARE * self.options.steps:
             kept = rng.permutation(center.shape[1])[: round(self.options.kept_groups * center.shape[1])]
             neighborhood, center = neighborhood[:, kept], center[:, kept]
         return neighborhood, center, rows, torch.from_numpy(np.stack(shares)).float()
@@ -214,7 +214,7 @@ def make_network(objects: Objects, options: EncoderOptions) -> EncoderWithHeads:
         "num_attention_heads": options.width // 64,
         "num_hidden_layers": options.layers,
         "group_size": options.group_size,
-        "num_channels": options.num_channels,
+        "absolute_coordinates": options.absolute_coordinates == "yes",
     }
     config = MiniGPT3DPointConfig(**POINT_CONFIG | sizes_of_encoder)
     sizes = {"kind": len(objects.kinds), "noun": len(objects.nouns), "color": len(COLORS), "text": TEXT_SIZE}
@@ -328,7 +328,8 @@ def train(options: EncoderOptions) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         first, seconds, average.steps = state["step"], state["seconds"], state["step"]
     else:
-        calibrate(network.point_encoder.mini_pointnet, batches.make(0)[0])
+        encoder = network.point_encoder
+        calibrate(encoder.mini_pointnet, encoder.add_coordinates(*batches.make(0)[:2]))
         average.average.load_state_dict(network.state_dict())
     count = sum(p.numel() for p in network.point_encoder.parameters())
     print(

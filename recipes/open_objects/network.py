@@ -18,6 +18,7 @@ POINT_CONFIG = {
     "num_groups": 64,
     "group_size": 16,
     "group_embedding_size": 128,
+    "absolute_coordinates": True,
 }
 
 

@@ -231,7 +231,7 @@ def few_objects(tmp_path, monkeypatch, captions):
         rgb=np.stack([np.round(cloud[:, 3:] * 255) for cloud in clouds]).astype(np.uint8),
     )
     objects = [replace(item, shard="few.npz", row=row) for row, item in enumerate(chosen)]
-    monkeypatch.setattr(build_data, "read_captions", lambda: objects)
+    monkeypatch.setattr(build_data, "read_captions", lambda path: objects)
     monkeypatch.setattr(build_data, "NUM_NOTHING", {"train": 2, "validation": 1, "test": 1})
     return tmp_path, objects
 
