@@ -25,7 +25,7 @@ PACKAGE = "minigpt3d.recipes.open_objects"
 class RecipeOptions:
     """Options of the command."""
 
-    clouds: Path = option("folder of the .npz shards that the captions name", positional=True, metavar="CLOUDS")
+    clouds: Path = option("folder of the .npz shards, or of the packs", positional=True, metavar="CLOUDS")
     captions: Path = option("captions of the objects, .jsonl.gz", default=CAPTIONS_FILE, metavar="FILE")
     wordnet: Path | None = option("folder with WordNet's index.noun and data.noun", default=None, metavar="DIR")
     work_dir: Path = option("folder for data, stages and the checkpoint", default=Path("build/open"), metavar="DIR")

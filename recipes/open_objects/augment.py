@@ -35,9 +35,9 @@ def augment(
         coord, color = coord[kept], color[kept]
     item = points = np.concatenate([coord, color], axis=1)
     if rng.random() < 0.1:
-        points = np.concatenate([points, _floor(points, rng)])
+        points = np.concatenate([points, make_floor(points, rng.uniform(0.1, 0.4), rng)])
     if rng.random() < 0.25:
-        points = np.concatenate([points, _outliers(points, rng)])
+        points = np.concatenate([points, make_outliers(points, rng.uniform(0.01, 0.05), rng)])
     return normalize(resample(points, num_points, rng)), item
 
 
@@ -85,21 +85,20 @@ def _recolor(color: np.ndarray, rng: np.random.Generator, recolored: float) -> n
     return (color * light + rng.normal(scale=0.01, size=color.shape)).clip(0, 1)
 
 
-def _floor(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A plane under the object, 10 to 40 % of its points, of one color."""
-    count = int(len(points) * rng.uniform(0.1, 0.4))
+def make_floor(points: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A plane of one color under the object (N, 6), of a share of its points."""
     low, high = points[:, :3].min(0), points[:, :3].max(0)
     reach = np.abs(points[:, [0, 2]]).max() * rng.uniform(1, 1.5)
-    floor = np.empty((count, 6))
-    floor[:, [0, 2]] = rng.uniform(-reach, reach, size=(count, 2))
-    floor[:, 1] = low[1] + rng.normal(scale=0.005 * (high[1] - low[1]) + 1e-6, size=count)
-    floor[:, 3:] = (rng.random(3) + rng.normal(scale=0.03, size=(count, 3))).clip(0, 1)
+    floor = np.empty((int(len(points) * share), 6))
+    floor[:, [0, 2]] = rng.uniform(-reach, reach, size=(len(floor), 2))
+    floor[:, 1] = low[1] + rng.normal(scale=0.005 * (high[1] - low[1]) + 1e-6, size=len(floor))
+    floor[:, 3:] = (rng.random(3) + rng.normal(scale=0.03, size=(len(floor), 3))).clip(0, 1)
     return floor
 
 
-def _outliers(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """1 to 5 % of points anywhere in a box around the object, of any color."""
-    count = max(1, int(len(points) * rng.uniform(0.01, 0.05)))
+def make_outliers(points: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Points of any color anywhere in a box around the object (N, 6), of a share of its points."""
+    count = max(1, int(len(points) * share))
     low, high = points[:, :3].min(0), points[:, :3].max(0)
     reach = 0.25 * rng.random() * (high - low)
     return np.concatenate([rng.uniform(low - reach, high + reach, size=(count, 3)), rng.random((count, 3))], axis=1)

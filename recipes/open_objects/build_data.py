@@ -45,7 +45,11 @@ PER_VIEW = {"brief": 2, "detailed": 1, "single_round": 4, "multi_round": 1}  # r
 class BuildOptions:
     """Options of the command."""
 
-    clouds: Path = option("folder of the .npz shards that the captions name", positional=True, metavar="CLOUDS")
+    clouds: Path = option(
+        "folder of the .npz shards that the captions name, or of packs as their creators publish them",
+        positional=True,
+        metavar="CLOUDS",
+    )
     output_dir: Path = option("folder for the data", default=Path("build/data"), metavar="DIR")
     captions: Path = option("captions of the objects, .jsonl.gz", default=CAPTIONS_FILE, metavar="FILE")
     wordnet: Path | None = option(
@@ -87,7 +91,7 @@ def build(options: BuildOptions) -> dict:
 
 def write_arrays(clouds: Path, objects: list[CaptionedObject], output: Path, seed: int):
     """Write coord.npy, color.npy and split.json: the captioned objects, then nothing-shapes."""
-    coord, color = read_clouds(clouds, objects)
+    objects, coord, color = read_clouds(clouds, objects)
     suite = {item.object_id for item in read_household()}
     splits = split_objects(objects, [xyz / np.float32(32767) for xyz in coord], suite)
     ids = {name: [o.object_id for o, s in zip(objects, splits, strict=True) if s == name] for name in SPLITS}
@@ -119,7 +123,7 @@ def describe(
     """The lines of objects.jsonl, in the order of the arrays."""
     split_of = {object_id: name for name, ids in split.items() for object_id in ids}
     known = {item.object_id: item for item in objects}
-    ids = [item.object_id for item in objects]
+    ids = [item.object_id for item in objects if item.object_id in split_of]
     ids += [i for name in NUM_NOTHING for i in split[name] if i not in known]
     lines = []
     for object_id, xyz, rgb in zip(ids, coord, color, strict=True):

@@ -35,7 +35,7 @@ from .augment import augment, normalize
 from .build_data import read_lines
 from .network import CLOUD_POINTS, POINT_CONFIG
 from .nothing import NOTHING
-from .objects import to_cloud
+from .objects import FURNITURE_SOURCE, to_cloud
 
 
 TEXT_SIZE = 128
@@ -263,7 +263,7 @@ def score(network: EncoderWithHeads, objects: Objects, split: str = "validation"
     among_five = (kind.topk(5).indices == truth[:, None]).any(-1)
     shares = np.stack([color_shares(objects.color[index] / np.float32(255)) for index in chosen])
     color = outputs["color"].argmax(-1).numpy() == shares.argmax(-1)
-    furniture, nothing = source == "sh3d", source == NOTHING
+    furniture, nothing = source == FURNITURE_SOURCE, source == NOTHING
     packs = ~furniture & ~nothing
     noun, known = outputs["noun"].argmax(-1).numpy() == objects.noun[chosen], objects.noun[chosen] >= 0
     return {
@@ -287,7 +287,7 @@ def linear_probe(network: EncoderWithHeads, objects: Objects, split: str = "vali
     """Accuracy on packs of a linear classifier of kinds, trained on the features of the training objects as they are."""
     train = objects.train[objects.kind[objects.train] < len(objects.kinds) - 1]
     chosen = np.flatnonzero(
-        [line["split"] == split and line["source"] not in ("sh3d", NOTHING) for line in objects.lines]
+        [line["split"] == split and line["source"] not in (FURNITURE_SOURCE, NOTHING) for line in objects.lines]
     )
     features, held_out = pooled_features(network, objects, train), pooled_features(network, objects, chosen)
     mean, deviation = features.mean(0), features.std(0) + 1e-5

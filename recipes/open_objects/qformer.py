@@ -35,6 +35,7 @@ from .build_data import to_described
 from .encoder import TEXT_SIZE, Objects, to_groups
 from .network import CLOUD_POINTS, make_config, make_processor
 from .nothing import NOTHING
+from .objects import FURNITURE_SOURCE
 from .text import SHAPES, measure
 
 
@@ -231,7 +232,7 @@ def score(network: QFormerWithHeads, encoder: nn.Module, objects: Objects) -> di
         outputs.append(network(encoder.encode_groups(*to_groups(clouds, encoder.config))))
     outputs = {name: torch.cat([output[name] for output in outputs]) for name in network.sizes}
     outputs["kind"][:, -1] = -torch.inf
-    furniture = np.array([objects.lines[index]["source"] == "sh3d" for index in chosen])
+    furniture = np.array([objects.lines[index]["source"] == FURNITURE_SOURCE for index in chosen])
     kind = outputs["kind"].argmax(-1).numpy() == objects.kind[chosen]
     items = [to_described(objects.lines[index]) for index in chosen]
     shape = [SHAPES[i] == item.shape for i, item in zip(outputs["shape"].argmax(-1), items, strict=True)]

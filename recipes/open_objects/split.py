@@ -13,7 +13,7 @@ import numpy as np
 
 from minigpt3d.recipes.household.split import normalized_name, occupancy
 
-from .objects import CaptionedObject
+from .objects import FURNITURE_SOURCE, CaptionedObject
 
 
 SPLITS = ("train", "validation", "test", "left_out")
@@ -36,7 +36,6 @@ TEST_PACKS = frozenset(
 )  # fmt: skip
 # Creators of whom nothing is trained on: all of the market but Kenney.
 APART_SOURCE, ITS_TRAINING_CREATOR = "market", "kenney"
-FURNITURE_SOURCE = "sh3d"
 FURNITURE_TEST_SHARE = 0.13
 SAME_SHAPE = 0.85
 

@@ -1,6 +1,7 @@
 """The recipe of the open vocabulary: captions, splits, nothing-shapes, texts, augmentation, data and marks."""
 
 import json
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,14 @@ from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import open_sources
 from minigpt3d.evaluation.objects import read_household
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
-from minigpt3d.recipes.open_objects import build_data
+from minigpt3d.recipes.open_objects import build_data, marks
 from minigpt3d.recipes.open_objects.augment import augment, normalize
 from minigpt3d.recipes.open_objects.build_data import BuildOptions, as_seen, build, read_lines
-from minigpt3d.recipes.open_objects.marks import Nouns, is_yes, mark_answers
+from minigpt3d.recipes.open_objects.creators import CREATORS_FILE, creators
+from minigpt3d.recipes.open_objects.marks import Asker, Nouns, is_yes, mark_answers, spoil
 from minigpt3d.recipes.open_objects.nothing import NOTHING, make_nothing
-from minigpt3d.recipes.open_objects.objects import NUM_POINTS, read_captions, read_clouds
-from minigpt3d.recipes.open_objects.split import (
-    FURNITURE_SOURCE,
-    TEST_PACKS,
-    VALIDATION_PACKS,
-    find_twins,
-)
+from minigpt3d.recipes.open_objects.objects import FURNITURE_SOURCE, NUM_POINTS, read_captions, read_clouds
+from minigpt3d.recipes.open_objects.split import TEST_PACKS, VALIDATION_PACKS, find_twins
 from minigpt3d.recipes.open_objects.text import (
     NOT_SURE,
     SHAPES,
@@ -139,12 +136,36 @@ def test_clouds_are_read_from_shards_and_missing_ones_are_named(tmp_path, captio
     items = [replace(captions[0], shard="a.npz", row=row) for row in (2, 0)]
     xyz = np.arange(3 * NUM_POINTS * 3, dtype=np.int16).reshape(3, NUM_POINTS, 3)
     np.savez(tmp_path / "a.npz", xyz=xyz, rgb=xyz.astype(np.uint8))
-    coord, color = read_clouds(tmp_path, items)
+    found, coord, color = read_clouds(tmp_path, items)
+    assert found == items
     assert (coord == xyz[[2, 0]]).all() and (color == xyz[[2, 0]].astype(np.uint8)).all()
     with pytest.raises(ValueError, match="b.npz"):
         read_clouds(tmp_path, [replace(items[0], shard="b.npz")])
     with pytest.raises(ValueError, match="more than 7"):
         read_clouds(tmp_path, [replace(items[0], row=7)])
+
+
+def test_furniture_is_read_from_its_library_by_id(tmp_path, captions):
+    catalog = "id#1=Maker#lamp\nname#1=Lamp\ncategory#1=Lights\nmodel#1=/lamp.obj\ncreator#1=A. Maker\n"
+    with zipfile.ZipFile(tmp_path / "Good Things.sh3f", "w") as archive:
+        archive.writestr("PluginFurnitureCatalog.properties", catalog)
+        archive.writestr("lamp.obj", "v 0 0 0\nv 2 0 0\nv 0 4 0\nf 1 2 3\n")
+    lamp = replace(captions[0], source=FURNITURE_SOURCE, pack="Good Things", object_id="sh3d/good-things-lamp")
+    found, coord, _ = read_clouds(tmp_path, [captions[0], lamp])
+    assert found == [lamp] and coord.shape == (1, NUM_POINTS, 3)
+
+
+def test_clouds_are_read_from_packs_as_far_as_they_are_there(tmp_path, captions):
+    items = [replace(captions[0], pack="Toys", file=f"models/{name}.obj") for name in ("box", "ball")]
+    (tmp_path / "Toys" / "models").mkdir(parents=True)
+    (tmp_path / "Toys" / "models" / "box.obj").write_text("v 0 0 0\nv 2 0 0\nv 0 4 0\nf 1 2 3\n", encoding="utf-8")
+    found, coord, color = read_clouds(tmp_path, items)
+    assert found == items[:1] and coord.shape == color.shape == (1, NUM_POINTS, 3)
+    assert np.abs(coord).max() > 20000 and np.ptp(coord[0, :, 1].astype(int)) > 1.5 * np.ptp(
+        coord[0, :, 0].astype(int)
+    )
+    with pytest.raises(ValueError, match="holds none of the 1 models"):
+        read_clouds(tmp_path, items[1:])
 
 
 # ---- Texts ----------------------------------------------------------------------------------------------------------
@@ -272,10 +293,51 @@ def test_marks_count_true_answers():
         "shape": [f"It is {CAR.shape}.", f"It is {CAR.shape}.", ""],
         "yes_no": ["Yes, it is a car.", "It is a tree."],
     }
-    marks = mark_answers(items, ["kenney", "sh3d", NOTHING], answers, ["Yes, it is.", "No, it is not."], nouns)
-    shares = {name: value[0] for name, value in marks.items() if isinstance(value, list)}
+    result = mark_answers(items, ["kenney", "sh3d", NOTHING], answers, ["Yes, it is.", "No, it is not."], nouns)
+    shares = {name: value[0] for name, value in result.items() if isinstance(value, list)}
     assert shares == {
         "kind": 1, "furniture_kind": 0, "noun": 1, "color": 0.5, "shape": 0.5, "yes_no": 0.5,
         "not_sure_nothing": 1, "not_sure_known": 0,
     }  # fmt: skip
-    assert marks["sentences"] == 1 and marks["nouns"] == 1
+    assert result["sentences"] == 1 and result["nouns"] == 1
+
+
+def test_spoiled_clouds():
+    rng = np.random.default_rng(0)
+    cloud = box(rng, (0.2, 1, 0.4))
+    assert len(spoil(cloud, "outliers", rng)) == NUM_POINTS + NUM_POINTS // 100
+    floor = spoil(cloud, "floor", rng)[NUM_POINTS:]
+    assert len(floor) == NUM_POINTS // 4 and floor[:, 1].max() < cloud[:, 1].min() + 0.1
+    turned = spoil(cloud, "z up", rng)
+    assert np.ptp(turned[:, 2]) == pytest.approx(np.ptp(cloud[:, 1])) and turned.dtype == np.float32
+
+
+def test_a_model_is_asked_in_batches_and_in_talks(tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(marks, "BATCH", 2)
+    clouds = [box(np.random.default_rng(seed), (1, seed, 1)) for seed in (1, 2, 3)]
+    asker = Asker(tiny_model, tiny_processor)
+    questions = ["What is this?", "What is its main color of all?", "Is it?"]
+    assert asker.ask(clouds, questions) == [
+        asker.ask([cloud], [q])[0] for cloud, q in zip(clouds, questions, strict=True)
+    ]
+    talks = [[], []]
+    for question in ("What is this?", "Is it?"):
+        asker.go_on(clouds[:2], talks, [question] * 2)
+    assert [message["role"] for message in talks[1]] == ["user", "assistant"] * 2
+    blind = Asker(tiny_model, tiny_processor, blind=True).ask(clouds, ["What is this?"] * 3)
+    assert len(set(blind)) == 1
+
+
+def test_a_talk_agrees_if_it_says_yes_and_keeps_its_color(monkeypatch):
+    asker = Asker.__new__(Asker)
+    replies = iter(
+        (["A red car.", "A car.", "A red car."], ["Yes.", "Yes.", "No."], ["It is red.", "It is blue.", "Red."])
+    )
+    monkeypatch.setattr(asker, "go_on", lambda clouds, talks, questions: next(replies), raising=False)
+    assert asker.talk([None] * 3, Nouns([{"noun": "car", "kind": "car"}])) == [True, True, False]
+
+
+def test_the_list_of_creators_is_up_to_date(captions):
+    text = creators(captions)
+    assert CREATORS_FILE.read_text(encoding="utf-8") == text
+    assert all(item.creator in text for item in captions if item.license != "CC0-1.0")
