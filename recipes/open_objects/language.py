@@ -156,7 +156,7 @@ def score(model, processor: MiniGPT3DProcessor, texts: Texts, count: int = 48) -
 
 
 def train(options: LanguageOptions) -> dict:
-    """Train, or continue; returns the last scores. RUN/tokenizer and RUN/language_model.pt are the result."""
+    """Train, or continue; returns the last scores. RUN/tokenizer and RUN/checkpoint.pt are the result."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -169,6 +169,8 @@ def train(options: LanguageOptions) -> dict:
     processor = make_processor(tokenizer)
     config = make_config(len(tokenizer), processor.point_token_id, tokenizer.eos_token_id)
     model = MiniGPT3DForConditionalGeneration(config).train()
+    # The padding token is bos too. transformers' zeros in its row pass every norm with gradients beyond float32.
+    nn.init.normal_(model.model.language_model.embed_tokens.weight, std=config.text_config.initializer_range)
     language = nn.ModuleList([model.model.language_model, model.lm_head])
     optimizer = adamw(language)
     checkpoint, first, seconds = options.output_dir / "checkpoint.pt", 0, 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minigpt3d.evaluation.vocabulary.articles import with_article
+from minigpt3d.evaluation.vocabulary.articles import is_plural, with_article
 from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
 from minigpt3d.recipes.household.captions import (
     BRIEF_QUESTIONS,
@@ -92,19 +92,21 @@ def brief(item: Described, rng: np.random.Generator) -> str:
     """A short description: the caption, or color and noun."""
     if item.is_nothing:
         return NOT_SURE
-    thing = item.thing
+    thing, named = item.thing, what_is_this(item)
     return _pick(
         rng,
-        item.brief or f"This is {thing}.",
-        f"This is {thing}.",
-        f"This is {thing}.",
+        item.brief or named,
+        named,
+        named,
         f"{thing[0].upper()}{thing[1:]}.",
     )
 
 
 def what_is_this(item: Described) -> str:
     """The answer to "What is this?"."""
-    return NOT_SURE if item.is_nothing else f"This is {item.thing}."
+    if item.is_nothing:
+        return NOT_SURE
+    return f"{'These are' if is_plural(item.noun) else 'This is'} {item.thing}."
 
 
 def detailed(item: Described, rng: np.random.Generator) -> str:
@@ -150,13 +152,15 @@ def yes_no(item: Described, others: list["Described"], rng: np.random.Generator)
     if topic == 2 and item.questions and item.questions[0][1].startswith("Yes" if yes else "No"):
         return item.questions[0]
     if item.is_nothing:
-        return f"Is this {with_article(_other(item, others, rng).noun)}?", NOT_SURE
-    if yes:
-        names = [item.noun] + [item.kind] * (item.kind in NAMING_KINDS)
-        return f"Is this {with_article(_pick(rng, *names))}?", f"Yes, it is {with_article(item.noun)}."
-    other = _other(item, others, rng)
-    names = [other.noun] + [other.kind] * (other.kind in NAMING_KINDS)
-    return f"Is this {with_article(_pick(rng, *names))}?", f"No, it is {with_article(item.noun)}."
+        return _is_this(_other(item, others, rng).noun), NOT_SURE
+    asked = item if yes else _other(item, others, rng)
+    name = _pick(rng, *[asked.noun] + [asked.kind] * (asked.kind in NAMING_KINDS))
+    subject = "they are" if is_plural(item.noun) else "it is"
+    return _is_this(name), f"{'Yes' if yes else 'No'}, {subject} {with_article(item.noun)}."
+
+
+def _is_this(noun: str) -> str:
+    return f"{'Are these' if is_plural(noun) else 'Is this'} {with_article(noun)}?"
 
 
 def _alike(first: str, second: str) -> bool:
@@ -179,11 +183,17 @@ def meaning_questions(item: Described, rng: np.random.Generator) -> list[tuple[s
     if item.meaning is None:
         return []
     thing = with_article(item.noun)
-    pairs = [(f"What is {thing}?", f"{thing[0].upper()}{thing[1:]} is {item.meaning.definition}.")]
+    be = "are" if is_plural(item.noun) else "is"
+    pairs = [(f"What {be} {thing}?", f"{thing[0].upper()}{thing[1:]} {be} {item.meaning.definition}.")]
     if item.meaning.kind_of:
-        pairs.append((f"What is {thing} a kind of?", f"It is a kind of {item.meaning.kind_of}."))
+        pairs.append((f"What {be} {thing} a kind of?", f"It is a kind of {item.meaning.kind_of}."))
     if len(item.meaning.parts) > 1:
-        pairs.append((f"What parts does {thing} have?", f"Its parts are {', '.join(item.meaning.parts)}."))
+        pairs.append(
+            (
+                f"What parts {'do' if be == 'are' else 'does'} {thing} have?",
+                f"Its parts are {', '.join(item.meaning.parts)}.",
+            )
+        )
     return [pairs[index] for index in rng.permutation(len(pairs))]
 
 

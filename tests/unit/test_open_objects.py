@@ -191,6 +191,8 @@ def test_yes_and_no_are_balanced_and_true():
 def test_texts_name_the_object_and_never_name_nothing():
     rng = np.random.default_rng(0)
     assert what_is_this(CAR) == "This is a red sports car."
+    assert what_is_this(replace(CAR, noun="candles")) == "These are red candles."
+    assert what_is_this(replace(CAR, noun="bread")) == "This is red bread."
     for item in (CAR, TREE, SHAPELESS):
         records = annotate(item, [CAR, TREE], rng)
         turns = [turn for record in records for turn in record["conversations"]]
