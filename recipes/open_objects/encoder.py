@@ -2,8 +2,9 @@
 
     python -m minigpt3d.recipes.open_objects.encoder --data DATA --output_dir RUN
 
-The heads name kind, noun and color shares, and a projection finds the object's own text among those of all training
-objects (captions as TF-IDF, reduced to 128 dimensions). The heads are discarded later. Clouds are augmented and grouped
+The heads name kind, noun and color shares, and predict descriptors of shape and color (see `descriptors`); a projection
+finds the object's own text among those of all training objects (captions as TF-IDF, reduced to 128 dimensions). The heads
+are discarded later. Clouds are augmented and grouped
 anew at every step. During the first part of the training the encoder sees a random half of the groups, which halves the
 cost. A stopped run continues from RUN/checkpoint.pt; RUN/scores.jsonl has the scores of the held-out objects.
 
@@ -33,6 +34,7 @@ from minigpt3d.recipes.household.pretrain import MovingAverage, adamw, calibrate
 
 from .augment import augment, normalize
 from .build_data import read_lines
+from .descriptors import describe
 from .network import CLOUD_POINTS, POINT_CONFIG
 from .nothing import NOTHING
 from .objects import FURNITURE_SOURCE, to_cloud
@@ -41,6 +43,7 @@ from .objects import FURNITURE_SOURCE, to_cloud
 TEXT_SIZE = 128
 NOTHING_SHARE = 0.06
 PEAK_LR = 1.5e-3
+CALIBRATION_BATCHES = 8
 PARTIAL_SHARE = 0.93  # of the steps, at which the encoder sees a part of the groups
 
 
@@ -63,6 +66,7 @@ class EncoderOptions:
         "share of the groups that the encoder sees in the first 93 % of the steps", default=0.33
     )
     text_weight: float = option("weight of the loss that finds an object's text", default=0.5)
+    descriptor_weight: float = option("weight of the loss that predicts descriptors", default=1.0)
     augment_share: float = option("share of the clouds that are augmented", default=0.7)
     score_every: int = option("steps between scores", default=500)
     seed: int = option("seed", default=0)
@@ -151,10 +155,10 @@ class Batches:
         self.next: tuple | None = None
 
     def make(self, step: int) -> tuple:
-        """Neighborhoods, centers, rows among the training objects, and color shares of one step."""
+        """Neighborhoods, centers, rows among the training objects, color shares and descriptors of one step."""
         rng = np.random.default_rng([self.options.seed, step])
         rows = rng.choice(len(self.weights), self.options.batch_size, p=self.weights)
-        clouds, shares = [], []
+        clouds, shares, descriptors = [], [], []
         for row in rows:
             cloud = self.objects.cloud(self.objects.train[row])
             if rng.random() < self.options.augment_share:
@@ -163,11 +167,12 @@ class Batches:
                 cloud = item = normalize(cloud[rng.permutation(len(cloud))[:CLOUD_POINTS]])
             clouds.append(cloud)
             shares.append(color_shares(item[:, 3:]))
+            descriptors.append(np.concatenate(list(describe(normalize(item)).values())))
         neighborhood, center = to_groups(np.stack(clouds), self.config)
         if step < PARTIAL_SHARE * self.options.steps:
             kept = rng.permutation(center.shape[1])[: round(self.options.kept_groups * center.shape[1])]
             neighborhood, center = neighborhood[:, kept], center[:, kept]
-        return neighborhood, center, rows, torch.from_numpy(np.stack(shares)).float()
+        return neighborhood, center, rows, *(torch.from_numpy(np.stack(x)).float() for x in (shares, descriptors))
 
     def get(self, step: int) -> tuple:
         """The batch of a step; starts to prepare the one after it."""
@@ -194,6 +199,8 @@ class EncoderWithHeads(nn.Module):
         self.head = nn.Linear(3 * config.hidden_size, sum(sizes.values()))
         self.text = nn.Linear(TEXT_SIZE, TEXT_SIZE, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
+        self.register_buffer("descriptor_mean", torch.zeros(sizes["descriptor"]))
+        self.register_buffer("descriptor_scale", torch.ones(sizes["descriptor"]))
 
     def pool(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Groups → (B, 3·D): the cls feature, and maximum and mean of the others."""
@@ -218,22 +225,30 @@ def make_network(objects: Objects, options: EncoderOptions) -> EncoderWithHeads:
     }
     config = MiniGPT3DPointConfig(**POINT_CONFIG | sizes_of_encoder)
     sizes = {"kind": len(objects.kinds), "noun": len(objects.nouns), "color": len(COLORS), "text": TEXT_SIZE}
+    sizes["descriptor"] = sum(map(len, describe(objects.cloud(0)).values()))
     return EncoderWithHeads(config, sizes)
 
 
-def loss_of(outputs: dict, network: EncoderWithHeads, batch: tuple, targets: dict, text_weight: float) -> torch.Tensor:
+def loss_of(
+    outputs: dict, network: EncoderWithHeads, batch: tuple, targets: dict, options: EncoderOptions
+) -> torch.Tensor:
     """The sum of the heads' losses."""
-    _, _, rows, shares = batch
+    _, _, rows, shares, descriptors = batch
     loss = nn.functional.cross_entropy(outputs["kind"], targets["kind"][rows], label_smoothing=0.1)
     noun = targets["noun"][rows]
     if (noun >= 0).any():
         loss = loss + 0.5 * nn.functional.cross_entropy(outputs["noun"], noun, label_smoothing=0.1)
     color = outputs["color"].log_softmax(-1)
     loss = loss - 0.3 * (shares * color).sum(-1).mean()
-    if text_weight:
+    if options.descriptor_weight:
+        expected = (descriptors - network.descriptor_mean) * network.descriptor_scale
+        loss = loss + options.descriptor_weight * nn.functional.mse_loss(outputs["descriptor"], expected)
+    if options.text_weight:
         texts = nn.functional.normalize(network.text(targets["text"]), dim=-1)
         likeness = nn.functional.normalize(outputs["text"], dim=-1) @ texts.T * network.log_scale.exp()  # (B, M)
-        loss = loss + text_weight * nn.functional.cross_entropy(likeness, torch.from_numpy(rows), label_smoothing=0.1)
+        loss = loss + options.text_weight * nn.functional.cross_entropy(
+            likeness, torch.from_numpy(rows), label_smoothing=0.1
+        )
     return loss
 
 
@@ -328,8 +343,14 @@ def train(options: EncoderOptions) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         first, seconds, average.steps = state["step"], state["seconds"], state["step"]
     else:
-        encoder = network.point_encoder
-        calibrate(encoder.mini_pointnet, encoder.add_coordinates(*batches.make(0)[:2]))
+        encoder, descriptors = network.point_encoder, []
+        for step in range(CALIBRATION_BATCHES):
+            neighborhood, center, *_, described = batches.make(step)
+            descriptors.append(described)
+        calibrate(encoder.mini_pointnet, encoder.add_coordinates(neighborhood, center))
+        descriptors = torch.cat(descriptors)
+        network.descriptor_mean.copy_(descriptors.mean(0))
+        network.descriptor_scale.copy_(1 / (descriptors.std(0) + 0.02))
         average.average.load_state_dict(network.state_dict())
     count = sum(p.numel() for p in network.point_encoder.parameters())
     print(
@@ -339,7 +360,7 @@ def train(options: EncoderOptions) -> dict:
     scores, losses, started = {}, [], time.perf_counter()
     for step in range(first, options.steps):
         batch = batches.get(step)
-        loss = loss_of(network(network.pool(*batch[:2])), network, batch, targets, options.text_weight)
+        loss = loss_of(network(network.pool(*batch[:2])), network, batch, targets, options)
         for parameters in optimizer.param_groups:
             parameters["lr"] = cosine(step, options.steps, PEAK_LR)
         optimizer.zero_grad()

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import open_sources
 from minigpt3d.evaluation.objects import read_household
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
-from minigpt3d.recipes.open_objects import build_data, marks
+from minigpt3d.recipes.open_objects import build_data, encoder, language, marks
 from minigpt3d.recipes.open_objects.augment import augment, normalize
 from minigpt3d.recipes.open_objects.build_data import BuildOptions, as_seen, build, read_lines
 from minigpt3d.recipes.open_objects.creators import CREATORS_FILE, creators
@@ -278,6 +279,39 @@ def test_the_command_writes_views_with_true_texts_and_resumes(few_objects):
     (folder / "data" / "report.json").unlink()  # as if it had been stopped at the end
     assert build(replace(options, clouds=folder / "absent")) == report  # the arrays are there already
     assert (folder / "data" / "brief.json").read_bytes() == before
+
+
+def test_the_encoder_trains_scores_and_resumes(few_objects):
+    folder, _ = few_objects
+    build(BuildOptions(clouds=folder, output_dir=folder / "data", views=1))
+    options = encoder.EncoderOptions(
+        data=folder / "data", output_dir=folder / "run", width=64, layers=1, batch_size=4, steps=2, score_every=1
+    )
+    first = encoder.train(options)
+    assert {"kind", "kind_top5", "color", "nothing_found", "linear_probe"} <= first.keys()
+    again = encoder.train(replace(options, steps=3))
+    steps = [json.loads(line)["step"] for line in (folder / "run" / "scores.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and again["step"] == 3
+    before, after = (
+        torch.load(folder / "run" / "checkpoint.pt", weights_only=True)[k] for k in ("network", "average")
+    )
+    weight = "point_encoder.blocks.0.attention.qkv.weight"
+    assert not torch.equal(before[weight], after[weight]) and torch.isfinite(before[weight]).all()
+
+
+def test_a_step_of_the_language_model_moves_its_weights(few_objects, monkeypatch):
+    folder, _ = few_objects
+    build(BuildOptions(clouds=folder, output_dir=folder / "data", views=1))
+    options = language.LanguageOptions(
+        data=folder / "data", output_dir=folder / "run", batch_size=2, steps=1, score_every=1
+    )
+    monkeypatch.setattr(language, "score", lambda model, processor, texts: {"validation_loss": 0.0})
+    sizes = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: sizes.append(clip(*args)) or sizes[-1])
+    scores = language.train(options)
+    assert scores["step"] == 1 and 0 < sizes[0] < 1e3  # eight layers without a path of exploding gradients
+    assert (folder / "run" / "tokenizer" / "tokenizer.json").is_file()
 
 
 # ---- Marks ----------------------------------------------------------------------------------------------------------
