@@ -41,6 +41,7 @@ from .objects import FURNITURE_SOURCE, to_cloud
 
 
 TEXT_SIZE = 128
+NUM_NOUNS = 235  # three objects or more have each of them
 NOTHING_SHARE = 0.06
 PEAK_LR = 1.5e-3
 CALIBRATION_BATCHES = 8
@@ -88,7 +89,7 @@ class Objects:
         self.coord, self.color = (np.load(data / f"{name}.npy", mmap_mode="r") for name in ("coord", "color"))
         self.kinds = [*sorted({line["kind"] for line in self.lines} - {NOTHING}), NOTHING]
         train = [line for line in self.lines if line["split"] == "train"]
-        self.nouns = sorted(noun for noun, count in Counter(map(head, train)).items() if count > 2)
+        self.nouns = sorted(noun for noun, _ in Counter(map(head, train)).most_common(NUM_NOUNS))
         self.kind = np.array([self.kinds.index(line["kind"]) for line in self.lines])
         number = {noun: index for index, noun in enumerate(self.nouns)}
         self.noun = np.array([number.get(head(line), -100) for line in self.lines])
@@ -118,15 +119,16 @@ class Objects:
             documents.append(Counter(re.findall("[a-z]{3,}", text.lower())))
         frequency = Counter(word for document in documents for word in document)
         column = {word: number for number, word in enumerate(sorted(w for w, n in frequency.items() if 3 <= n < 1200))}
-        matrix = torch.zeros(len(documents), len(column))
+        matrix = torch.zeros(len(documents), max(len(column), TEXT_SIZE))
         for row, document in enumerate(documents):
             for word, count in document.items():
                 if word in column:
                     matrix[row, column[word]] = np.log1p(count) * np.log(len(documents) / frequency[word])
         matrix = nn.functional.normalize(matrix, dim=1)
         torch.manual_seed(0)
-        left, values, _ = torch.svd_lowrank(matrix, q=TEXT_SIZE, niter=3)
-        return nn.functional.normalize(left * values.sqrt(), dim=1)
+        size = min(TEXT_SIZE, len(documents))
+        left, values, _ = torch.svd_lowrank(matrix, q=size, niter=3)
+        return nn.functional.pad(nn.functional.normalize(left * values.sqrt(), dim=1), (0, TEXT_SIZE - size))
 
 
 def head(line: dict) -> str:
@@ -294,8 +296,8 @@ def score(network: EncoderWithHeads, objects: Objects, split: str = "validation"
     }
 
 
-def _mean(hits) -> float:
-    return round(float(np.asarray(hits, dtype=float).mean()), 3)
+def _mean(hits) -> float | None:
+    return round(float(np.asarray(hits, dtype=float).mean()), 3) if len(hits) else None
 
 
 def linear_probe(network: EncoderWithHeads, objects: Objects, split: str = "validation", steps: int = 300) -> float:

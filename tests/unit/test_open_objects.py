@@ -299,6 +299,7 @@ def test_the_encoder_trains_scores_and_resumes(few_objects):
     assert not torch.equal(before[weight], after[weight]) and torch.isfinite(before[weight]).all()
 
 
+@pytest.mark.slow
 def test_a_step_of_the_language_model_moves_its_weights(few_objects, monkeypatch):
     folder, _ = few_objects
     build(BuildOptions(clouds=folder, output_dir=folder / "data", views=1))
