@@ -30,7 +30,7 @@ from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
 from minigpt3d.files import write_json, written_file
 from minigpt3d.grouping_minigpt3d import group
 from minigpt3d.modeling_minigpt3d import PointBert
-from minigpt3d.recipes.household.pretrain import MovingAverage, adamw, calibrate, cosine
+from minigpt3d.recipes.household.pretrain import MovingAverage, NormedMiniPointNet, adamw, cosine
 
 from .augment import augment, normalize
 from .build_data import read_lines
@@ -192,6 +192,7 @@ class EncoderWithHeads(nn.Module):
     def __init__(self, config: MiniGPT3DPointConfig, sizes: dict[str, int]):
         super().__init__()
         self.point_encoder = PointBert(config)
+        self.point_encoder.mini_pointnet = NormedMiniPointNet(config)
         for module in self.point_encoder.modules():
             if isinstance(module, nn.Linear):  # transformers' initial weights are too small: positions have no effect
                 module.reset_parameters()
@@ -349,7 +350,7 @@ def train(options: EncoderOptions) -> dict:
         for step in range(CALIBRATION_BATCHES):
             neighborhood, center, *_, described = batches.make(step)
             descriptors.append(described)
-        calibrate(encoder.mini_pointnet, encoder.add_coordinates(neighborhood, center))
+        encoder.mini_pointnet.calibrate(encoder.add_coordinates(neighborhood, center))
         descriptors = torch.cat(descriptors)
         network.descriptor_mean.copy_(descriptors.mean(0))
         network.descriptor_scale.copy_(1 / (descriptors.std(0) + 0.02))

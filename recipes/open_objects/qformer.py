@@ -28,7 +28,14 @@ from minigpt3d.files import write_json
 from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.processing_minigpt3d import prepare_tokenizer
-from minigpt3d.recipes.household.pretrain import MovingAverage, adamw, cosine, reset_projection
+from minigpt3d.recipes.household.pretrain import (
+    MovingAverage,
+    NormedMiniPointNet,
+    adamw,
+    cosine,
+    fold_mini_pointnet,
+    reset_projection,
+)
 
 from .augment import augment, normalize
 from .build_data import to_described
@@ -74,7 +81,9 @@ def assemble(options: QFormerOptions):
     average = torch.load(options.encoder / "checkpoint.pt", weights_only=True)["average"]
     prefix = "point_encoder."
     encoder = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+    model.model.point_encoder.mini_pointnet = NormedMiniPointNet(config.point_config)
     model.model.point_encoder.load_state_dict(encoder)
+    fold_mini_pointnet(model.model.point_encoder)
     model.model.point_encoder.requires_grad_(False)
     for module in model.model.qformer.modules():
         if isinstance(module, nn.Linear):  # transformers' initial weights are too small for so few steps
