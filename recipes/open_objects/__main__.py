@@ -15,7 +15,7 @@ from minigpt3d.arguments import option, run_script
 from minigpt3d.data.records import SOURCES
 from minigpt3d.recipes.household.__main__ import LAUNCH, STAGES, Steps, export, run_module
 
-from .objects import CAPTIONS_FILE
+from .captioned_objects import CAPTIONS_FILE
 
 
 PACKAGE = "minigpt3d.recipes.open_objects"
@@ -49,7 +49,7 @@ def run_recipe(options: RecipeOptions):
     few_views = ["--views", 1] if options.max_steps else []
     wordnet = ["--wordnet", options.wordnet] if options.wordnet else []
     build = [
-        f"{PACKAGE}.build_data",
+        f"{PACKAGE}.build",
         options.clouds,
         "--output_dir",
         data,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minigpt3d.files import write_text
 
-from .objects import FURNITURE_SOURCE, CaptionedObject, read_captions
+from .captioned_objects import FURNITURE_SOURCE, CaptionedObject, read_captions
 
 
 CREATORS_FILE = Path(__file__).with_name("CREATORS.md")

@@ -17,9 +17,9 @@ from torch import nn
 from minigpt3d.arguments import option, run_script
 from minigpt3d.evaluation.vocabulary.colors import color_shares
 
-from .build_data import read_lines
+from .build import read_lines
+from .captioned_objects import FURNITURE_SOURCE, to_cloud
 from .nothing import NOTHING
-from .objects import FURNITURE_SOURCE, to_cloud
 
 
 VOXELS, RINGS, DISTANCES = 12, 12, 24
@@ -29,7 +29,7 @@ VOXELS, RINGS, DISTANCES = 12, 12, 24
 class DescriptorOptions:
     """Options of the command."""
 
-    data: Path = option("folder that build_data wrote", metavar="DIR")
+    data: Path = option("folder that `build` wrote", metavar="DIR")
     turns: int = option("turns about the up axis, by up to 15°, of each training object", default=4)
     epochs: int = option("epochs of the classifier", default=30)
     seeds: int = option("classifiers, whose scores are averaged", default=3)

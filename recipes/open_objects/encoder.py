@@ -33,11 +33,11 @@ from minigpt3d.modeling_minigpt3d import PointBert
 from minigpt3d.recipes.household.pretrain import MovingAverage, NormedMiniPointNet, adamw, cosine
 
 from .augment import augment, normalize
-from .build_data import read_lines
+from .build import read_lines
+from .captioned_objects import FURNITURE_SOURCE, to_cloud
 from .descriptors import describe
 from .network import CLOUD_POINTS, POINT_CONFIG
 from .nothing import NOTHING
-from .objects import FURNITURE_SOURCE, to_cloud
 
 
 TEXT_SIZE = 128
@@ -52,7 +52,7 @@ PARTIAL_SHARE = 0.93  # of the steps, at which the encoder sees a part of the gr
 class EncoderOptions:
     """Options of the command."""
 
-    data: Path = option("folder that build_data wrote", metavar="DIR")
+    data: Path = option("folder that `build` wrote", metavar="DIR")
     output_dir: Path = option("folder of the run", metavar="DIR")
     steps: int = option("steps", default=3000)
     batch_size: int = option("clouds of a step", default=32)
@@ -81,7 +81,7 @@ class Objects:
     """The objects of a release with their targets; clouds are mapped into memory.
 
     Args:
-        data: folder that build_data wrote.
+        data: folder that `build` wrote.
     """
 
     def __init__(self, data: Path):

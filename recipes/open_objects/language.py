@@ -27,7 +27,7 @@ from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor, clean_question, p
 from minigpt3d.recipes.household.pretrain import adamw, cosine
 from minigpt3d.training.stream import pack_batch
 
-from .build_data import read_lines, to_described
+from .build import read_lines, to_described
 from .network import CONTEXT, make_config, make_processor
 from .text import Described, annotate, keywords
 
@@ -42,7 +42,7 @@ ROUNDS = (2, 8)  # fewest and most of a conversation: many answers share one lis
 class LanguageOptions:
     """Options of the command."""
 
-    data: Path = option("folder that build_data wrote", metavar="DIR")
+    data: Path = option("folder that `build` wrote", metavar="DIR")
     output_dir: Path = option("folder of the run", metavar="DIR")
     steps: int = option("steps", default=3000)
     batch_size: int = option("conversations of a step", default=10)
@@ -55,7 +55,7 @@ class Texts:
     """Conversations about the objects of a split.
 
     Args:
-        data: folder that build_data wrote.
+        data: folder that `build` wrote.
         split: of the objects.
     """
 

@@ -32,9 +32,9 @@ from minigpt3d.hub import load_model
 from minigpt3d.processing_minigpt3d import END_OF_ANSWER, MiniGPT3DProcessor
 
 from .augment import make_floor, make_outliers
-from .build_data import read_lines, to_described
+from .build import read_lines, to_described
+from .captioned_objects import FURNITURE_SOURCE, to_cloud
 from .nothing import NOTHING
-from .objects import FURNITURE_SOURCE, to_cloud
 from .text import NAMING_KINDS, NOT_SURE, SHAPES, Described, yes_no
 
 
@@ -50,7 +50,7 @@ class MarksOptions:
     """Options of the command."""
 
     model: str = option("folder or Hub id of the model", metavar="MODEL")
-    data: Path = option("folder that build_data wrote", metavar="DIR")
+    data: Path = option("folder that `build` wrote", metavar="DIR")
     out: Path = option("file for marks and answers", metavar="FILE.json")
     split: str = option("objects that are marked", default="validation", choices=("validation", "test"))
     threads: int = option("threads of torch; 1 where other programs use the cores", default=1)

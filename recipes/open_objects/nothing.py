@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .objects import NUM_POINTS
+from .captioned_objects import NUM_POINTS
 
 
 NOTHING = "nothing"

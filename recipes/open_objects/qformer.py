@@ -38,11 +38,11 @@ from minigpt3d.recipes.household.pretrain import (
 )
 
 from .augment import augment, normalize
-from .build_data import to_described
+from .build import to_described
+from .captioned_objects import FURNITURE_SOURCE
 from .encoder import TEXT_SIZE, Objects, to_groups
 from .network import CLOUD_POINTS, make_config, make_processor
 from .nothing import NOTHING
-from .objects import FURNITURE_SOURCE
 from .text import SHAPES, measure
 
 
@@ -55,7 +55,7 @@ BATCH = 64  # clouds encoded at once
 class QFormerOptions:
     """Options of the command."""
 
-    data: Path = option("folder that build_data wrote", metavar="DIR")
+    data: Path = option("folder that `build` wrote", metavar="DIR")
     encoder: Path = option("folder of the encoder's run", metavar="DIR")
     language: Path = option("folder of the language model's run", metavar="DIR")
     output_dir: Path = option("folder for the base model", metavar="DIR")

@@ -12,14 +12,14 @@ from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import open_sources
 from minigpt3d.evaluation.objects import read_household
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
-from minigpt3d.recipes.open_objects import build_data, encoder, language, marks
+from minigpt3d.recipes.open_objects import build as build_module, encoder, language, marks
 from minigpt3d.recipes.open_objects.augment import augment, normalize
-from minigpt3d.recipes.open_objects.build_data import BuildOptions, as_seen, build, read_lines
+from minigpt3d.recipes.open_objects.build import BuildOptions, as_seen, build, read_lines
+from minigpt3d.recipes.open_objects.captioned_objects import FURNITURE_SOURCE, NUM_POINTS, read_captions, read_clouds
 from minigpt3d.recipes.open_objects.creators import CREATORS_FILE, creators
 from minigpt3d.recipes.open_objects.marks import Asker, Nouns, is_yes, mark_answers, spoil
 from minigpt3d.recipes.open_objects.nothing import NOTHING, make_nothing
-from minigpt3d.recipes.open_objects.objects import FURNITURE_SOURCE, NUM_POINTS, read_captions, read_clouds
-from minigpt3d.recipes.open_objects.split import TEST_PACKS, VALIDATION_PACKS, find_twins
+from minigpt3d.recipes.open_objects.splits import TEST_PACKS, VALIDATION_PACKS, find_twins
 from minigpt3d.recipes.open_objects.text import (
     NOT_SURE,
     SHAPES,
@@ -49,7 +49,7 @@ def captions():
 
 @pytest.fixture(scope="module")
 def split():
-    return json.loads(build_data.SPLIT_FILE.read_text(encoding="utf-8"))
+    return json.loads(build_module.SPLIT_FILE.read_text(encoding="utf-8"))
 
 
 def box(rng: np.random.Generator, size: tuple[float, float, float]) -> np.ndarray:
@@ -255,8 +255,8 @@ def few_objects(tmp_path, monkeypatch, captions):
         rgb=np.stack([np.round(cloud[:, 3:] * 255) for cloud in clouds]).astype(np.uint8),
     )
     objects = [replace(item, shard="few.npz", row=row) for row, item in enumerate(chosen)]
-    monkeypatch.setattr(build_data, "read_captions", lambda path: objects)
-    monkeypatch.setattr(build_data, "NUM_NOTHING", {"train": 2, "validation": 1, "test": 1})
+    monkeypatch.setattr(build_module, "read_captions", lambda path: objects)
+    monkeypatch.setattr(build_module, "NUM_NOTHING", {"train": 2, "validation": 1, "test": 1})
     return tmp_path, objects
 
 

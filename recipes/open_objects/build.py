@@ -1,6 +1,6 @@
 """Captioned objects → data of the recipe: clouds, splits and texts, in one command that resumes.
 
-    python -m minigpt3d.recipes.open_objects.build_data CLOUDS --output_dir DATA [--wordnet DIR]
+    python -m minigpt3d.recipes.open_objects.build CLOUDS --output_dir DATA [--wordnet DIR]
 
     coord.npy, color.npy       (M, 4096, 3) int16 and uint8 of all objects, to be mapped into memory
     objects.jsonl              one line per object, in that order: id, noun, kind, split, colors, extent, texts, creator, …
@@ -28,10 +28,10 @@ from minigpt3d.evaluation.objects import read_household
 from minigpt3d.files import write_json, write_text, written_file
 
 from .augment import augment, normalize
+from .captioned_objects import CAPTIONS_FILE, CaptionedObject, read_captions, read_clouds, to_cloud
 from .network import CLOUD_POINTS
 from .nothing import NOTHING, make_nothing
-from .objects import CAPTIONS_FILE, CaptionedObject, read_captions, read_clouds, to_cloud
-from .split import SPLITS, split_objects
+from .splits import SPLITS, split_objects
 from .text import Described, annotate, measure
 from .wordnet import Entry, WordNet
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None):
     def action(options: BuildOptions):
         print(json.dumps(build(options), indent=1))
 
-    run_script(action, BuildOptions, argv, __doc__, "minigpt3d.recipes.open_objects.build_data")
+    run_script(action, BuildOptions, argv, __doc__, "minigpt3d.recipes.open_objects.build")
 
 
 if __name__ == "__main__":

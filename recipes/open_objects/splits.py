@@ -13,7 +13,7 @@ import numpy as np
 
 from minigpt3d.recipes.household.split import normalized_name, occupancy
 
-from .objects import FURNITURE_SOURCE, CaptionedObject
+from .captioned_objects import FURNITURE_SOURCE, CaptionedObject
 
 
 SPLITS = ("train", "validation", "test", "left_out")
