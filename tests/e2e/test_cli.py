@@ -323,9 +323,9 @@ def test_chat_drops_a_bad_question_and_continues(run, objects, monkeypatch):
         return run("chat", objects / "b.npy")
 
     good = ask("What is this?", "What color is it?")[1]
-    code, out, err = ask("A <point>?", "What is this?", "what " * 3000, "What color is it?")
+    code, out, err = ask("What is this?", "what " * 3000, "What color is it?")
     assert (code, out) == (1, good)
-    assert len(err) == 2 and "2 <point> placeholders" in err[0] and "the context has" in err[1]
+    assert len(err) == 1 and "the context has" in err[0]
 
 
 def test_chat_has_commands(run, objects, monkeypatch):

@@ -599,7 +599,7 @@ def test_wrong_columns(tmp_path):
 def test_wrong_types():
     refused(np.full((5, 3), "a"), "real numbers")
     refused(np.ones((5, 3), complex), "real numbers")
-    with pytest.raises(PointCloudError, match="a dict cannot be read"):
+    with pytest.raises(PointCloudError, match="neither bytes nor a path"):
         load_point_cloud({"points": 1})
     for num_points in (0, "8", 2.5, None):
         with pytest.raises(ValueError, match=f"num_points.*at least 1.* {num_points!r}"):
