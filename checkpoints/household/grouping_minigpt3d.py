@@ -24,6 +24,9 @@ try:
 except ImportError:  # no GPU build of torch
     triton = None
 
+# torch 2.6 does not tell exporting from compiling; what is traced for both is right, and slower.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 def farthest_point_sampling(
     coord: torch.Tensor, num_samples: int, start: torch.Tensor | int | None = None
@@ -52,7 +55,7 @@ def farthest_point_sampling(
         )
     start = torch.as_tensor(0 if start is None else start, device=coord.device).expand(batch_size).long()
     planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
-    sample = _farthest_point_sampling_traced if torch.compiler.is_exporting() else _farthest_point_sampling
+    sample = _farthest_point_sampling_traced if is_exporting() else _farthest_point_sampling
     return sample(planes, num_samples, start)
 
 
@@ -170,7 +173,7 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
             "repeats a small cloud up to its num_points) or lower point_config.group_size."
         )
     coord, center = coord.detach().float(), center.detach().float()
-    neighbors = _nearest_neighbors_traced if torch.compiler.is_exporting() else _nearest_neighbors
+    neighbors = _nearest_neighbors_traced if is_exporting() else _nearest_neighbors
     return neighbors(coord, center, num_neighbors)
 
 
