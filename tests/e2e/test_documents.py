@@ -280,7 +280,9 @@ def test_references_are_looked_up(tmp_path):
     (tmp_path / "a.md").write_text("# One\n[good](a.md#one) [good](https://example.org) [bad](b.md) ![bad](#two)")
     assert broken_links(tmp_path / "a.md") == ["b.md", "#two"]
     assert mentioned_options("`--data DIR` or `minigpt3d pack --max-broken`; --not-code") == {"--data", "--max-broken"}
-    text = "`tests/support/documents.py::defines` `tests/` `build/x` `tests/none.py` `none.py` `hub.py::no_such_name`"
+    text = (
+        "`tests/support/documents.py::defines` `tests/` `nowhere/x` `tests/none.py` `none.py` `hub.py::no_such_name`"
+    )
     assert unknown_references(text) == ["tests/none.py", "none.py", "hub.py::no_such_name"]
     assert defines("class A:\n    def b(self): ...\nC: int = 1", "b") and not defines("d()", "d")
 
