@@ -244,6 +244,7 @@ def older_checkpoint(golden, tmp_path):
 def test_checkpoints_with_batch_norms_load(older_checkpoint, point_clouds, placement, tmp_path):
     folder, converted = older_checkpoint
     if "disk" in str(placement):
+        pytest.importorskip("accelerate", minversion="1.15")  # 1.3 refuses to put a whole model on disk
         placement = placement | {"offload_folder": tmp_path / "offload"}
     model, report = MiniGPT3DForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **placement)
     assert not any(report.values())
