@@ -28,7 +28,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ReadingLimits:
-    """What a source may take; one that exceeds a limit is refused before memory is allocated for it.
+    """What a source may take; one that exceeds a limit is refused, as early as the format tells.
 
     ```python
     load_point_cloud("city.glb", limits=ReadingLimits(max_faces=50_000_000))
@@ -50,7 +50,7 @@ class ReadingLimits:
         max_redirects: of a URL.
         max_faces: of a scene, each mesh counted at every place; 72 bytes each.
         max_nodes: of a scene (glTF, USD, assimp).
-        max_texture_pixels: of all textures of a file: eight of 4096 × 4096, half a GiB once decoded.
+        max_texture_pixels: of all textures of a file: eight of 4096 × 4096; decoding them takes 1.1 GB.
         max_texture_bytes: of an image file.
         max_lost_textures: missing textures; no more are looked for.
         max_material_files: MTL files of an OBJ.
