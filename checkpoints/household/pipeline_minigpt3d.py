@@ -89,7 +89,7 @@ class PointCloudToTextPipeline(Pipeline):
                 or "all"; by default the processor's.
             batch_size (`int`, *optional*): inputs per batch, 1 by default.
             kwargs: any argument of `generate`, here or in `pipeline(…)`: `max_new_tokens` (150 by default), `num_beams`,
-                `do_sample`, `streamer` …
+                `do_sample`, `streamer` … They may also come as one dict, `generate_kwargs`, as in other pipelines.
 
         Returns:
             A list of `num_return_sequences` dicts `{"generated_text": str}`; for a list of inputs a list of such lists.
@@ -125,14 +125,16 @@ class PointCloudToTextPipeline(Pipeline):
         up_axis: str | None = None,
         missing_color: str | tuple[float, float, float] | None = None,
         clean: str | None = None,
-        **generate_kwargs,
+        generate_kwargs: dict[str, Any] | None = None,
+        **generate_arguments,
     ) -> tuple[dict, dict, dict]:
         if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(
                 f"{TASK}: prompt is one text for all inputs, or a list with a text for each, and not empty; got {prompt!r}."
             )
         preprocess = {"prompt": prompt, "up_axis": up_axis, "missing_color": missing_color, "clean": clean}
-        return {name: value for name, value in preprocess.items() if value is not None}, generate_kwargs, {}
+        forward = (generate_kwargs or {}) | generate_arguments
+        return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **reading) -> dict[str, Any]:
         """One input → `input_ids` (1, T), `attention_mask` (1, T) and `point_clouds`, a list of one (C, N, 6) or of none."""

@@ -143,6 +143,7 @@ def test_arguments_of_generate(describe, clouds):
     assert len(text_of(describe(clouds[0], max_new_tokens=2))) < len(text_of(describe(clouds[0])))
     config = GenerationConfig(max_new_tokens=2, pad_token_id=describe.processor.tokenizer.pad_token_id)
     assert make_pipeline(describe.model)(clouds[0], generation_config=config) == describe(clouds[0], max_new_tokens=2)
+    assert describe(clouds[0], generate_kwargs={"max_new_tokens": 2}) == describe(clouds[0], max_new_tokens=2)
     assert config.stop_strings is None  # the caller's configuration is not changed
 
 
