@@ -287,20 +287,20 @@ def run(model: MiniGPT3DModel, point_clouds: torch.Tensor, repeats: int = 5) -> 
         lambda: plain_transformer(encoder, groups, center),
         lambda: transformer.encode_groups(groups, center),
     )
-    add("point encoder as a whole", plain_encoder, lambda: encoder(point_clouds))
+    add("point encoder as a whole", plain_encoder, lambda: encoder(point_clouds).last_hidden_state)
     for router_type in ("none", "sparse", "soft"):
         model.config.router_type = router_type
         add(
             f"Q-Former, {router_type}",
             lambda router_type=router_type: plain_query_output(model, point_features, router_type),
-            lambda: model.get_query_output(point_features),
+            lambda: model.get_query_output(point_features).last_hidden_state,
         )
     model.config.router_type = model_bf16.config.router_type = "sparse"
-    add("cloud to vectors, sparse", plain_vectors, lambda: model.get_point_features(point_clouds))
+    add("cloud to vectors, sparse", plain_vectors, lambda: model.get_point_features(point_clouds).pooler_output)
     add(
         "the same, ours in bf16",
         plain_vectors,
-        lambda: model_bf16.get_point_features(point_clouds),
+        lambda: model_bf16.get_point_features(point_clouds).pooler_output,
         tolerance=BF16_TOLERANCE,
     )
     return rows

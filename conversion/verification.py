@@ -79,7 +79,7 @@ def to_vectors(dtype):
 dtype = model.lm_head.weight.dtype
 with torch.no_grad():
     to_vectors(torch.float32)
-    features = model.get_point_features(inputs["point_clouds"])
+    features = model.get_point_features(inputs["point_clouds"]).pooler_output
     to_vectors(dtype)
     logits = model(**inputs).logits[0, -1]
     output = model.generate(

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from minigpt3d.grouping_minigpt3d import group
-
 
 @dataclass
 class Attention:
@@ -28,31 +26,15 @@ class Attention:
 
 def measure_attention(model, cloud: np.ndarray) -> Attention:
     """Attention of the Q-Former to a normalized cloud (N, 6)."""
-    inner, config = model.model, model.config
-    clouds = torch.from_numpy(cloud)[None].to(model.device)
-    maps, routed = [], []
-    hooks = [inner.router.register_forward_hook(lambda module, inputs, output: routed.append(output))]
-    hooks += [
-        layer.crossattention.attention.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
-        for layer in inner.qformer.encoder.layer
-        if hasattr(layer, "crossattention")
-    ]
-    implementation = config.qformer_config._attn_implementation
-    config.qformer_config._attn_implementation = "eager"  # others compute no weights
-    try:
-        with torch.inference_mode():
-            inner.get_point_features(clouds)
-            _, center = group(clouds, config.point_config.num_groups, config.point_config.group_size)
-    finally:
-        config.qformer_config._attn_implementation = implementation
-        for hook in hooks:
-            hook.remove()
-    (experts, weights), weights_of_layers = routed[0], torch.stack(maps)[:, 0].float()  # (L, H, S*Q, 1+G)
-    shares = weights[0].float() / weights[0].sum()
-    of_experts = weights_of_layers.mean((0, 1)).unflatten(0, (len(shares), config.num_query_tokens))  # (S, Q, 1+G)
+    with torch.inference_mode():
+        features = model.get_point_features(torch.from_numpy(cloud)[None].to(model.device), output_attentions=True)
+    experts, weights = features.experts[0], features.router_weights[0].float()
+    shares = weights[experts] / weights.sum()  # (S,)
+    of_queries = torch.stack(features.cross_attentions)[:, 0].float().mean((0, 1))  # (S*Q, 1+G)
+    of_experts = of_queries.unflatten(0, (len(experts), -1))  # (S, Q, 1+G)
     mixed = torch.einsum("s,sqg->qg", shares, of_experts)[:, 1:]  # without the cls token
-    chosen = zip(experts[0].tolist(), weights[0].tolist(), strict=True)
-    return Attention(center[0].cpu().numpy(), mixed.cpu().numpy(), list(chosen))
+    chosen = list(zip(experts.tolist(), weights[experts].tolist(), strict=True))
+    return Attention(features.center[0].cpu().numpy(), mixed.cpu().numpy(), chosen)
 
 
 def draw_page(name: str, answer: str, cloud: np.ndarray, attention: Attention) -> str:

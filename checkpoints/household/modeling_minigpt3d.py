@@ -11,7 +11,8 @@ D width (of whichever part the line is in), H heads, V vocabulary.
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 
@@ -25,7 +26,12 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
 from transformers.models.phi.modeling_phi import (
     PhiAttention,
@@ -36,6 +42,7 @@ from transformers.models.phi.modeling_phi import (
 )
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.output_capturing import capture_outputs
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
@@ -100,15 +107,15 @@ class PointBertAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, 1+G, D) → (B, 1+G, D)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 1+G, D) → (B, 1+G, D) and the attention weights, if the implementation returns them."""
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # (B, 1+G, 3, H, D/H)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, 1+G, D/H)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        hidden_states, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
-        return self.proj(hidden_states.flatten(2))
+        hidden_states, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        return self.proj(hidden_states.flatten(2)), weights
 
 
 class PointBertMLP(nn.Module):
@@ -137,8 +144,21 @@ class PointBertBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """(B, 1+G, D) twice → (B, 1+G, D). The positions are added before every block and stay in the residual."""
         hidden_states = hidden_states + position
-        hidden_states = hidden_states + self.attention(self.norm_1(hidden_states))
+        hidden_states = hidden_states + self.attention(self.norm_1(hidden_states))[0]
         return hidden_states + self.mlp(self.norm_2(hidden_states))
+
+
+@dataclass
+class PointBertOutput(BaseModelOutput):
+    """Output of the 3D encoder.
+
+    Args:
+        last_hidden_state: (B, 1+G, D), the cls token first.
+        hidden_states, attentions: of the blocks, (B, 1+G, D) and (B, H, 1+G, 1+G) each, if requested.
+        center: (B, G, 3), around which the points of each group lie.
+    """
+
+    center: torch.Tensor | None = None
 
 
 class PointBert(PreTrainedModel):
@@ -152,6 +172,7 @@ class PointBert(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": PointBertBlock, "attentions": PointBertAttention}
 
     def __init__(self, config: MiniGPT3DPointConfig):
         super().__init__(config)
@@ -183,17 +204,23 @@ class PointBert(PreTrainedModel):
             tokens = block(tokens, position)
         return self.norm(tokens)
 
-    def forward(self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None) -> torch.Tensor:
+    @capture_outputs
+    def forward(
+        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None, **kwargs
+    ) -> PointBertOutput:
         """(B, N, C) float32 → (B, 1+G, D), the cls token first. The Q-Former reads all of them.
 
         Args:
             point_clouds: xyz centered on the mean with largest norm 1, then rgb in [0, 1].
             fps_start: index of the first center, one or (B,); 0 by default, where the authors draw it at random.
+            output_hidden_states: whether to return the inputs of all blocks, and the last output.
+            output_attentions: whether to return the attention weights of all blocks, which the eager implementation has.
         """
         # Distances need the full precision of the coordinates, whatever the model's dtype.
         neighborhood, center = group(point_clouds.float(), self.config.num_groups, self.config.group_size, fps_start)
         dtype = self.cls_token.dtype
-        return self.encode_groups(neighborhood.to(dtype), center.to(dtype))
+        tokens = self.encode_groups(neighborhood.to(dtype), center.to(dtype))  # (B, 1+G, D)
+        return PointBertOutput(last_hidden_state=tokens, center=center)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,6 +291,24 @@ class QueryExpertRouter(nn.Module):
         num_used = num_experts if router_type == "constant" else 1  # "none" is expert 0 alone
         experts = torch.arange(num_used, device=point_features.device).expand(len(point_features), -1)
         return experts, point_features.new_full(experts.shape, 1 / num_used)
+
+
+@dataclass
+class QueryOutput(ModelOutput):
+    """Output of the mixture of query experts.
+
+    Args:
+        last_hidden_state: (B, Q, D_qformer), mixed over the chosen experts.
+        experts: (B, S) int64, the chosen experts, most probable first.
+        router_weights: (B, E), the weight of each expert in the mix, 0 for those that are not chosen.
+        cross_attentions: of each layer that has one, (B, H, S*Q, 1+G), if requested: the queries of the chosen experts
+            one after the other, to the tokens of the 3D encoder.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
+    router_weights: torch.Tensor | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def block_diagonal_mask(num_blocks: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
@@ -366,6 +411,28 @@ class MiniGPT3DPhiModel(PhiModel):
 
 
 @dataclass
+class MiniGPT3DPointFeatures(BaseModelOutputWithPooling):
+    """What the model has seen of clouds.
+
+    Args:
+        last_hidden_state: (B, 1+G, D_point), the 3D encoder's tokens, the cls token first.
+        pooler_output: (B, Q, D_text), the vectors that the language model reads in place of a cloud.
+        hidden_states: of the 3D encoder, (B, 1+G, D_point) before each block and at the end, if requested.
+        attentions: of the 3D encoder, (B, H, 1+G, 1+G) in each block, if requested.
+        cross_attentions: of each layer of the Q-Former that has one, (B, H, S*Q, 1+G), if requested: the queries of the
+            chosen experts one after the other, to the tokens in `last_hidden_state`.
+        center: (B, G, 3), around which the points of each group lie; token 1+g is of group g.
+        experts: (B, S) int64, the query experts that the router chose, most probable first.
+        router_weights: (B, E), the weight of each expert in the mix, 0 for those that are not chosen.
+    """
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    center: torch.Tensor | None = None
+    experts: torch.Tensor | None = None
+    router_weights: torch.Tensor | None = None
+
+
+@dataclass
 class MiniGPT3DCausalLMOutputWithPast(ModelOutput):
     """Output of the language model, and the vectors of the clouds.
 
@@ -396,6 +463,19 @@ def pin_qformer_attention(config: MiniGPT3DConfig):
     """Keep the Q-Former on eager or sdpa attention: other implementations take no block-diagonal mask."""
     if config.qformer_config._attn_implementation not in (None, "eager"):
         config.qformer_config._attn_implementation = "sdpa"
+
+
+@contextmanager
+def eager_attention(*configs: PreTrainedConfig) -> Iterator[None]:
+    """Compute attention eagerly within the block: other implementations return no weights."""
+    implementations = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, implementations, strict=True):
+            config._attn_implementation = implementation
 
 
 def leave_alone(config: QuantizationConfigMixin | dict, modules: list[str]) -> QuantizationConfigMixin:
@@ -533,7 +613,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    def get_query_output(self, point_features: torch.Tensor) -> torch.Tensor:
+    def get_query_output(self, point_features: torch.Tensor, output_attentions: bool = False) -> QueryOutput:
         """Mixture of query experts: each chosen expert's queries go through the Q-Former, the outputs are mixed.
 
         All of a cloud's experts share one Q-Former call, and with it the cross-attention's keys and values; a
@@ -541,9 +621,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
 
         Args:
             point_features: (B, 1+G, D_point) from the 3D encoder.
-
-        Returns:
-            (B, Q, D_qformer).
+            output_attentions: whether to return the cross-attention, which the eager implementation has.
         """
         experts, weights = self.router(point_features)  # (B, S), (B, S)
         queries = torch.stack([expert() for expert in self.query_experts])  # (E, Q, D)
@@ -553,21 +631,34 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             query_embeds=queries,
             attention_mask=block_diagonal_mask(num_used, num_queries, like=queries) if num_used > 1 else None,
             encoder_hidden_states=self.point_projection(point_features),
-        ).last_hidden_state  # (B, S*Q, D)
-        output = output.unflatten(1, (num_used, num_queries))  # (B, S, Q, D)
-        return torch.einsum("bs,bsqd->bqd", weights.to(output.device, output.dtype), output)
+            output_attentions=output_attentions,
+        )
+        of_experts = output.last_hidden_state.unflatten(1, (num_used, num_queries))  # (B, S, Q, D)
+        mixed = torch.einsum("bs,bsqd->bqd", weights.to(of_experts.device, of_experts.dtype), of_experts)
+        return QueryOutput(
+            last_hidden_state=mixed,  # (B, Q, D)
+            experts=experts,
+            router_weights=weights.new_zeros(len(experts), len(self.query_experts)).scatter(1, experts, weights),
+            cross_attentions=output.get("cross_attentions"),
+        )
 
+    @can_return_tuple
     def get_point_features(
-        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Compute the vectors that the language model reads in place of a cloud.
+        self,
+        point_clouds: torch.Tensor,
+        fps_start: torch.Tensor | int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> MiniGPT3DPointFeatures:
+        """Compute the vectors that the language model reads in place of a cloud, `pooler_output`.
 
         Args:
             point_clouds: (B, N, 6) float32, xyz centered on the mean with largest norm 1, then rgb in [0, 1].
             fps_start: index of the first center, one or (B,); 0 by default.
-
-        Returns:
-            (B, Q, D_text).
+            output_attentions: whether to return attention weights of the 3D encoder and of the Q-Former. They are computed
+                eagerly, whatever the implementation of attention is.
+            output_hidden_states: whether to return hidden states of the 3D encoder.
+            return_dict: False for a tuple of what is not None.
 
         Raises:
             ValueError: the tensor has another shape.
@@ -578,8 +669,25 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
                 f"point_clouds must have shape (clouds, points, {num_channels}): xyz and rgb; "
                 f"got {tuple(point_clouds.shape)}. MiniGPT3DProcessor makes it from files, arrays and meshes."
             )
-        point_features = self.point_encoder(point_clouds, fps_start)  # (B, 1+G, D_point)
-        return self.language_projection(self.get_query_output(point_features))
+        configs = (self.config.point_config, self.config.qformer_config)
+        with eager_attention(*configs) if output_attentions else nullcontext():
+            encoded = self.point_encoder(
+                point_clouds,
+                fps_start,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+            )
+            queries = self.get_query_output(encoded.last_hidden_state, output_attentions)
+        return MiniGPT3DPointFeatures(
+            last_hidden_state=encoded.last_hidden_state,  # (B, 1+G, D_point)
+            pooler_output=self.language_projection(queries.last_hidden_state),  # (B, Q, D_text)
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            cross_attentions=queries.cross_attentions,
+            center=encoded.center,
+            experts=queries.experts,
+            router_weights=queries.router_weights,
+        )
 
     def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Find the placeholders that point vectors replace: (B, T) bool."""
@@ -623,7 +731,8 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         point_features = None
         if point_clouds is not None:
-            point_features = self.get_point_features(point_clouds).to(inputs_embeds.device, inputs_embeds.dtype)
+            point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
+            point_features = point_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, point_features)
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
@@ -748,11 +857,9 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    def get_point_features(
-        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """See `MiniGPT3DModel.get_point_features`: (B, N, 6) → (B, Q, D_text)."""
-        return self.model.get_point_features(point_clouds, fps_start)
+    def get_point_features(self, *args, **kwargs) -> MiniGPT3DPointFeatures:
+        """See `MiniGPT3DModel.get_point_features`."""
+        return self.model.get_point_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -101,7 +101,7 @@ def test_encoded_clouds_give_equal_gradients(tiny_processor, point_clouds):
     loss, gradients = loss_and_gradients()
     inner = plain.base_model.model.model
     with torch.no_grad():
-        batch["point_clouds"] = as_clouds(inner.point_encoder(batch["point_clouds"]))
+        batch["point_clouds"] = as_clouds(inner.point_encoder(batch["point_clouds"]).last_hidden_state)
     inner.point_encoder = EncodedClouds(plain.config.point_config)
     encoded_loss, encoded_gradients = loss_and_gradients()
     assert torch.equal(loss, encoded_loss)

@@ -20,7 +20,7 @@ class Encoder(torch.nn.Module):
         self.model = model.model
 
     def forward(self, point_clouds):
-        return self.model.get_point_features(point_clouds)
+        return self.model.get_point_features(point_clouds).pooler_output
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_encoder_and_prefill_compile_to_one_graph(model, prompt):
     torch.compiler.reset()
     clouds = prompt["point_clouds"]
     encode = torch.compile(model.get_point_features, fullgraph=True, backend="eager")
-    assert torch.equal(encode(clouds), model.get_point_features(clouds))
+    assert torch.equal(encode(clouds).pooler_output, model.get_point_features(clouds).pooler_output)
     prefill = torch.compile(model.forward, fullgraph=True, backend="eager")
     assert torch.equal(prefill(**prompt, use_cache=False).logits, model(**prompt, use_cache=False).logits)
 
@@ -53,7 +53,7 @@ def test_an_exported_encoder_has_operations_of_torch_alone(model, prompt):
     exported = torch.export.export(Encoder(model), (clouds,))
     targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert targets and all(target.startswith(("aten.", "<built-in function")) for target in targets), targets
-    assert torch.equal(exported.module()(clouds), model.get_point_features(clouds))
+    assert torch.equal(exported.module()(clouds), model.get_point_features(clouds).pooler_output)
 
 
 def test_onnx_encoder(model, prompt, tmp_path):
@@ -63,7 +63,9 @@ def test_onnx_encoder(model, prompt, tmp_path):
     torch.onnx.export(Encoder(model), (clouds,), dynamo=True, verbose=False).save(tmp_path / "encoder.onnx")
     session = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     (vectors,) = session.run(None, {session.get_inputs()[0].name: clouds.numpy()})
-    torch.testing.assert_close(torch.from_numpy(vectors), model.get_point_features(clouds), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(vectors), model.get_point_features(clouds).pooler_output, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_onnx_step_of_generation(model, prompt):

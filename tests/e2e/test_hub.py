@@ -60,7 +60,7 @@ inputs = loaded["AutoProcessor"].apply_chat_template(
     chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
 )
 with torch.no_grad():
-    features = loaded["AutoModel"].get_point_features(inputs["point_clouds"])
+    features = loaded["AutoModel"].get_point_features(inputs["point_clouds"]).pooler_output
     logits = loaded["AutoModelForImageTextToText"](**inputs).logits[0, -1]
 result["features"], result["logits"] = features.flatten().tolist(), logits.tolist()
 arguments = {"model": folder, "trust_remote_code": True, "device": "cpu"}
@@ -102,7 +102,7 @@ def installed(folder, cloud) -> dict:
         chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     with torch.no_grad():
-        features = loaded["AutoModel"].get_point_features(inputs["point_clouds"])
+        features = loaded["AutoModel"].get_point_features(inputs["point_clouds"]).pooler_output
         logits = loaded["AutoModelForImageTextToText"](**inputs).logits[0, -1]
     describe = pipeline("point-cloud-to-text", model=str(folder), device="cpu")
     answer = describe(cloud, prompt=QUESTION, max_new_tokens=8)

@@ -23,13 +23,13 @@ def test_attention_is_that_of_the_cross_attention(router_type, cloud):
     model = make_seeing_model()
     model.config.router_type = router_type
     clouds = torch.from_numpy(cloud)[None]
-    before = model.get_point_features(clouds)
+    before = model.get_point_features(clouds).pooler_output
     attention = measure_attention(model, cloud)
-    assert torch.equal(model.get_point_features(clouds), before), "nothing is left behind"
+    assert torch.equal(model.get_point_features(clouds).pooler_output, before), "nothing is left behind"
     config = model.config
     assert attention.groups.shape == (config.num_query_tokens, config.point_config.num_groups)
     assert attention.center.shape == (config.point_config.num_groups, 3)
-    features = model.model.point_encoder(clouds)
+    features = model.model.point_encoder(clouds).last_hidden_state
     experts, weights = model.model.router(features)
     assert [number for number, _ in attention.experts] == experts[0].tolist()
     assert [weight for _, weight in attention.experts] == pytest.approx(weights[0].tolist())

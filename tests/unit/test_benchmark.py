@@ -66,7 +66,13 @@ def test_plain_and_ours_agree(encode):
 def test_a_difference_ends_the_run(encode, monkeypatch):
     model = encode.make_model(make_tiny_config())
     right = model.get_query_output
-    monkeypatch.setattr(model, "get_query_output", lambda features: right(features) * 1.001)
+
+    def wrong(features, **kwargs):
+        output = right(features, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * 1.001
+        return output
+
+    monkeypatch.setattr(model, "get_query_output", wrong)
     with pytest.raises(RuntimeError, match="Q-Former, none: ours differs"):
         encode.run(model, encode.make_point_clouds(batch_size=2, num_points=128), repeats=1)
 

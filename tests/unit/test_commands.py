@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from minigpt3d.cli import describe, main as cli
+from minigpt3d.cli import batches, describe, main as cli
 from minigpt3d.cli.console import printable, warnings_in_one_line
 from minigpt3d.messages import MultilineError
 from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
@@ -18,6 +18,7 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 OPTIONS = {
     "describe": "batch-size clean device dtype json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
     "chat": "clean device dtype max-memory max-new-tokens max-seconds missing-color model up-axis",
+    "embed": "batch-size clean device dtype max-memory max-seconds missing-color model out up-axis",
     "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
@@ -226,9 +227,9 @@ def test_files_in_a_folder(tmp_path):
         path.touch()
     os.mkfifo(tmp_path / "pipe.ply")
     (tmp_path / "broken.ply").symlink_to("absent.ply")
-    progress = describe.Progress()
+    progress = batches.Progress()
     progress.add(tmp_path)
     names = [path.relative_to(tmp_path).as_posix() for path in progress.files]
     assert names == ["a.ply.gz", "b.OBJ", "below/c.usdz"]
     assert progress.skipped == {".md": 1, ".gz": 1, ".wrl": 1, "pipes and broken links": 2}
-    assert "2 pipes and broken links" in progress.summary()
+    assert "2 pipes and broken links" in progress.summary("described")

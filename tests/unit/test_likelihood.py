@@ -173,9 +173,9 @@ def test_a_cloud_is_encoded_once_and_rows_are_bounded(model, tiny_processor, clo
     encoded, passes = [], []
     encode, forward = model.model.get_point_features, model.model.forward
 
-    def counting_encode(point_clouds, *args):
+    def counting_encode(point_clouds, **kwargs):
         encoded.append(len(point_clouds))
-        return encode(point_clouds, *args)
+        return encode(point_clouds, **kwargs)
 
     def counting_forward(input_ids, **kwargs):
         passes.append(tuple(input_ids.shape))

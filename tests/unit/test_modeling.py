@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.conversion.names import our_name
@@ -131,9 +132,9 @@ def test_beams_keep_the_clouds_of_their_row(tiny_model, point_clouds, with_embed
 @pytest.mark.parametrize("router_type", ["none", "sparse", "soft", "constant"])
 def test_batch_of_clouds_equals_one_by_one(point_clouds, router_type):
     model = make_tiny_model(make_tiny_config(router_type=router_type))
-    together = model.get_point_features(point_clouds)
+    together = model.get_point_features(point_clouds).pooler_output
     for row in range(3):
-        alone = model.get_point_features(point_clouds[row : row + 1])[0]
+        alone = model.get_point_features(point_clouds[row : row + 1]).pooler_output[0]
         torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-5)
 
 
@@ -141,7 +142,7 @@ def test_batch_of_clouds_equals_one_by_one(point_clouds, router_type):
 def test_experts_together_equal_experts_one_by_one(point_clouds, router_type):
     """One masked Q-Former call over all chosen experts, against one call per cloud and expert."""
     model = make_tiny_model(make_tiny_config(router_type=router_type)).model
-    features = model.point_encoder(point_clouds)
+    features = model.point_encoder(point_clouds).last_hidden_state
     experts, weights = model.router(features)
     context = model.point_projection(features)
     for row in range(3):
@@ -152,7 +153,9 @@ def test_experts_together_equal_experts_one_by_one(point_clouds, router_type):
             ).last_hidden_state[0]
             for expert, weight in zip(experts[row].tolist(), weights[row], strict=True)
         )
-        torch.testing.assert_close(model.get_query_output(features)[row], mixed, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.get_query_output(features).last_hidden_state[row], mixed, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_save_and_load_is_identity(backbone_model, point_clouds, tmp_path):
@@ -169,11 +172,44 @@ def test_save_and_load_is_identity(backbone_model, point_clouds, tmp_path):
     assert torch.equal(expected.logits, again(**inputs).logits)
     base, loading_info = MiniGPT3DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading_info["missing_keys"] and loading_info["unexpected_keys"] <= {"lm_head.weight", "lm_head.bias"}
-    assert torch.equal(base.get_point_features(point_clouds), expected.point_features)
+    assert torch.equal(base.get_point_features(point_clouds).pooler_output, expected.point_features)
     base.save_pretrained(tmp_path / "base")
     base = MiniGPT3DModel.from_pretrained(tmp_path / "base")
     hidden = base(**inputs).last_hidden_state
     assert torch.equal(backbone_model.get_output_embeddings()(hidden), expected.logits)
+
+
+@pytest.mark.parametrize("router_type", ["sparse", "soft", "none"])
+def test_point_features_show_what_the_model_has_seen(router_type, point_clouds):
+    model = make_tiny_model(make_tiny_config(router_type=router_type)).requires_grad_(False)
+    config = model.config
+    plain = model.get_point_features(point_clouds)
+    assert isinstance(plain, BaseModelOutputWithPooling)
+    assert plain.hidden_states is None and plain.attentions is None and plain.cross_attentions is None
+    output = model.get_point_features(point_clouds, output_attentions=True, output_hidden_states=True)
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(output[name], plain[name])
+    assert config.qformer_config._attn_implementation == "sdpa", "eager attention is left again"
+    batch, encoder, tokens = len(point_clouds), config.point_config, 1 + config.point_config.num_groups
+    assert output.last_hidden_state.shape == (batch, tokens, encoder.hidden_size)
+    assert output.pooler_output.shape == (batch, config.num_query_tokens, config.text_config.hidden_size)
+    assert (output.center[:, :, None] == point_clouds[:, None, :, :3]).all(-1).any(-1).all(), "centers are points"
+    experts, weights = model.model.router(output.last_hidden_state)
+    assert torch.equal(output.experts, experts)
+    torch.testing.assert_close(output.router_weights.gather(1, experts), weights)
+    assert ((output.router_weights > 0).sum(1) == experts.shape[1]).all()
+    assert len(output.hidden_states) == 1 + encoder.num_hidden_layers
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    queries, heads = experts.shape[1] * config.num_query_tokens, config.qformer_config.num_attention_heads
+    layers = range(0, config.qformer_config.num_hidden_layers, config.qformer_config.cross_attention_frequency)
+    assert [tuple(x.shape) for x in output.cross_attentions] == [(batch, heads, queries, tokens)] * len(layers)
+    assert [tuple(x.shape) for x in output.attentions] == [
+        (batch, encoder.num_attention_heads, tokens, tokens)
+    ] * encoder.num_hidden_layers
+    for weights in (*output.attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    as_tuple = model.get_point_features(point_clouds, return_dict=False)
+    assert torch.equal(as_tuple[0], plain.last_hidden_state) and torch.equal(as_tuple[1], plain.pooler_output)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -218,9 +254,9 @@ def test_two_passes_are_bit_equal(tiny_model, point_clouds):
 
 def test_the_encoder_computes_the_same_in_training(tiny_model, point_clouds):
     """BatchNorms are folded, and nothing in it is dropped out."""
-    expected = tiny_model.model.point_encoder(point_clouds)
+    expected = tiny_model.model.point_encoder(point_clouds).last_hidden_state
     tiny_model.train()
-    assert torch.equal(tiny_model.model.point_encoder(point_clouds), expected)
+    assert torch.equal(tiny_model.model.point_encoder(point_clouds).last_hidden_state, expected)
 
 
 @pytest.fixture
@@ -250,7 +286,9 @@ def test_checkpoints_with_batch_norms_load(older_checkpoint, point_clouds, place
     assert not any(report.values())
     expected = make_tiny_model()
     expected.load_state_dict(converted)
-    assert torch.equal(model.get_point_features(point_clouds), expected.get_point_features(point_clouds))
+    assert torch.equal(
+        model.get_point_features(point_clouds).pooler_output, expected.get_point_features(point_clouds).pooler_output
+    )
 
 
 def test_checkpoints_with_batch_norms_are_saved_without(older_checkpoint, tmp_path):
@@ -289,9 +327,9 @@ def test_half_precision(tmp_path, point_clouds, dtype):
     make_tiny_model().save_pretrained(tmp_path)
     model = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
-    features = model.get_point_features(point_clouds)
+    features = model.get_point_features(point_clouds).pooler_output
     assert features.dtype == dtype
-    expected = make_tiny_model().get_point_features(point_clouds)
+    expected = make_tiny_model().get_point_features(point_clouds).pooler_output
     assert (features - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert model.generate(**make_inputs(point_clouds), **GREEDY).shape == (3, 23)
 
@@ -317,9 +355,9 @@ def test_a_merged_router_stays_a_router(point_clouds):
     modules = ["router.linear_1", "router.linear_2", "query_experts.0", "query_experts.1"]
     adapted = get_peft_model(base, LoraConfig(target_modules=["query_key_value"], modules_to_save=modules))
     with torch.no_grad():
-        expected = adapted.base_model.model.get_point_features(point_clouds)
+        expected = adapted.base_model.model.get_point_features(point_clouds).pooler_output
         merged = adapted.merge_and_unload()
-        assert torch.equal(merged.get_point_features(point_clouds), expected)
+        assert torch.equal(merged.get_point_features(point_clouds).pooler_output, expected)
     assert merged.config.router_type == "sparse"
 
 
@@ -331,8 +369,8 @@ def test_offloaded_query_experts(tmp_path, point_clouds):
     model = MiniGPT3DForConditionalGeneration.from_pretrained(
         tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    expected = make_tiny_model().get_point_features(point_clouds)
-    torch.testing.assert_close(model.get_point_features(point_clouds), expected)
+    expected = make_tiny_model().get_point_features(point_clouds).pooler_output
+    torch.testing.assert_close(model.get_point_features(point_clouds).pooler_output, expected)
 
 
 def test_backbones_that_change_their_logits_are_refused():
@@ -344,7 +382,10 @@ def test_device_map(tmp_path, point_clouds):
     """`device_map` needs the names of blocks that are not split."""
     make_tiny_model().save_pretrained(tmp_path)
     model = MiniGPT3DForConditionalGeneration.from_pretrained(tmp_path, device_map="cpu")
-    assert torch.equal(model.get_point_features(point_clouds), make_tiny_model().get_point_features(point_clouds))
+    assert torch.equal(
+        model.get_point_features(point_clouds).pooler_output,
+        make_tiny_model().get_point_features(point_clouds).pooler_output,
+    )
     names = {type(module).__name__ for module in model.modules()}
     assert set(MiniGPT3DForConditionalGeneration._no_split_modules) <= names
 

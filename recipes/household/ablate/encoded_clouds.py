@@ -18,6 +18,7 @@ from tqdm import tqdm
 from minigpt3d.data.clouds import augment
 from minigpt3d.data.records import Sample
 from minigpt3d.files import written_file
+from minigpt3d.modeling_minigpt3d import PointBertOutput
 from minigpt3d.training.stages import Stage
 from minigpt3d.training.stream import StageStream, encode_sample
 
@@ -33,8 +34,8 @@ class EncodedClouds(nn.Module):
         super().__init__()
         self.shape = (1 + config.num_groups, config.hidden_size)
 
-    def forward(self, point_clouds: torch.Tensor, fps_start=None) -> torch.Tensor:
-        return point_clouds.flatten(1)[:, : math.prod(self.shape)].unflatten(1, self.shape)
+    def forward(self, point_clouds: torch.Tensor, *args, **kwargs) -> PointBertOutput:
+        return PointBertOutput(point_clouds.flatten(1)[:, : math.prod(self.shape)].unflatten(1, self.shape))
 
 
 def as_clouds(features: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def encode_clouds(model, processor, clouds: Iterable[np.ndarray], total: int, ti
     for number, cloud in enumerate(tqdm(clouds, total=total, desc=title, unit="cloud", disable=None), start=1):
         batch.append(processor.feature_extractor(cloud)["point_clouds"][0])
         if len(batch) == BATCH or number == total:
-            features.append(as_clouds(model.model.point_encoder(torch.from_numpy(np.stack(batch)))))
+            features.append(as_clouds(model.model.point_encoder(torch.from_numpy(np.stack(batch))).last_hidden_state))
             batch = []
     return torch.cat(features)
 

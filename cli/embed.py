@@ -1,0 +1,86 @@
+"""`minigpt3d embed`: vectors of 3D models, to find similar ones."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from minigpt3d.arguments import option
+from minigpt3d.files import written_file
+from minigpt3d.sources_minigpt3d import source_name
+
+from .batches import BatchOptions, find_files, run_batches
+from .console import complain
+
+
+HELP = "write a vector for each file, to find similar objects"
+DESCRIPTION = (
+    "Write a table with a row for each file: path and embedding. The embedding is the 3D encoder's cls token, scaled to "
+    "length 1: the inner product of two is their cosine similarity. Errors are on standard error."
+)
+EPILOG = "Exit code: 0, 1 if a file failed (the table has the others), 2 for a wrong command line."
+
+
+@dataclass(kw_only=True)
+class Options(BatchOptions):
+    out: Path = option("table to write, .parquet or .npz (arrays `path` and `embedding`)", metavar="FILE")
+
+
+def run(options: Options, argv: list[str]) -> int:
+    """Write the table; returns the exit code."""
+    out, suffix = options.out, options.out.suffix.lower()
+    if suffix not in WRITERS:
+        raise ValueError(f"`out` {out}: {suffix or 'no extension'}; expected {' or '.join(WRITERS)}")
+    if not out.resolve().parent.is_dir():
+        raise ValueError(f"`out` {out}: there is no folder {out.resolve().parent}")
+    if suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ImportError(
+            "A .parquet file is written by pyarrow: pip install 'minigpt3d[train]', or write a .npz file"
+        )
+    progress = find_files(options.paths)
+    progress.files = [file for file in progress.files if isinstance(file, str) or file.resolve() != out.resolve()]
+    paths, embeddings = [], []
+
+    def keep(result, embedding):
+        paths.append(source_name(result.path))
+        embeddings.append(embedding)
+
+    code = run_batches(progress, options, embed, keep, product="embedding", done="embedded")
+    if paths:
+        with written_file(out) as partial:
+            WRITERS[suffix](partial, paths, embeddings)
+    else:
+        complain(f"nothing to write to {out}")
+    return code
+
+
+def embed(pipeline, clouds: list) -> list:
+    """The embedding of each cloud (P, 6), y up: (D_point,) float32 of length 1."""
+    import numpy as np
+    import torch
+
+    encoder = pipeline.model.model.point_encoder
+    with torch.inference_mode():
+        tokens = encoder(torch.from_numpy(np.stack(clouds)).to(pipeline.device)).last_hidden_state  # (B, 1+G, D)
+    return list(torch.nn.functional.normalize(tokens[:, 0].float(), dim=-1).cpu().numpy())
+
+
+def write_parquet(file: Path, paths: list[str], embeddings: list):
+    """A row for each path, with a list of float32."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    matrix = np.stack(embeddings)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
+    pyarrow.parquet.write_table(pa.table({"path": paths, "embedding": column}), file)
+
+
+def write_npz(file: Path, paths: list[str], embeddings: list):
+    """Arrays `path` (files,) of text and `embedding` (files, D_point)."""
+    import numpy as np
+
+    with open(file, "wb") as stream:  # a name would get the extension again
+        np.savez(stream, path=np.array(paths), embedding=np.stack(embeddings))
+
+
+WRITERS = {".parquet": write_parquet, ".npz": write_npz}
