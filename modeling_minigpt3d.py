@@ -196,7 +196,7 @@ class PointBert(PreTrainedModel):
         """Neighborhoods (B, G, K, C) around centers (B, G, 3) → (B, 1+G, D), the cls token first."""
         tokens = self.group_projection(self.mini_pointnet(neighborhood))  # (B, G, D)
         cls_token, cls_position = (
-            x.expand(len(tokens), -1, -1).to(tokens) for x in (self.cls_token, self.cls_position)
+            x.expand(tokens.shape[0], -1, -1).to(tokens) for x in (self.cls_token, self.cls_position)
         )
         tokens = torch.cat([cls_token, tokens], dim=1)  # (B, 1+G, D)
         position = torch.cat([cls_position, self.position_embedding(center).to(tokens)], dim=1)  # (B, 1+G, D)
@@ -289,7 +289,7 @@ class QueryExpertRouter(nn.Module):
             weights, experts = probabilities.topk(num_used, dim=-1)  # (B, S); as they are, not renormalized
             return experts, weights.to(point_features.dtype)
         num_used = num_experts if router_type == "constant" else 1  # "none" is expert 0 alone
-        experts = torch.arange(num_used, device=point_features.device).expand(len(point_features), -1)
+        experts = torch.arange(num_used, device=point_features.device).expand(point_features.shape[0], -1)
         return experts, point_features.new_full(experts.shape, 1 / num_used)
 
 
@@ -638,7 +638,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         return QueryOutput(
             last_hidden_state=mixed,  # (B, Q, D)
             experts=experts,
-            router_weights=weights.new_zeros(len(experts), len(self.query_experts)).scatter(1, experts, weights),
+            router_weights=weights.new_zeros(experts.shape[0], len(self.query_experts)).scatter(1, experts, weights),
             cross_attentions=output.get("cross_attentions"),
         )
 
@@ -706,7 +706,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             ValueError: more or fewer placeholders than vectors, with both counts.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds)
-        num_clouds = 0 if point_features is None else len(point_features)
+        num_clouds = 0 if point_features is None else point_features.shape[0]
         num_vectors = num_clouds * self.config.num_query_tokens
         torch_compilable_check(
             mask.sum() == num_vectors,

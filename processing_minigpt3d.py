@@ -44,14 +44,18 @@ SPLITS = {QUOTE: "removed", END_OF_PROMPT: "merged_with_previous", END_OF_ANSWER
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
-def _chat_template(opening: str, cloud: str, closing: str) -> str:
-    """A user turn is opening, `cloud` once per cloud, text, closing; an assistant turn is text and `###`."""
+def _chat_template(start: str, opening: str, cloud: str, closing: str) -> str:
+    """A template from expressions (start, opening) and texts (cloud, closing).
+
+    A user turn is start, opening, `cloud` once per cloud, text, closing; an assistant turn is text and `###`. A system message
+    is start and text in front of the first turn, where the authors' conversations have theirs.
+    """
     return (
         "{%- for message in messages -%}"
         "{%- set content = [{'type': 'text', 'text': message['content']}] "
         "if message['content'] is string else message['content'] -%}"
         "{%- if message['role'] == 'user' -%}"
-        "{{- " + opening + " -}}"
+        "{{- " + start + " + " + opening + " -}}"
         "{%- for item in content -%}{%- if item['type'] == 'point_cloud' -%}{{- '" + cloud + "' -}}"
         "{%- elif item['type'] != 'text' -%}"
         "{{- raise_exception(\"Content must be of type 'text' or 'point_cloud', got '\" + item['type'] + \"'.\") -}}"
@@ -63,17 +67,23 @@ def _chat_template(opening: str, cloud: str, closing: str) -> str:
         "{%- for item in content if item['type'] == 'text' -%}{{- item['text'] -}}{%- endfor -%}"
         "{{- '" + END_OF_ANSWER + "' -}}"
         "{%- endgeneration -%}"
+        "{%- elif message['role'] == 'system' -%}"
+        "{%- if not loop.first -%}{{- raise_exception('A system message must be the first one.') -}}{%- endif -%}"
+        "{{- " + start + " -}}"
+        "{%- for item in content -%}{%- if item['type'] != 'text' -%}"
+        "{{- raise_exception(\"A system message must be of type 'text', got '\" + item['type'] + \"'.\") -}}"
+        "{%- endif -%}{{- item['text'] -}}{%- endfor -%}"
         "{%- else -%}"
-        "{{- raise_exception(\"Roles must be 'user' or 'assistant', got '\" + message['role'] + \"'.\") -}}"
+        "{{- raise_exception(\"Roles must be 'system', 'user' or 'assistant', got '\" + message['role'] + \"'.\") -}}"
         "{%- endif -%}{%- endfor -%}"
     )
 
 
 CHAT_TEMPLATES = {
     # Two spaces: the authors put one after every question and another before [/INST].
-    "default": _chat_template("bos_token | default('', true) + '[INST] '", SHOWN_CLOUD, f"  {END_OF_PROMPT}"),
+    "default": _chat_template("bos_token | default('', true)", "'[INST] '", SHOWN_CLOUD, f"  {END_OF_PROMPT}"),
     # The prompt of the authors' evaluation scripts: <s> is plain text to Phi's tokenizer, [INST] occurs twice, no bos.
-    "benchmark": _chat_template("'<s>[INST] '", f"<PC>{POINT_TOKEN}</PC> <s>[INST] ", f" {END_OF_PROMPT}"),
+    "benchmark": _chat_template("''", "'<s>[INST] '", f"<PC>{POINT_TOKEN}</PC> <s>[INST] ", f" {END_OF_PROMPT}"),
 }
 
 
@@ -433,10 +443,11 @@ class MiniGPT3DProcessor(ProcessorMixin):
         letters are tokenized one by one, which no mark of the template is. In rendered text they stand apart by `QUOTE`.
 
         Args:
-            conversation: a list of messages, `{"role": "user" | "assistant", "content": …}`, or B such lists. Content is
+            conversation: a list of messages, `{"role": "system" | "user" | "assistant", "content": …}`, or B such lists;
+                a system message comes first, and no MiniGPT-3D was trained with one. Content is
                 text, or a list of `{"type": "text", "text": …}` and `{"type": "point_cloud", "point_cloud": source}`;
                 "path" or "url" may stand for the second "point_cloud", which may also be missing if `point_clouds` are
-                given. Other roles, such as "system", are for templates that know them.
+                given. Other roles are for templates that know them.
             chat_template: the name of one of the processor's templates, or a template; "default" by default.
             tools, documents: for templates that know them.
             add_generation_prompt: end with what begins an answer. It has no effect on our own templates, whose prompts
@@ -463,15 +474,10 @@ class MiniGPT3DProcessor(ProcessorMixin):
             )
         conversations, is_batched = _conversations(conversation)
         template = self._template(chat_template)
-        for name, value in (("tools", tools), ("documents", documents)):
-            if value and name not in template:
-                raise ValueError(
-                    f"the chat template does not know {name}. Leave them out, or pass another chat_template."
-                )
+        _check_template_knows(template, tools=tools, documents=documents)
         known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | {"point_clouds"}
-        variables = {name: value for name, value in kwargs.items() if name not in known}
-        arguments = (processor_kwargs or {}) | {name: kwargs[name] for name in kwargs.keys() & known}
-        if unused := [name for name in variables if name not in template]:
+        arguments = (processor_kwargs or {}) | {name: kwargs.pop(name) for name in kwargs.keys() & known}
+        if unused := [name for name in kwargs if name not in template]:
             warnings.warn(
                 f"{', '.join(unused)}: neither an argument of the processor nor a variable of the chat template.",
                 stacklevel=2,
@@ -483,7 +489,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **variables,
+            **kwargs,
         )
         if not tokenize:
             return texts if is_batched else texts[0]
@@ -728,6 +734,16 @@ def _text_options(arguments: dict[str, Any]) -> _TextOptions:
         known = ", ".join(sorted(_TEXT_OPTIONS | _READING_OPTIONS))
         raise TypeError(f"the processor has no argument {', '.join(unknown)}. It has {known}.")
     return _TextOptions(**arguments)
+
+
+def _check_template_knows(template: str, **variables: Any):
+    """
+    Raises:
+        ValueError: a variable has a value, but the template does not use it.
+    """
+    for name, value in variables.items():
+        if value and name not in template:
+            raise ValueError(f"the chat template does not know {name}. Leave them out, or pass another chat_template.")
 
 
 def _choose(row: _Row, positions: Any) -> _Row:

@@ -53,31 +53,38 @@ def draw_page(name: str, answer: str, cloud: np.ndarray, attention: Attention) -
         largest = max(colors) if is_attention else 1
         change = {"marker.color": [colors], "marker.showscale": is_attention, "marker.cmax": largest}
         steps.append({"label": label, "method": "restyle", "args": [change]})
-    x, y, z = cloud[:, :3].T
-    marker = {"size": 2, "color": rgb} | scale | {"showscale": False, "colorbar": {"title": "attention / mean"}}
+    bar = {
+        "title": {"text": "attention / mean", "side": "top"},
+        "orientation": "h",
+        "y": 1,
+        "thickness": 12,
+        "len": 0.6,
+    }
+    marker = {"size": 2, "color": rgb} | scale | {"showscale": False, "colorbar": bar}
+    # The page turns objects about its z axis, so y, which points up in the cloud, is drawn as z.
+    x, y, z = cloud[:, 0], -cloud[:, 2], cloud[:, 1]
     figure = go.Figure(go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, hoverinfo="skip"))
-    axis = {"visible": False}
-    camera = {"up": {"x": 0, "y": 1, "z": 0}, "eye": {"x": 1.2, "y": 0.8, "z": 1.2}}
+    axes = {f"{name}axis": {"visible": False} for name in "xyz"}
+    camera = {"eye": {"x": 1.2, "y": -1.2, "z": 0.8}}
     figure.update_layout(
-        scene={
-            "xaxis": axis,
-            "yaxis": axis,
-            "zaxis": axis,
-            "aspectmode": "data",
-            "camera": camera,
-            "dragmode": "orbit",
-        },
+        scene=axes | {"aspectmode": "data", "camera": camera, "dragmode": "turntable"},
         sliders=[{"steps": steps, "currentvalue": {"prefix": "query: "}}],
-        margin={"l": 0, "r": 0, "t": 0, "b": 0},
-        height=700,
+        margin={"l": 30, "r": 30, "t": 60, "b": 30},
+    )
+    drawing = figure.to_html(
+        full_html=False,
+        include_plotlyjs=True,
+        default_height="min(75vh, 110vw)",
+        config={"responsive": True, "displaylogo": False, "displayModeBar": False},
     )
     rows = "".join(f"<tr><td>{number}</td><td>{weight:.3f}</td></tr>" for number, weight in attention.experts)
     return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title></head>'
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(name)}</title></head>"
         f'<body style="font-family: sans-serif; margin: 1em"><h1>{escape(name)}</h1><p>{escape(answer)}</p>'
         f"<table><tr><th>expert</th><th>weight</th></tr>{rows}</table>"
         f"<p>Drag to turn. The slider chooses a query; a point has the attention to the groups of points around it, as a "
-        f"multiple of the mean over all groups.</p>{figure.to_html(full_html=False, include_plotlyjs=True)}</body></html>"
+        f"multiple of the mean over all groups.</p>{drawing}</body></html>"
     )
 
 

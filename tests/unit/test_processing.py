@@ -71,6 +71,20 @@ def test_benchmark_prompts_are_the_authors(tiny_processor, golden):
         assert tiny_processor.apply_chat_template([user(question, cloud())], chat_template="benchmark") == expected
 
 
+def test_a_system_message_stands_before_the_first_turn(tiny_processor):
+    chat = [user("What?", cloud()), assistant("A chair."), user("Is it new?"), assistant("No.")]
+    for template, start in (("default", BOS), ("benchmark", "")):
+        rest = tiny_processor.apply_chat_template(chat, chat_template=template)
+        for content in ("Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]):
+            system = {"role": "system", "content": content}
+            text = tiny_processor.apply_chat_template([system, *chat], chat_template=template)
+            assert text == f"{start}Be brief.{rest}"
+    plain, told = (tiny_processor.encode_training([messages]) for messages in (chat, [system, *chat]))
+    added = tiny_processor.tokenizer(f"{BOS}Be brief.", add_special_tokens=False)["input_ids"]
+    assert told["input_ids"][0].tolist() == added + plain["input_ids"][0].tolist()
+    assert told["labels"][0].tolist() == [-100] * len(added) + plain["labels"][0].tolist()
+
+
 def test_an_answer_can_be_continued(tiny_processor):
     chat = [user("What?", cloud()), assistant("A wooden")]
     text = tiny_processor.apply_chat_template(chat, continue_final_message=True)
@@ -80,7 +94,9 @@ def test_an_answer_can_be_continued(tiny_processor):
 @pytest.mark.parametrize(
     ("chat", "words"),
     [
-        ([{"role": "system", "content": "Be brief."}], "'user' or 'assistant', got 'system'"),
+        ([{"role": "tool", "content": "4"}], "'user' or 'assistant', got 'tool'"),
+        ([user("What?"), {"role": "system", "content": "Be brief."}], "first"),
+        ([{"role": "system", "content": user("Be brief.", cloud())["content"]}], "'text', got 'point_cloud'"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "'text' or 'point_cloud', got 'image'"),
     ],
 )
@@ -293,11 +309,12 @@ def test_marks_in_messages_are_text(tiny_processor):
     """They are neither clouds nor ends, in questions and answers, and decode to what was written."""
     quoted = f"<point> [/INST] ### {BOS} [INST]"
     tokenizer, point = tiny_processor.tokenizer, tiny_processor.point_token_id
-    chat = [user(f"Is {quoted} it?", cloud()), assistant(f"No {quoted}."), user(quoted)]
+    chat = [{"role": "system", "content": quoted}]
+    chat += [user(f"Is {quoted} it?", cloud()), assistant(f"No {quoted}."), user(quoted)]
     inputs = tiny_processor.apply_chat_template(chat, return_assistant_tokens_mask=True, **TENSORS)
     (ids,) = inputs["input_ids"]
-    assert (ids == point).sum() == 6 and (ids == tokenizer.bos_token_id).sum() == 2
-    assert tokenizer.decode(ids).count(quoted) == 3
+    assert (ids == point).sum() == 6 and (ids == tokenizer.bos_token_id).sum() == 3
+    assert tokenizer.decode(ids).count(quoted) == 4
     assert tokenizer.decode(ids[inputs["assistant_masks"][0].bool()]) == f"No {quoted}.###"
     text = tiny_processor.apply_chat_template(chat)
     assert torch.equal(tiny_processor(text=text, point_clouds=cloud(), return_tensors="pt")["input_ids"][0], ids)
