@@ -86,6 +86,20 @@ def test_onnx_encoder(model, exported, tmp_path):
         torch.testing.assert_close(torch.from_numpy(vectors), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_onnx_prefill(model):
+    """By transformers' exporter: a prompt with clouds, for any number of rows, words and points."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    exported = OnnxExporter().export(model, make_prompt(2, 5) | {"use_cache": False}, config=OnnxConfig(dynamic=True))
+    for sizes in ((2, 5, 128), (1, 9, 64), (3, 20, 300)):
+        prompt = make_prompt(*sizes)
+        expected = model(**prompt, use_cache=False).logits
+        torch.testing.assert_close(exported(**prompt).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def make_step(model, rows: int, num_words: int) -> dict:
     """One token after a prompt with clouds, with its cache."""
     prompt = make_prompt(rows, num_words)
