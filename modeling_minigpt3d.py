@@ -728,6 +728,8 @@ class StreamerWithoutEnd(BaseStreamer):
 class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
     """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # a tied head is its language model's embedding, which is split
+
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
         self.model = MiniGPT3DModel(config)

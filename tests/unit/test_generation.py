@@ -144,7 +144,9 @@ def test_beams(model, prompt, greedy, way):
     torch.testing.assert_close(steps.mean(-1), scores, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("decoding", [{}, {"num_beams": 2, "top_p": 0.7, "temperature": 0.2, "min_length": 10}], ids=str)
+@pytest.mark.parametrize(
+    "decoding", [{}, {"num_beams": 2, "top_p": 0.7, "temperature": 0.2, "min_length": 10}], ids=str
+)
 def test_samples(model, prompt, decoding):
     """Samples depend on the seed alone, not on the cache; the second decoding is the benchmarks'."""
     answers = []
