@@ -890,10 +890,12 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
 
     def _prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
         """Chunks of a prompt (`prefill_chunk_size`) share its clouds, which are encoded once."""
-        size = generation_config.prefill_chunk_size
-        if size is not None and model_kwargs.get("point_clouds") is not None:
-            cached, mask = model_kwargs["past_key_values"].get_seq_length(), model_kwargs["attention_mask"]
-            new_ids = input_ids[:, cached if mask.shape[1] == input_ids.shape[1] else 0 :]
+        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        if size is not None and cache is not None and model_kwargs.get("point_clouds") is not None:
+            mask = model_kwargs.get("attention_mask")  # transformers drops one without padding, and keeps its length
+            length = generation_config._mask_length if mask is None else mask.shape[1]
+            # The tokens are the complete text, or only those behind the cache.
+            new_ids = input_ids[:, cache.get_seq_length() if length == input_ids.shape[1] else 0 :]
             embeds, _ = self.model.embed(new_ids, model_kwargs["point_clouds"])
             model_kwargs = model_kwargs | {"point_clouds": None, "prompt_chunks": iter(embeds.split(size, dim=1))}
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)

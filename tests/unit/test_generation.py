@@ -4,8 +4,11 @@ transformers' own tests of generation are not distributed; these check the same 
 lookup, assistants, and caches of earlier turns.
 """
 
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 from tiny_model import POINT_TOKEN_ID
 from ways_in import make_seeing_model
 
@@ -169,6 +172,19 @@ def test_an_answer_is_continued(model, prompt, greedy):
         **GREEDY | {"max_new_tokens": NEW - NEW // 2},
     )
     assert torch.equal(second[:, -NEW:], greedy)
+
+
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="5.18 reads what is in the cache again")
+def test_chunks_behind_a_cache(model, prompt):
+    """A second turn with another cloud, in chunks that split its placeholders."""
+    tokens, clouds = prompt["input_ids"], prompt["point_clouds"]
+    inputs = {"input_ids": torch.cat([tokens, tokens], dim=1), "point_clouds": clouds[[0, 1, 1, 0]]}
+    expected = model.generate(**inputs, **GREEDY)
+    for given in (inputs["point_clouds"], clouds[[1, 0]]):
+        cache = model(input_ids=tokens, point_clouds=clouds[[0, 1]]).past_key_values
+        inputs["point_clouds"] = given
+        answer = model.generate(**inputs, past_key_values=cache, prefill_chunk_size=4, **GREEDY)
+        assert torch.equal(answer, expected)
 
 
 def test_without_a_prompt(model):
