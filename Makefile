@@ -12,7 +12,7 @@ QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST := $(QUIET) $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-oldest lint sync household benchmark clean
+.PHONY: help install demo test test-fast test-slow test-common test-oldest lint sync household benchmark clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,9 +38,22 @@ test-fast: $(INSTALLED)  ## run unit tests and goldens (about 2 minutes on two q
 test-slow: $(INSTALLED)  ## run the slow tests
 	@$(PYTEST) -m 'slow and not gpu and not network' $(ARGS) || test $$? -eq 5
 
+# transformers' tests of all models are in its source distribution alone.
+SOURCE := $(VENV)/transformers-source
+
+test-common: $(SOURCE)  ## run transformers' own tests of a model on this one
+	@TRANSFORMERS_SOURCE=$(SOURCE) $(PYTEST) --dist load -rs -W ignore::pytest.PytestUnknownMarkWarning tests/e2e/test_transformers_common.py $(ARGS)
+
+$(SOURCE): $(INSTALLED)
+	@rm -rf $@ $@.new && mkdir $@.new
+	@$(PY) -m pip download -qq --disable-pip-version-check --no-deps --no-binary transformers -d $@.new \
+	  transformers==$$($(PY) -c 'from importlib.metadata import version; print(version("transformers"))')
+	@tar -xzf $@.new/*.tar.gz -C $@.new --strip-components 1 && rm $@.new/*.tar.gz
+	@mv $@.new $@ && touch $@
+
 OLDEST := $(VENV)-oldest
 # The tests that use these libraries most.
-OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_pipeline.py unit/test_processing.py \
+OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_generation.py unit/test_pipeline.py unit/test_processing.py \
   unit/test_weights.py unit/test_train_step.py unit/test_stream.py unit/test_pack.py \
   e2e/test_cli.py e2e/test_convert.py e2e/test_hub.py e2e/test_resume.py e2e/test_saves.py e2e/test_training.py)
 

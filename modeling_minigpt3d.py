@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -40,8 +40,9 @@ from transformers.models.phi.modeling_phi import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.output_capturing import capture_outputs
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -748,7 +749,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
         inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds)
@@ -836,6 +837,8 @@ class StreamerWithoutEnd(BaseStreamer):
 class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixin):
     """MiniGPT-3D: reads a point cloud and text, writes text. Paper: §3."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # a tied head is its language model's embedding, which is split
+
     def __init__(self, config: MiniGPT3DConfig):
         super().__init__(config)
         self.model = MiniGPT3DModel(config)
@@ -872,7 +875,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DCausalLMOutputWithPast:
         """Score text about point clouds.
 
@@ -992,6 +995,18 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             )
         return (point_clouds if len(point_clouds) else None), left
 
+    def _prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
+        """Chunks of a prompt (`prefill_chunk_size`) share its clouds, which are encoded once."""
+        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        if size is not None and cache is not None and model_kwargs.get("point_clouds") is not None:
+            mask = model_kwargs.get("attention_mask")  # transformers drops one without padding, and keeps its length
+            length = generation_config._mask_length if mask is None else mask.shape[1]
+            # The tokens are the complete text, or only those behind the cache.
+            new_ids = input_ids[:, cache.get_seq_length() if length == input_ids.shape[1] else 0 :]
+            embeds, _ = self.model.embed(new_ids, model_kwargs["point_clouds"])
+            model_kwargs = model_kwargs | {"point_clouds": None, "prompt_chunks": iter(embeds.split(size, dim=1))}
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -1000,6 +1015,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         point_clouds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         prompt_length: int | None = None,
+        prompt_chunks: Iterator[torch.Tensor] | None = None,
         **kwargs,
     ) -> dict:
         """Pass the clouds together with their placeholders; afterwards they are in the cache."""
@@ -1011,7 +1027,9 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             **kwargs,
         )
         ids = model_inputs.get("input_ids")
-        if ids is None:
+        if prompt_chunks is not None:
+            model_inputs |= {"input_ids": None, "inputs_embeds": next(prompt_chunks)}
+        elif ids is None:
             model_inputs["point_clouds"] = point_clouds
         elif is_first_iteration or ids.shape[1] > 1:
             split = (
