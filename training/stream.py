@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from minigpt3d.data.clouds import augment
+from minigpt3d.data.reading import end_with_parent
 from minigpt3d.data.records import Sample, to_messages
 from minigpt3d.data.sources import ROWS_PER_GROUP
 
@@ -175,7 +176,7 @@ class _Steps(IterableDataset):
 
 def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[tuple[str, list[dict]]]:
     """Name of the source and samples of this process, for each of `steps`, read ahead by `num_workers` processes."""
-    ahead = {"prefetch_factor": 4, "worker_init_fn": _ignore_signals} if num_workers else {}
+    ahead = {"prefetch_factor": 4, "worker_init_fn": _prepare_worker} if num_workers else {}
     loader = DataLoader(_Steps(stream, steps), batch_size=None, num_workers=num_workers, **ahead)
     parts = iter(loader)
     for step in steps:
@@ -184,8 +185,9 @@ def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[
         yield stream.source_name(step), [samples[slot] for slot in sorted(samples)]
 
 
-def _ignore_signals(worker_id: int):
+def _prepare_worker(worker_id: int):
     """Ctrl-C and schedulers signal every process of a run, but the loop needs its workers to finish the step."""
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
