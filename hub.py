@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,9 +37,21 @@ ADAPTER_CONFIG, ADAPTER_FILE, STAGE_FILE = "adapter_config.json", "adapter_model
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 
+HUB_ID_RULES = (
+    "a repository on the Hub is named OWNER/NAME, with letters from a to z, digits, '-', '_' and '.', at most 96 in NAME, "
+    "no '-' or '.' at its ends, no '--', no '..'."
+)
+
+
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name has the form of a Hub id, OWNER/NAME."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) is not None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # takes half a second
+
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return False
+    return "/" in str(name)
 
 
 def portable_name(name: str | Path) -> str:

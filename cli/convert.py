@@ -70,7 +70,7 @@ def finish(folder: Path, options: Options) -> int:
 
     for part in (folder, folder / BASE_DIR, folder / ADAPTER_DIR):
         if (part / write.PROVENANCE_FILE).is_file():
-            write_card(part, model_id=options.out.resolve().name)
+            write_card(part, name=options.out.resolve().name)
     if not options.verify:
         return 0
     try:

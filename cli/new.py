@@ -43,8 +43,11 @@ def run(options: Options, argv: list[str]) -> int:
 
     quiet()
     dtype = options.dtype and getattr(torch, options.dtype)
-    print(write_start(options.llm, options.point_encoder, options.out, options.qformer, dtype, argv))
-    write_card(options.out, model_id=options.out.resolve().name)
+
+    def add_card(folder: Path):
+        write_card(folder, name=options.out.resolve().name)
+
+    print(write_start(options.llm, options.point_encoder, options.out, options.qformer, dtype, argv, add_card))
     if options.qformer is None:
         complain(
             "warning: the Q-Former is random, and the stages train only LoRA factors and norms in it; pass --qformer"

@@ -7,6 +7,7 @@ from pathlib import Path
 from minigpt3d.arguments import flag, natural_int, option, positive_int, with_flags
 from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
+from minigpt3d.hub import HUB_ID_RULES, is_hub_id
 
 from .console import complain
 
@@ -70,7 +71,8 @@ def pack(options: Options):
     """Pack the data and print what they are."""
     from minigpt3d.data import shards
 
-    downloads = options.out.with_name(options.out.name + ".downloads")
+    out = options.out.resolve()
+    downloads = out.with_name(out.name + ".downloads")
     if options.from_ is None:
         entries = shards.release_entries(options.data, options.annotations)
     elif options.from_.startswith("hf://"):
@@ -116,6 +118,8 @@ def check(options: Options):
         raise ValueError("give --data and --annotations, or --from (or --push-to-hub for what is packed already)")
     if has_input(options) and options.out.exists():
         raise ValueError(f"{options.out} exists already; pass a new folder, or remove it")
+    if options.push_to_hub is not None and not is_hub_id(options.push_to_hub):
+        raise ValueError(f"--push-to-hub {options.push_to_hub!r}: {HUB_ID_RULES}")
     if not 0 <= options.max_broken <= 1:
         raise ValueError(f"--max-broken is a share between 0 and 1, got {options.max_broken:g}")
     if options.reading and options.from_ is None:

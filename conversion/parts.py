@@ -9,6 +9,7 @@ Sizes follow from the parts. All query experts start as the same query tokens.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -165,6 +166,7 @@ def write_start(
     qformer: str | None = None,
     dtype: torch.dtype | None = None,
     command: list[str] = (),
+    before_rename: Callable[[Path], None] = lambda folder: None,
 ) -> str:
     """Write a folder that stage I starts from; returns where each part comes from.
 
@@ -175,6 +177,7 @@ def write_start(
         qformer: see `read_qformer`; None for a random one.
         dtype: of the weights; by default the language model's.
         command: the command line, for provenance.json.
+        before_rename: called with the complete folder while it still has its temporary name.
 
     Raises:
         ValueError: a part cannot be read or used, or the folder exists.
@@ -220,6 +223,7 @@ def write_start(
         write_all_but_weights(partial, model, processor)
         model.save_pretrained(partial)
         write_json(partial / PROVENANCE_FILE, _record(summary, llm, command))
+        before_rename(partial)
     return "\n".join(summary)
 
 

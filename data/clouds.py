@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
@@ -24,8 +25,11 @@ def read_point_cloud(data_dir: str | Path, object_id: str) -> np.ndarray:
     path = point_cloud_path(data_dir, object_id)
     try:
         cloud = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"object_id {object_id!r}: cannot read {path} ({error}).") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"object_id {object_id!r}: cannot read {path} ({one_line(error)[:200]}).") from error
+    if not isinstance(cloud, np.ndarray) or cloud.dtype.kind not in "fiu":
+        got = getattr(cloud, "dtype", type(cloud).__name__)
+        raise ValueError(f"object_id {object_id!r}: {path} must hold numbers, got {got}.")
     if cloud.ndim != 2 or cloud.shape[1] != 6 or not len(cloud):
         raise ValueError(f"object_id {object_id!r}: {path} must have shape (points, 6), got {cloud.shape}.")
     if not np.isfinite(cloud).all():

@@ -6,6 +6,7 @@ the caller's main module again. A process imports what reading needs, which take
 """
 
 import contextlib
+import ctypes
 import os
 import pickle
 import queue
@@ -283,6 +284,7 @@ class _Process:
 
 def serve():
     """Read files as long as the parent asks; the first message is the function."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     requests, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
@@ -301,13 +303,20 @@ def serve():
         _send(results, result)
 
 
+def end_with_parent():
+    """Let the system kill this process when its parent has ended, whatever it does then; only Linux can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _send(results, message: Any):
     pickle.dump(message, results)
     results.flush()
 
 
 def _receive(requests, waiting: queue.SimpleQueue):
-    """A thread of its own, so that the process ends with its parent, also in the middle of a file."""
+    """A thread of its own, so that the process ends with its parent in the middle of a file, too; on systems without
+    `end_with_parent` only where the reader lets other threads run."""
     try:
         while True:
             waiting.put(pickle.load(requests))

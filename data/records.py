@@ -1,7 +1,9 @@
 """Conversations about objects, in the schema of the PointLLM release: read and check them."""
 
+import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.files import read_json
@@ -21,10 +23,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about an object: `rounds` holds (question, answer) pairs."""
+    """One conversation about an object: `rounds` holds (question, answer) pairs; `place` is where it was read."""
 
     object_id: str
     rounds: tuple[tuple[str, str], ...]
+    place: str = field(default="", compare=False)
 
 
 def read_annotations(paths: Iterable[str | Path]) -> dict[str, list[Sample]]:
@@ -45,9 +48,26 @@ def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dic
     """
     for path in paths:
         for index, record in enumerate(read_json(path, list, advice="`annotations` are PointLLM's JSON lists.")):
-            source, sample = to_sample(record, f"{path}, record {index}")
+            try:
+                source, sample = to_sample(record, f"{path}, record {index}")
+            except ValueError:
+                to_sample(record, f"{path}, line {_line_of(path, index)}, record {index}")  # raises it with the line
+                raise
             if sample.object_id not in CORRUPT_OBJECT_IDS:
                 yield source, sample, record
+
+
+def _line_of(path: str | Path, index: int) -> int:
+    """The line in which a record of a JSON list begins."""
+    text, decoder, between = (
+        Path(path).read_text("utf-8", "surrogatepass"),
+        json.JSONDecoder(),
+        re.compile(r"[\s,\[]*"),
+    )
+    position = between.match(text).end()
+    for _ in range(index):
+        position = between.match(text, decoder.raw_decode(text, position)[1]).end()
+    return text.count("\n", 0, position) + 1
 
 
 def to_sample(record, where: str) -> tuple[str, Sample]:
@@ -61,16 +81,21 @@ def to_sample(record, where: str) -> tuple[str, Sample]:
 
     if not isinstance(record, dict) or not isinstance(record.get("object_id"), str):
         raise ValueError(f"{where}: expected an object with a string 'object_id', got {str(record)[:80]!r}.")
-    object_id = record["object_id"]
+    object_id, place = record["object_id"], where
     where = f"object_id {object_id!r} ({where})"
     conversation_type = record.get("conversation_type", "simple_description")
     if conversation_type not in SOURCES:
         raise ValueError(f"{where}: conversation_type must be one of {', '.join(SOURCES)}, got {conversation_type!r}.")
     source, texts = SOURCES[conversation_type], _check_turns(record.get("conversations"), where)
+    for text in (object_id, *texts):
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"{where}: half of a character, a lone surrogate {half[0]!a}, in {text!a:.80}. Write it again."
+            )
     questions = [text.replace(POINT_PLACEHOLDER, "").strip() for text in texts[::2]]
     if source != "multi_round":  # the authors clean the questions of single rounds, and no answers
         questions = [clean_question(question) for question in questions]
-    return source, Sample(object_id, tuple(zip(questions, texts[1::2], strict=True)))
+    return source, Sample(object_id, tuple(zip(questions, texts[1::2], strict=True)), place)
 
 
 def _check_turns(turns, where: str) -> list[str]:

@@ -1,12 +1,13 @@
 """Pack training data as Parquet shards: small, shuffled once, ready for `load_dataset(..., streaming=True)`.
 
     OUT/README.md                                  dataset card, so that the Hub and `datasets` find the sources
-    OUT/packed.json                                the manifest: rows of every shard, sizes, broken clouds
+    OUT/packed.json                                the manifest: rows and digest of every shard, sizes, broken clouds
     OUT/{source}/train-00000-of-00042.parquet      rows of one source, in an order drawn by the seed
 
 A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a point, [-1, 1] in 65536 steps), `color`
 (uint8, three a point, [0, 1] in 256 steps), `conversations` as in PointLLM's annotations, and `preview` if asked for. Clouds are normalized
-before they are packed, as the model's processor does anyway.
+before they are packed, as the model's processor does anyway. Damage is noticed: every page of a shard has a checksum, and the
+manifest has a digest of each shard's footer, which tells where the pages are and holds a digest of the rows.
 """
 
 import hashlib
@@ -20,13 +21,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minigpt3d.files import read_json, write_json, write_text, written_file
+from minigpt3d.files import (
+    folder_to_disk,
+    locked,
+    read_json,
+    rename_folder,
+    write_json,
+    write_text,
+    written_file,
+)
 from minigpt3d.messages import MultilineError, one_line
 
 from .clouds import decode_cloud, load_encoded, point_cloud_path, to_glb
 from .reading import FileReader, FileResult, Limits
 from .records import SOURCES, read_records, to_sample
-from .sources import COLUMNS, MANIFEST_FILE, ROWS_PER_GROUP
+from .sources import COLUMNS, MANIFEST_FILE, ROWS_PER_GROUP, footer_digest, shard_name
 from .tables import read_table
 
 
@@ -163,19 +172,21 @@ def pack(
     output_dir, reading = output_dir.resolve(), reading or {}
     if not any(entries.values()):
         raise ValueError("there is nothing to pack: the annotations hold no conversations.")
-    if output_dir.exists():
-        raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shards = list(plan_shards(partial, entries, seed, rows_per_shard))
-    check_plan(partial, shards, [seed, NUM_POINTS, reading, *(["preview"] if preview else [])])
-    facts = _write_shards(shards, reading, max_broken, num_workers, limits, notify, preview)
-    manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview}
-    write_json(partial / MANIFEST_FILE, manifest)
-    write_text(partial / "README.md", dataset_card(manifest))
-    (partial / PLAN_FILE).unlink()
-    for left_over in partial.rglob("*.tmp"):  # of a killed run
-        left_over.unlink()
-    partial.rename(output_dir)
+    with locked(output_dir):
+        if output_dir.exists():
+            raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
+        partial = output_dir.with_name(output_dir.name + ".partial")
+        shards = list(plan_shards(partial, entries, seed, rows_per_shard))
+        plan = begin_plan(partial, shards, [seed, NUM_POINTS, reading, *(["preview"] if preview else [])])
+        facts = _write_shards(shards, plan, reading, max_broken, num_workers, limits, notify, preview)
+        manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview}
+        write_json(partial / MANIFEST_FILE, manifest)
+        write_text(partial / "README.md", dataset_card(manifest))
+        for left_over in partial.rglob("*.tmp"):  # of a killed run
+            left_over.unlink()
+        folder_to_disk(partial)
+        rename_folder(partial, output_dir)
+        (output_dir / PLAN_FILE).unlink()
     return manifest
 
 
@@ -187,30 +198,59 @@ def plan_shards(folder: Path, entries: dict[str, list[Entry]], seed: int, rows_p
         order = np.random.default_rng([seed, *source.encode()]).permutation(len(rows))
         count = max(-(-len(rows) // rows_per_shard), min(LEAST_SHARDS, len(rows) // LEAST_ROWS), 1)
         for index, part in enumerate(np.array_split(order, count)):
-            path = folder / source / f"train-{index:05d}-of-{count:05d}.parquet"
-            yield Shard(path, [rows[i] for i in part])
+            yield Shard(folder / shard_name(source, index, count), [rows[i] for i in part])
 
 
-def check_plan(partial: Path, shards: list[Shard], settings: list):
+@dataclass(frozen=True)
+class Plan:
+    """plan.json in the temporary folder: what is packed there, and the facts of the shards that are finished."""
+
+    path: Path
+    sha256: str
+    finished: dict[str, dict]
+
+    def add(self, shard: Shard, facts: dict):
+        """Record a finished shard."""
+        self.finished[f"{shard.path.parent.name}/{shard.path.name}"] = facts
+        write_json(self.path, {"sha256": self.sha256, "shards": self.finished}, indent=None)
+
+    def facts_of(self, shard: Shard) -> dict | None:
+        """The facts of a finished shard, after its file has been read through; None if it is to be written (again)."""
+        facts = self.finished.get(f"{shard.path.parent.name}/{shard.path.name}")
+        try:
+            if facts is None or facts["footer"] != check_shard(shard.path):
+                return None
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+            return None
+        return facts
+
+
+def begin_plan(partial: Path, shards: list[Shard], settings: list) -> Plan:
     """Write down what is packed in the temporary folder, or compare it with what an interrupted run wrote there.
 
     Raises:
-        ValueError: the temporary folder holds shards of another plan.
+        ValueError: the temporary folder holds shards of another plan, or its plan is damaged.
     """
     digest = hashlib.sha256(json.dumps(settings).encode())
     for shard in shards:
         digest.update(shard.path.name.encode())
         for entry in shard.entries:
             digest.update(json.dumps([entry.object_id, entry.path, entry.conversations]).encode())
-    plan, path = {"sha256": digest.hexdigest()}, partial / PLAN_FILE
-    if path.exists() and read_json(path) != plan:
-        raise ValueError(f"{partial} was begun with other data or settings. Finish it with those, or remove it.")
+    path, finished = partial / PLAN_FILE, {}
+    if path.exists():
+        content = read_json(path, advice=f"Remove {partial} to begin anew.")
+        if content.get("sha256") != digest.hexdigest():
+            raise ValueError(f"{partial} was begun with other data or settings. Finish it with those, or remove it.")
+        finished = content.get("shards", {})
     partial.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan)
+    plan = Plan(path, digest.hexdigest(), finished if isinstance(finished, dict) else {})
+    write_json(path, {"sha256": plan.sha256, "shards": plan.finished}, indent=None)
+    return plan
 
 
 def _write_shards(
     shards: list[Shard],
+    plan: Plan,
     reading: dict,
     max_broken: float,
     num_workers: int | None,
@@ -220,7 +260,7 @@ def _write_shards(
 ) -> dict[Path, dict]:
     """Write the shards that are not there yet; returns the facts of all of them."""
     total = sum(len(shard.entries) for shard in shards)
-    facts = {shard.path: read_facts(shard.path) for shard in shards if shard.path.exists()}
+    facts = {shard.path: of_shard for shard in shards if (of_shard := plan.facts_of(shard)) is not None}
     waiting = [shard for shard in shards if shard.path not in facts]
     paths = [entry.path for shard in waiting for entry in shard.entries]
     num_processes = max(1, min(num_workers or os.cpu_count() or 1, len(paths)))
@@ -232,6 +272,7 @@ def _write_shards(
         results = reader.read_files(paths, num_points=NUM_POINTS, **reading)
         for shard in waiting:
             facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify, preview)
+            plan.add(shard, facts[shard.path])
             progress.update(len(shard.entries))
             broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
             if len(broken) > max_broken * total:
@@ -249,7 +290,7 @@ def write_shard(
     notify: Callable[[str], None] | None = None,
     preview: bool = False,
 ) -> dict:
-    """Write the rows of one shard; returns its facts, which the file holds too.
+    """Write the rows of one shard; returns its facts: rows, broken clouds, largest error, digest of the footer.
 
     Args:
         results: of `load_encoded`, one for each entry.
@@ -281,29 +322,38 @@ def write_shard(
             for object_id, coord, color in zip(*(columns[name] for name in COLUMNS[:3]), strict=True)
         ]
         metadata["huggingface"] = json.dumps({"info": {"features": PREVIEWED_FEATURES}})
-    facts = {"rows": len(columns["object_id"]), "broken": broken, "max_coord_error": max_error}
-    table = pa.table(columns, schema=pa.schema(fields)).replace_schema_metadata(
-        metadata | {"minigpt3d": json.dumps(facts)}
-    )
+    metadata["minigpt3d"] = json.dumps({"sha256": _digest(columns)})
+    table = pa.table(columns, schema=pa.schema(fields)).replace_schema_metadata(metadata)
+    settings = {"row_group_size": ROWS_PER_GROUP, "compression": "lz4", "use_dictionary": False}
     shard.path.parent.mkdir(parents=True, exist_ok=True)
     with written_file(shard.path) as temporary:
-        pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="lz4", use_dictionary=False)
-    return facts
+        pq.write_table(table, temporary, write_page_checksum=True, **settings)
+        with open(temporary, "rb") as file:
+            footer = footer_digest(file)
+    return {"rows": table.num_rows, "broken": broken, "max_coord_error": max_error, "footer": footer}
 
 
-def read_facts(path: Path) -> dict:
-    """What `write_shard` returned when it wrote the shard.
+def _digest(columns: dict[str, list]) -> str:
+    """Of the rows, so that the footers of two shards differ if their rows do."""
+    digest = hashlib.sha256()
+    for object_id, coord, color, conversations in zip(*(columns[name] for name in COLUMNS), strict=True):
+        digest.update(json.dumps([object_id, conversations]).encode() + coord + color)
+    return digest.hexdigest()
+
+
+def check_shard(path: Path) -> str:
+    """Read a shard through, which verifies its pages; returns the digest of its footer.
 
     Raises:
-        ValueError: the file is no such shard.
+        OSError, ValueError: it is missing or damaged.
     """
     _, pq = _pyarrow()
-    try:
-        return json.loads(pq.read_schema(path).metadata[b"minigpt3d"])
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a packed shard, or damaged ({one_line(error)}). Remove it and run it again."
-        ) from error
+    with open(path, "rb") as file:
+        footer = footer_digest(file)
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            for number in range(parquet.num_row_groups):
+                parquet.read_row_group(number, use_threads=False)
+    return footer
 
 
 def _pyarrow():
@@ -319,8 +369,10 @@ def _pyarrow():
 
 def _manifest(shards: list[Shard], facts: dict[Path, dict], seed: int) -> dict:
     sources: dict[str, list[int]] = {}
+    footers: dict[str, list[str]] = {}
     for shard in shards:
         sources.setdefault(shard.path.parent.name, []).append(facts[shard.path]["rows"])
+        footers.setdefault(shard.path.parent.name, []).append(facts[shard.path]["footer"])
     rows = sum(map(sum, sources.values()))
     size = sum(shard.path.stat().st_size for shard in shards)
     return {
@@ -331,6 +383,7 @@ def _manifest(shards: list[Shard], facts: dict[Path, dict], seed: int) -> dict:
         "max_coord_error": max(of_shard["max_coord_error"] for of_shard in facts.values()),
         "broken": [line for shard in shards for line in facts[shard.path]["broken"]],
         "shards": sources,
+        "footers": footers,
     }
 
 

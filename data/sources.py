@@ -6,12 +6,15 @@ release, a `PackedSource` reads the Parquet shards that `shards` writes. `traini
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from minigpt3d.files import parse_json
 from minigpt3d.hub import is_hub_id
 from minigpt3d.messages import one_line
 
@@ -113,12 +116,53 @@ def read_manifest(data: str) -> dict:
         raise ValueError(f"`data` {data}: no such folder, and a data set on the Hub is named OWNER/NAME.")
     try:
         with _open(data, MANIFEST_FILE) as file:
-            return json.loads(file.read())
+            content = file.read()
     except Exception as error:  # of the disk, of JSON, or of the network's many clients
         raise ValueError(
             f"`data` {data}: no {MANIFEST_FILE} there ({one_line(error)[:200]}). Pass a folder or Hub id of packed data "
             "(minigpt3d pack), or a folder of .npy files together with `annotations`."
         ) from error
+    place = f"`data` {data}: {MANIFEST_FILE}"
+    manifest = parse_json(content, place, advice="Download the data or pack them again.")
+    if not _is_manifest(manifest):
+        raise ValueError(f"{place}: damaged, or no manifest of packed data. Download the data or pack them again.")
+    return manifest
+
+
+def _is_manifest(manifest: dict) -> bool:
+    shards, footers = manifest.get("shards"), manifest.get("footers", {})  # earlier versions wrote no footers
+    if not (isinstance(shards, dict) and isinstance(footers, dict) and isinstance(manifest.get("num_points"), int)):
+        return False
+    return all(
+        isinstance(rows, list)
+        and all(isinstance(number, int) and number >= 0 for number in rows)
+        and (not footers or (isinstance(footers.get(name), list) and len(footers[name]) == len(rows)))
+        for name, rows in shards.items()
+    )
+
+
+def shard_name(source: str, index: int, count: int) -> str:
+    """The file of a shard in a packed data set."""
+    return f"{source}/train-{index:05d}-of-{count:05d}.parquet"
+
+
+def footer_digest(file) -> str:
+    """Digest of a Parquet file's size and footer, which tells where all of its pages are.
+
+    Args:
+        file: opened for reading in binary.
+
+    Raises:
+        ValueError: the file does not end as a Parquet file does.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    end = file.read(8)
+    length = int.from_bytes(end[:4], "little")
+    if end[4:] != b"PAR1" or length + 12 > size:
+        raise ValueError("truncated, or no Parquet file")
+    file.seek(size - 8 - length)
+    return hashlib.sha256(f"{size} ".encode() + file.read(length)).hexdigest()
 
 
 class PackedSource:
@@ -130,33 +174,42 @@ class PackedSource:
         data: folder or Hub id of the data set.
         manifest: its packed.json.
         name: of the source.
+
+    Raises:
+        ValueError: a shard in a folder is missing, or not the one that the manifest lists.
     """
 
     def __init__(self, data: str, manifest: dict, name: str):
         self.data, self.name = data, name
         self.rows = manifest["shards"].get(name, [])
+        self.footers = manifest.get("footers", {}).get(name)
         self.num_points = manifest["num_points"]
         # A row group for each sample of a batch, or all groups of a small data set.
         self.groups_kept = max(64, min(256, sum(-(-rows // ROWS_PER_GROUP) for rows in self.rows)))
         self._groups: OrderedDict[tuple[int, int], dict] = OrderedDict()
         self._files: OrderedDict[int, object] = OrderedDict()
+        if Path(data).is_dir():
+            for shard in range(len(self.rows)):
+                with self._damage_named(shard):
+                    self._open_shard(shard).close()
 
     def read(self, shard: int, row: int) -> tuple[Sample, np.ndarray]:
         """The sample and its cloud, (num_points, 6) float32, normalized.
 
         Raises:
-            ValueError: the row is out of schema; the message names its object.
+            ValueError: the row is out of schema, or its shard damaged; the message names the place.
         """
         sample = self.read_sample(shard, row)
         number, place = divmod(row, ROWS_PER_GROUP)
         group = self._group(shard, number)
-        cloud = decode_cloud(group["coord"][place].as_buffer(), group["color"][place].as_buffer())
-        if cloud.shape != (self.num_points, 6):
+        coord, color = (group[name][place].as_buffer() for name in ("coord", "color"))
+        sizes = [0 if buffer is None else buffer.size for buffer in (coord, color)]
+        if sizes != [6 * self.num_points, 3 * self.num_points]:
             raise ValueError(
-                f"object_id {sample.object_id!r} ({self._where(shard, row)}): expected {self.num_points} points, got "
-                f"{len(cloud)}."
+                f"object_id {sample.object_id!r} ({sample.place}): expected {self.num_points} points, "
+                f"{6 * self.num_points} and {3 * self.num_points} bytes; got {sizes[0]} and {sizes[1]}."
             )
-        return sample, cloud
+        return sample, decode_cloud(coord, color)
 
     def read_sample(self, shard: int, row: int) -> Sample:
         """The sample without its cloud. Raises as `read`."""
@@ -167,16 +220,17 @@ class PackedSource:
             "conversation_type": _conversation_type(self.name),
             "conversations": group["conversations"][place].as_py(),
         }
-        return to_sample(record, self._where(shard, row))[1]
+        return to_sample(record, f"{self._path(shard)}, row {row}")[1]
 
-    def _where(self, shard: int, row: int) -> str:
-        return f"{self.data}, {self.name}, shard {shard}, row {row}"
+    def _path(self, shard: int) -> str:
+        return f"{self.data}/{shard_name(self.name, shard, len(self.rows))}"
 
     def _group(self, shard: int, number: int) -> dict:
         key = shard, number
         if key not in self._groups:
-            table = self._file(shard).read_row_group(number, columns=COLUMNS, use_threads=False)
-            columns = {name: table[name] for name in table.column_names}
+            with self._damage_named(shard):
+                table = self._file(shard).read_row_group(number, columns=COLUMNS, use_threads=False)
+                columns = {name: table[name] for name in COLUMNS}
             self._groups[key] = {  # usually one chunk, which need not be copied
                 name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
                 for name, column in columns.items()
@@ -190,12 +244,31 @@ class PackedSource:
         if shard not in self._files:
             import pyarrow.parquet
 
-            path = f"{self.name}/train-{shard:05d}-of-{len(self.rows):05d}.parquet"
-            self._files[shard] = pyarrow.parquet.ParquetFile(_open(self.data, path))
+            file = pyarrow.parquet.ParquetFile(self._open_shard(shard), page_checksum_verification=True)
+            if file.metadata.num_rows != self.rows[shard]:
+                raise ValueError(f"it has {file.metadata.num_rows} rows, expected {self.rows[shard]}")
+            self._files[shard] = file
             if len(self._files) > self.groups_kept:
                 self._files.popitem(last=False)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+    def _open_shard(self, shard: int):
+        """The file, after a comparison of its footer with the manifest."""
+        file = _open(self.data, shard_name(self.name, shard, len(self.rows)))
+        if self.footers is not None and footer_digest(file) != self.footers[shard]:
+            raise ValueError(f"it is not the shard that {MANIFEST_FILE} lists")
+        return file
+
+    @contextmanager
+    def _damage_named(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the disk, of Parquet, or of the network's many clients
+            reason = one_line(error).removeprefix(f"{self._path(shard)}: ")
+            raise ValueError(
+                f"{self._path(shard)} is damaged or missing: {reason[:200]}. Download the data or pack them again."
+            ) from error
 
     def __getstate__(self) -> dict:
         """For worker processes, which open their own files."""

@@ -78,7 +78,8 @@ def _read_origin(
     of_release = "phi" in files
     in_two_parts = record is not None and record["lora"] == "keep"
     base_config = read_fact(folder / "adapter" / "adapter_config.json") if config else adapter
-    base = base_config["base_model_name_or_path"].raw if base_config else None
+    named = base_config["base_model_name_or_path"] if base_config else None
+    base = named.raw if named else None
     language_model = record.raw.get("language_model") if record else None
     is_path = base is None or Path(base).is_absolute() or Path(base).exists() or not is_hub_id(base)
     return {
@@ -86,7 +87,7 @@ def _read_origin(
         "part": "" if not in_two_parts else "base" if config else "adapter",
         "of_release": of_release,
         "trained": "stage4" in files,
-        "base": Path(base).name if base and is_path else base,
+        "base": named and named.says(Path(base).name if is_path else base),
         "base_model": "microsoft/phi-2"
         if of_release
         else language_model

@@ -19,7 +19,7 @@ from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES
 from .ablation import ablation_section
 from .emissions import Given, estimate_emissions
 from .evaluations import RESULTS_FILE, CardError, find_limits, read_results
-from .facts import find_unsourced, take_marks
+from .facts import Fact, find_unsourced, take_marks
 from .model_folder import RECIPE_FILE, read_folder
 from .model_index import HUB_DATASETS, eval_results, model_index
 from .render import render
@@ -37,6 +37,7 @@ def write_card(
     ablation: str | Path | None = None,
     model_id: str | None = None,
     fingerprint: str | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write README.md, and card_sources.json with the source of every number in it, in order.
 
@@ -47,6 +48,7 @@ def write_card(
         ablation: an ablation.json or the folder that holds it; the picture beside it is copied.
         model_id: Hub id or folder by which others load the model (default: the folder).
         fingerprint: of the folder's weights, as in results.json; results of other weights are refused.
+        name: that the folder will have, if it is still written under another one.
 
     Returns:
         The path of README.md.
@@ -63,12 +65,12 @@ def write_card(
     ablation = None if ablation is None else Path(ablation)
     ablation_file = ablation / ABLATION_FILE if ablation is not None and ablation.is_dir() else ablation
     facts |= {
-        "model_id": model_id or public_word(str(folder)),
+        "model_id": Fact(model_id or _as_argument(name or public_word(str(folder))), "name of the model"),
         "runs": runs,
         "limits": find_limits(runs),
         "ablation": None if ablation is None else ablation_section(ablation_file),
         "emissions": estimate_emissions(facts["hours"], given),
-        "command": _command(folder, model_id, result_files, given, ablation),
+        "command": _command(folder, facts["part"], name, model_id, result_files, given, ablation),
     }
     card, sources = take_marks(_render_card(facts, folder))
     write_text(folder / CARD_FILE, card)
@@ -131,13 +133,26 @@ def _check_model_id(model_id: str | None):
             ) from error
 
 
+def _as_argument(name: str) -> str:
+    """A folder's name, whatever is in it, as text in UTF-8 that is no option of a command."""
+    name = name.encode("utf-8", "replace").decode("utf-8")
+    return f"./{name}" if name.startswith("-") else name
+
+
 def _command(
-    folder: Path, model_id: str | None, result_files: list[Path], given: Mapping[str, Given], ablation: Path | None
+    folder: Path,
+    part: str,
+    name: str | None,
+    model_id: str | None,
+    result_files: list[Path],
+    given: Mapping[str, Given],
+    ablation: Path | None,
 ) -> str:
     """The command that writes this card again."""
-    words = ["minigpt3d", "card", str(folder)]
-    if model_id is not None:
-        words += ["--model-id", model_id]
+    place = str(folder) if name is None else f"{name}/{folder.name}" if part else name
+    words = ["minigpt3d", "card", _as_argument(place)]
+    if model_id or (part and name):
+        words += ["--model-id", model_id or _as_argument(name)]
     if result_files:
         words += ["--results", *(str(path.parent) for path in result_files)]
     for name, number in given.items():

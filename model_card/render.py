@@ -1,6 +1,8 @@
 """Fill a template with facts: the text has marks around every fact, from which its sources are read."""
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,8 +27,10 @@ def render(template: str, facts: Mapping) -> str:
     )
     environment.filters |= {
         "block": as_block,
+        "code": as_code,
         "count": count,
         "fixed": fixed,
+        "literal": as_literal,
         "percent": percent,
         "plain": as_plain_text,
         "rough": rough,
@@ -71,6 +75,23 @@ def in_row(fact: Fact) -> Fact:
 def as_plain_text(fact: Fact) -> Fact:
     """A name or a sentence from outside, without markup."""
     return fact.says(escaped(fact.raw))
+
+
+def as_literal(name: Fact, part: str = "") -> Fact:
+    """A name, and a folder in it, as a string of Python."""
+    return name.says(json.dumps(name.raw + part, ensure_ascii=False))
+
+
+def as_code(text: Fact, command: str = "") -> str:
+    """A text as code within a line, whatever is in it.
+
+    Args:
+        command: whose last argument the text is.
+    """
+    line = " ".join((shlex.quote(text.raw) if command else text.raw).split("\n"))
+    ticks = re.findall("`+", line)
+    fence, blank = ("`" * (1 + max(map(len, ticks))), " ") if ticks else ("`", "")
+    return f"{fence}{blank}{command}{' ' * bool(command)}{text.says(line)}{blank}{fence}"
 
 
 def as_block(command: Fact | str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt3d.files import write_text
+from minigpt3d.files import write_bytes
 
 
 HISTORY_FILE = "history.jsonl"
@@ -48,10 +48,19 @@ def read_history(path: str | Path) -> list[dict]:
     return history
 
 
-def cut_history(path: Path, num_steps: int):
-    """Keep the first `num_steps` entries: steps after the checkpoint are repeated."""
-    if path.exists():
-        write_text(path, "".join(path.read_text().splitlines(keepends=True)[:num_steps]))
+def restore_history(path: Path, kept: Path | None) -> bool:
+    """Begin the history as a checkpoint has kept it: steps after the checkpoint are repeated.
+
+    Args:
+        kept: the checkpoint's history; None to begin with no steps.
+
+    Returns:
+        Whether the steps up to the checkpoint were there, unchanged.
+    """
+    content = kept.read_bytes() if kept else b""
+    is_whole = not content or (path.is_file() and path.read_bytes().startswith(content))
+    write_bytes(path, content)
+    return is_whole
 
 
 def column(history: list[dict], *names: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 import platform
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,21 +24,21 @@ from accelerate.utils import LoggerType, set_seed
 from tqdm import tqdm
 
 from minigpt3d.data.sources import fingerprint, open_sources
+from minigpt3d.files import folder_to_disk, full_disk_named, locked, rename_folder
 from minigpt3d.hub import ADAPTER_DIR, ModelFiles, find_model, load_processor, public_name
 from minigpt3d.model_card.readme import write_card
 
 from .curves import draw_curves
 from .diagnosis import diagnose
-from .history import HISTORY_FILE, cut_history, read_history
+from .history import HISTORY_FILE, read_history, restore_history
 from .measure import RouterMeter, UpdateMeter, validate
-from .publish import Publisher, check_repository
+from .publish import Publisher, check_login
 from .run_options import RunOptions
 from .run_state import (
     Stopped,
     StopSignal,
     add_checkpoint,
     check_checkpoint,
-    claim,
     load_checkpoint,
     newest_checkpoint,
     restore_optimizer,
@@ -75,10 +75,18 @@ def train(stage: Stage, options: RunOptions) -> Path:
         Stopped: a signal was received; the last step is kept in a checkpoint.
         OSError: the disk is full; the checkpoint before is kept.
     """
-    training = Training(stage, options)
-    if options.dry_run:
-        training.measure()
-        return options.output_dir
+    with ExitStack() as claims:
+        training = Training(stage, options, claims)
+        if options.dry_run:
+            training.measure()
+        else:
+            _run(training)
+    return options.output_dir
+
+
+def _run(training: "Training"):
+    """All steps that are left, and the end."""
+    options = training.options
     training.begin()
     stop = StopSignal()
     steps = range(training.first_step, training.num_steps)
@@ -92,7 +100,6 @@ def train(stage: Stage, options: RunOptions) -> Path:
             raise Stopped(stopped, training.work_dir, step + 1)
     stop.restore()
     training.finish()
-    return options.output_dir
 
 
 class Training:
@@ -101,12 +108,13 @@ class Training:
     Args:
         stage: the row.
         options: how to carry it out.
+        claims: gets the lock of the output folder, which keeps other runs out of it.
 
     Raises:
         ValueError: as `train`.
     """
 
-    def __init__(self, stage: Stage, options: RunOptions):
+    def __init__(self, stage: Stage, options: RunOptions, claims: ExitStack):
         options.check()
         self.options, self.work_dir = options, options.work_dir
         self.start = find_start(stage, options)
@@ -121,6 +129,9 @@ class Training:
         self.departures = departures(stage, row)
         self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
         self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
+        if self.accelerator.is_main_process and not options.dry_run:
+            claims.enter_context(locked(options.output_dir))
+            options.check()  # another run may just have ended
         place = self.accelerator.process_index, self.accelerator.num_processes
         self.processor = load_processor(self.start)
         self.stream = StageStream(self.stage, sources, self.processor, options.seed, *place)
@@ -145,10 +156,9 @@ class Training:
     def _restore_and_prepare(self, model: torch.nn.Module):
         """Weights and optimizer, from the newest checkpoint if the run resumes."""
         accelerator, resume = self.accelerator, self.options.resume == "auto"
-        if accelerator.is_main_process and not self.options.dry_run:
-            claim(self.work_dir)
         checkpoint = newest_checkpoint(self.work_dir, accelerator.print) if resume else None
-        self.first_step = check_checkpoint(checkpoint, self.facts) if checkpoint else 0
+        self.first_step = check_checkpoint(checkpoint, self.facts, self.num_steps) if checkpoint else 0
+        self.checkpoint = checkpoint
         state = load_checkpoint(checkpoint, model) if checkpoint else None
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(self.stage, model))
         if checkpoint:
@@ -159,7 +169,10 @@ class Training:
         """Start history, trackers and progress bar, and measure the validation loss before the first step."""
         main = self.accelerator.is_main_process
         if main:
-            cut_history(self.work_dir / HISTORY_FILE, self.first_step)
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            history, kept = self.work_dir / HISTORY_FILE, self.checkpoint and self.checkpoint / HISTORY_FILE
+            if not restore_history(history, kept):
+                print(f"{history} was missing or damaged; it is restored from {kept}.")
         if self.options.report_to:
             settings = {name: value for name, value in self.facts.items() if name != "departures"}  # no nested values
             settings |= {name: value for name, (_, value) in self.departures.items()}
@@ -210,7 +223,7 @@ class Training:
     def log(self, entry: dict):
         """Add a step to history, progress bar and trackers."""
         if self.accelerator.is_main_process:
-            with open(self.work_dir / HISTORY_FILE, "a") as file:
+            with full_disk_named(self.work_dir), open(self.work_dir / HISTORY_FILE, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             speed = f"{entry['samples_per_second']:.1f} samples/s"
             self.bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {entry['lr']:.2e}, {speed}")
@@ -239,7 +252,8 @@ class Training:
             result = self._save_result(tensors)
             for warning in diagnose(read_history(result / HISTORY_FILE), self.stage):
                 print(warning)
-            result.rename(self.options.output_dir)
+            folder_to_disk(result)
+            rename_folder(result, self.options.output_dir)
             if self.publisher:
                 self.publisher.wait()  # it reads from the folder that is removed next
             shutil.rmtree(self.work_dir)
@@ -260,7 +274,7 @@ class Training:
             export_model(adapter, self.processor, result)
         shutil.copyfile(self.work_dir / HISTORY_FILE, result / HISTORY_FILE)
         draw_curves(read_history(result / HISTORY_FILE), self.stage.title, result / CURVES_FILE)
-        write_card(result, model_id=self.options.hub_model_id or self.options.output_dir.name)
+        write_card(result, model_id=self.options.hub_model_id, name=self.options.output_dir.name)
         if (self.work_dir / LOGS_DIR).exists():
             shutil.copytree(self.work_dir / LOGS_DIR, result / LOGS_DIR)
         return result
@@ -348,7 +362,7 @@ def find_start(stage: Stage, options: RunOptions) -> ModelFiles:
                 f"`push_to_hub`: the result is an adapter on {start.base}, a local folder. Publish that model and pass "
                 "its Hub id as `init`, or publish a complete model with `export` and without `hub_every`."
             )
-        check_repository(options.hub_model_id)
+        check_login()
     return start
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from minigpt3d.hub import is_hub_id
 from minigpt3d.messages import one_line
 
 
@@ -24,14 +23,11 @@ REPLACED_FILES = [
 ]
 
 
-def check_repository(repo_id: str):
-    """Check a repository's name and the login before the run.
-
-    Raises:
-        ValueError: the name is not OWNER/NAME, or nobody is logged in.
+def check_login():
     """
-    if not is_hub_id(repo_id):
-        raise ValueError(f"`hub_model_id` {repo_id}: a repository is named OWNER/NAME.")
+    Raises:
+        ValueError: nobody is logged in to the Hub.
+    """
     try:
         HfApi().whoami()
     except Exception as error:  # no token, a wrong one, no network

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt3d.arguments import option
+from minigpt3d.hub import HUB_ID_RULES, is_hub_id
 
 from .stages import parse_settings
 
@@ -96,6 +97,10 @@ class RunOptions:
     hub_private: bool = _switch("Create the repository as private.")
     hub_every: int | None = option("Also publish every N-th checkpoint, in the background.", default=None, metavar="N")
 
+    def __post_init__(self):
+        if ".." in self.output_dir.parts:  # names beside it are made of its last part
+            self.output_dir = self.output_dir.resolve()
+
     @property
     def settings(self) -> dict[str, float]:
         """Values other than the row's, by name; only a run on your own objects has any."""
@@ -129,6 +134,8 @@ class RunOptions:
             raise ValueError("`load_in_4bit` needs bitsandbytes: pip install 'minigpt3d[quantization]'")
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ValueError("`push_to_hub` and `hub_model_id` belong together: give both, or neither.")
+        if self.hub_model_id is not None and not is_hub_id(self.hub_model_id):
+            raise ValueError(f"`hub_model_id` {self.hub_model_id!r}: {HUB_ID_RULES}")
         if self.hub_every is not None and not self.push_to_hub:
             raise ValueError("`hub_every` needs `push_to_hub` and `hub_model_id`.")
 

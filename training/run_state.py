@@ -1,8 +1,7 @@
-"""Stopping and resuming: signals that end a run, its claim on the work folder, and its checkpoints."""
+"""Stopping and resuming: signals that end a run, and its checkpoints."""
 
-import json
 import os
-import platform
+import re
 import shutil
 import signal
 import threading
@@ -22,12 +21,15 @@ from torch.distributed.checkpoint.state_dict import (
 from minigpt3d.files import read_json, sha256, write_json, written_whole
 from minigpt3d.hub import STAGE_FILE
 
+from .history import HISTORY_FILE
 from .weights import copy_tensors, gather_parameters, named_parameters
 
 
-RUNNING_FILE = "running.json"
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+_FILES = (TRAINED_FILE, OPTIMIZER_FILE, HISTORY_FILE)
+_FACTS = ("stage", "recipe", "init", "seed", "departures", "data", "step", "sha256")
+_NAME = re.compile(r"checkpoint-([0-9]+)")
 # The optimizer by parameter names, complete and on the CPU, however it is sharded.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -78,43 +80,29 @@ class StopSignal:
         return int(accelerator.gather(number).max()) if accelerator.num_processes > 1 else self.number
 
 
-# ---- One run per folder ---------------------------------------------------------------------------------------------
-
-
-def claim(work_dir: Path):
-    """Record in the folder, which is created if it does not exist, that this process works in it.
-
-    Raises:
-        ValueError: another running process does.
-    """
-    path, this = work_dir / RUNNING_FILE, psutil.Process()
-    if path.exists():
-        try:
-            record = read_json(path)
-            other = psutil.Process(record["pid"])
-            alive = record["host"] == platform.node() and other.create_time() == record["started"] and other != this
-        except (ValueError, KeyError, psutil.Error):  # it has ended, perhaps while it wrote the file
-            alive = False
-        if alive and other.status() != psutil.STATUS_ZOMBIE:
-            raise ValueError(f"{work_dir} is in use by process {other.pid}. Wait until it ends, or stop it.")
-    work_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"host": platform.node(), "pid": this.pid, "started": this.create_time()}))
-
-
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(work_dir: Path) -> list[Path]:
-    """Checkpoints, newest first; the names of incomplete ones begin with a dot and are not listed."""
-    return sorted(work_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    """Checkpoints, newest first. Other names are not listed, such as those of incomplete checkpoints and of copies."""
+    found = [path for path in work_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are as they were written."""
     try:
-        hashes = read_json(checkpoint / STAGE_FILE)["sha256"]
-        changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+        facts = read_json(checkpoint / STAGE_FILE)
+        if missing := [name for name in _FACTS if name not in facts]:
+            return f"{STAGE_FILE} has no {missing[0]!r}"
+        if facts["step"] != _step_of(checkpoint):
+            return f"{STAGE_FILE} is of step {facts['step']!r}"
+        changed = [name for name in _FILES if sha256(checkpoint / name) != facts["sha256"][name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{changed[0]} has changed" if changed else None
 
@@ -136,11 +124,15 @@ def newest_checkpoint(work_dir: Path, warn) -> Path | None:
     return None
 
 
-def check_checkpoint(checkpoint: Path, run: dict) -> int:
+def check_checkpoint(checkpoint: Path, run: dict, num_steps: int) -> int:
     """The step to resume at.
 
+    Args:
+        run: settings of this run.
+        num_steps: at which it ends.
+
     Raises:
-        ValueError: the checkpoint is of a run with other settings.
+        ValueError: the checkpoint is of a run with other settings, or of a step after the end.
     """
     earlier = read_json(checkpoint / STAGE_FILE)
     for name in ("stage", "recipe", "init", "seed"):
@@ -148,22 +140,30 @@ def check_checkpoint(checkpoint: Path, run: dict) -> int:
             raise ValueError(
                 f"`resume`: {checkpoint} is of a run with {name} {earlier[name]!r}, but now it is {run[name]!r}."
             )
-    if earlier.get("departures", {}) != run["departures"]:
+    if earlier["departures"] != run["departures"]:
         raise ValueError(f"`resume`: {checkpoint} is of a run with other values. Pass the same `set`.")
     if earlier["data"] != run["data"]:
         raise ValueError(
             f"`resume`: {checkpoint} is of a run on other data. Pass the same `data`, or a new `output_dir`."
         )
+    if earlier["step"] > num_steps:
+        raise ValueError(
+            f"`max_steps` {num_steps}: {checkpoint} has taken {earlier['step']} steps already. Pass a larger number, or "
+            f"remove the checkpoints of later steps."
+        )
     return earlier["step"]
 
 
-def _write_checkpoint(folder: Path, trained: dict[str, torch.Tensor], optimizer_state: dict, run: dict):
-    """Write what a killed run resumes from: the trainable tensors, the optimizer, and `run` (its step and settings)."""
+def _write_checkpoint(folder: Path, trained: dict[str, torch.Tensor], optimizer_state: dict, history: Path, run: dict):
+    """Write what a killed run resumes from: the trainable tensors, the optimizer, the history up to this step, and `run`
+    (its step and settings)."""
     shutil.rmtree(folder, ignore_errors=True)  # it is damaged, else the run would have resumed from it
     with written_whole(folder) as temporary:
         save_file(trained, temporary / TRAINED_FILE)
-        torch.save(optimizer_state, temporary / OPTIMIZER_FILE)
-        hashes = {name: sha256(temporary / name) for name in (TRAINED_FILE, OPTIMIZER_FILE)}
+        with open(temporary / OPTIMIZER_FILE, "wb") as file:  # of a path, torch does not say that the disk is full
+            torch.save(optimizer_state, file)
+        shutil.copyfile(history, temporary / HISTORY_FILE)
+        hashes = {name: sha256(temporary / name) for name in _FILES}
         write_json(temporary / STAGE_FILE, run | {"sha256": hashes})
 
 
@@ -179,7 +179,7 @@ def add_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, r
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
-        _write_checkpoint(work_dir / f"checkpoint-{step}", trained, state, run)
+        _write_checkpoint(work_dir / f"checkpoint-{step}", trained, state, work_dir / HISTORY_FILE, run)
         for path in list_checkpoints(work_dir)[keep:]:
             shutil.rmtree(path)
             shutil.rmtree(work_dir / path.name.replace("checkpoint", "deepspeed"), ignore_errors=True)

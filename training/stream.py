@@ -16,8 +16,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from minigpt3d.data.clouds import augment
+from minigpt3d.data.reading import end_with_parent
 from minigpt3d.data.records import Sample, to_messages
 from minigpt3d.data.sources import ROWS_PER_GROUP
+from minigpt3d.messages import one_line
 
 from .stages import Stage
 
@@ -152,8 +154,15 @@ class StageStream:
 
 
 def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) -> dict[str, torch.Tensor]:
-    """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
-    batch = processor.encode_training([to_messages(sample)], [cloud], stage.max_text_length)
+    """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6).
+
+    Raises:
+        ValueError: it cannot be encoded; the message names the object and where it was read.
+    """
+    try:
+        batch = processor.encode_training([to_messages(sample)], [cloud], stage.max_text_length)
+    except Exception as error:  # tokenizers have errors of their own
+        raise ValueError(f"object_id {sample.object_id!r} ({sample.place}): {one_line(error)[:300]}") from error
     return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0], "point_clouds": batch["point_clouds"]}
 
 
@@ -161,7 +170,7 @@ def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) ->
 
 
 class _Steps(IterableDataset):
-    """The samples of each step; a worker yields those of its own slots."""
+    """The samples of each step; a worker yields those of its own slots, or at last why one cannot be read."""
 
     def __init__(self, stream: StageStream, steps: range):
         self.stream, self.steps = stream, steps
@@ -170,22 +179,37 @@ class _Steps(IterableDataset):
         worker = get_worker_info()
         first, count = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in self.steps:
-            yield [(slot, self.stream.encode(step, slot)) for slot in self.stream.slots(step)[first::count]]
+            try:
+                samples = [(slot, self.stream.encode(step, slot)) for slot in self.stream.slots(step)[first::count]]
+            except (OSError, ValueError) as error:  # the loader would put its traceback into the message
+                yield ValueError(one_line(error))
+                return
+            yield samples
 
 
 def read_ahead(stream: StageStream, steps: range, num_workers: int) -> Iterator[tuple[str, list[dict]]]:
-    """Name of the source and samples of this process, for each of `steps`, read ahead by `num_workers` processes."""
-    ahead = {"prefetch_factor": 4, "worker_init_fn": _ignore_signals} if num_workers else {}
+    """Name of the source and samples of this process, for each of `steps`, read ahead by `num_workers` processes.
+
+    Raises:
+        ValueError: a sample cannot be read or encoded; the message names its place.
+    """
+    ahead = {"prefetch_factor": 4, "worker_init_fn": _prepare_worker} if num_workers else {}
     loader = DataLoader(_Steps(stream, steps), batch_size=None, num_workers=num_workers, **ahead)
     parts = iter(loader)
     for step in steps:
         # The loader takes from its workers in turn, so a step is one item from each.
-        samples = dict(item for _ in range(max(num_workers, 1)) for item in next(parts))
+        samples = {}
+        for _ in range(max(num_workers, 1)):
+            part = next(parts)
+            if isinstance(part, ValueError):
+                raise part
+            samples.update(part)
         yield stream.source_name(step), [samples[slot] for slot in sorted(samples)]
 
 
-def _ignore_signals(worker_id: int):
+def _prepare_worker(worker_id: int):
     """Ctrl-C and schedulers signal every process of a run, but the loop needs its workers to finish the step."""
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

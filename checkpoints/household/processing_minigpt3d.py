@@ -633,15 +633,23 @@ class MiniGPT3DProcessor(ProcessorMixin):
         self, texts: list[str], point_clouds: Any, options: _TextOptions, answer_spans: list | None
     ) -> list[_Row]:
         """Texts → rows with all fields, `<point>` repeated for every vector of a cloud."""
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=options.add_special_tokens,
-            return_attention_mask=True,
-            return_token_type_ids=True,
-            return_special_tokens_mask=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        for text in texts:
+            if half := re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"A text has half of a character, a lone surrogate {half[0]!a}. Write it as UTF-8.")
+        try:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=options.add_special_tokens,
+                return_attention_mask=True,
+                return_token_type_ids=True,
+                return_special_tokens_mask=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tokenizers; it is no Exception
+                raise
+            raise ValueError(f"The tokenizer cannot encode {texts!r:.80} ({error}). Change the text.") from error
         rows = [
             {name: np.array(values, dtype=np.int64) for name, values in zip(encoded, row, strict=True)}
             for row in zip(*encoded.values(), strict=True)

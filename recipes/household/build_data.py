@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt3d.data.clouds import point_cloud_path
+from minigpt3d.data.reading import end_with_parent
 from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import NUM_POINTS
 from minigpt3d.evaluation.vocabulary.colors import main_color
@@ -77,7 +78,7 @@ def build(
     stems = {piece.library for _, piece in pieces}
     if held_out_library is not None and held_out_library not in stems:
         raise ValueError(f"`held_out_library` must be one of {', '.join(sorted(stems))}, got {held_out_library!r}.")
-    with ProcessPoolExecutor(num_workers) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=end_with_parent) as pool:
         results = list(tqdm(pool.map(read_cloud, pieces, chunksize=4), total=len(pieces), desc="models", unit=""))
     broken = {piece.object_id: error for (_, piece), (_, error) in zip(pieces, results, strict=True) if error}
     readable = [(piece, cloud) for (_, piece), (cloud, _) in zip(pieces, results, strict=True) if cloud is not None]

@@ -124,8 +124,7 @@ with FileReader(bad_readers.load_point_cloud, 2) as reader:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left_behind(number, tmp_path):
     paths = write_clouds(tmp_path, ["first"])
-    (tmp_path / "other").mkdir()
-    paths += write_clouds(tmp_path, ["sleeps"]) + write_clouds(tmp_path / "other", ["sleeps"])
+    paths += write_clouds(tmp_path, ["sleeps", "loops"])
     paths += [paths[0]] * 10  # so that the first result is given out
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(

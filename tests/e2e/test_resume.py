@@ -19,9 +19,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from training_runs import STAGES, options, same_run, tiny, write
 
+from minigpt3d.files import locked
 from minigpt3d.training import command, loop, run_state
 from minigpt3d.training.loop import LossError, train, train_step
-from minigpt3d.training.run_state import Stopped, claim, list_checkpoints
+from minigpt3d.training.run_state import (
+    _FACTS,
+    Stopped,
+    _write_checkpoint,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+)
 
 
 TIMEOUT = 60  # seconds, of every process that a test waits for
@@ -161,17 +169,31 @@ def test_damaged_checkpoints_are_skipped(base, release, trained, tmp_path, monke
     assert sorted(path.name for path in work_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     state = work_dir / "checkpoint-3" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-10])
-    copy = shutil.copytree(work_dir, tmp_path / "copy")
+    (work_dir / "history.jsonl").unlink()
     resumed = train(stage, replace(run, resume="auto"))
     printed = capsys.readouterr().out
     assert "checkpoint-3 is damaged (optimizer.pt" in printed and "checkpoint-2 at step 2" in printed
+    assert "history.jsonl was missing or damaged" in printed
     assert same_run(resumed, trained(stage))
 
-    shutil.rmtree(resumed)
-    copy.rename(work_dir)
-    (work_dir / "checkpoint-2" / "stage.json").write_text("{")
+
+@pytest.mark.parametrize("name", ["stage.json", "trained.safetensors", "optimizer.pt", "history.jsonl"])
+def test_every_damage_of_a_checkpoint_is_found(name, tmp_path):
+    folder, history, facts = tmp_path / "checkpoint-3", tmp_path / "history.jsonl", dict.fromkeys(_FACTS, "x")
+    history.write_text("{}\n" * 3)
+    _write_checkpoint(folder, {"a": torch.zeros(2)}, {"b": 1}, history, facts | {"step": 3})
+    assert find_damage(folder) is None and newest_checkpoint(tmp_path, print) == folder
+    content = (folder / name).read_bytes()
+    flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+    changed = [b"", b"[]", b"{}", b"null", b'"text"', b'{"sha256": []}', b'{"step": 3}', content[:-9]]
+    changed += [content.replace(b'"step": 3', b'"step": 4'), flipped] if name == "stage.json" else [flipped]
+    for damaged in changed:
+        (folder / name).write_bytes(damaged)
+        assert find_damage(folder), damaged
+    (folder / name).unlink()
+    assert find_damage(folder)
     with pytest.raises(ValueError, match="all checkpoints .* damaged"):
-        train(stage, replace(run, resume="auto"))
+        newest_checkpoint(tmp_path, lambda text: None)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(base, release, trained, tmp_path, monkeypatch):
@@ -252,19 +274,51 @@ def test_a_lost_worker_is_reported(base, release, trained, tmp_path, monkeypatch
 
 
 def test_two_runs_do_not_share_a_folder(base, release, tmp_path):
-    work_dir = tmp_path / "out.unfinished"
+    stage, run = tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto")
+    reader, writer = os.pipe()
 
     def work():
-        claim(work_dir)
-        time.sleep(TIMEOUT)
+        with locked(run.output_dir):
+            os.write(writer, b"locked")
+            time.sleep(TIMEOUT)
 
-    process, record = start_process(work), work_dir / "running.json"
+    process = start_process(work)
     try:
-        wait_until(lambda: record.exists() and record.read_text())
-        with pytest.raises(ValueError, match=f"process {process.pid}"):
-            train(tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto"))
+        assert os.read(reader, 6) == b"locked"
+        with pytest.raises(ValueError, match="out is in use"):
+            train(stage, run)
     finally:
         process.kill()
         process.join(TIMEOUT)
-    folder = train(tiny(STAGES["I"]), options(base, tmp_path / "out", release, resume="auto"))
-    assert not (folder / "running.json").exists() and not work_dir.exists()
+    train(stage, replace(run, max_steps=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_ended_before_the_lock_is_not_repeated(base, release, tmp_path, monkeypatch):
+    run = options(base, tmp_path / "out", release)
+
+    @contextlib.contextmanager
+    def waited_for_another(path):
+        path.mkdir()  # it ends between the check of the options and the lock
+        yield
+
+    monkeypatch.setattr(loop, "locked", waited_for_another)
+    with pytest.raises(ValueError, match="exists already"):
+        train(tiny(STAGES["I"]), run)
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(base, release, trained, tmp_path, monkeypatch):
+    stage, run = tiny(STAGES["I"]), options(base, tmp_path / "out", release, save_every=1, resume="auto")
+    interrupt(monkeypatch, call=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, run)
+    monkeypatch.undo()
+    work_dir = tmp_path / "out.unfinished"
+    shutil.copytree(work_dir / "checkpoint-3", work_dir / "checkpoint-3.bak")
+    (work_dir / "checkpoint-9").write_text("no folder")
+    before = sorted(work_dir.rglob("*"))
+    with pytest.raises(ValueError, match="`max_steps` 2: .*3 steps"):
+        train(stage, replace(run, max_steps=2))
+    assert sorted(work_dir.rglob("*")) == before
+    (work_dir / "history.jsonl").write_text("damaged\n")
+    assert same_run(train(stage, run), trained(stage))

@@ -1,6 +1,8 @@
 """Pack training data and stream it: size and precision, resuming, order, and the tables that name one's own objects."""
 
 import json
+import os
+import shutil
 from functools import partial
 
 import bad_readers
@@ -17,6 +19,7 @@ from minigpt3d.data import shards as packing
 from minigpt3d.data.clouds import decode_cloud, encode_cloud
 from minigpt3d.data.reading import Limits
 from minigpt3d.data.sources import open_sources, read_manifest
+from minigpt3d.files import locked
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.training.stages import RECIPES
 from minigpt3d.training.stream import Order, StageStream, read_ahead
@@ -131,6 +134,117 @@ def test_packing_is_repeatable(packed, release, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(packed)).read_bytes(), path
 
 
+def shard(data, number: int, source="brief"):
+    return sorted((data / source).iterdir())[number]
+
+
+def flip(path, place: int):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def exchange(data):
+    first, second = shard(data, 0), shard(data, 1)
+    first.rename(data / "kept")
+    second.rename(first)
+    (data / "kept").rename(second)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        exchange,
+        lambda data: shutil.copy(shard(data, 0, "detailed"), shard(data, 0)),  # of the same objects
+        lambda data: shard(data, 2).unlink(),
+        lambda data: shard(data, 2).write_bytes(b""),
+        lambda data: shard(data, 2).write_bytes(shard(data, 2).read_bytes()[:-1000]),
+        lambda data: shard(data, 2).write_bytes(shard(data, 2).read_bytes()[1000:]),
+        lambda data: flip(shard(data, 2), -300),
+    ],
+)
+def test_damaged_shards_are_noticed_at_once(damage, packed, tmp_path):
+    data = shutil.copytree(packed, tmp_path / "data")
+    damage(data)
+    with pytest.raises(ValueError, match=r"brief/train-0000\d-of-00005.parquet is damaged or missing"):
+        open_sources(["brief"], str(data), [])
+
+
+def test_a_flipped_bit_is_noticed_when_its_row_is_read(packed, tmp_path, tiny_processor):
+    data = shutil.copytree(packed, tmp_path / "data")
+    for source in ("detailed", "single_round", "multi_round"):
+        shutil.rmtree(data / source)
+    manifest = read_manifest(str(data))
+    manifest["shards"] = {"brief": manifest["shards"]["brief"]}
+    (data / "packed.json").write_text(json.dumps(manifest))
+    (source,) = open_sources(["brief"], str(data), []).values()
+    expected = [source.read(0, row) for row in range(source.rows[0])]
+    path = shard(data, 0)
+    whole, noticed = path.read_bytes(), 0
+    for place in np.random.default_rng(0).integers(4, len(whole), 60).tolist():
+        flip(path, place)
+        try:
+            (source,) = open_sources(["brief"], str(data), []).values()
+            rows = [source.read(0, row) for row in range(source.rows[0])]
+        except ValueError as error:
+            assert path.name in str(error)
+            noticed += 1
+        else:  # of a page's header, which is not needed
+            assert all(one == two and np.array_equal(a, b) for (one, a), (two, b) in zip(rows, expected, strict=True))
+        path.write_bytes(whole)
+    assert noticed > 50
+    flip(path, len(whole) // 2)
+    for num_workers in (0, 2):
+        with pytest.raises(ValueError, match=f"^{path} is damaged or missing: [^\n]*$"):
+            stream = StageStream(RECIPES["paper"]["I"], open_sources(["brief"], str(data), []), tiny_processor, 0)
+            list(read_ahead(stream, range(8), num_workers))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"shards": []}', '{"shards": {"brief": "1"}, "num_points": 1}']
+)
+def test_damaged_manifests_are_refused(content, tmp_path):
+    (tmp_path / "packed.json").write_text(content)
+    with pytest.raises(ValueError, match="packed.json"):
+        open_sources(["brief"], str(tmp_path), [])
+
+
+def test_a_resumed_pack_checks_its_shards(packed, release, tmp_path, monkeypatch):
+    entries, out = packing.release_entries(release, [release / "annotations.json"]), tmp_path / "out"
+    write, written = packing.write_shard, []
+
+    def stopped(shard, *args):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(shard.path)
+        return write(shard, *args)
+
+    monkeypatch.setattr(packing, "write_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        packing.pack(entries, out, max_broken=0.1, num_workers=1)
+    with locked(out), pytest.raises(ValueError, match="in use"):
+        packing.pack(entries, out)
+    first, second, third, _ = written
+    flip(first, 100_000)
+    second.rename(second.with_name("kept"))
+    third.rename(second)
+    second.with_name("kept").rename(third)
+    plan = tmp_path / "out.partial" / "plan.json"
+    whole = plan.read_text()
+    for content in ("", "[]"):
+        plan.write_text(content)
+        with pytest.raises(ValueError, match="plan.json.* Remove"):
+            packing.pack(entries, out)
+    plan.write_text(whole)
+    written.clear()
+    monkeypatch.setattr(packing, "write_shard", lambda shard, *args: written.append(shard.path) or write(shard, *args))
+    packing.pack(entries, out, max_broken=0.1, num_workers=1)
+    assert written[:3] == [first, second, third] and len(written) == 19, "the fourth is kept"
+    for path in packed.rglob("*.*"):
+        assert path.read_bytes() == (out / path.relative_to(packed)).read_bytes(), path
+    assert not (out / "plan.json").exists() and os.listdir(tmp_path) == ["out"]
+
+
 def test_meshes_with_captions_from_json_lines(tmp_path, capsys):
     trimesh.creation.box().export(tmp_path / "box.glb")
     (tmp_path / "scans").mkdir()
@@ -163,7 +277,7 @@ def test_files_are_turned_and_colored_as_the_options_say(tmp_path, capsys):
     assert manifest["reading"] == {"up_axis": "z", "missing_color": "white"}
     entries = packing.table_entries(tmp_path / "own.csv")
     for shard in packing.plan_shards(tmp_path / "begun.partial", entries, 0, 1):
-        packing.check_plan(tmp_path / "begun.partial", [shard], [0, 8192, {}])
+        packing.begin_plan(tmp_path / "begun.partial", [shard], [0, 8192, {}])
     with pytest.raises(ValueError, match="other data or settings"):
         packing.pack(entries, tmp_path / "begun", num_workers=1, reading={"up_axis": "z"})
     release = ["--data", str(tmp_path), "--annotations", str(tmp_path / "own.csv"), "--out", str(tmp_path / "no")]
