@@ -16,7 +16,7 @@ DESCRIPTION = (
     "Answer questions about 3D models over HTTP: /v1/chat/completions, /v1/models, /health and /metrics. Requests that arrive "
     "together are answered in one batch."
 )
-PACKAGES = ("fastapi", "uvicorn", "multipart", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # Seconds that requests in progress get when the server is stopped.
 GRACE = 10
@@ -51,6 +51,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     listener = None
     try:
+        if port > 65535:
+            raise OverflowError("ports end at 65535")
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -28,6 +28,7 @@ from .protocol import END_OF_STREAM, ChatRequest, Completion, count_tokens, even
 
 # Files of a multipart form: an object with its materials and textures, or several.
 MOST_FILES = 64
+SCHEMA = ChatRequest.model_json_schema()
 
 
 def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics) -> FastAPI:
@@ -39,39 +40,38 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
-        task = asyncio.create_task(engine.run())
+        app.state.work = asyncio.create_task(engine.run())
         yield
-        task.cancel()
+        app.state.work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await task
+            await app.state.work
 
     # The pages that show the schema load their code from another host.
     app = FastAPI(title="MiniGPT-3D", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, options=options, metrics=metrics)
-    created = int(time.time())
+    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "minigpt3d"}
 
     @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError):
+    async def on_api_error(request: Request, error: ApiError):
         return JSONResponse(error.body, error.status)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException):
+    async def on_http_error(request: Request, error: HTTPException):
         body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def unexpected_error(request: Request, error: Exception):
+    async def on_other_error(request: Request, error: Exception):
         return JSONResponse(ApiError(500, "The server failed; its log says why.").body, 500)
 
     @app.get("/health")
-    async def health():
-        return {"status": "ok", "model": model}
+    async def show_health():
+        is_well = not app.state.work.done()
+        return JSONResponse({"status": "ok" if is_well else "failed", "model": model}, 200 if is_well else 503)
 
     @app.get("/metrics")
     async def show_metrics():
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "minigpt3d"}
 
     @app.get("/v1/models")
     async def list_models():
@@ -82,24 +82,14 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
         check_model(name)
         return entry
 
-    def check_model(name: str | None):
-        if name not in (None, model):
-            raise ApiError(
-                404, f"There is no model {name[:80]!r}; this server has {model!r}.", "model", "model_not_found"
-            )
-
-    @app.post(
-        CHAT,
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}},
-    )
+    @app.post(CHAT, openapi_extra={"requestBody": {"content": {"application/json": {"schema": SCHEMA}}}})
     async def complete_chat(http_request: Request):
-        with tempfile.TemporaryDirectory(prefix="minigpt3d-") as name:
-            folder = Path(name)
-            body, attachments = await read_body(http_request, folder)
+        with tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True) as name:
+            body, attachments = await read_body(http_request, Path(name))
             request = await asyncio.to_thread(parse_request, body)
             del body
             check_model(request.model)
-            chat = await asyncio.to_thread(make_chat, request, attachments, folder, options.root)
+            chat = await asyncio.to_thread(make_chat, request, attachments, Path(name), options.root)
             ids = await asyncio.to_thread(engine.encode, chat)
             clouds, warnings = await engine.read(chat.sources)
         answer = Answer(ids, clouds, engine.decoding(request, len(ids)))
@@ -108,14 +98,16 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
             with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
             events = stream(answer, completion, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        text = ""
         try:
-            async with contextlib.aclosing(engine.batcher.follow(answer)) as texts:
-                async for text in texts:
-                    pass
+            text = await engine.batcher.complete(answer)
         except Exception as error:
             raise no_answer(error) from error
         return JSONResponse(completion.whole(text, answer.finish_reason, usage(answer)))
+
+    def check_model(name: str | None):
+        if name not in (None, model):
+            message = f"There is no model {name[:80]!r}; this server has {model!r}."
+            raise ApiError(404, message, "model", "model_not_found")
 
     async def stream(answer: Answer, completion: Completion, with_usage: bool) -> AsyncIterator[bytes]:
         yield completion.chunk({"role": "assistant", "content": ""}, warnings=completion.warnings)
@@ -135,8 +127,6 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
         yield END_OF_STREAM
 
     def usage(answer: Answer) -> dict:
-        metrics.prompt_tokens.inc(len(answer.input_ids))
-        metrics.completion_tokens.inc(answer.num_tokens)
         return count_tokens(len(answer.input_ids), answer.num_tokens)
 
     return app

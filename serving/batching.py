@@ -5,6 +5,7 @@ next batch. The model works in a thread of its own, everything else is on the ev
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ class Batcher:
         answer: (answers, on_step) generates them, and calls `on_step` after every token.
         size: answers of a batch, at most.
         wait: seconds.
-        on_batch: called with the number of answers of each batch.
+        on_batch: called with each batch when it is over.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Batcher:
         answer: Callable[[list[Answer], Callable[[], None]], None],
         size: int,
         wait: float,
-        on_batch: Callable[[int], None],
+        on_batch: Callable[[list[Answer]], None],
     ):
         self._answer, self._size, self._wait, self._on_batch = answer, size, wait, on_batch
         self._waiting: deque[Answer] = deque()
@@ -69,6 +70,14 @@ class Batcher:
                 self._waiting.remove(answer)
                 self._update()
 
+    async def complete(self, answer: Answer) -> str:
+        """The complete text. Raises as `follow`."""
+        text = ""
+        async with contextlib.aclosing(self.follow(answer)) as texts:
+            async for text in texts:  # noqa: B007
+                pass
+        return text
+
     def _update(self):
         for event, is_set in ((self._has_any, self._waiting), (self._is_full, len(self._waiting) >= self._size)):
             if is_set:
@@ -82,15 +91,13 @@ class Batcher:
         try:
             while True:
                 await self._has_any.wait()
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._is_full.wait(), self._wait)
-                except asyncio.TimeoutError:
-                    pass
                 batch = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
                 self._update()
                 if batch:  # they may all have left
-                    self._on_batch(len(batch))
                     await loop.run_in_executor(self._thread, self._answer_all, batch, loop)
+                    self._on_batch(batch)
         finally:
             for answer in list(self._changed):
                 answer.is_cancelled = True

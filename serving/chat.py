@@ -88,6 +88,8 @@ def make_chat(request: ChatRequest, attachments: dict[str, Path], folder: Path, 
         first["content"][:0] = [{"type": "point_cloud"}] * len(shown)
     question = messages[-1]["content"]
     if not any(part["type"] == "text" and part["text"].strip() for part in question):
+        if not sources:
+            raise ApiError(400, "The question is empty.", f"messages[{len(messages) - 1}].content")
         question.append({"type": "text", "text": DEFAULT_PROMPT})
     return Chat(messages, sources)
 
@@ -150,7 +152,7 @@ def save(content: bytes | BinaryIO, name: str, folder: Path, param: str) -> Path
         is_name = False
     if not is_name:
         raise ApiError(400, f"{printable(name)[:80]!r} cannot be the name of a file.", param)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     path = folder / base
     try:
         with open(path, "xb") as file:

@@ -1,7 +1,7 @@
 """A model with its readers: from a chat to its answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import printable
 from minigpt3d.sources_minigpt3d import source_name
 
-from .answers import Answer, Decoding, answer_batch
+from .answers import Decoding, answer_batch
 from .batching import Batcher
 from .chat import Chat, Source
 from .clouds import read_cloud
@@ -22,7 +22,7 @@ from .protocol import ChatRequest
 
 
 # Clouds that are read at the same time.
-READERS = 2
+READERS = min(8, max(2, (os.cpu_count() or 1) // 2))
 # The processor wants to see a cloud for each placeholder; the real ones are read elsewhere.
 _PLACEHOLDER = np.eye(2, 6, dtype=np.float32)
 
@@ -59,7 +59,7 @@ class Engine:
             lambda answers, on_step: answer_batch(pipeline, answers, on_step),
             settings.batch_size,
             options.batch_wait / 1000,
-            metrics.batch_size.observe,
+            metrics.count_batch,
         )
         metrics.waiting.set_function(lambda: self.batcher.num_waiting)
         text_config = pipeline.model.config.get_text_config()
@@ -78,6 +78,8 @@ class Engine:
         Raises:
             ApiError: one cannot be read.
         """
+        if not sources:
+            return [], ["no message shows a point cloud, so the answer is about none."]
         results = await asyncio.gather(*map(self._read, sources))
         return [cloud for cloud, _ in results], [text for _, texts in results for text in texts]
 
@@ -123,8 +125,7 @@ class Engine:
                 tokenize=True,
                 return_dict=True,
                 **({"point_clouds": clouds, "up_axis": "y", "clean": "none"} if clouds else {}),
-                truncation=True,
-                max_length=self._context,
+                max_length=2**31,  # what is too long is refused below
             )
         except Exception as error:  # of jinja, which has a class of its own
             raise ApiError(
@@ -132,7 +133,7 @@ class Engine:
             ) from error
         (ids,) = np.asarray(encoded["input_ids"]).reshape(1, -1).tolist()
         if len(ids) >= self._context:
-            raise self._too_long(f"{len(ids):,} or more")
+            raise self._too_long(f"{len(ids):,}")
         return ids
 
     def _too_long(self, length: str) -> ApiError:
@@ -160,6 +161,3 @@ def _called(text: str, source: Source) -> str:
     for path in (source_name(source.path), printable(str(source.path)), str(source.path)):
         text = text.replace(path, printable(source.name))
     return " ".join(text.split())
-
-
-__all__ = ["Answer", "Engine", "Settings"]

@@ -23,13 +23,19 @@ class Guard:
 
     def __init__(self, app: ASGIApp, options: ServeOptions, metrics: Metrics):
         self._app, self._options, self._metrics = app, options, metrics
-        self._key = None if options.key is None else f"Bearer {options.key}".encode()
         self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         is_chat = scope["path"] == CHAT and scope["method"] == "POST"
+        try:
+            self._check(scope, is_chat)
+            app = self._visit if is_chat else self._app
+        except ApiError as error:
+            app = JSONResponse(error.body, error.status, headers=_headers(error))
+        if not is_chat:
+            return await app(scope, receive, send)
         start, status = time.perf_counter(), CLIENT_LEFT
 
         async def recorded_send(message: Message):
@@ -39,27 +45,27 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope, is_chat)
-        except ApiError as error:
-            await JSONResponse(error.body, error.status, headers=_headers(error))(scope, receive, recorded_send)
-        else:
-            if not is_chat:
-                return await self._app(scope, receive, send)
-            self._num_requests += 1
-            self._metrics.in_progress.inc()
-            try:
-                await _Visit(self._options, receive, recorded_send).run(self._app, scope)
-            finally:
-                self._num_requests -= 1
-                self._metrics.in_progress.dec()
-        if is_chat:
+            await app(scope, receive, recorded_send)
+        except Exception:
+            status = 500
+            raise
+        finally:
             self._metrics.requests.labels(status).inc()
             self._metrics.seconds.observe(time.perf_counter() - start)
 
+    async def _visit(self, scope: Scope, receive: Receive, send: Send):
+        self._num_requests += 1
+        self._metrics.in_progress.set(self._num_requests)
+        try:
+            await _Visit(self._options, receive, send).run(self._app, scope)
+        finally:
+            self._num_requests -= 1
+            self._metrics.in_progress.set(self._num_requests)
+
     def _check(self, scope: Scope, is_chat: bool):
-        headers = dict(scope["headers"])
-        if self._key is not None and scope["path"].startswith("/v1/"):
-            if not hmac.compare_digest(headers.get(b"authorization", b""), self._key):
+        headers, key = dict(scope["headers"]), self._options.key
+        if key is not None and scope["path"].startswith("/v1/"):
+            if not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
                 raise ApiError(401, "This server needs its key: Authorization: Bearer KEY.", code="invalid_api_key")
         if not is_chat:
             return

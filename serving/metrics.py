@@ -10,6 +10,8 @@ from prometheus_client import (
     Histogram,
 )
 
+from .answers import Answer
+
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -37,3 +39,9 @@ class Metrics:
         )
         self.prompt_tokens = Counter("minigpt3d_prompt_tokens", "Tokens of prompts", registry=registry)
         self.completion_tokens = Counter("minigpt3d_completion_tokens", "Tokens of answers", registry=registry)
+
+    def count_batch(self, answers: list[Answer]):
+        """Record a batch that is over."""
+        self.batch_size.observe(len(answers))
+        self.prompt_tokens.inc(sum(len(answer.input_ids) for answer in answers))
+        self.completion_tokens.inc(sum(answer.num_tokens for answer in answers))
