@@ -4,7 +4,7 @@ import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from minigpt3d.serving.options import KEY_VARIABLE, ServeOptions
+from minigpt3d.serving.serve_options import KEY_VARIABLE, ServeOptions
 
 from .console import complain
 from .describe import ACCELERATOR_BATCH, CPU_BATCH

@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException
 
 from minigpt3d.messages import one_line
 
-from .answers import Answer
-from .chat import make_chat, save
+from .conversation import make_chat, save
 from .engine import Engine
 from .errors import ApiError
+from .generation import Answer
 from .guard import CHAT, Guard
 from .metrics import Metrics
-from .options import ServeOptions
 from .protocol import END_OF_STREAM, ChatRequest, Completion, count_tokens, event, parse_request
+from .serve_options import ServeOptions
 
 
 # Files of a multipart form: an object with its materials and textures, or several.

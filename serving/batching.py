@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from .answers import Answer
+from .generation import Answer
 
 
 class Batcher:

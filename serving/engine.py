@@ -11,14 +11,14 @@ from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import printable
 from minigpt3d.sources_minigpt3d import source_name
 
-from .answers import Decoding, answer_batch
 from .batching import Batcher
-from .chat import Chat, Source
-from .clouds import read_cloud
+from .conversation import Chat, Source
 from .errors import ApiError
+from .generation import Decoding, answer_batch
 from .metrics import Metrics
-from .options import ServeOptions
 from .protocol import ChatRequest
+from .read_cloud import read_cloud
+from .serve_options import ServeOptions
 
 
 # Clouds that are read at the same time.

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .metrics import Metrics
-from .options import ServeOptions
 from .protocol import END_OF_STREAM, event
+from .serve_options import ServeOptions
 
 
 CHAT = "/v1/chat/completions"

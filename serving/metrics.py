@@ -10,7 +10,7 @@ from prometheus_client import (
     Histogram,
 )
 
-from .answers import Answer
+from .generation import Answer
 
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

@@ -19,7 +19,7 @@ from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 from minigpt3d.serving.app import make_app
 from minigpt3d.serving.engine import Engine, Settings
 from minigpt3d.serving.metrics import Metrics
-from minigpt3d.serving.options import KEY_VARIABLE
+from minigpt3d.serving.serve_options import KEY_VARIABLE
 
 
 OBJECTS = Path(__file__).parents[2] / "demo" / "objects"
@@ -125,9 +125,7 @@ def test_answers_are_those_of_the_pipeline(running, expected):
 
 
 def test_a_stream_adds_up_to_the_answer(running, expected):
-    stream = running.ask(
-        user(CAPTION, cloud(data_url(CABINET))), stream=True, stream_options={"include_usage": True}
-    )
+    stream = running.ask(user(CAPTION, cloud(data_url(CABINET))), stream=True, stream_options={"include_usage": True})
     *chunks, last = list(stream)
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
     assert "".join(texts) == expected[CABINET, CAPTION] and sum(map(bool, texts)) > 5
@@ -375,9 +373,7 @@ def test_the_size_of_a_request(running, monkeypatch):
         running.client.post("/chat/completions", cast_to=object, body=question)
     assert caught.value.status_code == 413
     parts = iter([json.dumps(question).encode()])  # without a length
-    answer = running.http(
-        "POST", "/v1/chat/completions", content=parts, headers={"Content-Type": "application/json"}
-    )
+    answer = running.http("POST", "/v1/chat/completions", content=parts, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413 and "10,000" in answer.json()["error"]["message"]
 
 
