@@ -50,10 +50,14 @@ def memory(process: subprocess.Popen) -> float:
 def batches(address: str) -> np.ndarray:
     """Number of batches and of questions in them, so far."""
     text = urllib.request.urlopen(f"{address.removesuffix('/v1')}/metrics").read().decode()
-    return np.array([float(re.search(rf"^minigpt3d_batch_size_{name} (\S+)", text, re.M)[1]) for name in ("count", "sum")])
+    return np.array(
+        [float(re.search(rf"^minigpt3d_batch_size_{name} (\S+)", text, re.M)[1]) for name in ("count", "sum")]
+    )
 
 
-async def ask_all(address: str, clouds: list[str], shares: list[list[int]]) -> tuple[list[list[str]], np.ndarray, float]:
+async def ask_all(
+    address: str, clouds: list[str], shares: list[list[int]]
+) -> tuple[list[list[str]], np.ndarray, float]:
     """Each client asks about its share of the objects, one after the other.
 
     Returns:
