@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from minigpt3d.messages import one_line
 
-from .conversation import make_chat, save
+from .conversation import make_conversation, save
 from .engine import Engine
 from .errors import ApiError
 from .generation import Answer
@@ -89,7 +89,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
             request = await asyncio.to_thread(parse_request, body)
             del body
             check_model(request.model)
-            chat = await asyncio.to_thread(make_chat, request, attachments, Path(name), options.root)
+            chat = await asyncio.to_thread(make_conversation, request, attachments, Path(name), options.root)
             ids = await asyncio.to_thread(engine.encode, chat)
             clouds, warnings = await engine.read(chat.sources)
         answer = Answer(ids, clouds, engine.decoding(request, len(ids)))

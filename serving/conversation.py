@@ -46,7 +46,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Chat:
+class Conversation:
     """A conversation whose last message is a question.
 
     Args:
@@ -58,7 +58,9 @@ class Chat:
     sources: list[Source]
 
 
-def make_chat(request: ChatRequest, attachments: dict[str, Path], folder: Path, root: Path | None) -> Chat:
+def make_conversation(
+    request: ChatRequest, attachments: dict[str, Path], folder: Path, root: Path | None
+) -> Conversation:
     """
     Args:
         attachments: the files of a multipart form by name. If no message refers to one, those that hold clouds are shown
@@ -91,7 +93,7 @@ def make_chat(request: ChatRequest, attachments: dict[str, Path], folder: Path, 
         if not sources:
             raise ApiError(400, "The question is empty.", f"messages[{len(messages) - 1}].content")
         question.append({"type": "text", "text": DEFAULT_PROMPT})
-    return Chat(messages, sources)
+    return Conversation(messages, sources)
 
 
 def _show(attachments: dict[str, Path]) -> list[Source]:

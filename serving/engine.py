@@ -12,7 +12,7 @@ from minigpt3d.readers_minigpt3d import printable
 from minigpt3d.sources_minigpt3d import source_name
 
 from .batching import Batcher
-from .conversation import Chat, Source
+from .conversation import Conversation, Source
 from .errors import ApiError
 from .generation import Decoding, answer_batch
 from .metrics import Metrics
@@ -103,7 +103,7 @@ class Engine:
             chosen = await self.batcher.call(self._pipeline.choose_orientation, orientations)
         return chosen.cloud, [_called(text, source) for text in (*result.warnings, *chosen.notes)]
 
-    def encode(self, chat: Chat) -> list[int]:
+    def encode(self, chat: Conversation) -> list[int]:
         """The tokens of a conversation, with the placeholders of its clouds.
 
         Raises:

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 import uvicorn
 
 from minigpt3d.cli import main as cli
 from minigpt3d.cli.serve import Options, bind
 from minigpt3d.hub import default_model, load_model
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.serving.app import make_app
+from minigpt3d.serving.conversation import Conversation
 from minigpt3d.serving.engine import Engine, Settings
+from minigpt3d.serving.generation import Answer, Decoding, answer_batch
 from minigpt3d.serving.metrics import Metrics
 from minigpt3d.serving.serve_options import KEY_VARIABLE
 
@@ -196,6 +200,40 @@ def test_requests_that_arrive_together_share_batches_and_keep_their_order(runnin
     assert answers == [expected[key] for key in keys]
     assert running.count("batch_size_sum") - questions == len(keys)
     assert running.count("batch_size_count") - batches < len(keys)
+
+
+def test_answers_do_not_depend_on_their_batch(running):
+    points = load_point_cloud(TABLE, num_points=running.pipeline.processor.feature_extractor.num_points)
+    chat = [{"role": "user", "content": [{"type": "point_cloud"}, {"type": "text", "text": CAPTION}]}]
+    table = running.engine.encode(Conversation(chat, [None])), [points]
+    nothing = running.engine.encode(Conversation([user("Is it new? Is it old?")], [])), []
+    cases = [
+        (table, Decoding(60)),
+        (table, Decoding(60, temperature=1.2, seed=3)),
+        (nothing, Decoding(20, temperature=0.9, top_p=0.8, seed=4)),
+        (table, Decoding(4)),
+        (table, Decoding(60, stops=("used", "shape"))),
+    ]
+
+    def answers(cases):
+        answers = [Answer(*question, decoding) for question, decoding in cases]
+        answer_batch(running.pipeline, answers, lambda: None)
+        return [(answer.text, answer.finish_reason, answer.num_tokens) for answer in answers]
+
+    together = answers(cases)
+    assert together == [answer for case in cases for answer in answers([case])]
+    assert [reason for _, reason, _ in together][3:] == ["length", "stop"] and len(
+        {text for text, *_ in together}
+    ) == 5
+
+
+def test_samples_have_the_probabilities_of_the_model(running):
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    answer = Answer([], [], Decoding(1, temperature=2.0, top_p=0.85, seed=0))
+    answer.begin(running.pipeline.processor.tokenizer, [], set())
+    counts = torch.bincount(torch.stack([answer.choose(scores).argmax() for _ in range(4000)]), minlength=4)
+    kept = (scores / 2).softmax(0) * torch.tensor([1, 1, 1, 0])  # the first two are 0.73
+    assert counts[3] == 0 and torch.allclose(counts / 4000, kept / kept.sum(), atol=0.03)
 
 
 def test_sampling_length_and_stops(running):
