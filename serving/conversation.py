@@ -71,7 +71,7 @@ def make_conversation(
     Raises:
         ApiError: a cloud is not where the request says.
     """
-    messages, sources, is_referred_to = [], [], False
+    messages, sources = [], []
     for number, message in enumerate(request.messages):
         content = []
         for place, part in enumerate(message.content):
@@ -79,14 +79,15 @@ def make_conversation(
                 content.append({"type": "text", "text": part.text})
                 continue
             param = f"messages[{number}].content[{place}].point_cloud_url"
-            is_referred_to |= part.point_cloud_url.url.startswith("attachment:")
+            if message.role != "user":
+                raise ApiError(400, f"Clouds are shown by the user, got the role {message.role[:40]!r}.", param)
             sources.append(_find(part.point_cloud_url, param, attachments, folder / f"{number}-{place}", root))
             content.append({"type": "point_cloud"})
         messages.append({"role": message.role, "content": content})
-    if attachments and not is_referred_to:
+    if attachments and not any(source.path in attachments.values() for source in sources):
         shown = _show(attachments)
         sources[:0] = shown
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
+        first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "point_cloud"}] * len(shown)
     question = messages[-1]["content"]
     if not any(part["type"] == "text" and part["text"].strip() for part in question):
@@ -109,7 +110,7 @@ def _find(part: PointCloudUrl, param: str, attachments: dict[str, Path], folder:
     url, reading = part.url, part.model_dump(include={"up_axis", "missing_color", "clean"}, exclude_none=True)
     scheme = re.match(r"([A-Za-z][\w+.-]+):", url)
     scheme = scheme[1].lower() if scheme else "file"
-    if scheme == "https":
+    if scheme == "https" and url[6:8] == "//":
         return Source(url, source_name(url), param, reading)
     if scheme == "data":
         name, content = _decode(url, param)
@@ -123,7 +124,7 @@ def _find(part: PointCloudUrl, param: str, attachments: dict[str, Path], folder:
         return Source(attachments[name], name, param, reading)
     if scheme == "file":
         return Source(_below(root, url, param), source_name(url), param, reading)
-    raise ApiError(400, f"{printable(scheme)[:40]}: is no URL of a point cloud. {EXPECTED}.", param)
+    raise ApiError(400, f"{printable(url)[:40]!r} is no URL of a point cloud. {EXPECTED}.", param)
 
 
 def _decode(url: str, param: str) -> tuple[str, bytes]:
