@@ -22,13 +22,12 @@ from .errors import ApiError
 from .generation import Answer
 from .guard import CHAT, Guard
 from .metrics import Metrics
-from .protocol import END_OF_STREAM, ChatRequest, Completion, count_tokens, event, parse_request
+from .protocol import END_OF_STREAM, Completion, count_tokens, event, parse_request
 from .serve_options import ServeOptions
 
 
 # Files of a multipart form: an object with its materials and textures, or several.
 MOST_FILES = 64
-SCHEMA = ChatRequest.model_json_schema()
 
 
 def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics) -> FastAPI:
@@ -46,8 +45,8 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
         with contextlib.suppress(asyncio.CancelledError):
             await app.state.work
 
-    # The pages that show the schema load their code from another host.
-    app = FastAPI(title="MiniGPT-3D", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # OpenAI's schema is known; the pages that would show it load their code from another host.
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.add_middleware(Guard, options=options, metrics=metrics)
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "minigpt3d"}
 
@@ -82,7 +81,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
         check_model(name)
         return entry
 
-    @app.post(CHAT, openapi_extra={"requestBody": {"content": {"application/json": {"schema": SCHEMA}}}})
+    @app.post(CHAT)
     async def complete_chat(http_request: Request):
         with tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True) as name:
             body, attachments = await read_body(http_request, Path(name))
@@ -90,6 +89,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
             del body
             check_model(request.model)
             chat = await asyncio.to_thread(make_conversation, request, attachments, Path(name), options.root)
+            request.messages.clear()  # what they held is in files now
             ids = await asyncio.to_thread(engine.encode, chat)
             clouds, warnings = await engine.read(chat.sources)
         answer = Answer(ids, clouds, engine.decoding(request, len(ids)))
@@ -126,10 +126,12 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
                 yield completion.usage_chunk(usage(answer))
         yield END_OF_STREAM
 
-    def usage(answer: Answer) -> dict:
-        return count_tokens(len(answer.input_ids), answer.num_tokens)
-
     return app
+
+
+def usage(answer: Answer) -> dict:
+    """The tokens of a question and its answer."""
+    return count_tokens(len(answer.input_ids), answer.num_tokens)
 
 
 def no_answer(error: Exception) -> ApiError:

@@ -153,7 +153,7 @@ class Engine:
         if temperature is None:
             temperature = 0.0 if request.top_p is None else 1.0
         top_p = 1.0 if request.top_p is None else request.top_p
-        return Decoding(most, temperature, top_p, request.seed, request.stops)
+        return Decoding(most, temperature, top_p, request.seed, tuple(request.stop))
 
 
 def _called(text: str, source: Source) -> str:

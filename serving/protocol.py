@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
 from .errors import ApiError
 
@@ -36,6 +36,7 @@ NEUTRAL = {
     "tool_choice": "none",
 }
 MOST_STOPS = 4  # as OpenAI allows
+MOST_ITEMS = 1000  # messages, and parts of each
 
 
 class _Strict(BaseModel):
@@ -67,7 +68,11 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: list[Annotated[TextPart | PointCloudPart, Field(discriminator="type")]]
+    content: Annotated[
+        list[Annotated[TextPart | PointCloudPart, Field(discriminator="type")]],
+        FailFast(),
+        Field(max_length=MOST_ITEMS),
+    ]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -87,7 +92,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_ITEMS)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -95,12 +100,12 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), Field(max_length=MOST_STOPS)] = []
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        stop = self.stop or []
-        return (stop,) if isinstance(stop, str) else tuple(stop)
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, stop: Any) -> Any:
+        return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -115,8 +120,6 @@ def parse_request(body: bytes) -> ChatRequest:
     _check_extras(request.model_extra, "")
     for number, message in enumerate(request.messages):
         _check_extras(message.model_extra, f"messages[{number}].")
-    if len(request.stops) > MOST_STOPS:
-        raise ApiError(400, f"stop has {len(request.stops)} texts; at most {MOST_STOPS} are allowed.", "stop")
     if request.messages[-1].role != "user":
         raise ApiError(
             400,
@@ -143,6 +146,8 @@ def _as_api_error(error: dict) -> ApiError:
         elif not (isinstance(previous, int) and place in ("text", "point_cloud_url")):  # which kind of part it is
             param += f".{place}" if param else str(place)
         previous = place
+    if error["type"] == "union_tag_not_found":
+        error["msg"] = "A part needs a type, 'text' or 'point_cloud_url'"
     value = error["input"]
     got = f", got {value!r:.80}" if isinstance(value, (str, int, float, bool, type(None))) and param else ""
     return ApiError(400, f"{param or 'The request'}: {error['msg']}{got}.", param or None)
