@@ -13,7 +13,7 @@ from importlib.metadata import version
 from minigpt3d.arguments import Parser, add_options, normalize, read_options, with_flags
 from minigpt3d.messages import MultilineError, one_line
 
-from . import card, chat, compare, convert, describe, embed, evaluate, look, new, pack, verify
+from . import card, chat, compare, convert, describe, embed, evaluate, look, new, pack, serve, verify
 from .console import FAILED, complain, warnings_in_one_line
 
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": chat,
     "embed": embed,
     "look": look,
+    "serve": serve,
     "convert": convert,
     "new": new,
     "verify": verify,

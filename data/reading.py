@@ -146,6 +146,10 @@ class FileReader:
             process.close()
         self._threads.shutdown(cancel_futures=True)
 
+    def submit(self, path: str | Path, **arguments) -> "Future[FileResult]":
+        """Read one file as soon as a process is free. The future raises as `read_files`."""
+        return self._threads.submit(self._read, path, arguments)
+
     def read_files(self, paths: Iterable[str | Path], ahead: int = LOOKAHEAD, **arguments) -> Iterator[FileResult]:
         """Results in the order of the paths. While one is looked at, the next `ahead` for each process are read.
 
@@ -155,7 +159,7 @@ class FileReader:
         waiting = deque()
         try:
             for path in paths:
-                waiting.append(self._threads.submit(self._read, path, arguments))
+                waiting.append(self.submit(path, **arguments))
                 if len(waiting) > ahead * len(self._processes):
                     yield _result(waiting.popleft())
             while waiting:

@@ -12,6 +12,7 @@ Shapes: B texts, C clouds of the batch, P points, T tokens.
 import dataclasses
 import json
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 TRUNCATIONS = (True, False, None, "longest_first", "only_first", "do_not_truncate")
 # Between the letters of a mark that a message quotes, so that it is no mark. Never part of a text: no character of Unicode.
 QUOTE = "\ufdd0"
+# Held while a template is rendered: transformers keeps the places of answers with the template, one text at a time.
+_RENDERING = threading.Lock()
 # Where a tokenizer splits a text, and whether it removes the place.
 SPLITS = {QUOTE: "removed", END_OF_PROMPT: "merged_with_previous", END_OF_ANSWER: "merged_with_previous"}
 
@@ -580,12 +583,13 @@ class MiniGPT3DProcessor(ProcessorMixin):
         has_answers = re.search(r"\{%-?\s*generation\b", template) is not None
         if not has_answers:
             conversations = [[_mark_answer(message) for message in conversation] for conversation in conversations]
-        texts, spans = render_jinja_template(
-            conversations=conversations,
-            chat_template=template,
-            return_assistant_tokens_mask=has_answers,
-            **self.tokenizer.special_tokens_map | kwargs,
-        )
+        with _RENDERING:
+            texts, spans = render_jinja_template(
+                conversations=conversations,
+                chat_template=template,
+                return_assistant_tokens_mask=has_answers,
+                **self.tokenizer.special_tokens_map | kwargs,
+            )
         if has_answers:
             return texts, spans
         texts, spans = zip(*map(self._take_marks, texts), strict=True)

@@ -68,6 +68,7 @@ HELPS = [
         "new",
         "look",
         "embed",
+        "serve",
     )
 ]
 HELPS += [

@@ -99,6 +99,7 @@ def test_the_wheels_metadata(metadata):
         "eval",
         "demo",
         "look",
+        "serve",
         "trl",
         "notebooks",
         "formats",

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TIMEOUT = 600  # seconds per command
+SERVER = "127.0.0.1:8000"  # in the documents; it runs at a free port
 PROGRAMS = {"minigpt3d": "minigpt3d.cli"}  # installed commands and the modules that run them
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -126,9 +128,11 @@ def run_snippets(snippets: list[tuple[str, str, str]], cwd: Path) -> list[tuple[
     Returns:
         What each printed, and its error or None.
     """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = f"127.0.0.1:{listener.getsockname()[1]}"
     process = subprocess.run(
         [sys.executable, "-c", RUNNER],
-        input=json.dumps(snippets),
+        input=json.dumps(snippets).replace(SERVER, server),
         cwd=cwd,
         env=ENVIRONMENT,
         capture_output=True,
@@ -136,7 +140,7 @@ def run_snippets(snippets: list[tuple[str, str, str]], cwd: Path) -> list[tuple[
         timeout=len(snippets) * TIMEOUT,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    return json.loads(process.stdout.replace(server, SERVER))
 
 
 def read_commands(code: str) -> list[str]:
@@ -161,11 +165,23 @@ def as_module(command: str) -> tuple[str, list[str]] | None:
 
 
 def as_python(command: str) -> str | None:
-    """Code that does what a command of ours does, so that commands can share a process; None for any other command."""
+    """Code that does what a command of ours does, so that commands can share a process; None for any other command.
+
+    A server runs in the background until that process ends; `curl` asks it.
+    """
+    words = shlex.split(command)
+    if words[0] == "curl":
+        return f"import subprocess\nprint(subprocess.run({words!r}, check=True, stdout=-1, text=True, timeout={TIMEOUT}).stdout)"
     program = as_module(command)
     if program is None:
         return None
     target, arguments = program
+    if target == PROGRAMS["minigpt3d"] and arguments[:1] == ["serve"] and "--help" not in arguments:
+        return (
+            f"import atexit, subprocess, sys\ncommand = [sys.executable, '-m', {target!r}, *{arguments!r}, '--port', '{SERVER}'.split(':')[1]]\n"
+            "server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)\natexit.register(server.kill)\n"
+            "print(server.stdout.readline())"
+        )
     code = f"import runpy, sys\nsys.argv = {[target, *arguments]!r}\n"
     if not target.endswith(".py"):
         return f"{code}runpy.run_module({target!r}, run_name='__main__')"

@@ -1,5 +1,7 @@
 """Text: the authors' prompts to the character and token, labels, batches, and errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -536,6 +538,13 @@ def test_unsuitable_tokenizers_are_refused():
 
 
 # Saving
+
+
+def test_threads_render_at_the_same_time(tiny_processor):
+    chats = [[user(f"Is it {number}?"), assistant(f"No, {number * 7}.")] for number in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(tiny_processor.apply_chat_template, chats))
+    assert texts == [tiny_processor.apply_chat_template(chat) for chat in chats]
 
 
 def test_save_and_load(tiny_processor, tmp_path):
