@@ -152,7 +152,11 @@ async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Pa
     if kind != "multipart/form-data":
         raise ApiError(415, f"Expected application/json or multipart/form-data, got {kind[:80] or 'no type'}.")
     files, body = {}, None
-    async with request.form(max_files=MOST_FILES, max_fields=1) as form:
+    try:
+        form = await request.form(max_files=MOST_FILES, max_fields=1)
+    except ValueError as error:  # of python-multipart; Starlette passes some on
+        raise ApiError(400, f"The form cannot be read: {one_line(error)}") from error
+    try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name == "file":
                 path = await asyncio.to_thread(save, value.file, value.filename or "", folder / "form", "file")
@@ -163,6 +167,8 @@ async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Pa
                 raise ApiError(
                     400, f"Expected the parts `request`, with JSON, and `file`, got {name[:80]!r}.", name[:80]
                 )
+    finally:
+        await request.close()
     if body is None:
         raise ApiError(400, "The form has no part `request` with the JSON of the request.", "request")
     return body, files

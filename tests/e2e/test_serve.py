@@ -231,16 +231,16 @@ def test_samples_have_the_probabilities_of_the_model(running):
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
     answer = Answer([], [], Decoding(1, temperature=2.0, top_p=0.85, seed=0))
     answer.begin(running.pipeline.processor.tokenizer, [], set())
-    counts = torch.bincount(torch.stack([answer.choose(scores).argmax() for _ in range(4000)]), minlength=4)
+    counts = torch.bincount(torch.stack([answer.choose(scores).argmax() for _ in range(1500)]), minlength=4)
     kept = (scores / 2).softmax(0) * torch.tensor([1, 1, 1, 0])  # the first two are 0.73
-    assert counts[3] == 0 and torch.allclose(counts / 4000, kept / kept.sum(), atol=0.03)
+    assert counts[3] == 0 and torch.allclose(counts / 1500, kept / kept.sum(), atol=0.05)
 
 
 def test_sampling_length_and_stops(running):
     question = user(CAPTION, cloud(data_url(TABLE)))
-    settings = {"temperature": 1.5, "seed": 7}
+    settings = {"temperature": 1.5, "seed": 7, "max_tokens": 12}
     first, again = (running.ask(question, **settings).choices[0].message.content for _ in range(2))
-    others = {running.ask(question, temperature=1.5, seed=seed).choices[0].message.content for seed in range(4)}
+    others = {running.ask(question, **settings | {"seed": seed}).choices[0].message.content for seed in range(3)}
     greedy = running.ask(question, temperature=0).choices[0].message.content
     assert first == again and len(others) > 1
     short = running.ask(question, max_tokens=3)
@@ -371,6 +371,9 @@ def test_neutral_arguments_are_accepted(running):
         (b"--a\r\n", "multipart/form-data", 400),
         (b"--a\r\nContent-Disposition: form-data; name=x\r\n\r\ny\r\n--a--", "multipart/form-data; boundary=a", 400),
         (b"--a--", "multipart/form-data; boundary=a", 400),
+        (b"nonsense", "multipart/form-data; boundary=a", 400),
+        (b"--a\r\n\xff: x\r\n\r\ny\r\n--a--\r\n", "multipart/form-data; boundary=a", 400),
+        (b"--a\r\nContent-Disposition: form-data\r\n\r\ny\r\n--a--\r\n", "multipart/form-data; boundary=a", 400),
     ],
 )
 def test_bodies_that_are_no_requests(running, content, kind, status):
