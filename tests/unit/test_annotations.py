@@ -1,5 +1,7 @@
 """Annotations and clouds of the release: read as the authors read them, checked, augmented."""
 
+import json
+
 import numpy as np
 import pytest
 from training_runs import TYPES, record, write
@@ -39,6 +41,15 @@ BROKEN = {
     "kind": ([record(kind="poem")], "object_id 'a'.*conversation_type must be one of.*'poem'"),
     "odd": ([record() | {"conversations": record()["conversations"][:1]}], "object_id 'a'.*question and answer"),
     "order": ([record() | {"conversations": record()["conversations"][::-1]}], "object_id 'a'.*'from': 'human'"),
+    "surrogate": (
+        "["
+        + json.dumps(record())
+        + ",\n\n"
+        + json.dumps(record("b", rounds=[("What?", "A \ud83d.")]), indent=1)
+        + "]",
+        r"^object_id 'b' \(.*a.json, line 3, record 1\): half of a character.*ud83d",
+    ),
+    "surrogate in the id": ('[{"object_id": "\\udfff", "conversations": []}]', "a.json, line 1, record 0"),
     "no <point>": (
         [record(rounds=[("<point> twice", "yes")])],
         "object_id 'a'.*'<point>' must stand once, in the first question",
@@ -59,11 +70,17 @@ def test_broken_annotations_name_the_object(content, message, tmp_path):
         (np.full((8, 6), np.nan), "NaN"),
         (np.full((8, 6), 255.0), r"colors in \[0, 1\]"),
         (np.array([{}]), "cannot read"),
+        (np.array([["a"] * 6]), "must hold numbers, got <U1"),
+        (np.zeros((8, 6), complex), "must hold numbers"),
+        (b"", "cannot read"),
+        (b"PK\x05\x06" + bytes(18), "must hold numbers"),  # an empty .npz
         (None, "cannot read"),
     ],
 )
 def test_broken_clouds_name_the_object(cloud, message, tmp_path):
-    if cloud is not None:
+    if isinstance(cloud, bytes):
+        (tmp_path / "a_8192.npy").write_bytes(cloud)
+    elif cloud is not None:
         np.save(tmp_path / "a_8192.npy", cloud)
     with pytest.raises(ValueError, match=rf"object_id 'a'.*{message}"):
         read_point_cloud(tmp_path, "a")

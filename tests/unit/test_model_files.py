@@ -1,11 +1,15 @@
 """Names of models, where their files are, which folders may be replaced, and files that appear complete or not at all."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from minigpt3d.files import sha256, write_json, write_text, written_file, written_whole
 from minigpt3d.hub import (
@@ -213,6 +217,88 @@ def test_a_folder_appears_completely_or_not_at_all(tmp_path):
         write_text(partial / "weights", "third")
         raise OSError(28, "No space left on device")
     assert (folder / "weights").read_text() == "second" and os.listdir(tmp_path) == ["model"]
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow beyond 50 kB, which libraries are told as they are told of a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def torch_save(tensors, path):
+    with open(path, "wb") as file:
+        torch.save(tensors, file)
+
+
+@pytest.mark.parametrize("save", [torch_save, save_file, lambda tensors, path: path.write_bytes(bytes(10**5))])
+def test_every_library_says_that_the_disk_is_full(save, small_files, tmp_path):
+    tensors = {"a": torch.zeros(10**5)}
+    with pytest.raises(OSError, match=f"disk of {tmp_path} is full"), written_whole(tmp_path / "model") as partial:
+        save(tensors, partial / "weights")
+    with pytest.raises(OSError, match=f"disk of {tmp_path} is full"), written_file(tmp_path / "file") as partial:
+        save(tensors, partial)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_have_the_mode_of_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written_whole(tmp_path / "model") as partial:
+            save_file({"a": torch.zeros(2)}, partial / "weights")
+            (partial / "text").touch()
+        with written_file(tmp_path / "file") as partial:
+            save_file({"a": torch.zeros(2)}, partial)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (*(tmp_path / "model").iterdir(), tmp_path / "file")]
+    assert modes == [0o640] * 3
+
+
+def test_what_is_renamed_is_on_disk(tmp_path, monkeypatch):
+    events, fsync, replace, rename = [], os.fsync, os.replace, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or replace(*paths))
+    monkeypatch.setattr(Path, "rename", lambda *paths: events.append("rename") or rename(*paths))
+    write_text(tmp_path / "file", "text")
+    temporary, *rest = events
+    assert Path(temporary).parent == tmp_path and rest == ["rename", str(tmp_path)]
+    events.clear()
+    with written_whole(tmp_path / "model") as partial:
+        (partial / "part").mkdir()
+        (partial / "part" / "text").touch()
+    expected = {str(partial), str(partial / "part"), str(partial / "part" / "text")}
+    assert set(events[:3]) == expected and events[3:] == ["rename", str(tmp_path)]
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    """Of eight that start together."""
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "model"
+    start, tried = context.Barrier(8), context.Barrier(8)
+
+    def work(results):
+        start.wait(60)
+        try:
+            with written_whole(folder) as partial:
+                tried.wait(60)
+                (partial / "text").touch()
+                results.put("written")
+        except ValueError as error:
+            tried.wait(60)
+            results.put(str(error))
+
+    results = context.Queue()
+    processes = [context.Process(target=work, args=(results,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sorted("in use" in outcome for outcome in outcomes) == [False] + 7 * [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_is_restored_after_a_kill_between_two_renames(tmp_path):

@@ -1,5 +1,6 @@
 """The samples of a step: divided among processes, drawn from the sources, packed into rows."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from training_runs import STAGES, open_stream, prepared, tiny
 
 from minigpt3d.training.stages import Source
-from minigpt3d.training.stream import pack_batch, pad_batch
+from minigpt3d.training.stream import pack_batch, pad_batch, read_ahead
 
 
 def test_processes_divide_the_steps_and_epochs_cover_every_row(release, tiny_processor):
@@ -75,3 +76,25 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
         for parameter, gradient in gradients.items():
             scale = gradient.abs().max() + 1e-12
             assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale + 1e-8, parameter
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_told_in_one_line(num_workers, release, tiny_processor, tmp_path, monkeypatch):
+    folder, (annotations,) = release
+    clouds = shutil.copytree(folder, tmp_path / "clouds")
+    cloud = np.load(clouds / "o3_8192.npy")
+    cloud[5, 0] = np.nan
+    np.save(clouds / "o3_8192.npy", cloud)
+    stage = tiny(STAGES["I"])
+    with pytest.raises(ValueError, match=r"^object_id 'o3': [^\n]*o3_8192.npy holds NaN[^\n]*$"):
+        list(read_ahead(open_stream(stage, (clouds, [annotations]), tiny_processor), range(4), num_workers))
+
+    class PanicException(BaseException):
+        """As the Rust code of tokenizers raises it."""
+
+    def panic(*args, **kwargs):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(type(tiny_processor.tokenizer), "__call__", panic)
+    with pytest.raises(ValueError, match=r"^object_id 'o\d' \([^\n]*.json, record \d+\): [^\n]*index out of bounds"):
+        list(read_ahead(open_stream(stage, release, tiny_processor), range(4), num_workers))
