@@ -458,7 +458,7 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("point_cloud", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PointBert", "Blip2QFormerLayer", "MiniGPT3DPhiDecoderLayer"]
+    _no_split_modules = ["PointBert", "Blip2QFormerLayer"]  # the language model adds its own
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -520,6 +520,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         self.router = QueryExpertRouter(config)
         self.query_experts = nn.ModuleList([QueryTokens(config) for _ in range(config.num_query_experts)])
         self.qformer = Blip2QFormerModel(config.qformer_config)
+        self.qformer._no_split_modules = ["Blip2QFormerLayer"]  # FSDP refuses those that only the rest of BLIP-2 has
         self.language_projection = LanguageProjection(config)
         if config.text_config.model_type == MiniGPT3DPhiConfig.model_type:
             self.language_model = MiniGPT3DPhiModel(config.text_config)

@@ -30,6 +30,7 @@ from minigpt3d.model_card.readme import write_card
 from .curves import draw_curves
 from .diagnosis import diagnose
 from .history import HISTORY_FILE, cut_history, read_history
+from .launch import make_accelerator, prepare
 from .measure import RouterMeter, UpdateMeter, validate
 from .publish import Publisher, check_repository
 from .run_options import RunOptions
@@ -120,7 +121,7 @@ class Training:
         self.stage = stage = change_stage(row, options.settings, num_rows)
         self.departures = departures(stage, row)
         self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
-        self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
+        self.accelerator = make_accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
         place = self.accelerator.process_index, self.accelerator.num_processes
         self.processor = load_processor(self.start)
         self.stream = StageStream(self.stage, sources, self.processor, options.seed, *place)
@@ -150,7 +151,9 @@ class Training:
         checkpoint = newest_checkpoint(self.work_dir, accelerator.print) if resume else None
         self.first_step = check_checkpoint(checkpoint, self.facts) if checkpoint else 0
         state = load_checkpoint(checkpoint, model) if checkpoint else None
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(self.stage, model))
+        share = math.ceil(max(source.batch for source in self.stage.mixture) / accelerator.num_processes)
+        device_batch = min(self.options.device_batch or share, share)
+        self.model, self.optimizer = prepare(accelerator, model, make_optimizer(self.stage, model), device_batch)
         if checkpoint:
             restore_optimizer(checkpoint, accelerator, self.model, self.optimizer, state)
             accelerator.print(f"Resuming from {checkpoint} at step {self.first_step}.")

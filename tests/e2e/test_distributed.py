@@ -1,6 +1,7 @@
 """Several processes, on a CPU with gloo: the same training as one process, resumed bit for bit, and with sharded weights."""
 
 import json
+import os
 import tempfile
 import time
 import traceback
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils import PrepareForLaunch, patch_environment
+from accelerate.utils import DistributedType, PrepareForLaunch, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tiny_model import tiny_phi_config
 from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, same_run, tiny, write_base
 
+from minigpt3d import modeling_minigpt3d
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.training import loop
 from minigpt3d.training.loop import make_optimizer, train
@@ -24,6 +29,7 @@ from minigpt3d.training.weights import gather_parameters, named_parameters
 
 
 pytestmark = pytest.mark.slow
+CONFIGS = Path(loop.__file__).parent / "accelerate"
 TIMEOUT = 180  # seconds, of the processes of one launch
 
 
@@ -65,6 +71,17 @@ def _guarded(function, *args):
     except Exception:
         traceback.print_exc()
         raise
+
+
+def as_on_gpus(config: str, function, *args, mixed_precision: str):
+    """Call a function under a configuration of `training/accelerate`, of which Accelerate leaves FSDP out on a CPU."""
+    arguments = ["--config_file", str(CONFIGS / config), "script.py"]
+    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
+    names = [name for name in environment if name.startswith(("ACCELERATE_", "FSDP_"))]
+    changes = {"ACCELERATE_MIXED_PRECISION": mixed_precision, "FSDP_SYNC_MODULE_STATES": "false"}
+    os.environ.update({name: environment[name] for name in names} | changes)
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    function(*args)
 
 
 def without_dropout(stage):
@@ -137,6 +154,66 @@ def test_a_killed_run_of_two_processes_resumes_exactly(num_workers, base, releas
     assert (work_dir / "checkpoint-6").is_dir() and len((work_dir / "history.jsonl").read_text().splitlines()) == 7
     launch(train, stage, replace(settings, resume="auto"))
     assert same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def _train_and_record_dtypes(config: str, mixed_precision: str, stage, settings, out: Path):
+    seen = {}
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            inputs = kwargs.get("point_clouds", args[0] if args else None)
+            loss = output.loss if name == "model" else None
+            seen[name] = str(inputs.dtype), str(getattr(loss, "dtype", None))
+            seen["sharded"] = type(module).__name__.startswith("FSDP") | seen.get("sharded", False)
+
+        return hook
+
+    prepare = loop.prepare
+
+    def hooked(*args):
+        model, optimizer = prepare(*args)
+        model.register_forward_hook(record("model"), with_kwargs=True)
+        encoder = model.base_model.model.model.point_encoder
+        encoder.register_forward_hook(record("encoder"), with_kwargs=True)
+        grouping = modeling_minigpt3d.group
+
+        def group(point_clouds, *args):
+            seen["grouping"] = str(point_clouds.dtype)
+            assert torch.equal(point_clouds, clouds_of_step[0]), "no other values than those of the data"
+            return grouping(point_clouds, *args)
+
+        modeling_minigpt3d.group = group
+        return model, optimizer
+
+    clouds_of_step = []
+    pack = loop.pack_batch
+
+    def packed(*args):
+        batch = pack(*args)
+        clouds_of_step[:] = [batch["point_clouds"]]
+        return batch
+
+    loop.prepare, loop.pack_batch = hooked, packed
+    as_on_gpus(config, train, stage, settings, mixed_precision=mixed_precision)
+    if not out.exists():
+        out.write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 0.01)])
+def test_fsdp2_of_accelerate_equals_one_process(mixed_precision, tolerance, base, release, tmp_path):
+    """With the configuration as it is launched. Clouds are grouped in float32 whatever the weights are cast to."""
+    stage = without_dropout(tiny(STAGES["II"]))
+    one = train(stage, options(base, tmp_path / "one", release))
+    settings = options(base, tmp_path / "two", release)
+    launch(_train_and_record_dtypes, "fsdp2.yaml", mixed_precision, stage, settings, tmp_path / "seen.json")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["sharded"] and seen["grouping"] == "torch.float32"
+    assert seen["encoder"][0] == "torch.float32" and seen["model"] == ["torch.float32", "torch.float32"]
+    for of_one, of_two in zip(history(one), history(tmp_path / "two"), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=tolerance)
+        assert of_two["grad_norm"] == pytest.approx(of_one["grad_norm"], rel=10 * tolerance)
+    for name, tensor in load_file(tmp_path / "two" / ADAPTER).items():
+        assert tensor.dtype == torch.float32, name
 
 
 def _shard(stage, batches: list, out: str):
