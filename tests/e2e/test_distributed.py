@@ -151,7 +151,8 @@ def test_a_killed_run_of_two_processes_resumes_exactly(num_workers, base, releas
     settings = options(base, tmp_path / "killed", packed, save_every=3, num_workers=num_workers)
     launch(_interrupted, stage, settings, 7)
     work_dir = tmp_path / "killed.unfinished"
-    assert (work_dir / "checkpoint-6").is_dir() and len((work_dir / "history.jsonl").read_text().splitlines()) == 7
+    assert (work_dir / "checkpoint-6").is_dir()
+    assert len((work_dir / "history.jsonl").read_text().splitlines()) == 6, "a step is logged while the next is computed"
     launch(train, stage, replace(settings, resume="auto"))
     assert same_run(tmp_path / "straight", tmp_path / "killed")
 

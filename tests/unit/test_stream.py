@@ -8,7 +8,7 @@ import torch
 from training_runs import STAGES, open_stream, prepared, tiny
 
 from minigpt3d.training.stages import Source
-from minigpt3d.training.stream import pack_batch, pad_batch
+from minigpt3d.training.stream import BUCKET, Packing, pack_batch, pad_batch
 
 
 def test_processes_divide_the_steps_and_epochs_cover_every_row(release, tiny_processor):
@@ -59,19 +59,21 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
     samples = [stream.encode(0, slot) for slot in stream.slots(0)]
     model = prepared(stage).eval()
     results = []
-    for batch in (pad_batch(samples, 292), pack_batch(samples), pack_batch(samples, one_row=True)):
+    packing = Packing.of(model)
+    assert packing.masked and not packing.one_row
+    one_row = replace(packing, one_row=True, masked=True)  # the boundaries are for a kernel that needs a GPU
+    for batch in (pad_batch(samples, 292), pack_batch(samples), pack_batch(samples, packing), pack_batch(samples, one_row)):
         model.zero_grad()
         output = model(**batch, use_cache=False)
         output.loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((output.loss.detach(), gradients, batch["input_ids"].shape, output.logits.shape))
     (loss, gradients, padded, _), *others = results
-    assert len(others[1][1]) == len(gradients) and others[1][2][0] == 1 and others[0][2][0] < padded[0]
+    assert len(others[-1][1]) == len(gradients) and others[-1][2][0] == 1 and others[0][2][0] < padded[0]
     for packed_loss, packed_gradients, _, answer_logits in others:
         torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-6)
-        assert answer_logits[1] == sum((sample["labels"] != -100).sum() for sample in samples), (
-            "no logits but the answers'"
-        )
+        num_answers = sum((sample["labels"] != -100).sum() for sample in samples)
+        assert num_answers <= answer_logits[1] < num_answers + BUCKET, "no logits but the answers'"
         for parameter, gradient in gradients.items():
             scale = gradient.abs().max() + 1e-12
             assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale + 1e-8, parameter
