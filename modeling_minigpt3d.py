@@ -345,6 +345,8 @@ class MiniGPT3DPhiDecoderLayer(PhiDecoderLayer):
     def __init__(self, config: MiniGPT3DPhiConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = MiniGPT3DPhiAttention(config, layer_idx)
+        if config.hidden_act == "gelu_new":
+            self.mlp.activation_fn = nn.GELU(approximate="tanh")  # the same in one kernel instead of eight
         self.post_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -30,7 +30,7 @@ from minigpt3d.model_card.readme import write_card
 from .curves import draw_curves
 from .diagnosis import diagnose
 from .history import HISTORY_FILE, cut_history, read_history
-from .launch import make_accelerator, prepare
+from .launch import make_accelerator, on_main, prepare, share_folder
 from .measure import RouterMeter, UpdateMeter, router_entry, total_norm, validate
 from .publish import Publisher, check_repository
 from .run_options import RunOptions
@@ -52,8 +52,10 @@ from .weights import (
     adapter_names,
     export_model,
     gather_parameters,
+    halve_frozen,
     load_stage_model,
     lora_scales,
+    named_parameters,
     save_adapter,
     trainable_table,
 )
@@ -101,7 +103,7 @@ def train(stage: Stage, options: RunOptions) -> Path:
     stop = StopSignal()
     steps = range(training.first_step, training.num_steps)
     for step, (source, samples) in zip(steps, read_ahead(training.stream, steps, options.num_workers), strict=True):
-        stopped = training.take_step(step, source, samples, stop.received())
+        stopped = training.take_step(step, source, samples, stop)
         if step + 1 < training.num_steps and (stopped or (step + 1) % options.save_every == 0):
             training.save_checkpoint(step + 1)
         if stopped and step + 1 < training.num_steps:
@@ -152,10 +154,17 @@ class Training:
         self.facts = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
         self.facts |= {"router_type": model.config.router_type, "departures": self.departures}
         self.facts["data"] = fingerprint(options.data, options.annotations)
+        self.adapter_names, self.lora_scales = adapter_names(model, self.start), lora_scales(model)
+        # What earlier stages have trained, before it is cast.
+        self.kept = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in named_parameters(model).items()
+            if name in self.adapter_names and not parameter.requires_grad
+        }
+        halve_frozen(self.accelerator, model)
         self._restore_and_prepare(model)
         # Without the wrappers of Accelerate and torch.compile.
         self.inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.adapter_names, self.lora_scales = adapter_names(self.inner, self.start), lora_scales(self.inner)
         self.updates, self.router = UpdateMeter(self.inner), RouterMeter(self.inner)
         self.packing = Packing.of(self.inner)
         self.publisher = Publisher(options.hub_model_id, options.hub_private) if options.push_to_hub else None
@@ -163,9 +172,12 @@ class Training:
     def _restore_and_prepare(self, model: torch.nn.Module):
         """Weights and optimizer, from the newest checkpoint if the run resumes."""
         accelerator, resume = self.accelerator, self.options.resume == "auto"
-        if accelerator.is_main_process and not self.options.dry_run:
-            claim(self.work_dir)
-        checkpoint = newest_checkpoint(self.work_dir, accelerator.print) if resume else None
+        if not self.options.dry_run:
+            on_main(accelerator, claim, self.work_dir)
+        checkpoint = on_main(accelerator, newest_checkpoint, self.work_dir, accelerator.print) if resume else None
+        if checkpoint:
+            checkpoint = self.work_dir / checkpoint.name
+            share_folder(accelerator, checkpoint)
         self.first_step = check_checkpoint(checkpoint, self.facts) if checkpoint else 0
         state = load_checkpoint(checkpoint, model) if checkpoint else None
         share = math.ceil(max(source.batch for source in self.stage.mixture) / accelerator.num_processes)
@@ -189,11 +201,11 @@ class Training:
         self.pending, self.stopped = None, 0
         self.last_time = time.perf_counter()
 
-    def take_step(self, step: int, source: str, samples: list[dict], received: int = 0) -> int:
+    def take_step(self, step: int, source: str, samples: list[dict], stop: StopSignal) -> int:
         """One optimizer step. Its results are read and logged while the device computes the next one, see `read_results`.
 
         Args:
-            received: the signal that this process has received, 0 for none.
+            stop: what this process was told.
 
         Returns:
             The signal after which all processes must stop, 0 for none. Processes agree on it one step late.
@@ -204,7 +216,7 @@ class Training:
         self.updates.remember(step)
         results = dict(zip(("loss", "grad_norm"), self._learn(step, samples), strict=True))
         results |= {f"update_ratio/{name}": ratio for name, ratio in self.updates.ratios().items()}
-        shared = results["loss"].new_zeros(len(STOPPING))
+        shared, received = results["loss"].new_zeros(len(STOPPING)), stop.received()
         if received:
             shared[STOPPING.index(received)] = 1.0
         sums = self.router.read(0 if self.stream.is_idle(step) else len(samples))
@@ -282,7 +294,7 @@ class Training:
         facts, options = self.facts | {"step": step}, self.options
         add_checkpoint(self.work_dir, self.accelerator, self.model, self.optimizer, facts, options.keep_checkpoints)
         if self.publisher and options.hub_every and step % (options.save_every * options.hub_every) == 0:
-            tensors = gather_parameters(self.inner, self.adapter_names)
+            tensors = self._gather_adapter()
             if self.accelerator.is_main_process:
                 folder = self.work_dir / f"published-{step}"
                 save_adapter(folder, tensors, self.lora_scales, self.start.base, self._public_facts(step))
@@ -293,7 +305,7 @@ class Training:
         self.bar.close()
         if self.options.report_to:
             self.accelerator.end_training()
-        tensors = gather_parameters(self.inner, self.adapter_names)
+        tensors = self._gather_adapter()
         if self.accelerator.is_main_process:
             result = self._save_result(tensors)
             for warning in diagnose(read_history(result / HISTORY_FILE), self.stage):
@@ -305,7 +317,11 @@ class Training:
             print(f"{self.stage.title} is done: {self.options.output_dir}")
             if self.publisher:
                 self.publisher.push(self.options.output_dir, self.stage.title, f"stage-{self.stage.name}")
-        self.accelerator.wait_for_everyone()
+        # The other processes are done: a barrier here would time out while the main one merges and uploads.
+
+    def _gather_adapter(self) -> dict[str, torch.Tensor]:
+        """The tensors of `adapter_names`, in float32; every process must call this."""
+        return self.kept | gather_parameters(self.inner, [n for n in self.adapter_names if n not in self.kept])
 
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
         """Write the adapter, or a complete model with the adapter in it, and history, curves and card beside it."""

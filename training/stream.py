@@ -231,10 +231,14 @@ class Packing:
     def of(cls, model: torch.nn.Module) -> "Packing":
         config = model.config.text_config
         implementation = config._attn_implementation or ""
-        windows = getattr(config, "sliding_window", None), "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        windows = (
+            getattr(config, "sliding_window", None),
+            "sliding_attention" in (getattr(config, "layer_types", None) or ()),
+        )
         return cls(
             implementation.startswith("flash"),
-            implementation == "sdpa" and not any(windows),  # a backbone with windows makes a mask for each kind of layer
+            implementation == "sdpa"
+            and not any(windows),  # a backbone with windows makes a mask for each kind of layer
             model.config.point_token_id,
             model.config.num_query_tokens,
         )
@@ -300,7 +304,10 @@ def pack_batch(samples: list[dict], packing: Packing = PLAIN) -> dict:
     if packing.point_token_id is not None:
         is_point = (input_ids == packing.point_token_id) & (sample_ids >= 0)
         for index, sample in enumerate(samples):
-            count, needed = int(is_point[sample_ids == index].sum()), len(sample["point_clouds"]) * packing.num_query_tokens
+            count, needed = (
+                int(is_point[sample_ids == index].sum()),
+                len(sample["point_clouds"]) * packing.num_query_tokens,
+            )
             if count != needed:
                 raise ValueError(
                     f"a sample has {count} point placeholders, but its {len(sample['point_clouds'])} point clouds need "

@@ -1,11 +1,15 @@
 """The samples of a step: divided among processes, drawn from the sources, packed into rows."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import scaled_dot_product_attention
 from training_runs import STAGES, open_stream, prepared, tiny
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minigpt3d.training.stages import Source
 from minigpt3d.training.stream import BUCKET, Packing, pack_batch, pad_batch
@@ -62,7 +66,12 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
     packing = Packing.of(model)
     assert packing.masked and not packing.one_row
     one_row = replace(packing, one_row=True, masked=True)  # the boundaries are for a kernel that needs a GPU
-    for batch in (pad_batch(samples, 292), pack_batch(samples), pack_batch(samples, packing), pack_batch(samples, one_row)):
+    for batch in (
+        pad_batch(samples, 292),
+        pack_batch(samples),
+        pack_batch(samples, packing),
+        pack_batch(samples, one_row),
+    ):
         model.zero_grad()
         output = model(**batch, use_cache=False)
         output.loss.backward()
@@ -77,3 +86,54 @@ def test_packed_batches_equal_padded_ones(name, release, tiny_processor):
         for parameter, gradient in gradients.items():
             scale = gradient.abs().max() + 1e-12
             assert (packed_gradients[parameter] - gradient).abs().max() <= 1e-5 * scale + 1e-8, parameter
+
+
+def test_flash_attention_gets_the_boundaries_of_samples(release, tiny_processor, monkeypatch):
+    """A kernel for packed sequences, by the definition: it gets no mask and need not derive anything from positions."""
+    calls = []
+
+    def by_boundaries(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_k, **kwargs):
+        calls.append(cu_seq_lens_q)
+        spans = list(pairwise(cu_seq_lens_q.tolist()))
+        assert (
+            mask is None and cu_seq_lens_q.dtype == torch.int32 and spans[0][0] == 0 and spans[-1][1] == query.shape[2]
+        )
+        assert max_length_k == max(end - first for first, end in spans)
+        parts = [
+            scaled_dot_product_attention(
+                *(x[:, :, first:end] for x in (query, key, value)), is_causal=True, scale=scaling
+            )
+            for first, end in spans
+        ]
+        return torch.cat(parts, 2).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_by_boundaries", by_boundaries)
+    stage = replace(tiny(STAGES["II"]), mixture=(Source("multi_round", batch=6, weight=1),))
+    stream = open_stream(stage, release, tiny_processor)
+    samples = [stream.encode(0, slot) for slot in stream.slots(0)]
+    model = prepared(stage).eval()
+    expected = model(**pad_batch(samples, 292), use_cache=False).loss
+    model.config.text_config._attn_implementation = "flash_by_boundaries"
+    batch = pack_batch(samples, Packing.of(model))
+    assert len(batch["input_ids"]) == 1
+    torch.testing.assert_close(model(**batch, use_cache=False).loss, expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 3, "in every layer"
+
+
+def test_layers_compile_once_for_all_batches(release, tiny_processor):
+    """Rows have few widths, so batches of other samples need no other graphs."""
+    stage = replace(tiny(STAGES["II"]), mixture=(Source("multi_round", batch=6, weight=1),))
+    stream = open_stream(stage, release, tiny_processor)
+    model, counter = prepared(stage).eval(), CompileCounter()
+    layers = (*model.base_model.model.model.qformer.encoder.layer, *model.base_model.model.model.language_model.layers)
+    for layer in layers:
+        layer.compile(backend=counter)
+    samples = [stream.encode(step, slot) for step in range(2) for slot in stream.slots(step)]
+    lengths, graphs = set(), []
+    for first in (0, 3, 6):  # of six samples each, with lengths of their own
+        batch = pack_batch(samples[first : first + 6], Packing.of(model))
+        lengths.add(sum(len(sample["input_ids"]) for sample in samples[first : first + 6]))
+        model(**batch, use_cache=False).loss.backward()
+        graphs.append(counter.frame_count)
+    assert len(lengths) > 1
+    assert graphs == [3] * 3, "the decoder's layer, and the Q-Former's with cross-attention and without"
