@@ -378,13 +378,22 @@ class MiniGPT3DPhiAttention(PhiAttention):
         return self.dense(output.flatten(2)), weights
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight: the fused kernel takes no other, and without it the norm is seven kernels."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype))
+
+
 class MiniGPT3DPhiDecoderLayer(PhiDecoderLayer):
     """Phi's parallel block with an RMSNorm on the attention branch: x + rmsnorm(attn(ln(x))) + mlp(ln(x))."""
 
     def __init__(self, config: MiniGPT3DPhiConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = MiniGPT3DPhiAttention(config, layer_idx)
-        self.post_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.hidden_act == "gelu_new":
+            self.mlp.activation_fn = nn.GELU(approximate="tanh")  # the same in one kernel instead of eight
+        self.post_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, T, D) → (B, T, D)."""
@@ -539,7 +548,7 @@ class MiniGPT3DPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("point_cloud", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PointBert", "Blip2QFormerLayer", "MiniGPT3DPhiDecoderLayer"]
+    _no_split_modules = ["PointBert", "Blip2QFormerLayer"]  # the language model adds its own
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -601,6 +610,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         self.router = QueryExpertRouter(config)
         self.query_experts = nn.ModuleList([QueryTokens(config) for _ in range(config.num_query_experts)])
         self.qformer = Blip2QFormerModel(config.qformer_config)
+        self.qformer._no_split_modules = ["Blip2QFormerLayer"]  # FSDP refuses those that only the rest of BLIP-2 has
         self.language_projection = LanguageProjection(config)
         if config.text_config.model_type == MiniGPT3DPhiConfig.model_type:
             self.language_model = MiniGPT3DPhiModel(config.text_config)
@@ -724,8 +734,13 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         point_clouds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        point_positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embed text and clouds as the language model reads them: (B, T, D), and point features or None."""
+        """Embed text and clouds as the language model reads them: (B, T, D), and point features or None.
+
+        With `point_positions` (clouds*Q,), those of the placeholders in the flattened rows, nothing is searched or checked,
+        and a GPU does not have to wait for it.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -734,8 +749,12 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         if point_clouds is not None:
             point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
             point_features = point_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, point_features)
+            if point_positions is None:
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
+                inputs_embeds = inputs_embeds.masked_scatter(mask, point_features)
+            else:
+                flat = inputs_embeds.flatten(0, 1).index_copy(0, point_positions, point_features.flatten(0, 1))
+                inputs_embeds = flat.view_as(inputs_embeds)
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             self.get_placeholder_mask(input_ids, inputs_embeds, None)
         return inputs_embeds, point_features
@@ -749,10 +768,11 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        point_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
-        inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds)
+        inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds, point_positions)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -875,6 +895,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        answer_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DCausalLMOutputWithPast:
         """Score text about point clouds.
@@ -888,8 +909,11 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             position_ids: (B, T); by default 0, 1, 2 … regardless of the mask (generation counts from the mask).
             past_key_values: cache of an earlier call.
             inputs_embeds: (B, T, D_text) instead of `input_ids`.
-            logits_to_keep: number of last positions that get logits; 0 for all. A mask (B, T) bool selects positions of
-                each row, K in all: logits are then (1, K, V), and the loss is over these positions.
+            logits_to_keep: number of last positions that get logits; 0 for all.
+            answer_positions: (K,) int64, positions in the flattened rows that get logits, (1, K, V); `labels` are then
+                (1, K), the tokens that follow them.
+            point_positions: (clouds*Q,) int64, positions of the placeholders in the flattened rows, if they are known:
+                they are then neither searched nor counted. Training passes both kinds, so that a GPU never waits.
 
         Raises:
             ValueError: placeholders and clouds do not match, or clouds have a wrong shape.
@@ -904,13 +928,12 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
-            hidden_states = hidden_states[logits_to_keep][None]  # (1, K, D_text)
-            if labels is not None:
-                kwargs["shift_labels"] = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:][logits_to_keep]
-        else:
+        if answer_positions is None:
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, positions]  # (B, T, D_text)
+        else:
+            hidden_states = hidden_states.flatten(0, 1)[answer_positions][None]  # (1, K, D_text)
+            kwargs["shift_labels"] = labels
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from encode import PlainMiniPointNet, plain_group, plain_transformer
 
 from minigpt3d.arguments import positive_int
@@ -25,7 +26,7 @@ from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.loop import make_optimizer
 from minigpt3d.training.stages import RECIPES, Stage
-from minigpt3d.training.stream import pack_batch, pad_batch, takes_one_row
+from minigpt3d.training.stream import Packing, pack_batch, pad_batch
 from minigpt3d.training.weights import prepare_model
 
 
@@ -76,13 +77,13 @@ def main():
     )
     print(f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'loss':>9}")
     rates, losses = {}, {}
-    one_row = takes_one_row(inner)
+    packing = Packing.of(inner)
     pad = lambda samples: pad_batch(samples, config.text_config.pad_token_id)  # noqa: E731
     encoder = inner.model.point_encoder
     ways: dict[str, tuple[Callable, Callable]] = {
         "plain": (pad, plain_encoder(encoder)),
         "padded": (pad, encoder.forward),
-        "ours": (lambda samples: pack_batch(samples, one_row), encoder.forward),
+        "ours": (lambda samples: pack_batch(samples, packing), encoder.forward),
     }
     for name, (collate, encoder.forward) in ways.items():
         seconds, losses[name], memory = run(model, stage, batches, collate, device, dtype)
@@ -135,7 +136,7 @@ def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, fl
         group["lr"] = stage.peak_lr
 
     def step(samples) -> torch.Tensor:
-        batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
+        batch = send_to_device(collate(samples), device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(**batch, use_cache=False).loss
         loss.backward()

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 from minigpt3d.serving.serve_options import KEY_VARIABLE, ServeOptions
 
+from .batches import ACCELERATOR_BATCH, CPU_BATCH
 from .console import complain
-from .describe import ACCELERATOR_BATCH, CPU_BATCH
 from .inference import InferenceOptions, load_pipeline
 
 

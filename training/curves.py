@@ -104,10 +104,12 @@ def _draw_updates(panel, steps: np.ndarray, history: list[dict]):
     _name(panel, "Size of a step's update", "update / weights (log scale)")
     panel.set_yscale("log", nonpositive="mask")
     panel.axhspan(3e-4, 3e-3, color="#f2f2f2", zorder=0, label="usual, about 1e-3")
+    measured = steps[["update_ratio" in entry for entry in history]]
     for group, color in zip(module_groups(history), cycle(COLORS), strict=False):
-        ratios = np.array([entry["update_ratio"].get(group, 0.0) for entry in history])
+        ratios = np.array([entry["update_ratio"].get(group, 0.0) for entry in history if "update_ratio" in entry])
         name = group.replace("_", " ") + ("" if ratios.any() else " (0 throughout)")
-        panel.plot(steps[_centers(len(steps))], _smooth(ratios), color=color, label=name, **_line(len(steps)))
+        shown = measured[_centers(len(measured))]
+        panel.plot(shown, _smooth(ratios), color=color, label=name, **_line(len(measured)))
     panel.legend(**_LEGEND)
 
 

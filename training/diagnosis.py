@@ -71,7 +71,7 @@ def _find_broken_gradient(history: list[dict]) -> str | None:
 def _find_idle_groups(history: list[dict], stage: Stage) -> list[str]:
     findings = []
     for group in module_groups(history):
-        ratios = [(entry["update_ratio"].get(group, 0.0), entry["lr"]) for entry in history]
+        ratios = [(entry["update_ratio"].get(group, 0.0), entry["lr"]) for entry in history if "update_ratio" in entry]
         if all(ratio <= DECAY_ALONE * lr * stage.weight_decay for ratio, lr in ratios):
             findings.append(
                 f"The module {group} does not learn: its updates are at most {max(ratios)[0]:.1g} of its weights in all "

@@ -4,7 +4,7 @@ step, source            counted from 0; the source that the step drew
 loss                    mean cross-entropy over the answer tokens, in nats
 lr, grad_norm           learning rate; norm of the gradient over all that trains
 samples_per_second      with the wait for data
-update_ratio            {module group: norm of the step's update / norm of the weights}
+update_ratio            {module group: norm of the step's update / norm of the weights}, in every tenth entry
 router                  only where there is a router, over the clouds of the step:
     load, weight        (E,): share of the clouds that use an expert; mean softmax weight
     entropy, between    mean entropy of a cloud's weights; entropy of the mean weights minus that, 0 if all clouds have the
@@ -73,4 +73,4 @@ def column(history: list[dict], *names: str) -> np.ndarray:
 
 def module_groups(history: list[dict]) -> list[str]:
     """Names of the modules that train, in the order of their appearance."""
-    return list(dict.fromkeys(group for entry in history for group in entry["update_ratio"]))
+    return list(dict.fromkeys(group for entry in history for group in entry.get("update_ratio", {})))

@@ -20,7 +20,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import DistributedType, LoggerType, set_seed
 from tqdm import tqdm
 
 from minigpt3d.data.sources import fingerprint, open_sources
@@ -31,26 +31,31 @@ from minigpt3d.model_card.readme import write_card
 from .curves import draw_curves
 from .diagnosis import diagnose
 from .history import HISTORY_FILE, read_history, restore_history
-from .measure import RouterMeter, UpdateMeter, validate
+from .launch import make_accelerator, on_main, prepare, share_folder
+from .measure import RouterMeter, UpdateMeter, router_entry, total_norm, validate
 from .publish import Publisher, check_login
 from .run_options import RunOptions
 from .run_state import (
+    STOPPING,
     Stopped,
     StopSignal,
     add_checkpoint,
     check_checkpoint,
     load_checkpoint,
     newest_checkpoint,
+    plain_optimizer,
     restore_optimizer,
 )
 from .stages import Stage, change_stage, departures, learning_rate, title_of
-from .stream import StageStream, pack_batch, read_ahead, split_micro_batches, takes_one_row
+from .stream import Packing, StageStream, pack_batch, read_ahead, split_micro_batches
 from .weights import (
     adapter_names,
     export_model,
     gather_parameters,
+    halve_frozen,
     load_stage_model,
     lora_scales,
+    named_parameters,
     save_adapter,
     trainable_table,
 )
@@ -63,6 +68,21 @@ LOGS_DIR = "logs"
 
 class LossError(RuntimeError):
     """The loss or its gradient is NaN or infinite."""
+
+
+class Reading:
+    """Numbers (N,) on their way from a device, which goes on with its work."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values.to("cpu", non_blocking=values.is_cuda)
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def wait(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
 
 
 def train(stage: Stage, options: RunOptions) -> Path:
@@ -91,8 +111,7 @@ def _run(training: "Training"):
     stop = StopSignal()
     steps = range(training.first_step, training.num_steps)
     for step, (source, samples) in zip(steps, read_ahead(training.stream, steps, options.num_workers), strict=True):
-        training.log(training.take_step(step, source, samples))
-        stopped = stop.received(training.accelerator)
+        stopped = training.take_step(step, source, samples, stop)
         if step + 1 < training.num_steps and (stopped or (step + 1) % options.save_every == 0):
             training.save_checkpoint(step + 1)
         if stopped and step + 1 < training.num_steps:
@@ -128,10 +147,9 @@ class Training:
         self.stage = stage = change_stage(row, options.settings, num_rows)
         self.departures = departures(stage, row)
         self.num_steps = stage.steps if options.max_steps is None else min(options.max_steps, stage.steps)
-        self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
-        if self.accelerator.is_main_process and not options.dry_run:
-            claims.enter_context(locked(options.output_dir))
-            options.check()  # another run may just have ended
+        self.accelerator = make_accelerator(log_with=options.report_to or None, project_dir=self.work_dir / LOGS_DIR)
+        if not options.dry_run:
+            on_main(self.accelerator, self._claim, claims)
         place = self.accelerator.process_index, self.accelerator.num_processes
         self.processor = load_processor(self.start)
         self.stream = StageStream(self.stage, sources, self.processor, options.seed, *place)
@@ -146,21 +164,39 @@ class Training:
         self.facts = {"stage": stage.name, "recipe": options.recipe, "init": str(options.init), "seed": options.seed}
         self.facts |= {"router_type": model.config.router_type, "departures": self.departures}
         self.facts["data"] = fingerprint(options.data, options.annotations)
+        self.adapter_names, self.lora_scales = adapter_names(model, self.start), lora_scales(model)
+        # What earlier stages have trained, before it is cast.
+        self.kept = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in named_parameters(model).items()
+            if name in self.adapter_names and not parameter.requires_grad
+        }
+        halve_frozen(self.accelerator, model)
         self._restore_and_prepare(model)
         # Without the wrappers of Accelerate and torch.compile.
         self.inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.adapter_names, self.lora_scales = adapter_names(self.inner, self.start), lora_scales(self.inner)
         self.updates, self.router = UpdateMeter(self.inner), RouterMeter(self.inner)
+        self.packing = Packing.of(self.inner)
         self.publisher = Publisher(options.hub_model_id, options.hub_private) if options.push_to_hub else None
+
+    def _claim(self, claims: ExitStack):
+        """Keep other runs out of the output folder."""
+        claims.enter_context(locked(self.options.output_dir))
+        self.options.check()  # another run may just have ended
 
     def _restore_and_prepare(self, model: torch.nn.Module):
         """Weights and optimizer, from the newest checkpoint if the run resumes."""
         accelerator, resume = self.accelerator, self.options.resume == "auto"
-        checkpoint = newest_checkpoint(self.work_dir, accelerator.print) if resume else None
+        checkpoint = on_main(accelerator, newest_checkpoint, self.work_dir, accelerator.print) if resume else None
+        if checkpoint:
+            checkpoint = self.work_dir / checkpoint.name
+            share_folder(accelerator, checkpoint)
         self.first_step = check_checkpoint(checkpoint, self.facts, self.num_steps) if checkpoint else 0
         self.checkpoint = checkpoint
         state = load_checkpoint(checkpoint, model) if checkpoint else None
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(self.stage, model))
+        share = math.ceil(max(source.batch for source in self.stage.mixture) / accelerator.num_processes)
+        device_batch = min(self.options.device_batch or share, share)
+        self.model, self.optimizer = prepare(accelerator, model, make_optimizer(self.stage, model), device_batch)
         if checkpoint:
             restore_optimizer(checkpoint, accelerator, self.model, self.optimizer, state)
             accelerator.print(f"Resuming from {checkpoint} at step {self.first_step}.")
@@ -179,38 +215,76 @@ class Training:
             self.accelerator.init_trackers(f"minigpt3d-stage-{self.stage.name}", settings)
         self.validation_before = self._validate("validation_before") if self.first_step == 0 else {}
         self.bar = tqdm(total=self.num_steps, initial=self.first_step, unit="step", disable=not main)
+        self.pending, self.stopped = None, 0
         self.last_time = time.perf_counter()
 
-    def take_step(self, step: int, source: str, samples: list[dict]) -> dict:
-        """One optimizer step; returns its entry in the history (see `history`).
+    def take_step(self, step: int, source: str, samples: list[dict], stop: StopSignal) -> int:
+        """One optimizer step. Its results are read and logged while the device computes the next one, see `read_results`.
+
+        Args:
+            stop: what this process was told.
+
+        Returns:
+            The signal after which all processes must stop, 0 for none. Processes agree on it one step late.
 
         Raises:
-            LossError: the loss or its gradient is not finite; the weights are those before the step.
+            LossError: the loss or its gradient was not finite; the weights are those before that step.
         """
-        self.updates.remember()
-        loss, grad_norm = self._learn(step, samples)
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.accelerator.scaler is not None)):
+        self.updates.remember(step)
+        results = dict(zip(("loss", "grad_norm"), self._learn(step, samples), strict=True))
+        results |= {f"update_ratio/{name}": ratio for name, ratio in self.updates.ratios().items()}
+        shared, received = results["loss"].new_zeros(len(STOPPING)), stop.received()
+        if received:
+            shared[STOPPING.index(received)] = 1.0
+        sums = self.router.read(0 if self.stream.is_idle(step) else len(samples))
+        shared = self.accelerator.reduce(shared if sums is None else torch.cat([shared, sums]))
+        self.read_results()
+        self.pending = {"step": step, "source": source, "lr": learning_rate(self.stage, step)}
+        self.results = list(results), Reading(torch.cat([torch.stack(list(results.values())), shared]))
+        seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
+        self.pending["samples_per_second"] = round(self.stream.batch(step) / seconds, 2)
+        self.pending |= self.validation_before if step == 0 else {}
+        if step + 1 == self.num_steps:
+            self.read_results(self._validate("validation_after"))
+        elif self.stage.eval_every is not None and (step + 1) % self.stage.eval_every == 0:
+            self.read_results(self._validate("validation"))
+        return received if self.accelerator.num_processes == 1 else self.stopped
+
+    def read_results(self, validation: dict[str, float] | None = None):
+        """Wait for the step in progress, if there is one, check it, and log its entry of the history (see `history`).
+
+        Args:
+            validation: for the entry.
+
+        Raises:
+            LossError: see `take_step`.
+        """
+        if self.pending is None:
+            return
+        entry, (names, reading), self.pending = self.pending, self.results, None
+        values = reading.wait()
+        results, flags = dict(zip(names, values, strict=False)), values[len(names) :][: len(STOPPING)]
+        sums = values[len(names) + len(STOPPING) :]
+        loss, grad_norm = results.pop("loss"), results.pop("grad_norm")
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow(self.accelerator))):
             raise LossError(
-                f"At step {step} the loss is {loss} and its gradient norm {grad_norm}; the step is discarded. The "
+                f"At step {entry['step']} the loss is {loss} and its gradient norm {grad_norm}; the step is discarded. The "
                 f"checkpoints in {self.work_dir} are valid: resume in a wider dtype, or check the samples of this step."
             )
-        entry = {"step": step, "source": source, "loss": loss, "lr": learning_rate(self.stage, step)}
-        entry |= {"grad_norm": grad_norm, "update_ratio": self.updates.ratios()}
-        if routing := self.router.read(self.accelerator, self.stream.is_idle(step)):
-            entry["router"] = routing
-        seconds, self.last_time = time.perf_counter() - self.last_time, time.perf_counter()  # with the wait for data
-        entry["samples_per_second"] = round(self.stream.batch(step) / seconds, 2)
-        entry |= self.validation_before if step == 0 else {}
-        if step + 1 == self.num_steps:
-            return entry | self._validate("validation_after")
-        is_due = self.stage.eval_every is not None and (step + 1) % self.stage.eval_every == 0
-        return entry | (self._validate("validation") if is_due else {})
+        entry |= {"loss": loss, "grad_norm": grad_norm}
+        if results:
+            entry["update_ratio"] = {name.partition("/")[2]: ratio for name, ratio in results.items()}
+        if sums:
+            entry["router"] = router_entry(sums)
+        self.stopped = next((number for number, flag in zip(STOPPING, flags, strict=True) if flag), 0)
+        self.log(entry | (validation or {}))
 
-    def _learn(self, step: int, samples: list[dict]) -> tuple[float, float]:
+    def _learn(self, step: int, samples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         reseed(self.options.seed, step, self.accelerator.process_index)
-        micro_batches = split_micro_batches(samples, self.options.device_batch)
-        lr = learning_rate(self.stage, step)
-        return train_step(self.accelerator, self.model, self.optimizer, micro_batches, lr)
+        share = math.ceil(self.stream.batch(step) / self.accelerator.num_processes)
+        parts = split_micro_batches(samples, self.options.device_batch, share)
+        batches = [pack_batch(part, self.packing) for part in parts]
+        return train_step(self.accelerator, self.model, self.optimizer, batches, learning_rate(self.stage, step))
 
     def _validate(self, name: str) -> dict[str, float]:
         if not self.validation_sources:
@@ -233,10 +307,11 @@ class Training:
 
     def save_checkpoint(self, step: int):
         """Write a checkpoint; publish it if one is due."""
+        self.read_results()
         facts, options = self.facts | {"step": step}, self.options
         add_checkpoint(self.work_dir, self.accelerator, self.model, self.optimizer, facts, options.keep_checkpoints)
         if self.publisher and options.hub_every and step % (options.save_every * options.hub_every) == 0:
-            tensors = gather_parameters(self.inner, self.adapter_names)
+            tensors = self._gather_adapter()
             if self.accelerator.is_main_process:
                 folder = self.work_dir / f"published-{step}"
                 save_adapter(folder, tensors, self.lora_scales, self.start.base, self._public_facts(step))
@@ -247,7 +322,7 @@ class Training:
         self.bar.close()
         if self.options.report_to:
             self.accelerator.end_training()
-        tensors = gather_parameters(self.inner, self.adapter_names)
+        tensors = self._gather_adapter()
         if self.accelerator.is_main_process:
             result = self._save_result(tensors)
             for warning in diagnose(read_history(result / HISTORY_FILE), self.stage):
@@ -260,7 +335,11 @@ class Training:
             print(f"{self.stage.title} is done: {self.options.output_dir}")
             if self.publisher:
                 self.publisher.push(self.options.output_dir, self.stage.title, f"stage-{self.stage.name}")
-        self.accelerator.wait_for_everyone()
+        # The other processes are done: a barrier here would time out while the main one merges and uploads.
+
+    def _gather_adapter(self) -> dict[str, torch.Tensor]:
+        """The tensors of `adapter_names`, in float32; every process must call this."""
+        return self.kept | gather_parameters(self.inner, [n for n in self.adapter_names if n not in self.kept])
 
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:
         """Write the adapter, or a complete model with the adapter in it, and history, curves and card beside it."""
@@ -299,7 +378,7 @@ class Training:
         seconds, resident = [], 0
         started = time.perf_counter()
         for step, (_, samples) in zip(steps, read_ahead(self.stream, steps, self.options.num_workers), strict=True):
-            self._learn(step, samples)
+            self._learn(step, samples)[0].item()
             seconds.append(time.perf_counter() - started)
             resident = max(resident, psutil.Process().memory_info().rss)
             started = time.perf_counter()
@@ -373,7 +452,7 @@ def make_optimizer(stage: Stage, model: torch.nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": stage.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=stage.warmup_lr, betas=stage.betas)
+    return torch.optim.AdamW(groups, lr=stage.warmup_lr, betas=stage.betas, fused=True)
 
 
 # ---- One step -------------------------------------------------------------------------------------------------------
@@ -384,37 +463,70 @@ def reseed(seed: int, step: int, process_index: int):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1)[0]))
 
 
+def may_overflow(accelerator: Accelerator) -> bool:
+    """Whether a scaler of fp16 looks after gradients that overflow: it skips their step."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.scaler is not None or (deepspeed and accelerator.mixed_precision == "fp16")
+
+
 def train_step(
-    accelerator: Accelerator, model, optimizer, micro_batches: list[list[dict]], lr: float
-) -> tuple[float, float]:
-    """One optimizer step, in one or more micro-batches.
+    accelerator: Accelerator, model, optimizer, batches: list[dict], lr: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step, in one or more micro-batches. The device is not waited for.
 
     The loss is the mean over all answer tokens of the batch, on all processes. It does not depend on how the samples,
-    which differ in length, are divided into micro-batches and among processes.
+    which differ in length, are divided into micro-batches and among processes. A step whose loss or gradient is not
+    finite leaves the weights as they are.
+
+    Args:
+        batches: of `pack_batch`, on the CPU.
 
     Returns:
-        The loss and the norm of its gradient.
+        The loss and the norm of its gradient, on the device.
     """
-    device = accelerator.device
-    one_row = takes_one_row(accelerator.unwrap_model(model, keep_torch_compile=False))
+    device, deepspeed = accelerator.device, accelerator.distributed_type == DistributedType.DEEPSPEED
     for group in optimizer.param_groups:
         group["lr"] = lr
-    num_tokens = sum((sample["labels"][1:] != -100).sum() for batch in micro_batches for sample in batch)
-    num_tokens = accelerator.reduce(num_tokens.to(device))
+    num_tokens = sum((batch["labels"] != -100).sum() for batch in batches)
+    num_tokens = accelerator.reduce(_send({"num_tokens": num_tokens}, device)["num_tokens"])
     batch_loss = torch.zeros((), device=device)
-    for index, batch in enumerate(micro_batches):
-        accelerator.sync_gradients = index == len(micro_batches) - 1  # average gradients over processes once
+    for index, batch in enumerate(batches):
+        accelerator.sync_gradients = index == len(batches) - 1  # average gradients over processes once
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in pack_batch(batch, one_row).items()}
-            loss = model(**batch, use_cache=False, num_items_in_batch=num_tokens).loss
-            accelerator.backward(loss * accelerator.num_processes)
+            loss = model(**_send(batch, device), use_cache=False, num_items_in_batch=num_tokens).loss
+            if deepspeed:  # Accelerate's backward would also take the step, before the loss is checked
+                model.set_gradient_accumulation_boundary(accelerator.sync_gradients)
+                model.backward(loss * accelerator.num_processes)
+            else:
+                accelerator.backward(loss * accelerator.num_processes)
         batch_loss += loss.detach()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    grad_norm = accelerator.clip_grad_norm_(trainable, math.inf)  # measured; nothing is clipped
-    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm or 0.0)
-    batch_loss = accelerator.reduce(batch_loss).item()
-    # The scaler of fp16 skips steps whose gradient overflows.
-    if math.isfinite(batch_loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
-        optimizer.step()
+    batch_loss = accelerator.reduce(batch_loss)
+    if deepspeed:
+        return batch_loss, _step_deepspeed(model, batch_loss)
+    accelerator.unscale_gradients(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = total_norm(gradients)
+    if accelerator.scaler is None:  # which does the same
+        is_finite = batch_loss.isfinite() & grad_norm.isfinite()
+        plain = plain_optimizer(optimizer)
+        plain.grad_scale, plain.found_inf = None, 1.0 - is_finite.float()
+    optimizer.step()
     optimizer.zero_grad()
     return batch_loss, grad_norm
+
+
+def _send(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch on the device; from pinned memory, so that the copy waits for nothing."""
+    pin = device.type == "cuda"
+    return {
+        name: (value.pin_memory() if pin else value).to(device, non_blocking=pin) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+def _step_deepspeed(engine, loss: torch.Tensor) -> torch.Tensor:
+    """The step of DeepSpeed's optimizer, which skips gradients that are not finite; returns the gradient's norm."""
+    if not loss.isfinite():
+        return torch.full_like(loss, math.nan)
+    engine.step()
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=loss.dtype, device=loss.device)

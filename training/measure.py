@@ -4,9 +4,10 @@ import math
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
 from .stages import Stage
-from .stream import encode_sample, pack_batch, takes_one_row
+from .stream import Packing, encode_sample, pack_batch
 from .weights import named_parameters, set_training_mode
 
 
@@ -17,33 +18,39 @@ VALIDATION_ROWS = 256  # of each source
 
 
 class UpdateMeter:
-    """Relative size of a step's update, by module of a model without Accelerate's wrappers."""
+    """Relative size of a step's update, by module of a model without Accelerate's wrappers, every `EVERY`-th step."""
+
+    EVERY = 10
 
     def __init__(self, model: torch.nn.Module):
         self.groups: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in named_parameters(model).items():
             if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # DeepSpeed's are sharded
                 self.groups.setdefault(name.removeprefix("model.").split(".")[0], []).append(parameter)
+        self.before: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def remember(self):
+    def remember(self, step: int):
         """Call before the step."""
-        self.before = {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}
+        if step % self.EVERY == 0:
+            self.before = {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}
 
     @torch.no_grad()
-    def ratios(self) -> dict[str, float]:
-        """Norm of the update over norm of the weights, by module. Call after the step."""
+    def ratios(self) -> dict[str, torch.Tensor]:
+        """Norm of the update over norm of the weights, by module; none if nothing was remembered. Call after the step."""
         result = {}
-        for name, group in self.groups.items():
-            updates = [now - old for now, old in zip(group, self.before[name], strict=True)]
-            result[name] = _norm(updates) / max(_norm(self.before[name]), 1e-12)
+        for name, before in self.before.items():
+            size = total_norm(before)
+            updates = torch._foreach_sub([p.detach() for p in self.groups[name]], before)
+            result[name] = total_norm(updates) / size.clamp(min=1e-12)
         self.before = {}
         return result
 
 
-def _norm(tensors: list[torch.Tensor]) -> float:
-    norm = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of all tensors together, a scalar on their device; sharded ones are summed over processes."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 # ---- Routing --------------------------------------------------------------------------------------------------------
@@ -67,26 +74,29 @@ class RouterMeter:
             self.logits.append(logits.detach())
 
     @torch.no_grad()
-    def read(self, accelerator: Accelerator, idle: bool = False) -> dict | None:
-        """The entry `router` of the history over all clouds since the last call, on every process; None without a router.
+    def read(self, num_clouds: int) -> torch.Tensor | None:
+        """Sums over all clouds since the last call, for `router_entry`: (2E + 2,); None without a router.
 
         Args:
-            idle: whether the clouds of this process are copies of another process's and do not count.
+            num_clouds: that count; those behind them are copies, which let this process take part in the step.
         """
         if not self.logits:
             return None
-        weights = torch.cat(self.logits).float().softmax(-1)  # (B, E)
+        weights = torch.cat(self.logits).float().softmax(-1)[:num_clouds]  # (B, E)
         self.logits.clear()
         used = torch.zeros_like(weights).scatter_(1, weights.topk(self.num_used).indices, 1.0)
-        sums = torch.cat(
-            [used.sum(0), weights.sum(0), _entropy(weights).sum()[None], weights.new_tensor([len(weights)])]
-        )
-        *sums, count = accelerator.reduce(sums * (not idle)).tolist()
-        means = [value / count for value in sums]
-        experts = weights.shape[1]
-        load, weight, entropy = means[:experts], means[experts:-1], means[-1]
-        between = max(0.0, _entropy(torch.tensor(weight)).item() - entropy)
-        return {"load": load, "weight": weight, "entropy": entropy, "between": between}
+        count = weights.new_full((1,), num_clouds)
+        return torch.cat([used.sum(0), weights.sum(0), _entropy(weights).sum()[None], count])
+
+
+def router_entry(sums: list[float]) -> dict:
+    """The entry `router` of the history, from `RouterMeter.read`, added up over all processes."""
+    *sums, count = sums
+    means = [value / count for value in sums]
+    experts = len(means) // 2
+    load, weight, entropy = means[:experts], means[experts:-1], means[-1]
+    between = max(0.0, _entropy(torch.tensor(weight)).item() - entropy)
+    return {"load": load, "weight": weight, "entropy": entropy, "between": between}
 
 
 def _entropy(weights: torch.Tensor) -> torch.Tensor:
@@ -105,7 +115,7 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         batch: samples that a device takes at once.
     """
     inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-    one_row = takes_one_row(inner)
+    packing = Packing.of(inner)
     addresses = [
         (name, shard, row)
         for name, source in sources.items()
@@ -118,9 +128,10 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         # A process without samples repeats one, uncounted: sharded models need all processes.
         chosen = assigned[first : first + batch] or addresses[:1]
         samples = [encode_sample(processor, *sources[name].read(*address), stage) for name, *address in chosen]
-        tokens = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
-        inputs = {name: tensor.to(accelerator.device) for name, tensor in pack_batch(samples, one_row).items()}
-        loss = model(**inputs, use_cache=False, num_items_in_batch=torch.tensor(tokens)).loss
+        batch = pack_batch(samples, packing)
+        tokens = int((batch["labels"] != -100).sum())
+        inputs = send_to_device(batch, accelerator.device, non_blocking=True)
+        loss = model(**inputs, use_cache=False, num_items_in_batch=tokens).loss
         if assigned[first : first + batch]:
             total += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64, device=accelerator.device)
     set_training_mode(inner)

@@ -37,6 +37,9 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # ---- Signals --------------------------------------------------------------------------------------------------------
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
 class Stopped(Exception):
     """A signal ended the run; its last step is kept in a checkpoint."""
 
@@ -60,7 +63,7 @@ class StopSignal:
         launched = parent is not None and any("accelerate" in word for word in parent.cmdline())
         self.launcher = parent.pid if launched else None
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self._hold) for n in (signal.SIGTERM, signal.SIGINT)}
+            self.handlers = {n: signal.signal(n, self._hold) for n in STOPPING}
 
     def _hold(self, number: int, frame):
         self.restore()
@@ -72,12 +75,11 @@ class StopSignal:
             signal.signal(number, handler)
         self.handlers = {}
 
-    def received(self, accelerator: Accelerator) -> int:
-        """The signal that any process received, 0 for none: all processes must stop after the same step."""
+    def received(self) -> int:
+        """The signal that this process has received, 0 for none."""
         if self.launcher is not None and os.getppid() != self.launcher:
             self.number = self.number or signal.SIGTERM
-        number = torch.tensor([self.number], device=accelerator.device)
-        return int(accelerator.gather(number).max()) if accelerator.num_processes > 1 else self.number
+        return self.number
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def add_checkpoint(work_dir: Path, accelerator: Accelerator, model, optimizer, r
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its files come first: ours mark the end
         model.save_checkpoint(work_dir, tag=f"deepspeed-{step}")
     else:
-        state["optimizer"] = get_optimizer_state_dict(inner, _plain(optimizer), options=FULL_STATE)
+        state["optimizer"] = get_optimizer_state_dict(inner, plain_optimizer(optimizer), options=FULL_STATE)
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
@@ -200,10 +202,11 @@ def restore_optimizer(checkpoint: Path, accelerator: Accelerator, model, optimiz
         model.load_checkpoint(checkpoint.parent, tag=checkpoint.name.replace("checkpoint", "deepspeed"))
     else:
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-        set_optimizer_state_dict(inner, _plain(optimizer), state["optimizer"], options=FULL_STATE)
+        set_optimizer_state_dict(inner, plain_optimizer(optimizer), state["optimizer"], options=FULL_STATE)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def _plain(optimizer) -> torch.optim.Optimizer:
+def plain_optimizer(optimizer) -> torch.optim.Optimizer:
+    """Without Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

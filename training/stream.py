@@ -5,11 +5,14 @@ process reads only the shards of its own slots. The slots of a step are divided 
 workers. The sample of a slot depends on seed, step and slot only: a resumed run continues bit for bit, and neither the
 number of processes nor that of workers changes the samples of a step.
 
-Shapes: R rows of a packed batch, T tokens of the longest, C clouds, K answer tokens.
+Shapes: R rows of a packed batch, T tokens of the longest, C clouds, Q point vectors of a cloud, K answer tokens.
 """
 
+import math
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from .stages import Stage
 
 # Without a kernel for packed sequences, attention costs the square of a row's length: several short rows are cheaper.
 MIN_ROW_LENGTH = 256
+BUCKET = 64
 
 
 # ---- Order of the rows ----------------------------------------------------------------------------------------------
@@ -214,35 +218,82 @@ def _prepare_worker(worker_id: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def split_micro_batches(samples: list[dict], device_batch: int | None) -> list[list[dict]]:
-    """Lists of at most `device_batch` samples, or one list of all."""
-    size = device_batch or len(samples)
-    return [samples[first : first + size] for first in range(0, len(samples), size)]
+def split_micro_batches(samples: list[dict], device_batch: int | None, share: int) -> list[list[dict]]:
+    """Divide a process's samples of a step into lists of at most `device_batch`, nearly equal in number.
+
+    Args:
+        share: the most samples that a process has in this step. Every process gets as many lists, because those that
+            share sharded weights must compute together: one that has too few samples repeats its last, without loss.
+    """
+    count = math.ceil(share / (device_batch or share))
+    ends = [len(samples) * number // count for number in range(count + 1)]
+    lists = [samples[first:end] for first, end in pairwise(ends)]
+    idle = samples[-1] | {"labels": torch.full_like(samples[-1]["labels"], -100)}
+    return sorted((part or [idle] for part in lists), key=lambda part: part[0] is idle)
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
-def takes_one_row(model: torch.nn.Module) -> bool:
-    """Whether the attention computes nothing between packed samples, so that one long row costs no more than many."""
-    return (model.config.text_config._attn_implementation or "").startswith("flash")
+@dataclass(frozen=True)
+class Packing:
+    """How samples are laid out for the attention of a language model.
+
+    Args:
+        one_row: all samples in one row, for kernels that compute nothing between samples and read their boundaries.
+        masked: the batch has the attention mask, which spares the language model from deriving it from positions.
+        point_token_id, num_query_tokens: of the model, whose placeholders are then found and counted before the batch
+            leaves the CPU.
+    """
+
+    one_row: bool = False
+    masked: bool = False
+    point_token_id: int | None = None
+    num_query_tokens: int | None = None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Packing":
+        config = model.config.text_config
+        implementation = config._attn_implementation or ""
+        windows = (
+            getattr(config, "sliding_window", None),
+            "sliding_attention" in (getattr(config, "layer_types", None) or ()),
+        )
+        return cls(
+            implementation.startswith("flash"),
+            implementation == "sdpa"
+            and not any(windows),  # a backbone with windows makes a mask for each kind of layer
+            model.config.point_token_id,
+            model.config.num_query_tokens,
+        )
 
 
-def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Tensor]:
+PLAIN = Packing()
+
+
+def pack_batch(samples: list[dict], packing: Packing = PLAIN) -> dict:
     """Concatenate samples into as few rows as they fill, instead of padding each.
 
-    Positions restart at each sample; transformers derives from them that a sample must not attend to earlier ones.
+    Positions restart at each sample, and a sample does not attend to others. Rows and answers are padded to multiples of
+    `BUCKET`, so that few shapes occur.
 
     Args:
         samples: of `StageStream.encode`.
-        one_row: put all samples into one row, for attention kernels that skip masked blocks.
+        packing: for the model; by default for any, which then finds placeholders and mask by itself.
 
     Returns:
-        `input_ids`, `position_ids` and `labels` (R, T), `logits_to_keep` (R, T) bool, true where the next token belongs to
-        an answer (K of them), and `point_clouds` (C, N, 6) in the order of the rows.
+        `input_ids` and `position_ids` (R, T); `answer_positions` (K,), where the next token belongs to an answer, as
+        positions in the flattened rows, and `labels` (1, K), these next tokens, -100 for padding; `point_clouds`
+        (C, N, 6) in the order of the rows.
+        For a model: `point_positions` (C*Q,), of the placeholders in the flattened rows.
+        With `masked`: `attention_mask` (R, 1, T, T) bool.
+        With `one_row`: `cu_seq_lens_q` and `cu_seq_lens_k` (samples + 1,) int32, `max_length_q` and `max_length_k` int.
+
+    Raises:
+        ValueError: a sample has not as many placeholders as its clouds need.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
-    limit = sum(lengths) if one_row else max(MIN_ROW_LENGTH, *lengths)
+    limit = sum(lengths) if packing.one_row else max(MIN_ROW_LENGTH, *lengths)
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(samples)), key=lambda i: -lengths[i]):  # first fit, longest first
@@ -253,25 +304,52 @@ def pack_batch(samples: list[dict], one_row: bool = False) -> dict[str, torch.Te
             row = len(rows) - 1
         rows[row].append(index)
         room[row] -= lengths[index]
-    width = limit - min(room)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full((len(rows), width), -100)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    width = _round_up(limit - min(room))
+    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
+    following = torch.full((len(rows), width), -100)  # the next token, where it belongs to an answer
+    sample_ids = torch.full((len(rows), width), -1, dtype=torch.int16)
+    ends = [0]
     for number, row in enumerate(rows):
         end = 0
         for index in row:
             first, end = end, end + lengths[index]
             input_ids[number, first:end] = samples[index]["input_ids"]
-            labels[number, first:end] = samples[index]["labels"]
+            following[number, first : end - 1] = samples[index]["labels"][1:]
             position_ids[number, first:end] = torch.arange(lengths[index])
+            sample_ids[number, first:end] = index
+            ends.append(end)
         position_ids[number, end:] = torch.arange(width - end)  # padding, as a sample of its own
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "labels": labels,
-        "logits_to_keep": torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100,
-        "point_clouds": torch.cat([samples[index]["point_clouds"] for row in rows for index in row]),
-    }
+    batch = {"input_ids": input_ids, "position_ids": position_ids}
+    answers = (following.flatten() != -100).nonzero().flatten()  # (K,)
+    missing = _round_up(max(len(answers), 1)) - len(answers)
+    batch["answer_positions"] = torch.nn.functional.pad(answers, (0, missing))
+    batch["labels"] = torch.nn.functional.pad(following.flatten()[answers], (0, missing), value=-100)[None]
+    batch["point_clouds"] = torch.cat([samples[index]["point_clouds"] for row in rows for index in row])
+    if packing.point_token_id is not None:
+        is_point = (input_ids == packing.point_token_id) & (sample_ids >= 0)
+        for index, sample in enumerate(samples):
+            count, needed = (
+                int(is_point[sample_ids == index].sum()),
+                len(sample["point_clouds"]) * packing.num_query_tokens,
+            )
+            if count != needed:
+                raise ValueError(
+                    f"a sample has {count} point placeholders, but its {len(sample['point_clouds'])} point clouds need "
+                    f"{needed}. MiniGPT3DProcessor writes the right number of them."
+                )
+        batch["point_positions"] = is_point.flatten().nonzero().flatten()
+    if packing.masked:
+        same = sample_ids[:, None, :, None] == sample_ids[:, None, None]  # (R, 1, T, T)
+        batch["attention_mask"] = same.tril_()
+    if packing.one_row:
+        ends = torch.tensor([*ends, width] if ends[-1] < width else ends, dtype=torch.int32)
+        longest = int(ends.diff().max())
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return batch
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
 
 
 def pad_batch(samples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

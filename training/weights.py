@@ -51,12 +51,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, options: RunOptions) -> nn.Module:
-    """Load the model of `start` and prepare it for the stage.
-
-    Under mixed precision its frozen matrices are kept in half precision.
-    """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    half = half if accelerator.native_amp else None  # for example float16 on a CPU
+    """Load the model of `start` in float32 and prepare it for the stage."""
     loading = {"dtype": torch.float32, "local_files_only": start.offline}
     if options.attn_implementation is not None:
         loading["attn_implementation"] = {"text_config": options.attn_implementation}
@@ -65,21 +60,35 @@ def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, 
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=half or torch.float32,
+            bnb_4bit_compute_dtype=half_precision(accelerator) or torch.float32,
         )
-        loading["device_map"] = {"": accelerator.device}
+    if options.load_in_4bit or (accelerator.device.type == "cuda" and not is_sharded(accelerator)):
+        loading["device_map"] = {"": accelerator.device}  # tensor by tensor: the processes of a machine keep no copies
     model = prepare_model(load_weights(start.base, **loading), stage, start.adapter, start.stage)
-    sharded = accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    )  # they cast by themselves
-    if half is not None and not sharded:
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
-                parameter.data = parameter.data.to(half)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether FSDP or DeepSpeed places and casts the weights."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def half_precision(accelerator: Accelerator) -> torch.dtype | None:
+    """The dtype of autocast; None without it, for example for float16 on a CPU."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return half if accelerator.native_amp else None
+
+
+def halve_frozen(accelerator: Accelerator, model: nn.Module):
+    """Keep frozen matrices in the dtype of autocast, which would otherwise cast them in every step."""
+    half = half_precision(accelerator)
+    if half is None or is_sharded(accelerator):
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
+            parameter.data = parameter.data.to(half)
 
 
 def prepare_model(
@@ -146,6 +155,9 @@ def add_lora(model: MiniGPT3DForConditionalGeneration, stage: Stage) -> PeftMode
         alpha_pattern={r"model\.qformer\..*": qformer.alpha},
     )
     model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
     # PEFT has one dropout for all modules.
     for module in model.base_model.model.model.qformer.modules():
         if isinstance(module, LoraLayer):
@@ -271,16 +283,16 @@ def copy_tensors(into: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
 def gather_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Complete parameters by plain names, on the CPU.
 
-    If they are sharded over processes (FSDP2, DeepSpeed), every process must call this; one is gathered at a time.
+    If they are sharded over processes (FSDP2, DeepSpeed), every process must call this; one is gathered at a time. Of
+    DeepSpeed's, the copy of the optimizer is taken: those of the model are in half precision.
     """
     parameters = named_parameters(model)
     return {name: _gathered(parameters[name]).detach().cpu().clone() for name in names}
 
 
 def _gathered(parameter: nn.Parameter) -> torch.Tensor:
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # the optimizer's, in float32
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+        return safe_get_full_fp32_param(parameter)
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -1,8 +1,8 @@
 """Grouping a point cloud: farthest point sampling, then the nearest neighbors of each center. Paper: §3.1.1.
 
 Both are exact. On a CPU the sampling runs coordinate by coordinate and the neighbors come from a k-d tree (scipy, if
-installed); on a GPU the sampling is one Triton kernel and the neighbors come from the distance matrix. Both are operators
-that `torch.compile` calls; an exported model has operations of torch in their place.
+installed); on a GPU the sampling is one Triton kernel and the neighbors come from squared distances, a part of the clouds
+at a time. Both are operators that `torch.compile` calls; an exported model has operations of torch in their place.
 
 Shapes: B clouds, N points, G groups, K neighbors.
 """
@@ -23,6 +23,8 @@ try:
     import triton.language as tl
 except ImportError:  # no GPU build of torch
     triton = None
+
+MAX_DISTANCES = 1 << 26  # held at once: 256 MB each of distances and of differences in one coordinate
 
 # torch 2.6 does not tell exporting from compiling; what is traced for both is right, and slower.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -53,10 +55,19 @@ def farthest_point_sampling(
             f"a cloud of {num_points} points cannot give {num_samples} distinct centers. Pass more points "
             "(the processor repeats a small cloud up to its num_points) or lower point_config.num_groups."
         )
-    start = torch.as_tensor(0 if start is None else start, device=coord.device).expand(batch_size).long()
+    if start is None:
+        start = coord.new_zeros(batch_size, dtype=torch.int64)  # on the device: nothing is copied there
+    else:
+        start = _check_start(torch.as_tensor(start), num_points).to(coord.device).expand(batch_size).long()
     planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
     sample = _farthest_point_sampling_traced if is_exporting() else _farthest_point_sampling
     return sample(planes, num_samples, start)
+
+
+def _check_start(start: torch.Tensor, num_points: int) -> torch.Tensor:
+    if not is_exporting() and ((start < 0) | (start >= num_points)).any():
+        raise ValueError(f"fps_start must be between 0 and {num_points - 1}, got {start.tolist()}.")
+    return start
 
 
 # Operators of their own, so that compiled code calls them as they are. The package and a copy of this file from the Hub
@@ -67,9 +78,6 @@ _OPERATORS = re.sub(r"\W", "_", __name__)  # the folder of a copy may be named "
 @torch.library.custom_op(f"{_OPERATORS}::farthest_point_sampling", mutates_args=())
 def _farthest_point_sampling(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
     """Planes (3, B, N), start (B,) → (B, G)."""
-    num_points = planes.shape[2]
-    if ((start < 0) | (start >= num_points)).any():
-        raise ValueError(f"fps_start must be between 0 and {num_points - 1}, got {start.tolist()}.")
     if triton is not None and planes.is_cuda:
         return _farthest_point_sampling_triton(planes, num_samples, start)
     return _farthest_point_sampling_loop(planes, num_samples, start)
@@ -127,17 +135,22 @@ if triton is not None:
         for step in range(num_samples):
             tl.store(indices + row * num_samples + step, farthest)
             cx, cy, cz = tl.load(x + farthest), tl.load(y + farthest), tl.load(z + farthest)
-            best = -1.0
+            best = -1
             for first in range(0, num_points, BLOCK):
                 offset = first + tl.arange(0, BLOCK)
                 inside = offset < num_points
                 dx = tl.load(x + offset, inside, 0.0) - cx
                 dy = tl.load(y + offset, inside, 0.0) - cy
                 dz = tl.load(z + offset, inside, 0.0) - cz
-                nearest = tl.minimum(tl.load(distance + offset, inside, -1.0), dx * dx + dy * dy + dz * dz)
+                earlier = tl.load(distance + offset, inside, 0.0)
+                latest = dx * dx + dy * dy + dz * dz
+                nearest = tl.where((latest < earlier) | (latest != latest), latest, earlier)  # NaN stays, as in NumPy
                 tl.store(distance + offset, nearest, inside)
-                block_best = tl.max(nearest, 0)
-                block_farthest = tl.min(tl.where(nearest == block_best, offset, num_points), 0)
+                # Bits of floats that are not negative are ordered as they are; NaN is the farthest, as in NumPy.
+                order = tl.where(nearest == nearest, nearest.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+                order = tl.where(inside, order, -1)
+                block_best = tl.max(order, 0)
+                block_farthest = tl.min(tl.where(order == block_best, offset, num_points), 0)
                 farthest = tl.where(block_best > best, block_farthest.to(tl.int64), farthest)
                 best = tl.maximum(best, block_best)
 
@@ -147,9 +160,18 @@ def _farthest_point_sampling_triton(planes: torch.Tensor, num_samples: int, star
     indices = torch.empty(batch_size, num_samples, dtype=torch.int64, device=planes.device)
     distance = torch.full_like(planes[0], torch.inf)
     block = min(triton.next_power_of_2(num_points), 8192)
-    _farthest_point_sampling_kernel[(batch_size,)](
-        planes, distance, indices, start.contiguous(), num_points, num_samples, BLOCK=block, num_warps=16
-    )
+    with torch.cuda.device(planes.device):  # Triton launches on the current one
+        _farthest_point_sampling_kernel[(batch_size,)](
+            planes,
+            distance,
+            indices,
+            start.contiguous(),
+            num_points,
+            num_samples,
+            BLOCK=block,
+            num_warps=16,
+            enable_fp_fusion=False,  # rounded as on a CPU, so that the same points are chosen
+        )
     return indices
 
 
@@ -180,16 +202,37 @@ def nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: 
 @torch.library.custom_op(f"{_OPERATORS}::nearest_neighbors", mutates_args=())
 def _nearest_neighbors(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
     """As `nearest_neighbors`, by a k-d tree on a CPU."""
-    if cKDTree is not None and coord.device.type == "cpu":
-        points, centers = coord.numpy(), center.numpy()
-        return torch.stack(
-            [
-                torch.from_numpy(cKDTree(p).query(c, k=num_neighbors)[1].reshape(len(c), num_neighbors))
-                for p, c in zip(points, centers, strict=True)
-            ]
-        )
-    distance = torch.cdist(center, coord, compute_mode="donot_use_mm_for_euclid_dist")  # (B, G, N)
-    return distance.topk(num_neighbors, largest=False, sorted=False).indices
+    if cKDTree is None or coord.device.type != "cpu":
+        return _nearest_neighbors_in_parts(coord, center, num_neighbors)
+    return torch.stack([_nearest_by_tree(p, c, num_neighbors) for p, c in zip(coord, center, strict=True)])
+
+
+def _nearest_by_tree(coord: torch.Tensor, center: torch.Tensor, num_neighbors: int) -> torch.Tensor:
+    """Of one cloud: (N, 3), (G, 3) → (G, K)."""
+    if not coord.isfinite().all():  # a tree takes no NaN
+        return _nearest_neighbors_in_parts(coord[None], center[None], num_neighbors)[0]
+    indices = cKDTree(coord.numpy()).query(center.numpy(), k=num_neighbors)[1]
+    return torch.from_numpy(indices.reshape(len(center), num_neighbors))
+
+
+def _nearest_neighbors_in_parts(
+    coord: torch.Tensor, center: torch.Tensor, num_neighbors: int, max_distances: int = MAX_DISTANCES
+) -> torch.Tensor:
+    """By squared distances, of at most `max_distances` pairs at once (or those of one center)."""
+    batch_size, num_points, _ = coord.shape
+    rows = max(1, min(center.shape[1], max_distances // num_points))  # centers of a cloud in one part
+    clouds = max(1, max_distances // (num_points * rows))
+    indices = coord.new_empty(batch_size, center.shape[1], num_neighbors, dtype=torch.int64)
+    for cloud in range(0, batch_size, clouds):
+        points = coord[cloud : cloud + clouds, None].unbind(-1)  # each (B, 1, N)
+        for row in range(0, center.shape[1], rows):
+            part = center[cloud : cloud + clouds, row : row + rows, None].unbind(-1)  # each (B, G, 1)
+            x, y, z = (a - b for a, b in zip(part, points, strict=True))  # (B, G, N)
+            distance = x.square_().addcmul_(y, y).addcmul_(z, z)
+            indices[cloud : cloud + clouds, row : row + rows] = distance.topk(
+                num_neighbors, largest=False, sorted=False
+            ).indices
+    return indices
 
 
 @_nearest_neighbors.register_fake

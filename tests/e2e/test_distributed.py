@@ -1,20 +1,26 @@
 """Several processes, on a CPU with gloo: the same training as one process, resumed bit for bit, and with sharded weights."""
 
 import json
+import os
 import tempfile
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils import PrepareForLaunch, patch_environment
+from accelerate.utils import DistributedType, PrepareForLaunch, patch_environment
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tiny_model import tiny_phi_config
 from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, same_run, tiny, write_base
 
+from minigpt3d import modeling_minigpt3d
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.training import loop
 from minigpt3d.training.loop import make_optimizer, train
@@ -24,6 +30,7 @@ from minigpt3d.training.weights import gather_parameters, named_parameters
 
 
 pytestmark = pytest.mark.slow
+CONFIGS = Path(loop.__file__).parent / "accelerate"
 TIMEOUT = 180  # seconds, of the processes of one launch
 
 
@@ -65,6 +72,27 @@ def _guarded(function, *args):
     except Exception:
         traceback.print_exc()
         raise
+
+
+def as_on_gpus(config: str, function, *args, mixed_precision: str):
+    """Call a function under a configuration of `training/accelerate`, of which Accelerate leaves sharding out on a CPU."""
+    arguments = ["--config_file", str(CONFIGS / config), "script.py"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
+    arguments.deepspeed_fields_from_accelerate_config = []
+    environment = prepare_multi_gpu_env(arguments)
+    state = PartialState(cpu=True)
+    state.distributed_type = DistributedType.MULTI_GPU
+    if arguments.use_deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+        state.distributed_type = DistributedType.DEEPSPEED
+    names = [name for name in environment if name.startswith(("ACCELERATE_", "FSDP_"))]
+    changes = {"ACCELERATE_MIXED_PRECISION": mixed_precision, "FSDP_SYNC_MODULE_STATES": "false"}
+    changes["ACCELERATE_USE_CPU"] = "false"  # known by now, and DeepSpeed is left out where it is set
+    os.environ.update({name: environment[name] for name in names} | changes)
+    function(*args)
 
 
 def without_dropout(stage):
@@ -134,9 +162,129 @@ def test_a_killed_run_of_two_processes_resumes_exactly(num_workers, base, releas
     settings = options(base, tmp_path / "killed", packed, save_every=3, num_workers=num_workers)
     launch(_interrupted, stage, settings, 7)
     work_dir = tmp_path / "killed.unfinished"
-    assert (work_dir / "checkpoint-6").is_dir() and len((work_dir / "history.jsonl").read_text().splitlines()) == 7
+    assert (work_dir / "checkpoint-6").is_dir()
+    assert len((work_dir / "history.jsonl").read_text().splitlines()) == 6, (
+        "a step is logged while the next is computed"
+    )
     launch(train, stage, replace(settings, resume="auto"))
     assert same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def _on_own_disks(function, stage, settings, *args):
+    """Each process as on a machine of its own."""
+    rank = torch.distributed.get_rank()
+    function(stage, replace(settings, output_dir=settings.output_dir / f"disk{rank}" / "run"), *args)
+
+
+def test_processes_without_a_shared_disk_resume_together(base, release, tmp_path):
+    """Only the main process writes checkpoints."""
+    stage = tiny(STAGES["II"])
+    for rank in (0, 1):
+        (tmp_path / f"disk{rank}").mkdir()
+    launch(train, stage, options(base, tmp_path / "straight", release))
+    settings = options(base, tmp_path, release, save_every=2)
+    launch(_on_own_disks, _interrupted, stage, settings, 3)
+    assert not (tmp_path / "disk1" / "run.unfinished").exists()
+    launch(_on_own_disks, train, stage, replace(settings, resume="auto"))
+    assert same_run(tmp_path / "straight", tmp_path / "disk0" / "run")
+
+
+def _train_and_record_dtypes(config: str, mixed_precision: str, stage, settings, out: Path):
+    seen = {}
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            inputs = kwargs.get("point_clouds", args[0] if args else None)
+            loss = output.loss if name == "model" else None
+            seen[name] = str(inputs.dtype), str(getattr(loss, "dtype", None))
+            seen["sharded"] = type(module).__name__.startswith("FSDP") | seen.get("sharded", False)
+
+        return hook
+
+    prepare = loop.prepare
+
+    def hooked(*args):
+        model, optimizer = prepare(*args)
+        model.register_forward_hook(record("model"), with_kwargs=True)
+        encoder = model.base_model.model.model.point_encoder
+        encoder.register_forward_hook(record("encoder"), with_kwargs=True)
+        grouping = modeling_minigpt3d.group
+
+        def group(point_clouds, *args):
+            seen["grouping"] = str(point_clouds.dtype)
+            assert torch.equal(point_clouds, clouds_of_step.pop()), "no other values than those of the data"
+            return grouping(point_clouds, *args)
+
+        modeling_minigpt3d.group = group
+        return model, optimizer
+
+    clouds_of_step = []
+    pack = loop.pack_batch
+
+    def packed(*args):
+        batch = pack(*args)
+        clouds_of_step[:0] = [batch["point_clouds"]]
+        return batch
+
+    loop.prepare, loop.pack_batch = hooked, packed
+    as_on_gpus(config, train, stage, settings, mixed_precision=mixed_precision)
+    if not out.exists():
+        out.write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 0.01)])
+def test_fsdp2_of_accelerate_equals_one_process(mixed_precision, tolerance, base, release, tmp_path):
+    """With the configuration as it is launched. Clouds are grouped in float32 whatever the weights are cast to."""
+    stage = without_dropout(tiny(STAGES["II"]))
+    one = train(stage, options(base, tmp_path / "one", release))
+    settings = options(base, tmp_path / "two", release)
+    launch(_train_and_record_dtypes, "fsdp2.yaml", mixed_precision, stage, settings, tmp_path / "seen.json")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["sharded"] and seen["grouping"] == "torch.float32"
+    assert seen["encoder"][0] == "torch.float32" and seen["model"] == ["torch.float32", "torch.float32"]
+    for of_one, of_two in zip(history(one), history(tmp_path / "two"), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=tolerance)
+        assert of_two["grad_norm"] == pytest.approx(of_one["grad_norm"], rel=10 * tolerance)
+    for name, tensor in load_file(tmp_path / "two" / ADAPTER).items():
+        assert tensor.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 0.01)])
+def test_deepspeed_equals_one_process(zero_stage, mixed_precision, tolerance, base, release, tmp_path):
+    """With the configurations as they are launched. The adapter holds what the optimizer keeps in float32."""
+    pytest.importorskip("deepspeed")
+    stage = without_dropout(tiny(STAGES["II"]))
+    one = train(stage, options(base, tmp_path / "one", release))
+    settings = options(base, tmp_path / "two", release, device_batch=1)
+    config = f"deepspeed_zero{zero_stage}.yaml"
+    launch(_train_and_record_dtypes, config, mixed_precision, stage, settings, tmp_path / "seen.json")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["grouping"] == seen["model"][1] == "torch.float32"
+    for of_one, of_two in zip(history(one), history(tmp_path / "two"), strict=True):
+        assert of_two["loss"] == pytest.approx(of_one["loss"], rel=tolerance)
+        assert of_two["grad_norm"] == pytest.approx(of_one["grad_norm"], rel=10 * tolerance)
+    expected = load_file(one / ADAPTER)
+    for name, tensor in load_file(tmp_path / "two" / ADAPTER).items():
+        assert tensor.dtype == torch.float32 and tensor.shape == expected[name].shape, name
+        if "lora_A" in name:
+            assert not torch.equal(tensor, tensor.bfloat16().float()), "more digits than the model's weights have"
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_deepspeed_resumes(zero_stage, base, release, tmp_path):
+    pytest.importorskip("deepspeed")
+    stage, config = without_dropout(tiny(STAGES["II"])), f"deepspeed_zero{zero_stage}.yaml"
+    run = partial(_as_with_deepspeed, config)
+    launch(run, train, stage, options(base, tmp_path / "straight", release))
+    settings = options(base, tmp_path / "killed", release, save_every=2)
+    launch(run, _interrupted, stage, settings, 3)
+    launch(run, train, stage, replace(settings, resume="auto"))
+    assert same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def _as_with_deepspeed(config: str, function, *args):
+    as_on_gpus(config, function, *args, mixed_precision="no")
 
 
 def _shard(stage, batches: list, out: str):

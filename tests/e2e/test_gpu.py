@@ -5,7 +5,7 @@ import torch
 from tiny_model import make_tiny_model
 from training_runs import STAGES, history, options, tiny
 
-from minigpt3d.grouping_minigpt3d import _farthest_point_sampling_loop, farthest_point_sampling
+from minigpt3d.grouping_minigpt3d import _farthest_point_sampling_loop, farthest_point_sampling, nearest_neighbors
 from minigpt3d.training.loop import train
 
 
@@ -18,6 +18,21 @@ def test_the_sampling_kernel_equals_the_loop(num_points):
     start = torch.tensor([0, 7, 99])
     expected = _farthest_point_sampling_loop(coord.permute(2, 0, 1), 64, start)
     assert torch.equal(farthest_point_sampling(coord.cuda(), 64, start.cuda()).cpu(), expected)
+
+
+def test_nan_and_other_devices_are_sampled_as_on_the_cpu():
+    coord = torch.rand(2, 300, 3, generator=torch.Generator().manual_seed(0))
+    coord[0, 17, 1] = torch.nan
+    expected = farthest_point_sampling(coord, 16)
+    for index in range(torch.cuda.device_count()):  # the current one, and the others
+        assert torch.equal(farthest_point_sampling(coord.to(f"cuda:{index}"), 16).cpu(), expected)
+
+
+def test_neighbors_of_many_clouds_equal_those_on_the_cpu():
+    coord = torch.rand(512, 1024, 3, generator=torch.Generator().manual_seed(0))
+    center = coord[:, :64]
+    expected = nearest_neighbors(coord, center, 32).sort(-1).values
+    assert torch.equal(nearest_neighbors(coord.cuda(), center.cuda(), 32).cpu().sort(-1).values, expected)
 
 
 def test_features_on_gpu_equal_those_on_cpu(point_clouds):

@@ -116,7 +116,8 @@ def test_trackers_get_every_number(base, release, tmp_path):
         ("router/load/expert_1", lambda entry: entry["router"]["load"][1]),
     ):
         logged = {event.step: event.value for event in accumulator.Scalars(tag)}
-        expected = {entry["step"]: value(entry) for entry in read_history(folder / "history.jsonl")}
+        entries = read_history(folder / "history.jsonl")[: 1 if tag.startswith("update_ratio") else None]
+        expected = {entry["step"]: value(entry) for entry in entries}
         assert logged == pytest.approx(expected)
     with pytest.raises(ValueError, match="`report_to` nonsense.*tensorboard"):
         train(stage, options(base, tmp_path / "other", release, report_to=["nonsense"]))
@@ -128,7 +129,7 @@ def test_the_history_holds_every_measurement(base, release, tmp_path):
     entries = read_history(folder / "history.jsonl")
     assert [entry["step"] for entry in entries] == [0, 1, 2, 3]
     for entry in entries:
-        assert entry["grad_norm"] > 0 and set(entry["update_ratio"]) == {"router", "query_experts"}
+        assert entry["grad_norm"] > 0 and ("update_ratio" in entry) == (entry["step"] == 0), "every tenth step"
         router = entry["router"]
         assert sum(router["load"]) == pytest.approx(2) and sum(router["weight"]) == pytest.approx(1)
         assert 0 <= router["between"] < router["entropy"] < torch.tensor(4.0).log() + 1e-6
@@ -136,6 +137,7 @@ def test_the_history_holds_every_measurement(base, release, tmp_path):
     base_weights = load_file(base / "model.safetensors")
     weights = torch.cat([t.flatten() for n, t in base_weights.items() if n.startswith("model.router")])
     expected = entries[0]["lr"] * len(weights) ** 0.5 / weights.norm().item()
+    assert set(entries[0]["update_ratio"]) == {"router", "query_experts"}
     assert entries[0]["update_ratio"]["router"] == pytest.approx(expected, rel=0.02)
     assert (folder / "curves.png").stat().st_size > 10_000
     card = (folder / "README.md").read_text()

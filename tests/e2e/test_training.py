@@ -141,7 +141,7 @@ def test_incomplete_data_is_reported_before_the_model_is_loaded(
 
 
 def test_a_nan_loss_stops_the_run(base, release, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *args: (float("nan"), 1.0))
+    monkeypatch.setattr(loop, "train_step", lambda *args: torch.tensor([float("nan"), 1.0]))
     with pytest.raises(LossError, match="step 0 .*nan"):
         train(tiny(STAGES["I"]), options(base, tmp_path / "out", release))
     assert not (tmp_path / "out").exists()

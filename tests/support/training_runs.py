@@ -76,7 +76,8 @@ def open_stream(stage, release, processor, **kwargs) -> StageStream:
 
 def first_batches(stage, release, processor, device_batch=None, **kwargs) -> list[list[dict]]:
     stream = open_stream(stage, release, processor, **kwargs)
-    return split_micro_batches([stream.encode(0, slot) for slot in stream.slots(0)], device_batch)
+    samples = [stream.encode(0, slot) for slot in stream.slots(0)]
+    return split_micro_batches(samples, device_batch, share=len(samples))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------

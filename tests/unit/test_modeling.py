@@ -1,20 +1,35 @@
 """Properties of the network that the goldens do not cover."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from backbones import BACKBONES, SMALL_TEXT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_model import POINT_TOKEN_ID, make_tiny_config, make_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.conversion.names import our_name
 from minigpt3d.conversion.state_dict import convert_state_dict
-from minigpt3d.grouping_minigpt3d import farthest_point_sampling, nearest_neighbors
+from minigpt3d.grouping_minigpt3d import (
+    _nearest_neighbors_in_parts,
+    farthest_point_sampling,
+    group,
+    nearest_neighbors,
+)
 from minigpt3d.hub import load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
+from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
+
+
+DEMO_OBJECTS = [
+    Path(__file__).parents[2] / "demo" / "objects" / name for name in ("drawersCabinet.npy", "oakTable.ply")
+]
 
 
 @pytest.fixture(params=BACKBONES)
@@ -493,6 +508,50 @@ def test_repeated_points_do_not_break_grouping():
     coord = torch.rand(1, 4, 3).repeat(1, 8, 1)
     assert farthest_point_sampling(coord, 16).shape == (1, 16)
     assert nearest_neighbors(coord, coord[:, :4], 32).sort(-1).values.equal(torch.arange(32).expand(1, 4, 32))
+
+
+def test_neighbors_by_distance_equal_those_of_the_tree():
+    """As a GPU computes them, in parts, on real objects and on many clouds."""
+    objects = MiniGPT3DPointCloudProcessor(num_points=1024)(DEMO_OBJECTS, return_tensors="pt")["point_clouds"]
+    many = torch.rand(512, 64, 3, generator=torch.Generator().manual_seed(0))
+    limit = 1 << 14
+    for coord, num_groups, num_neighbors in ((objects[..., :3], 128, 32), (many, 8, 4)):
+        center = coord[:, :num_groups]
+        with LargestTensor() as largest:
+            indices = _nearest_neighbors_in_parts(coord, center, num_neighbors, limit)
+        assert largest.numel <= max(limit, coord.numel(), indices.numel())
+        expected = nearest_neighbors(coord, center, num_neighbors)
+        found, distances = (
+            (coord[torch.arange(len(coord))[:, None, None], i] - center[:, :, None])
+            .double()
+            .norm(dim=-1)
+            .sort(-1)
+            .values
+            for i in (indices, expected)
+        )
+        torch.testing.assert_close(found, distances, rtol=1e-6, atol=1e-7)
+        assert all(len(set(row.tolist())) == num_neighbors for row in indices.flatten(0, 1))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self.numel = max(self.numel, tensor.numel() if torch.is_tensor(tensor) else 0)
+        return result
+
+
+def test_a_cloud_with_nan_does_not_change_others():
+    coord = torch.rand(2, 200, 3, generator=torch.Generator().manual_seed(0))
+    neighborhood, center = group(coord, 16, 8)
+    coord[0, 5, 1] = torch.nan
+    with_nan, nan_center = group(coord, 16, 8)
+    assert torch.equal(with_nan[1], neighborhood[1]) and torch.equal(nan_center[1], center[1])
+    assert nan_center[0].isnan().any(), "NaN is the farthest"
 
 
 def test_wrong_grouping_is_refused():

@@ -51,4 +51,4 @@ def test_the_trained_encoder_has_linear_layers_alone():
     encoder = model.point_encoder
     assert type(encoder.mini_pointnet) is MiniPointNet
     assert not any(isinstance(module, torch.nn.BatchNorm1d) for module in encoder.modules())
-    assert encoder(torch.from_numpy(clouds)).isfinite().all()
+    assert encoder(torch.from_numpy(clouds)).last_hidden_state.isfinite().all()

@@ -22,7 +22,8 @@ def test_a_step_moves_exactly_the_parameters_of_the_table(name, release, tiny_pr
     before = {name: parameter.clone() for name, parameter in named_parameters(model).items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model, optimizer = accelerator.prepare(model, make_optimizer(stage, model))
-    train_step(accelerator, model, optimizer, first_batches(stage, release, tiny_processor), lr=1e-2)
+    (samples,) = first_batches(stage, release, tiny_processor)
+    train_step(accelerator, model, optimizer, [pack_batch(samples)], lr=1e-2)
     moved = {name for name, p in named_parameters(model).items() if not torch.equal(p, before[name])}
     assert moved == select_trainable(stage, before)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
@@ -43,7 +44,7 @@ def test_every_trainable_parameter_gets_a_gradient(name, release, tiny_processor
             assert parameter.grad is None, parameter_name
     assert not model.get_submodule(
         "base_model.model.model.point_encoder" if stage.trains_lora else "model.point_encoder"
-    )(batch["point_clouds"]).requires_grad
+    )(batch["point_clouds"]).last_hidden_state.requires_grad
 
 
 def test_weight_decay_acts_on_matrices_only():
@@ -61,10 +62,10 @@ def test_accumulated_gradients_equal_the_full_batch(release, tiny_processor):
     results = []
     for device_batch in (None, 2):
         model = prepare_model(make_base(text_config=tiny_phi_config(resid_pdrop=0.0)), stage)
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
         batches = first_batches(stage, release, tiny_processor, device_batch=device_batch)
-        loss, _ = train_step(accelerator, model, optimizer, batches, lr=1.0)
-        results.append((loss, [p.detach().clone() for p in model.parameters() if p.requires_grad]))
+        loss, _ = train_step(accelerator, model, optimizer, [pack_batch(part) for part in batches], lr=1.0)
+        results.append((loss.item(), [p.detach().clone() for p in model.parameters() if p.requires_grad]))
     (loss, whole), (loss_of_parts, parts) = results
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)

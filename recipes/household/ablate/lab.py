@@ -71,8 +71,8 @@ def train_stage(accelerator: Accelerator, model, stage: Stage, stream: StageStre
     for step in tqdm(range(stage.steps), desc=title, unit="step", disable=None):
         samples = [stream.encode(step, slot) for slot in stream.slots(step)]
         reseed(seed, step, 0)
-        loss, _ = train_step(accelerator, model, optimizer, [samples], learning_rate(stage, step))
-        losses.append(loss)
+        loss, _ = train_step(accelerator, model, optimizer, [pack_batch(samples)], learning_rate(stage, step))
+        losses.append(loss.item())
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
