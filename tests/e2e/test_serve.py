@@ -323,7 +323,7 @@ def test_clouds_that_cannot_be_read(running, url, words):
         ({"messages": [{"role": "user", "content": [cloud("x", paint="red")]}]}, "messages[0].content[0].point_cloud_url.paint"),
         ({"messages": [{"role": "user", "content": [cloud("x", up_axis="w")]}]}, "messages[0].content[0].point_cloud_url.up_axis"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages[1].role"),
-        ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": [cloud("x")]}, user("b")]}, "messages[0].content[0].point_cloud_url"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": "word " * 10_000}]}, "messages"),
