@@ -37,7 +37,7 @@ def run(options: Options, argv: list[str]) -> int:
         host, port = listener.getsockname()[:2]
         if options.host not in LOCAL and options.key is None:
             complain(
-                f"warning: everybody who reaches {options.host} may use this server; set `api_key` or {KEY_VARIABLE}"
+                f"warning: everybody who reaches {options.host} may use this server; set --api-key or {KEY_VARIABLE}"
             )
         serve(options, listener, f"http://{f'[{host}]' if ':' in host else host}:{port}")
     return 0
