@@ -6,12 +6,10 @@ The model has the paper's layers with small widths, which changes no count, and 
 Views are not counted. A wait is an operator whose result the CPU needs: on a GPU it ends when all work before it is done.
 """
 
-from collections import Counter
-
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting import OperatorCounter
 from train import make_samples
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
@@ -33,25 +31,6 @@ THIN = {
     "point_projection_hidden_size": 24,
     "language_projection_hidden_size": 24,
 }  # fmt: skip
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive"}
-INDEXING = {"index", "index_put", "index_put_"}  # by a mask it is `nonzero`, too
-
-
-class OperatorCounter(TorchDispatchMode):
-    """Counts operators that compute, and those among them that wait, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators, self.waits = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if name in WAITS or by_mask:
-            self.waits[name] += 1
-        if not func.is_view:
-            self.operators[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count_step(stage: Stage, batch: int = 9) -> OperatorCounter:

@@ -7,18 +7,25 @@ position. padded: the same batches with this project's encoder. ours: concatenat
 token belongs to an answer (`training/stream.py`). Lengths are drawn like those of PointLLM's brief descriptions, or, for
 stages III and IV, of its detailed descriptions and conversations. Clouds are noise. The losses are compared.
 
+The three take turns, batch by batch, so that other work on the machine slows all of them; rates are medians, and so are the
+ratios of a turn, with their range. Operators and waits of a step are those of `benchmarks/operators.py`.
+
 Tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, as in these stages) and
 6N operations a token, for the N parameters of the language model without embeddings, relative to the speed of a large
 matrix product on this device in the same dtype.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from counting import OperatorCounter
 from encode import PlainMiniPointNet, plain_group, plain_transformer
 
 from minigpt3d.arguments import positive_int
@@ -27,7 +34,7 @@ from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 from minigpt3d.training.loop import make_optimizer
 from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import Packing, pack_batch, pad_batch
-from minigpt3d.training.weights import prepare_model
+from minigpt3d.training.weights import halve_frozen, prepare_model
 
 
 # A quarter of the paper's widths, with its vocabulary: trains on a CPU in seconds.
@@ -63,6 +70,8 @@ def main():
     torch.manual_seed(0)
     config = MiniGPT3DConfig(router_type="none", **(SMALL if args.size == "small" else {}))
     model = prepare_model(MiniGPT3DForConditionalGeneration(config), stage).to(device)
+    if dtype != torch.float32:
+        halve_frozen(model, dtype)
     model.eval()  # without dropout, so that the losses can be compared
     rng = np.random.default_rng(0)
     batches = [make_samples(stage, config, args.batch, 8192, rng) for _ in range(args.steps)]
@@ -75,27 +84,41 @@ def main():
     print(
         f"stage {stage.name}, {args.size}, {args.batch} samples of {tokens / args.batch:.0f} tokens, {device}, {dtype}"
     )
-    print(f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'loss':>9}")
-    rates, losses = {}, {}
-    packing = Packing.of(inner)
+    packing, encoder = Packing.of(inner), inner.model.point_encoder
     pad = lambda samples: pad_batch(samples, config.text_config.pad_token_id)  # noqa: E731
-    encoder = inner.model.point_encoder
-    ways: dict[str, tuple[Callable, Callable]] = {
-        "plain": (pad, plain_encoder(encoder)),
-        "padded": (pad, encoder.forward),
-        "ours": (lambda samples: pack_batch(samples, packing), encoder.forward),
+    ways = {
+        "plain": Way(pad, plain_encoder(encoder)),
+        "padded": Way(pad, encoder.forward),
+        "ours": Way(lambda samples: pack_batch(samples, packing), encoder.forward),
     }
-    for name, (collate, encoder.forward) in ways.items():
-        seconds, losses[name], memory = run(model, stage, batches, collate, device, dtype)
-        rates[name] = args.batch / seconds
+    run(model, stage, batches, ways, device, dtype)
+    print(
+        f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'operators':>11}{'waits':>7}{'loss':>9}"
+    )
+    for name, way in ways.items():
+        seconds = median(way.seconds)
         operations = num_parameters * tokens / seconds / peak
         print(
-            f"{name:<8}{rates[name]:>12.2f}{tokens / seconds:>12.0f}{4 * operations:>9.1%}{6 * operations:>9.1%}"
-            f"{memory / 1e9:>9.2f}{losses[name]:>9.4f}"
+            f"{name:<8}{args.batch / seconds:>12.2f}{tokens / seconds:>12.0f}{4 * operations:>9.1%}{6 * operations:>9.1%}"
+            f"{way.memory / 1e9:>9.2f}{way.operators:>11,}{way.waits:>7}{way.loss:>9.4f}"
         )
-    print(
-        f"ratio {rates['ours'] / rates['plain']:.2f} (to padded {rates['ours'] / rates['padded']:.2f}), difference of the losses {abs(losses['ours'] - losses['plain']):.1e}"
-    )
+    for name in ("plain", "padded"):
+        ratios = [theirs / ours for theirs, ours in zip(ways[name].seconds, ways["ours"].seconds, strict=True)]
+        print(f"ours / {name}: median {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"difference of the losses {abs(ways['ours'].loss - ways['plain'].loss):.1e}")
+
+
+@dataclass
+class Way:
+    """A way to train, and what is measured of it."""
+
+    collate: Callable
+    encode: Callable
+    seconds: list[float] = field(default_factory=list)
+    memory: float = float("nan")
+    operators: int = 0
+    waits: int = 0
+    loss: float = float("nan")
 
 
 def plain_encoder(encoder: torch.nn.Module) -> Callable:
@@ -128,15 +151,18 @@ def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: 
     return samples
 
 
-def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, float, float]:
-    """Seconds per step, loss of the first batch, and peak memory of a GPU in bytes; the weights are restored."""
+def run(model, stage: Stage, batches: list, ways: dict[str, Way], device: torch.device, dtype: torch.dtype):
+    """Measure the ways in turn: loss of the first batch with the same weights, seconds of each batch, peak of a GPU."""
+    inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
     optimizer = make_optimizer(stage, model)
-    before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trainable]
     for group in optimizer.param_groups:
         group["lr"] = stage.peak_lr
 
-    def step(samples) -> torch.Tensor:
-        batch = send_to_device(collate(samples), device)
+    def step(way: Way, batch: dict) -> torch.Tensor:
+        inner.model.point_encoder.forward = way.encode
+        batch = send_to_device(batch, device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -144,20 +170,25 @@ def run(model, stage: Stage, batches, collate, device, dtype) -> tuple[float, fl
         optimizer.zero_grad()
         return loss.detach()
 
-    loss = step(batches[0]).item()  # not timed: kernels are chosen and memory is allocated
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    for way in ways.values():  # not timed: kernels are chosen and memory is allocated
+        way.loss = step(way, way.collate(batches[0])).item()
+        with torch.no_grad():
+            torch._foreach_copy_(trainable, before)
     for samples in batches:
-        step(samples)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / len(batches)
-    with torch.no_grad():
-        for parameter, value in zip((p for p in model.parameters() if p.requires_grad), before, strict=True):
-            parameter.copy_(value)
-    return seconds, loss, torch.cuda.max_memory_allocated() if device.type == "cuda" else float("nan")
+        for way in ways.values():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            step(way, way.collate(samples))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                way.memory = max(torch.cuda.max_memory_allocated(), 0 if math.isnan(way.memory) else way.memory)
+            way.seconds.append(time.perf_counter() - started)
+    for way in ways.values():
+        batch = way.collate(batches[0])
+        with OperatorCounter() as counter:
+            step(way, batch)
+        way.operators, way.waits = counter.operators.total(), counter.waits.total()
 
 
 def matmul_peak(device, dtype, size: int = 4096) -> float:

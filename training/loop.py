@@ -52,7 +52,9 @@ from .weights import (
     adapter_names,
     export_model,
     gather_parameters,
+    half_precision,
     halve_frozen,
+    is_sharded,
     load_stage_model,
     lora_scales,
     named_parameters,
@@ -171,7 +173,8 @@ class Training:
             for name, parameter in named_parameters(model).items()
             if name in self.adapter_names and not parameter.requires_grad
         }
-        halve_frozen(self.accelerator, model)
+        if (half := half_precision(self.accelerator)) and not is_sharded(self.accelerator):
+            halve_frozen(model, half)
         self._restore_and_prepare(model)
         # Without the wrappers of Accelerate and torch.compile.
         self.inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -81,11 +81,8 @@ def half_precision(accelerator: Accelerator) -> torch.dtype | None:
     return half if accelerator.native_amp else None
 
 
-def halve_frozen(accelerator: Accelerator, model: nn.Module):
+def halve_frozen(model: nn.Module, half: torch.dtype):
     """Keep frozen matrices in the dtype of autocast, which would otherwise cast them in every step."""
-    half = half_precision(accelerator)
-    if half is None or is_sharded(accelerator):
-        return
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.ndim >= 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(half)
