@@ -134,6 +134,8 @@ def _find_base(adapter: Path) -> str:
         return str(beside.parent)
     config = read_json(adapter / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ValueError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path must be a text, got {base!r:.80}.")
     for path in (Path(base), adapter / base):
         if base and path.is_dir():
             return str(path.resolve())
@@ -146,7 +148,14 @@ def _find_base(adapter: Path) -> str:
 
 def _read_stage(folder: Path) -> dict | None:
     path = folder / STAGE_FILE
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    stage = read_json(path)
+    if not isinstance(stage.get("stage"), str):
+        raise ValueError(
+            f"{path}: expected what a training stage writes, with its name as 'stage', got {stage!r:.80}."
+        )
+    return stage
 
 
 def hub_has(name: str) -> bool:

@@ -66,8 +66,11 @@ class Lines:
         """
         for path in sorted(self.folder.glob("part-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                advice = "Delete the line; the same command asks again."
-                yield parse_json(line, f"{path}, line {number}", advice=advice)
+                where, advice = f"{path}, line {number}", "Delete the line; the same command asks again."
+                content = parse_json(line, where, advice=advice)
+                if not all(isinstance(content.get(name), str) for name in ("question", "condition", "object_id")):
+                    raise ValueError(f"{where}: expected an answer, got {content!r:.80}. {advice}")
+                yield content
 
     def keys(self) -> set[tuple[str, str, str]]:
         return {line_key(line) for line in self.read()}
@@ -164,7 +167,7 @@ class RunFolder:
         Returns:
             "command": of all runs; "date": of the last run that asked; "versions" and "device": of all that asked.
         """
-        history = read_json(self.history, list) if self.history.exists() else []
+        history = self._read_history() if self.history.exists() else []
         versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
         run = {"date": date.today().isoformat(), "command": command, "versions": versions, "device": device}
         history.append(run | {"asked": asked or not history})
@@ -180,6 +183,18 @@ class RunFolder:
             "versions": {name: joined(run["versions"][name] for run in asking) for name in versions},
             "device": joined(run["device"] for run in asking if run["device"]) or None,
         }
+
+    def _read_history(self) -> list[dict]:
+        """
+        Raises:
+            ValueError: history.json is damaged.
+        """
+        advice = "Remove it; the report then names the runs from now on."
+        history = read_json(self.history, list, advice)
+        for run in history:
+            if not isinstance(run, dict) or not {"date", "command", "versions", "device", "asked"} <= run.keys():
+                raise ValueError(f"{self.history}: expected runs of this folder, got {run!r:.80}. {advice}")
+        return history
 
     # ---- Results ----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -31,6 +31,7 @@ from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
 from minigpt3d.files import written_whole
 from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, ModelFiles, load_weights
+from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
 from .run_options import RunOptions
@@ -190,9 +191,18 @@ def trainable_table(model: nn.Module) -> str:
 
 
 def _read_names(adapter: Path) -> list[str]:
-    """Plain names of the tensors in an adapter's file."""
-    with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
-        return [name.removeprefix(PEFT_PREFIX) for name in file.keys()]
+    """Plain names of the tensors in an adapter's file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
+            return [name.removeprefix(PEFT_PREFIX) for name in file.keys()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{adapter / ADAPTER_FILE} is missing or damaged ({one_line(error)}). Copy it again, or train its stage again."
+        ) from error
 
 
 def load_adapter(model: nn.Module, adapter: Path):

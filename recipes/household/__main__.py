@@ -23,8 +23,8 @@ from minigpt3d.arguments import option, run_script
 from minigpt3d.conversion import verification
 from minigpt3d.data.records import SOURCES
 from minigpt3d.data.shards import pack, release_entries
-from minigpt3d.files import read_json, write_json, written_whole
-from minigpt3d.hub import load_model, save_pretrained
+from minigpt3d.files import locked, read_json, write_json, written_whole
+from minigpt3d.hub import check_model_dir, load_model, save_pretrained
 
 from .build_data import build
 from .heldout import write_heldout
@@ -64,7 +64,10 @@ class Steps:
     def __init__(self, work_dir: Path):
         work_dir.mkdir(parents=True, exist_ok=True)
         self.times_file = work_dir / "times.json"
-        self.times = read_json(self.times_file) if self.times_file.exists() else {}  # minutes
+        advice = "Remove it; the steps that are done keep their results."
+        self.times = read_json(self.times_file, advice=advice) if self.times_file.exists() else {}  # minutes
+        if not all(isinstance(minutes, (int, float)) for minutes in self.times.values()):
+            raise ValueError(f"{self.times_file}: expected minutes by step, got {self.times!r:.80}. {advice}")
 
     def run(self, name: str, result: Path, action: Callable[[], object]):
         """Call `action` unless `result` exists, which must appear, complete, at its end."""
@@ -112,11 +115,18 @@ def run_recipe(options: RecipeOptions):
     """Run all steps.
 
     Raises:
-        ValueError: a library is missing or unreadable.
+        ValueError: a library is missing or unreadable, another process is running this recipe, or the output folder is
+            not a model's.
         SystemExit: a training failed.
     """
     if missing := [str(path) for path in options.libraries if not path.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}. Give paths of .sh3f libraries.")
+    check_model_dir(options.output_dir)
+    with locked(options.work_dir):
+        _run_steps(options)
+
+
+def _run_steps(options: RecipeOptions):
     steps = Steps(options.work_dir)
     data, stages, checkpoint = train(options, steps)
     scores_file, reports = options.work_dir / "scores.json", options.work_dir / "reports"

@@ -119,7 +119,7 @@ def check_kills(name: str, start_of, release, root: Path, number: int):
 
 
 def test_a_killed_stage_and_its_export_lose_nothing(start_of, release, tmp_path):
-    check_kills("I", start_of, release, tmp_path, 2)
+    check_kills("I", start_of, release, tmp_path, 1)
 
 
 @pytest.mark.slow

@@ -314,3 +314,15 @@ def test_a_folder_is_restored_after_a_kill_between_two_renames(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+
+
+@pytest.mark.parametrize("name", ["stage.json", "adapter_config.json"])
+def test_damaged_files_of_an_adapter_are_named(name, tmp_path):
+    (tmp_path / "base").mkdir()
+    write_adapter_config(tmp_path, tmp_path / "base")
+    for content in (b"", b"[]", b"{}", b"null", b'"text"', b"\xff", b'{"stage": 1, "base_model_name_or_path": [1]}'):
+        before = (tmp_path / "adapter_config.json").read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            find_model(tmp_path)
+        (tmp_path / "adapter_config.json").write_bytes(before)

@@ -74,3 +74,10 @@ def test_an_adapter_of_another_recipe_is_refused(base, tmp_path):
     other = replace(second, language_lora=Lora(rank=4, alpha=8, dropout=0.05))
     with pytest.raises(ValueError, match="scaled by 4, expected 2"):
         prepare_model(load_weights(base, dtype=torch.float32), other, tmp_path / "II")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]"])
+def test_a_damaged_adapter_is_named(content, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        prepare_model(make_base(), STAGES["II"], tmp_path)

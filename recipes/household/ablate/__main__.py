@@ -109,9 +109,9 @@ def _check_settings(settings: dict, earlier: dict, out: Path):
         ValueError: the runs in the folder have other settings.
     """
     for name in ("scale", "views", "base", "data"):
-        if earlier[name] != settings[name]:
+        if earlier.get(name) != settings[name]:
             raise ValueError(
-                f"`out` {out} holds runs with {name} {earlier[name]!r}, expected {settings[name]!r}. Give a new folder."
+                f"`out` {out} holds runs with {name} {earlier.get(name)!r}, expected {settings[name]!r}. Give a new folder."
             )
 
 
@@ -133,7 +133,7 @@ def run_variants(lab: Lab, variants: list[Variant], seeds: list[int], runs_dir: 
 
 
 def _run_seed(lab: Lab, variants: list[Variant], seed: int, path: Path):
-    runs = read_json(path, list) if path.exists() else []
+    runs = _read_seed(path) if path.exists() else []
     finished = {run["variant"] for run in runs}
     for variant in variants:
         if variant.name in finished:
@@ -147,13 +147,26 @@ def _run_seed(lab: Lab, variants: list[Variant], seed: int, path: Path):
         print(f"{variant.name}, seed {seed}: {means} ({minutes:.1f} minutes)", flush=True)
 
 
+def _read_seed(path: Path) -> list[dict]:
+    """
+    Raises:
+        ValueError: the file is damaged.
+    """
+    advice = "Remove it to run its variants again."
+    runs = read_json(path, list, advice)
+    for run in runs:
+        if not isinstance(run, dict) or not {"variant", "seed", "minutes"} <= run.keys():
+            raise ValueError(f"{path}: expected runs of variants, got {run!r:.80}. {advice}")
+    return runs
+
+
 def read_runs(runs_dir: Path) -> list[dict]:
     """All runs of all seeds.
 
     Raises:
         ValueError: there are none.
     """
-    runs = [run for path in sorted(runs_dir.glob("seed-*.json")) for run in read_json(path, list)]
+    runs = [run for path in sorted(runs_dir.glob("seed-*.json")) for run in _read_seed(path)]
     if not runs:
         raise ValueError(f"{runs_dir} holds no runs. Run without `report_only` first.")
     return runs
