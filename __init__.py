@@ -26,6 +26,7 @@ _MODULES = {
     "prepare_tokenizer": "processing_minigpt3d",
     "MiniGPT3DCollator": "data.collator",
     "PointCloudToTextPipeline": "pipeline_minigpt3d",
+    "ZeroShotPointCloudClassificationPipeline": "evaluation.zero_shot",
     "PointCloudError": "point_cloud_minigpt3d",
     "ReadingLimits": "point_cloud_minigpt3d",
     "load_point_cloud": "point_cloud_minigpt3d",
@@ -55,6 +56,7 @@ def _register():
     )
 
     from . import configuration_minigpt3d, modeling_minigpt3d, pipeline_minigpt3d, processing_minigpt3d
+    from .evaluation import zero_shot
 
     config, phi_config = configuration_minigpt3d.MiniGPT3DConfig, configuration_minigpt3d.MiniGPT3DPhiConfig
     conditional_generation = modeling_minigpt3d.MiniGPT3DForConditionalGeneration
@@ -67,6 +69,7 @@ def _register():
     AutoFeatureExtractor.register(config, processing_minigpt3d.MiniGPT3DPointCloudProcessor, exist_ok=True)
     AutoProcessor.register(config, processing_minigpt3d.MiniGPT3DProcessor, exist_ok=True)
     pipeline_minigpt3d.register()
+    zero_shot.register()
 
 
 class _RegisterAfterImport:

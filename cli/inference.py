@@ -1,4 +1,4 @@
-"""What `describe` and `chat` share: their options, the pipeline, and reading a file."""
+"""What the commands that ask a model share: their options, the pipeline, and reading a file."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class InferenceOptions(ReadingOptions, LimitOptions):
-    """Which model answers, how, and how its files are read."""
+class ModelOptions(ReadingOptions, LimitOptions):
+    """Which model is asked, where it computes, and how its files are read."""
 
     model: str | None = option("folder or Hub id of the model (default: the bundled one)", default=None)
     device: str | None = option("cpu, cuda, cuda:1, mps (default: the accelerator if there is one)", default=None)
     dtype: Literal["float16", "bfloat16", "float32"] | None = option(
         "of the weights (default: as stored, but float32 on a CPU)", default=None
     )
-    max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
     up_axis: Literal["x", "y", "z", "auto"] | None = option(
         "axis that points up in your files; they are rotated so that y points up; auto: the model chooses (default: the "
         "model's setting, else no rotation)",
@@ -35,7 +34,14 @@ class InferenceOptions(ReadingOptions, LimitOptions):
     )
 
 
-def load_pipeline(options: InferenceOptions):
+@dataclass(kw_only=True)
+class InferenceOptions(ModelOptions):
+    """How a model answers, too."""
+
+    max_new_tokens: int = option("longest answer, in tokens", default=150, type=positive_int, metavar="N")
+
+
+def load_pipeline(options: ModelOptions):
     """The pipeline of a model.
 
     Raises:
@@ -57,7 +63,7 @@ def load_pipeline(options: InferenceOptions):
 
 
 def read_clouds(
-    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: InferenceOptions, ahead: int = 1
+    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: ModelOptions, ahead: int = 1
 ) -> Iterator["FileResult"]:
     """A result for each file, whose content is an `Orientation`, y up, and `CloudFacts`; warnings are printed.
 
@@ -71,7 +77,7 @@ def read_clouds(
         name = source_name(result.path)
         if result.error is None:
             result = _choose_orientation(pipeline, result)
-        texts = (with_flags(text, InferenceOptions, "-") for text in result.warnings)
+        texts = (with_flags(text, ModelOptions, "-") for text in result.warnings)
         result = replace(result, warnings=tuple(" ".join(text.split()) for text in texts))
         for text in result.warnings:
             complain(f"{name}: warning: {text.removeprefix(f'{name}: ')}")

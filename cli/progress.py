@@ -1,0 +1,171 @@
+"""Work on many files: find them in folders, read the next ones while the model works on a batch, count what became of them."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt3d.arguments import option, path_or_url, positive_int
+from minigpt3d.messages import one_line
+from minigpt3d.readers_minigpt3d import NotACloudError, printable
+from minigpt3d.sources_minigpt3d import source_name
+
+from .console import complain
+from .inference import ModelOptions, load_pipeline, read_clouds
+
+
+if TYPE_CHECKING:
+    from minigpt3d.data.reading import FileResult
+
+# Files that belong to meshes; in a folder they are not called skipped.
+PARTS = ".mtl .bin .png .jpg .jpeg .tga .bmp .gif .tif .tiff .webp .dds .ktx2".split()
+CPU_BATCH, ACCELERATOR_BATCH = 16, 64
+
+
+@dataclass(kw_only=True)
+class FilesOptions(ModelOptions):
+    """Which files, and how many at once."""
+
+    paths: list[Path | str] = option(
+        "point cloud, mesh, a folder, or an https:// URL", positional=True, type=path_or_url, metavar="FILE_OR_FOLDER"
+    )
+    batch_size: int | None = option(
+        "files that the model answers at once (default: 16 on a CPU, 64 on an accelerator)",
+        default=None,
+        type=positive_int,
+        metavar="N",
+    )
+
+
+@dataclass
+class Progress:
+    """What became of the files."""
+
+    files: list[Path | str] = field(default_factory=list)
+    in_folders: set[Path] = field(default_factory=set)
+    has_folder: bool = False
+    described: int = 0
+    failed: int = 0
+    skipped: Counter = field(default_factory=Counter)  # by type
+
+    @classmethod
+    def of(cls, paths: Collection[Path | str], own: Collection[Path] = ()) -> "Progress":
+        """All files of paths; folders without any are reported as failed.
+
+        Args:
+            own: files that the command writes; in a folder they are left out.
+        """
+        progress = cls()
+        for path in paths:
+            try:
+                progress.add(path, {file.resolve() for file in own})
+            except ValueError as error:
+                progress.fail(str(error))
+        progress.in_folders.difference_update(paths)
+        return progress
+
+    def add(self, path: Path | str, own: Collection[Path] = ()):
+        """Add a file, a URL, or all readable files in a folder and its subfolders, sorted.
+
+        Raises:
+            ValueError: there are none in the folder.
+        """
+        if isinstance(path, str) or not path.is_dir():
+            self.files.append(path)
+            return
+        from minigpt3d.point_cloud_minigpt3d import READABLE_SUFFIXES, is_readable
+
+        self.has_folder = True
+        visible = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and not file.is_dir()]
+        special = sum(not file.is_file() for file in visible)
+        visible = [file for file in visible if file.is_file() and not (own and file.resolve() in own)]
+        readable = [file for file in visible if is_readable(file)]
+        others = Counter(file.suffix.lower() for file in visible if not is_readable(file))
+        if special:
+            others["pipes and broken links"] = special
+        self.skipped += others
+        if not readable:
+            content = f" but {by_type(others)}" if others else ""
+            raise ValueError(
+                f"{path}: no point cloud or mesh in this folder{content}; expected {' '.join(READABLE_SUFFIXES)}"
+            )
+        self.files += readable
+        self.in_folders.update(readable)
+
+    def fail(self, message: str):
+        self.failed += 1
+        complain(message)
+
+    def summary(self) -> str:
+        """3 described, 1 failed, 40 skipped: 21 .dae, 19 .fbx"""
+        skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
+        end = f", {skipped.total()} skipped: {by_type(skipped)}" if skipped else ""
+        return f"{self.described} described, {self.failed} failed{end}"
+
+
+def by_type(counts: Counter) -> str:
+    """The most frequent type first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {printable(suffix) or 'without extension'}" for suffix, count in ordered)
+
+
+def work_on_files(
+    progress: Progress, options: FilesOptions, prepare: Callable[[Any], Callable[[list], list]]
+) -> Iterator[list[tuple["FileResult", Any]]]:
+    """Batches of what came of each file, in order. Failures are printed and counted; texts that are no clouds, found in
+    folders, are counted as skipped and left out.
+
+    Args:
+        prepare: pipeline → a function from clouds (N, 6), y up, to an outcome for each.
+
+    Yields:
+        Pairs of a result of `read_clouds` and its outcome; an exception if reading or working on it failed.
+    """
+    from tqdm import tqdm
+
+    from minigpt3d.data.reading import FileReader
+    from minigpt3d.point_cloud_minigpt3d import load_orientations
+
+    files = progress.files
+    with FileReader(load_orientations, limits=options.limits) as reader:  # it starts while the model loads
+        pipeline = load_pipeline(options)
+        work = prepare(pipeline)
+        # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
+        bar = tqdm(total=len(files), unit="object", file=sys.stderr, disable=None if len(files) > 1 else True)
+        size = options.batch_size or (CPU_BATCH if pipeline.device.type == "cpu" else ACCELERATOR_BATCH)
+        results = read_clouds(reader, pipeline, files, options, ahead=size)
+        with bar:
+            while batch := list(islice(results, size)):
+                clouds = [result.content[0].cloud for result in batch if result.error is None]
+                outcomes = iter(one_by_one(work, clouds))
+                done = []
+                for result in batch:
+                    outcome = next(outcomes) if result.error is None else result.error
+                    bar.update()
+                    if isinstance(outcome, NotACloudError) and result.path in progress.in_folders:
+                        progress.skipped[result.path.suffix.lower()] += 1
+                        continue
+                    if isinstance(outcome, Exception):
+                        if result.error is None:
+                            outcome = ValueError(f"{source_name(result.path)}: no answer: {one_line(outcome)}")
+                        progress.fail(str(outcome))
+                    else:
+                        progress.described += 1
+                    done.append((result, outcome))
+                yield done
+
+
+def one_by_one(work: Callable[[list], list], clouds: list) -> list:
+    """What `work` returns for clouds together or, if that fails, for each alone; what fails alone gets its exception."""
+    if not clouds:
+        return []
+    try:
+        return work(clouds)
+    except Exception as error:
+        if len(clouds) == 1:
+            return [error]
+        # Out of memory, for example: a cloud alone may fit.
+        return [outcome for cloud in clouds for outcome in one_by_one(work, [cloud])]
