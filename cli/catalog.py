@@ -39,7 +39,7 @@ def write(progress: Progress, options: "Options"):
         kept = {path for path, key in keys.items() if key in journal}
         if kept:
             complain(f"{options.out}: {len(kept)} of {len(files)} objects were described by a run that was stopped")
-            progress.described += len(kept)
+            progress.done += len(kept)
         progress.files = [path for path in files if path not in kept]
         failed: dict[Path | str, dict] = {}
         try:

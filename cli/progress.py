@@ -42,23 +42,28 @@ class FilesOptions(ModelOptions):
 
 @dataclass
 class Progress:
-    """What became of the files."""
+    """What became of the files.
 
+    Args:
+        verb: what a file is that did not fail, in the summary.
+    """
+
+    verb: str = "described"
     files: list[Path | str] = field(default_factory=list)
     in_folders: set[Path] = field(default_factory=set)
     has_folder: bool = False
-    described: int = 0
+    done: int = 0
     failed: int = 0
     skipped: Counter = field(default_factory=Counter)  # by type
 
     @classmethod
-    def of(cls, paths: Collection[Path | str], own: Collection[Path] = ()) -> "Progress":
+    def of(cls, paths: Collection[Path | str], own: Collection[Path] = (), verb: str = "described") -> "Progress":
         """All files of paths; folders without any are reported as failed.
 
         Args:
             own: files that the command writes; in a folder they are left out.
         """
-        progress = cls()
+        progress = cls(verb)
         for path in paths:
             try:
                 progress.add(path, {file.resolve() for file in own})
@@ -103,7 +108,7 @@ class Progress:
         """3 described, 1 failed, 40 skipped: 21 .dae, 19 .fbx"""
         skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
         end = f", {skipped.total()} skipped: {by_type(skipped)}" if skipped else ""
-        return f"{self.described} described, {self.failed} failed{end}"
+        return f"{self.done} {self.verb}, {self.failed} failed{end}"
 
 
 def by_type(counts: Counter) -> str:
@@ -153,7 +158,7 @@ def work_on_files(
                             outcome = ValueError(f"{source_name(result.path)}: no answer: {one_line(outcome)}")
                         progress.fail(str(outcome))
                     else:
-                        progress.described += 1
+                        progress.done += 1
                     done.append((result, outcome))
                 yield done
 
