@@ -53,6 +53,7 @@ def _cards(rows: Iterable[dict[str, Any]], answers: list[str]) -> Iterator[dict[
         texts = [str(file), node, *(row.get(name) for name in answers), row["kind"], *colors, row["error"]]
         size = [(row["num_points"], "points"), (row["num_faces"], "faces")]
         yield row | {
+            "picture": row.get("picture"),
             "name": node or file.name,
             "place": str(file) if node else folder,
             "answers": [(name, row[name]) for name in answers if row.get(name)],

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from minigpt3d.readers_minigpt3d import printable
+
 
 NOT_SURE = "not sure"
 # Colors of a smaller share are not listed.
@@ -64,6 +66,7 @@ def to_cells(row: dict[str, Any], names: Sequence[str]) -> list[Any]:
     """A row as cells of the columns; None where it has no value."""
     sides, colors = row.get("sides") or {}, row.get("colors") or {}
     flat = row | {f"side_{axis}": side for axis, side in sides.items()}
+    flat |= {name: printable(row[name]) for name in ("file", "node", "thumbnail") if row.get(name)}
     flat["main_color"] = next(iter(colors), None)
     flat["colors"] = ", ".join(f"{name} {share:.0%}" for name, share in colors.items()) or None
     flat["warnings"] = "\n".join(row.get("warnings") or ()) or None

@@ -14,8 +14,9 @@ from minigpt3d.catalog.rows import NOT_SURE, Question, columns
 from minigpt3d.catalog.write import write_catalog
 from minigpt3d.files import write_bytes
 
+from .classify import classifier
 from .console import complain
-from .describe import ask, facts_of
+from .describe import ask, facts_of, place_of
 from .progress import Progress, work_on_files
 
 
@@ -33,35 +34,43 @@ def write(progress: Progress, options: "Options"):
     names = read_labels(options.labels)
     if options.thumbnails is not None:
         options.thumbnails.mkdir(parents=True, exist_ok=True)
-    files = progress.files
+    keys: dict[Any, Key] = {}  # of all objects, in their order
+    failed: dict[Any, dict] = {}
+
     with Journal(options.out, settings_of(options, questions, names)) as journal:
-        keys = {path: Key.of(path) for path in files}
-        kept = {path for path, key in keys.items() if key in journal}
-        if kept:
-            complain(f"{options.out}: {len(kept)} of {len(files)} objects were described by a run that was stopped")
-            progress.done += len(kept)
-        progress.files = [path for path in files if path not in kept]
-        failed: dict[Path | str, dict] = {}
+
+        def is_done(source) -> bool:
+            keys[source] = key_of(source)
+            return keys[source] in journal
+
+        batches = work_on_files(
+            progress,
+            options,
+            lambda pipeline: asker(pipeline, questions, names, options),
+            options.each_node,
+            has_pictures=is_page(options) or options.thumbnails is not None,
+            is_done=is_done,
+        )
         try:
-            for batch in work_on_files(progress, options, lambda pipeline: asker(pipeline, questions, names, options)):
-                finished = []
-                for result, outcome in batch:
-                    row = make_row(result, outcome, questions, options)
-                    if isinstance(outcome, Exception):
-                        failed[result.path] = row
-                    else:
-                        finished.append((keys[result.path], row))
-                journal.add(finished)
+            for batch in batches:
+                rows = [(result.path, make_row(result, outcome, questions, options)) for result, outcome in batch]
+                failed |= {source: row for source, row in rows if row["error"] is not None}
+                journal.add((keys[source], row) for source, row in rows if row["error"] is None)
         except KeyboardInterrupt:
             complain(f"{options.out}: stopped; the same command continues")
             raise
         rows = (
-            failed.get(path) or with_kind(journal[keys[path]], options.min_confidence)
-            for path in files
-            if path in failed or keys[path] in journal
+            failed.get(source) or with_kind(journal[key], options.min_confidence)
+            for source, key in keys.items()
+            if source in failed or key in journal
         )
-        write_catalog(options.out, rows, columns(questions, has_nodes=False), options.out.stem)
+        write_catalog(options.out, rows, columns(questions, options.each_node), options.out.stem)
         journal.remove()
+
+
+def key_of(source) -> Key:
+    """What a finished object is found by."""
+    return Key.of(source, None if isinstance(source, (str, Path)) else source.number)
 
 
 def settings_of(options: "Options", questions: list[Question], names: dict) -> dict[str, Any]:
@@ -75,31 +84,27 @@ def settings_of(options: "Options", questions: list[Question], names: dict) -> d
         "labels": {label: list(of_label) for label, of_label in names.items()},
         "max_new_tokens": options.max_new_tokens,
         "reading": options.reading,
-        "pictures": has_pictures(options),
+        "each_node": options.each_node,
+        "pictures": is_page(options),
         "thumbnails": None if options.thumbnails is None else os.fspath(options.thumbnails),
     }
 
 
-def has_pictures(options: "Options") -> bool:
+def is_page(options: "Options") -> bool:
+    """Whether pictures are part of the catalog."""
     return options.out.suffix.lower() == ".html"
 
 
 def asker(pipeline, questions: list[Question], names: dict, options: "Options"):
     """A function from clouds to (answers by the name of their question, the most likely kind)."""
-    import numpy as np
-
     from minigpt3d.evaluation.suites import OWN
-    from minigpt3d.evaluation.zero_shot import ZeroShotPointCloudClassificationPipeline, rank_labels
-    from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
-    classifier = ZeroShotPointCloudClassificationPipeline(model=pipeline.model, processor=pipeline.processor)
+    classify = classifier(pipeline, names, OWN.phrases)
 
     def work(clouds: list) -> list[tuple[dict, dict]]:
         answers = {question.name: ask(pipeline, clouds, question.text, options) for question in questions}
-        scores = classifier.log_likelihoods(np.stack(clouds), names, OWN.phrases, DEFAULT_PROMPT)
-        kinds = [rank_labels(row, list(names))[0] for row in scores]
         by_name = [{name: texts[index] for name, texts in answers.items()} for index in range(len(clouds))]
-        return list(zip(by_name, kinds, strict=True))
+        return [(texts, kinds[0]) for texts, kinds in zip(by_name, classify(clouds), strict=True)]
 
     return work
 
@@ -114,28 +119,26 @@ def make_row(result, outcome, questions: list[Question], options: "Options") -> 
     is_failed = isinstance(outcome, Exception)
     answers, kind = ({}, {}) if is_failed else outcome
     facts = {} if result.error is not None else facts_of(result)
-    thumbnail = picture = None
-    if result.error is None and (has_pictures(options) or options.thumbnails is not None):
-        from minigpt3d.evaluation.thumbnails import draw_thumbnail
-
-        drawn = draw_thumbnail(result.content[0].cloud, result.content[1].has_color)
-        picture = base64.b64encode(drawn).decode() if has_pictures(options) else None
-        if options.thumbnails is not None:
-            thumbnail = options.thumbnails / thumbnail_name(result.path)
-            write_bytes(thumbnail, drawn)
-    row = {"file": str(result.path)} | {question.name: answers.get(question.name) for question in questions}
+    thumbnail = drawn = None
+    if result.error is None:
+        drawn = result.content[2:] and result.content[2].get(result.content[0].up_axis)
+    if drawn and options.thumbnails is not None:
+        thumbnail = options.thumbnails / thumbnail_name(result.path)
+        write_bytes(thumbnail, drawn)
+    row = place_of(result.path, options) | {question.name: answers.get(question.name) for question in questions}
     row |= {"kind": kind.get("label"), "confidence": kind.get("score")}
     for name in ("num_points", "num_faces", "has_color", "up_axis", "sides", "colors"):
         row[name] = facts.get(name)
     row |= {"warnings": list(result.warnings), "thumbnail": None if thumbnail is None else str(thumbnail)}
     row |= {"error": str(outcome) if is_failed else None}
-    return row if picture is None else row | {"picture": picture}
+    return row | {"picture": base64.b64encode(drawn).decode()} if drawn and is_page(options) else row
 
 
-def thumbnail_name(path: Path | str) -> str:
-    """A name for the picture of a file, different for every path and harmless everywhere."""
-    stem = re.sub(r"[^\w.-]", "_", str(path).rpartition("/")[2], flags=re.ASCII)[:80]
-    return f"{stem}-{hashlib.sha256(os.fsencode(str(path))).hexdigest()[:8]}.png"
+def thumbnail_name(source) -> str:
+    """A name for the picture of an object, different for every one and harmless everywhere."""
+    key = key_of(source)
+    stem = re.sub(r"[^\w.-]", "_", Path(key.file).name if key.node is None else source.name, flags=re.ASCII)[:80]
+    return f"{stem}-{hashlib.sha256(os.fsencode(f'{key.file} {key.node}')).hexdigest()[:8]}.png"
 
 
 def with_kind(row: dict[str, Any], min_confidence: float) -> dict[str, Any]:

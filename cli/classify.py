@@ -65,11 +65,13 @@ def print_labels(progress: Progress, names: dict, options: Options):
     if options.csv:
         table = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="")
         table.writerow(map(safe_cell, ["file", "label", "probability", *names]))
-    for batch in work_on_files(progress, options, lambda pipeline: classifier(pipeline, names, phrases, options.prompt)):
+    for batch in work_on_files(
+        progress, options, lambda pipeline: classifier(pipeline, names, phrases, options.prompt)
+    ):
         for result, ranked in batch:
             if isinstance(ranked, Exception):
                 continue
-            probabilities = {entry["label"]: round(entry["score"], 4) for entry in ranked}
+            probabilities = {entry["label"]: round(entry["score"], 6) for entry in ranked}
             label, probability = next(iter(probabilities.items()))
             name = source_name(result.path)
             if options.csv:
@@ -96,7 +98,7 @@ class _Lines:
         sys.stdout.flush()
 
 
-def classifier(pipeline, names: dict, phrases: list[str], prompt: str | None) -> Any:
+def classifier(pipeline, names: dict, phrases: list[str], prompt: str | None = None) -> Any:
     """A function from clouds to the ranked labels of each."""
     import numpy as np
 
@@ -107,6 +109,8 @@ def classifier(pipeline, names: dict, phrases: list[str], prompt: str | None) ->
     scorer = ZeroShotPointCloudClassificationPipeline(model=pipeline.model, processor=pipeline.processor)
 
     def work(clouds: list) -> list[list[dict]]:
-        return [rank_labels(row, list(names)) for row in scorer.log_likelihoods(np.stack(clouds), names, phrases, question)]
+        return [
+            rank_labels(row, list(names)) for row in scorer.log_likelihoods(np.stack(clouds), names, phrases, question)
+        ]
 
     return work

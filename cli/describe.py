@@ -1,6 +1,7 @@
 """`minigpt3d describe`: say what each 3D model is, or write a catalog of all."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ def question(text: str) -> Question:
 class Options(FilesOptions, InferenceOptions):
     prompt: str | None = option('the question (default: "What is this?")', default=None)
     json: bool = option("print one JSON object per line: file, prompt, answer, facts and warnings", default=False)
+    each_node: bool = option(
+        "of scenes, describe every named node by itself (glTF, OBJ, 3MF, USD, and what assimp reads)", default=False
+    )
     out: Path | None = option(
         "write a catalog instead, .csv, .jsonl, .parquet or .html; the same command continues a run that was stopped",
         default=None,
@@ -117,10 +121,11 @@ def print_answers(progress: Progress, options: Options):
     def prepare(pipeline):
         return lambda clouds: ask(pipeline, clouds, options.prompt, options)
 
-    for batch in work_on_files(progress, options, prepare):
+    with_name = options.each_node or len(progress.files) > 1
+    for batch in work_on_files(progress, options, prepare, options.each_node):
         for result, answer in batch:
             if not isinstance(answer, Exception):
-                tqdm.write(to_line(result, answer, options, with_name=len(progress.files) > 1), file=sys.stdout)
+                tqdm.write(to_line(result, answer, options, with_name), file=sys.stdout)
                 sys.stdout.flush()
 
 
@@ -147,12 +152,19 @@ def to_line(result, answer: str, options: Options, with_name: bool) -> str:
 
     if options.json:
         prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-        record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts_of(result)
+        record = place_of(result.path, options) | {"prompt": prompt, "answer": answer} | facts_of(result)
         return json_line(record | {"warnings": result.warnings})
     return f"{source_name(result.path)}: {answer}" if with_name else answer
 
 
+def place_of(source, options: Options) -> dict:
+    """The file of a source and, if nodes are described, the name of its node, None for a whole file."""
+    file = {"file": source if isinstance(source, str) else os.fspath(source)}
+    is_path = isinstance(source, (str, Path))
+    return file | {"node": None if is_path else source.name} if options.each_node else file
+
+
 def facts_of(result) -> dict:
     """What was read of a file, and what is measured."""
-    orientation, facts = result.content
+    orientation, facts, *_ = result.content
     return facts._asdict() | {"up_axis": orientation.up_axis} | measure(orientation.cloud, facts.has_color)

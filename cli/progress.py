@@ -118,13 +118,21 @@ def by_type(counts: Counter) -> str:
 
 
 def work_on_files(
-    progress: Progress, options: FilesOptions, prepare: Callable[[Any], Callable[[list], list]]
+    progress: Progress,
+    options: FilesOptions,
+    prepare: Callable[[Any], Callable[[list], list]],
+    each_node: bool = False,
+    has_pictures: bool = False,
+    is_done: Callable[[Any], bool] = lambda source: False,
 ) -> Iterator[list[tuple["FileResult", Any]]]:
     """Batches of what came of each file, in order. Failures are printed and counted; texts that are no clouds, found in
     folders, are counted as skipped and left out.
 
     Args:
         prepare: pipeline → a function from clouds (N, 6), y up, to an outcome for each.
+        each_node: of scenes, work on every named node by itself, a `SceneNode`.
+        has_pictures: also draw each object; the pictures by up axis are the last of a result's content.
+        is_done: whether a file or node needs no work, because an earlier run has done it; asked in order.
 
     Yields:
         Pairs of a result of `read_clouds` and its outcome; an exception if reading or working on it failed.
@@ -132,16 +140,29 @@ def work_on_files(
     from tqdm import tqdm
 
     from minigpt3d.data.reading import FileReader
+    from minigpt3d.data.scene import load, split_scenes
     from minigpt3d.point_cloud_minigpt3d import load_orientations
 
     files = progress.files
-    with FileReader(load_orientations, limits=options.limits) as reader:  # it starts while the model loads
+    function, more = (load, {"has_picture": has_pictures}) if each_node or has_pictures else (load_orientations, {})
+    with FileReader(function, limits=options.limits) as reader:  # it starts while the model loads
         pipeline = load_pipeline(options)
         work = prepare(pipeline)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
-        bar = tqdm(total=len(files), unit="object", file=sys.stderr, disable=None if len(files) > 1 else True)
+        is_long = each_node or len(files) > 1
+        total = None if each_node else len(files)
+        bar = tqdm(total=total, unit="object", file=sys.stderr, disable=None if is_long else True)
         size = options.batch_size or (CPU_BATCH if pipeline.device.type == "cpu" else ACCELERATOR_BATCH)
-        results = read_clouds(reader, pipeline, files, options, ahead=size)
+
+        def undone() -> Iterator:
+            for source in split_scenes(reader, files) if each_node else files:
+                if is_done(source):
+                    progress.done += 1
+                    bar.total -= bar.total is not None
+                else:
+                    yield source
+
+        results = read_clouds(reader, pipeline, undone(), options, ahead=size, **more)
         with bar:
             while batch := list(islice(results, size)):
                 clouds = [result.content[0].cloud for result in batch if result.error is None]
