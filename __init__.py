@@ -56,7 +56,6 @@ def _register():
     )
 
     from . import configuration_minigpt3d, modeling_minigpt3d, pipeline_minigpt3d, processing_minigpt3d
-    from .evaluation import zero_shot
 
     config, phi_config = configuration_minigpt3d.MiniGPT3DConfig, configuration_minigpt3d.MiniGPT3DPhiConfig
     conditional_generation = modeling_minigpt3d.MiniGPT3DForConditionalGeneration
@@ -69,7 +68,7 @@ def _register():
     AutoFeatureExtractor.register(config, processing_minigpt3d.MiniGPT3DPointCloudProcessor, exist_ok=True)
     AutoProcessor.register(config, processing_minigpt3d.MiniGPT3DProcessor, exist_ok=True)
     pipeline_minigpt3d.register()
-    zero_shot.register()
+    import_module(".evaluation.zero_shot", __name__).register()
 
 
 class _RegisterAfterImport:

@@ -54,6 +54,7 @@ def _cards(rows: Iterable[dict[str, Any]], answers: list[str]) -> Iterator[dict[
         size = [(row["num_points"], "points"), (row["num_faces"], "faces")]
         yield row | {
             "picture": row.get("picture"),
+            "error": row["error"] and row["error"].removeprefix(f"{file}: "),
             "name": node or file.name,
             "place": str(file) if node else folder,
             "answers": [(name, row[name]) for name in answers if row.get(name)],

@@ -56,7 +56,19 @@ CHECKED = unique(
 # The options that documents name outside of blocks are options of these.
 HELPS = [
     f"python -m minigpt3d.cli {name} --help"
-    for name in ("describe", "classify", "chat", "convert", "verify", "pack", "evaluate", "compare", "card", "new", "look")
+    for name in (
+        "describe",
+        "classify",
+        "chat",
+        "convert",
+        "verify",
+        "pack",
+        "evaluate",
+        "compare",
+        "card",
+        "new",
+        "look",
+    )
 ]
 HELPS += [
     f"python -m minigpt3d.{name} --help"
