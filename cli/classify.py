@@ -2,9 +2,9 @@
 
 import csv
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minigpt3d.arguments import non_empty, option
 from minigpt3d.catalog.rows import json_line, safe_cell
@@ -98,19 +98,21 @@ class _Lines:
         sys.stdout.flush()
 
 
-def classifier(pipeline, names: dict, phrases: list[str], prompt: str | None = None) -> Any:
+def classifier(pipeline, names: dict, phrases: Sequence[str], prompt: str | None = None) -> Callable[[list], list]:
     """A function from clouds to the ranked labels of each."""
+    from minigpt3d.evaluation.zero_shot import rank_labels
+
+    score = labeler(pipeline, names, phrases, prompt)
+    return lambda clouds: [rank_labels(row, list(names)) for row in score(clouds)]
+
+
+def labeler(pipeline, names: dict, phrases: Sequence[str], prompt: str | None = None) -> Callable[[list], list]:
+    """A function from clouds to the log-likelihoods (L,) of the labels of each."""
     import numpy as np
 
-    from minigpt3d.evaluation.zero_shot import ZeroShotPointCloudClassificationPipeline, rank_labels
+    from minigpt3d.evaluation.zero_shot import ZeroShotPointCloudClassificationPipeline
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
     question = DEFAULT_PROMPT if prompt is None else prompt
     scorer = ZeroShotPointCloudClassificationPipeline(model=pipeline.model, processor=pipeline.processor)
-
-    def work(clouds: list) -> list[list[dict]]:
-        return [
-            rank_labels(row, list(names)) for row in scorer.log_likelihoods(np.stack(clouds), names, phrases, question)
-        ]
-
-    return work
+    return lambda clouds: list(scorer.log_likelihoods(np.stack(clouds), names, phrases, question))

@@ -52,7 +52,8 @@ def run(model_dir, labels, capsys):
     """Run a command → exit code, lines of stdout, lines of stderr."""
 
     def call(command, *args):
-        words = [command, *map(str, args), "--model", str(model_dir), "--device", "cpu", "--labels", str(labels)]
+        words = [command, *map(str, args), "--model", str(model_dir), "--device", "cpu"]
+        words += [] if command == "search" else ["--labels", str(labels)]
         words += ["--max-new-tokens", "4"] if command == "describe" else []
         code = main(words)
         output = capsys.readouterr()
@@ -232,6 +233,18 @@ def test_classify_prints_probabilities(run, objects):
     assert [float(row["chair"]) for row in rows] == [json.loads(line)["probabilities"]["chair"] for line in out]
     _, text, _ = run("classify", objects / "a.npy", "--phrase", "It is a {}.")
     assert len(text) == 1 and re.match(r"\w[\w ]* [01]\.\d\d, ", text[0])
+
+
+def test_search_prints_the_best_first(run, objects):
+    np.save(objects / "c.npy", make_cloud(5))
+    code, out, err = run("search", "a red chair", objects, "--json")
+    records = [json.loads(line) for line in out]
+    assert code == 1 and "3 searched, 1 failed" in err[-1]
+    assert {record["file"] for record in records} == {str(objects / name) for name in ("a.npy", "c.npy", "more/b.npy")}
+    scores = [record["score"] for record in records]
+    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-4)
+    _, out, _ = run("search", "The red chair.", objects, "--top", 1)  # articles and full stops change nothing
+    assert out == [f"{scores[0]:.2f} {records[0]['file']}"]
 
 
 @pytest.mark.parametrize("content, problem", [(b"", "empty"), (b"a\nb\na\n", "line 3"), (b"\xff\xfe", "UTF-8")])

@@ -59,6 +59,7 @@ HELPS = [
     for name in (
         "describe",
         "classify",
+        "search",
         "chat",
         "convert",
         "verify",

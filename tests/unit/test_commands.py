@@ -19,6 +19,7 @@ OPTIONS = {
     "describe": "ask batch-size clean device dtype each-node json labels max-memory max-new-tokens max-seconds min-confidence "
     "missing-color model out prompt thumbnails up-axis",
     "classify": "batch-size clean csv device dtype json labels max-memory max-seconds missing-color model phrase prompt up-axis",
+    "search": "batch-size clean device dtype json max-memory max-seconds missing-color model top up-axis",
     "chat": "clean device dtype max-memory max-new-tokens max-seconds missing-color model up-axis",
     "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
