@@ -50,36 +50,54 @@ class Journal:
     def __init__(self, catalog: Path, settings: dict[str, Any]):
         self.path = catalog.with_name(f".{catalog.name}.unfinished")
         self._places: dict[Key, tuple[int, int]] = {}
-        if not self.path.exists():
-            self.path.write_bytes(_line(settings))
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1  # a stopped run may leave a torn line
-        if end < len(content):
-            os.truncate(self.path, end)
+        self._file = open(self.path, "a+b")  # what is written goes to the end, wherever was read before
+        try:
+            self._read(catalog, settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, catalog: Path, settings: dict[str, Any]):
+        """Find what is finished, and remove the torn line that a stopped run may leave."""
         advice = f"Delete {self.path} to begin again."
-        place = 0
-        for number, line in enumerate(content[:end].splitlines(keepends=True)):
-            entry = parse_json(line, f"{self.path}, line {number + 1}", advice=advice)
-            if number == 0:
-                for name, value in json.loads(_line(settings)).items():
-                    if entry.get(name) != value:
-                        raise ValueError(
-                            f"{catalog}: a stopped run is to be continued, but its {name} was {entry.get(name)!r} and now "
-                            f"is {value!r}. Repeat its command to finish it. {advice}"
-                        )
-            else:
-                self._places[Key(*entry["key"])] = (place, len(line))
+        begun, place = {}, 0
+        self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            where = f"{self.path}, line {number}"
+            entry = parse_json(line, where, advice=advice)
+            try:
+                if number == 1:
+                    begun = entry
+                else:
+                    self._places[Key(*entry["key"])] = (place, len(line))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{where}: not a finished object. {advice}") from error
             place += len(line)
-        if place == 0:
-            self.path.write_bytes(_line(settings))
-            place = self.path.stat().st_size
-        self._file, self._end = open(self.path, "r+b"), place
+        if not self._places:
+            self._file.truncate(0)
+            self._file.write(_line(settings))
+            self._file.flush()
+            return
+        self._file.truncate(place)
+        for name, value in json.loads(_line(settings)).items():
+            if begun.get(name) != value:
+                raise ValueError(
+                    f"{catalog}: a stopped run is to be continued, but its {name} was {begun.get(name)!r} and now is "
+                    f"{value!r}. Repeat its command to finish it. {advice}"
+                )
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *error):
         self._file.close()
+        if not self._places:
+            self.path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._places
@@ -93,17 +111,15 @@ class Journal:
         """Append rows; they are on disk when this returns."""
         for key, row in rows:
             line = _line({"key": key, "row": row})
-            self._file.seek(self._end)
             self._file.write(line)
-            self._places[key] = (self._end, len(line))
-            self._end += len(line)
-        self._file.flush()
+            self._file.flush()
+            self._places[key] = (self._file.tell() - len(line), len(line))
         os.fsync(self._file.fileno())
 
     def remove(self):
         """The catalog is complete."""
         self._file.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
 
 def _line(content: dict[str, Any]) -> bytes:

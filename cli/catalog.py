@@ -38,6 +38,8 @@ def write(progress: Progress, options: "Options"):
     failed: dict[Any, dict] = {}
 
     with Journal(options.out, settings_of(options, questions, names)) as journal:
+        if len(journal):
+            complain(f"{options.out}: continues a run that was stopped, which described {len(journal)}")
 
         def is_done(source) -> bool:
             keys[source] = key_of(source)

@@ -284,5 +284,10 @@ def test_a_journal_keeps_what_is_on_disk(tmp_path):
     with Journal(tmp_path / "c.csv", {"questions": {"a": "b"}}) as journal:
         assert journal[key] == {"x": "é\n"} and journal[key._replace(node=3)] == {"x": 2}
         assert key._replace(size=5) not in journal
+        assert len(journal) == 2
+        with pytest.raises(ValueError, match="questions"):
+            Journal(tmp_path / "c.csv", {"questions": {}})
         journal.remove()
+    with Journal(tmp_path / "c.csv", {}) as journal:  # nothing was finished, so nothing is left
+        assert len(journal) == 0
     assert not list(tmp_path.iterdir())
