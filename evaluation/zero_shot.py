@@ -52,6 +52,8 @@ class ZeroShotPointCloudClassificationPipeline(PointCloudToTextPipeline):
         Raises:
             ValueError: an input cannot be read, or an argument is not as described.
         """
+        if isinstance(kwargs.get("prompt"), (list, tuple)):
+            raise ValueError(f"{TASK}: prompt is one text for all inputs, got {kwargs['prompt']!r}.")
         return super().__call__(inputs, candidate_labels=candidate_labels, **kwargs)
 
     def _sanitize_parameters(
