@@ -8,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt3d.catalog.forms import write_catalog
 from minigpt3d.catalog.journal import Journal, Key
 from minigpt3d.catalog.labels import read_labels
 from minigpt3d.catalog.rows import NOT_SURE, Question, columns
-from minigpt3d.catalog.write import write_catalog
 from minigpt3d.files import write_bytes
 
+from .batches import Progress, work_on_files
 from .classify import classifier
 from .console import complain
 from .describe import ask, facts_of, place_of
-from .progress import Progress, work_on_files
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from minigpt3d.arguments import non_empty, option
 from minigpt3d.catalog.rows import json_line, safe_cell
 from minigpt3d.sources_minigpt3d import source_name
 
+from .batches import FilesOptions, Progress, work_on_files
 from .console import FAILED, complain
-from .progress import FilesOptions, Progress, work_on_files
 
 
 HELP = "choose among labels for files, or for all readable files in folders"

@@ -10,9 +10,9 @@ from minigpt3d.arguments import number_between, option
 from minigpt3d.catalog.rows import Question, check_questions, json_line, measure
 from minigpt3d.sources_minigpt3d import source_name
 
+from .batches import FilesOptions, Progress, work_on_files
 from .console import FAILED, complain
 from .inference import InferenceOptions
-from .progress import FilesOptions, Progress, work_on_files
 
 
 HELP = "describe files, or all readable files in folders"
@@ -87,7 +87,7 @@ class Options(FilesOptions, InferenceOptions):
             if given:
                 raise ValueError(f"`{given[0]}` is for a catalog: give `out`, or leave it out")
             return
-        from minigpt3d.catalog.write import check_out
+        from minigpt3d.catalog.forms import check_out
 
         if self.json:
             raise ValueError(

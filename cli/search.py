@@ -7,9 +7,9 @@ from minigpt3d.arguments import non_empty, option, positive_int
 from minigpt3d.catalog.rows import json_line
 from minigpt3d.sources_minigpt3d import source_name
 
+from .batches import FilesOptions, Progress, work_on_files
 from .classify import labeler
 from .console import FAILED, complain
-from .progress import FilesOptions, Progress, work_on_files
 
 
 HELP = "find the files that fit a description best"

@@ -4,7 +4,7 @@ The labels are the 16 kinds of the bundled model's held-out objects. Searched fo
 of a color and a kind; beside it the plain way, counting the words of the query in the answers to "What is this?" and "Caption
 this 3D model in detail.".
 
-    python benchmarks/zero_shot.py
+    python benchmarks/zero_shot_labels.py
 """
 
 import re
