@@ -134,6 +134,8 @@ def work_on_files(
         has_pictures: also draw each object; the pictures by up axis are the last of a result's content.
         is_done: whether a file or node needs no work, because an earlier run has done it; asked in order.
 
+    Its processes end when it does: close it if it is left early.
+
     Yields:
         Pairs of a result of `read_clouds` and its outcome; an exception if reading or working on it failed.
     """

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import re
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def write(progress: Progress, options: "Options"):
             keys[source] = key_of(source)
             return keys[source] in journal
 
-        batches = work_on_files(
+        work = work_on_files(
             progress,
             options,
             lambda pipeline: asker(pipeline, questions, names, options),
@@ -54,10 +55,11 @@ def write(progress: Progress, options: "Options"):
             is_done=is_done,
         )
         try:
-            for batch in batches:
-                rows = [(result.path, make_row(result, outcome, questions, options)) for result, outcome in batch]
-                failed |= {source: row for source, row in rows if row["error"] is not None}
-                journal.add((keys[source], row) for source, row in rows if row["error"] is None)
+            with closing(work) as batches:
+                for batch in batches:
+                    rows = [(result.path, make_row(result, outcome, questions, options)) for result, outcome in batch]
+                    failed |= {source: row for source, row in rows if row["error"] is not None}
+                    journal.add((keys[source], row) for source, row in rows if row["error"] is None)
         except KeyboardInterrupt:
             complain(f"{options.out}: stopped; the same command continues")
             raise

@@ -3,7 +3,9 @@
 import csv
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from minigpt3d.arguments import non_empty, option
@@ -65,23 +67,20 @@ def print_labels(progress: Progress, names: dict, options: Options):
     if options.csv:
         table = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="")
         table.writerow(map(safe_cell, ["file", "label", "probability", *names]))
-    for batch in work_on_files(
-        progress, options, lambda pipeline: classifier(pipeline, names, phrases, options.prompt)
-    ):
-        for result, ranked in batch:
+    work = work_on_files(progress, options, lambda pipeline: classifier(pipeline, names, phrases, options.prompt))
+    with closing(work) as batches:
+        for result, ranked in chain.from_iterable(batches):
             if isinstance(ranked, Exception):
                 continue
             probabilities = {entry["label"]: round(entry["score"], 6) for entry in ranked}
             label, probability = next(iter(probabilities.items()))
             name = source_name(result.path)
             if options.csv:
-                table.writerow(
-                    map(safe_cell, [name, label, probability, *(probabilities[of_label] for of_label in names)])
-                )
+                cells = [name, label, probability, *(probabilities[of_label] for of_label in names)]
+                table.writerow(map(safe_cell, cells))
             elif options.json:
                 record = {"file": str(result.path), "label": label, "probability": probability}
-                record |= {"probabilities": probabilities, "warnings": result.warnings}
-                out.write(json_line(record))
+                out.write(json_line(record | {"probabilities": probabilities, "warnings": result.warnings}))
             else:
                 best = list(probabilities.items())[:MOST_PRINTED]
                 text = ", ".join(f"{of_label} {share:.2f}" for of_label, share in best)

@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from minigpt3d.arguments import number_between, option
@@ -122,8 +124,8 @@ def print_answers(progress: Progress, options: Options):
         return lambda clouds: ask(pipeline, clouds, options.prompt, options)
 
     with_name = options.each_node or len(progress.files) > 1
-    for batch in work_on_files(progress, options, prepare, options.each_node):
-        for result, answer in batch:
+    with closing(work_on_files(progress, options, prepare, options.each_node)) as batches:
+        for result, answer in chain.from_iterable(batches):
             if not isinstance(answer, Exception):
                 tqdm.write(to_line(result, answer, options, with_name), file=sys.stdout)
                 sys.stdout.flush()

@@ -1,7 +1,9 @@
 """`minigpt3d search`: the files that fit a description best, by its likelihood as the answer."""
 
 import re
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 
 from minigpt3d.arguments import non_empty, option, positive_int
 from minigpt3d.catalog.rows import json_line
@@ -48,8 +50,10 @@ def run(options: Options, argv: list[str]) -> int:
         def prepare(pipeline):
             return labeler(pipeline, {name: (name,)}, OWN.phrases)
 
-        for batch in work_on_files(progress, options, prepare):
-            found += [(result.path, scores[0]) for result, scores in batch if not isinstance(scores, Exception)]
+        with closing(work_on_files(progress, options, prepare)) as batches:
+            for result, scores in chain.from_iterable(batches):
+                if not isinstance(scores, Exception):
+                    found.append((result.path, scores[0]))
     if found:
         print_best(found, options)
     if progress.files and progress.has_folder:
