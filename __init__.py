@@ -26,6 +26,7 @@ _MODULES = {
     "prepare_tokenizer": "processing_minigpt3d",
     "MiniGPT3DCollator": "data.collator",
     "PointCloudToTextPipeline": "pipeline_minigpt3d",
+    "ZeroShotPointCloudClassificationPipeline": "evaluation.zero_shot",
     "PointCloudError": "point_cloud_minigpt3d",
     "ReadingLimits": "point_cloud_minigpt3d",
     "load_point_cloud": "point_cloud_minigpt3d",
@@ -67,6 +68,7 @@ def _register():
     AutoFeatureExtractor.register(config, processing_minigpt3d.MiniGPT3DPointCloudProcessor, exist_ok=True)
     AutoProcessor.register(config, processing_minigpt3d.MiniGPT3DProcessor, exist_ok=True)
     pipeline_minigpt3d.register()
+    import_module(".evaluation.zero_shot", __name__).register()
 
 
 class _RegisterAfterImport:

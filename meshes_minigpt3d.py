@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .readers_minigpt3d import PointCloudError, Points, import_reader, limits, report_dropped, warn
+from .readers_minigpt3d import Node, PointCloudError, Points, import_reader, limits, report_dropped, warn
 
 
 # Draws for points that replace transparent ones; each is four times the number of points that are missing.
@@ -57,12 +57,14 @@ class Surface:
             (F, 1, 4) per face, or None.
         uv: (F, 3, 2) float texture coordinates, the reader's transforms applied, or None.
         material: None counts as white.
+        nodes: the named nodes of the scene that it belongs to, outermost first, if `keeps_nodes`.
     """
 
     corners: np.ndarray
     color: np.ndarray | None = None
     uv: np.ndarray | None = None
     material: Material | None = None
+    nodes: tuple[Node, ...] = ()
 
 
 # ---- Colors ---------------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ class PointCloudToTextPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs) -> dict[str, torch.Tensor]:
         """Generate; returns the new tokens, (B, num_return_sequences, T)."""
         model_inputs = dict(model_inputs)
-        clouds = list(_flatten(model_inputs.pop("point_clouds")))
+        clouds = list(flatten(model_inputs.pop("point_clouds")))
         if clouds:
             model_inputs["point_clouds"] = torch.cat(clouds)
         batch_size, prompt_length = model_inputs["input_ids"].shape
@@ -319,13 +319,13 @@ class AnswerStreamer(TextStreamer):
         super().on_finalized_text(text.split(self.end_of_answer)[0], stream_end)
 
 
-def _flatten(nested: Iterable) -> Iterable[torch.Tensor]:
+def flatten(nested: Iterable) -> Iterable[torch.Tensor]:
     """The tensors in nested lists."""
     for item in nested:
         if isinstance(item, torch.Tensor):
             yield item
         else:
-            yield from _flatten(item)
+            yield from flatten(item)
 
 
 def register():

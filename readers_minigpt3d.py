@@ -141,6 +141,36 @@ class Points(NamedTuple):
     may_be_sparse: bool = False
 
 
+class Node(NamedTuple):
+    """A named node of a scene.
+
+    Args:
+        number: tells nodes of one name apart.
+        name: as stored.
+    """
+
+    number: int
+    name: str
+
+
+_APART = contextvars.ContextVar("whether the nodes of a scene are kept apart", default=False)
+
+
+def keeps_nodes() -> bool:
+    """Whether surfaces must know their nodes; otherwise readers may join what looks alike."""
+    return _APART.get()
+
+
+@contextlib.contextmanager
+def nodes_kept() -> Iterator[None]:
+    """Within this context surfaces know their nodes."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
 WINDOWS_NAN = re.compile(r"[-+]?1\.#\w+|[-+]?nan\(\w*\)", re.I)  # NaN or infinity, as its programs print them
 
 # ---- For all readers ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces
 from .ply_minigpt3d import read_ply
-from .readers_minigpt3d import PointCloudError, Points, check_zip, import_reader, limits
+from .readers_minigpt3d import Node, PointCloudError, Points, check_zip, import_reader, limits
 from .surfaces_minigpt3d import TextureFiles, check_indices, parse_numbers, read_off, read_stl, split_groups
 from .wavefront_minigpt3d import read_obj
 
@@ -49,6 +49,7 @@ class _Object:
     vertices: array.array
     triangles: array.array  # v1 v2 v3 p1 p2 p3 and the number of the pid; -1 is none
     components: list[_Use]
+    name: str = ""
 
 
 # Elements that differ in their numbers only.
@@ -126,7 +127,7 @@ class _ModelTarget:
         elif self._object and (number := read(self._list_name)):
             self._add_list(self._lists[int(number)])
         elif tag == "object":
-            self._object = _Object(array.array("d"), array.array("q"), [])
+            self._object = _Object(array.array("d"), array.array("q"), [], read("name", "").strip())
             self._default = (self._number(read("pid")), int(read("pindex", 0)))
             self.objects[read("id", "")] = self._object
         elif tag == "component" and self._object:
@@ -235,6 +236,7 @@ class _Reader:
         self._counts: dict[tuple[str, str], tuple[int, int]] = {}
         self._materials: dict[tuple[str, str], Material | None] = {}
         self._meshes: dict[tuple[str, str], list[Surface]] = {}
+        self._num_placed = 0
 
     @staticmethod
     def _key(name: str) -> str:
@@ -301,16 +303,18 @@ class _Reader:
             self._counts[key] = (faces, 1 + sum(uses for _, uses in inner))
         return self._counts[key]
 
-    def _place(self, use: _Use, outer: np.ndarray) -> Iterator[Surface]:
+    def _place(self, use: _Use, outer: np.ndarray, above: tuple[Node, ...] = ()) -> Iterator[Surface]:
         key = (self._key(use.part), use.object_id)
         matrix = np.column_stack([use.matrix, [0, 0, 0, 1]]) @ outer
+        self._num_placed += 1
+        nodes = (*above, Node(self._num_placed, name)) if (name := self._object(key).name) else above
         if key not in self._meshes:
             self._meshes[key] = self._mesh_surfaces(key[0], self._object(key))
         for surface in self._meshes[key]:
             corners = surface.corners @ matrix[:3, :3] + matrix[3, :3]
-            yield Surface(corners, surface.color, surface.uv, surface.material)
+            yield Surface(corners, surface.color, surface.uv, surface.material, nodes)
         for inner in self._object(key).components:
-            yield from self._place(inner, matrix)
+            yield from self._place(inner, matrix, nodes)
 
     def _mesh_surfaces(self, part: str, item: _Object) -> list[Surface]:
         """An object's own triangles, those with a texture apart."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface
-from .readers_minigpt3d import PointCloudError, Points, folders_beside, limits, warn
+from .readers_minigpt3d import Node, PointCloudError, Points, folders_beside, keeps_nodes, limits, warn
 from .surfaces_minigpt3d import (
     TextureFiles,
     count_words,
@@ -40,6 +40,7 @@ class _Rows:
     # (faces, vertices, uvs) before each run of faces, and the run's material
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     materials: list[str] = field(default_factory=list)
+    names: list[tuple[str, str]] = field(default_factory=list)  # object and group of each run
 
 
 @dataclass
@@ -93,8 +94,14 @@ def read_obj(path: Path) -> Points | list[Surface]:
     targets, flat_colors, materials = _choose(list(numbers), paints, says_color(color))
     lengths = np.diff([*(run[0] for run in rows.runs), len(rows.faces)])
     number = np.repeat(number, lengths)[polygon]  # of each triangle
+    target_of = targets[number, has_uv.astype(int)]
+    nodes, num_targets = [()], int(target_of.max(initial=0)) + 1
+    if keeps_nodes():
+        nodes, node_of = _named_nodes(rows.names)
+        target_of = target_of + num_targets * np.repeat(node_of, lengths)[polygon]
     surfaces = []
-    for target, here in split_groups(targets[number, has_uv.astype(int)]):
+    for chosen, here in split_groups(target_of):
+        place, target = divmod(chosen, num_targets)
         paint = materials.get(target)
         surface_color, surface_uv = None, None
         if target == _VERTEX_COLOR and color is not None:
@@ -103,7 +110,7 @@ def read_obj(path: Path) -> Points | list[Surface]:
             surface_color = flat_colors[number[here]][:, None]
         elif paint is not None:
             surface_uv = uv[here] * paint.scale + paint.offset
-        surfaces.append(Surface(coord[faces[here]], surface_color, surface_uv, paint and paint.material))
+        surfaces.append(Surface(coord[faces[here]], surface_color, surface_uv, paint and paint.material, nodes[place]))
     textures.warn_missing()
     return surfaces
 
@@ -113,6 +120,7 @@ def read_obj(path: Path) -> Points | list[Surface]:
 
 def _sort_lines(lines: list[bytes]) -> _Rows:
     rows, material, is_new_run = _Rows(), "", True
+    keeps_names, name, group_name = keeps_nodes(), "", ""
     vertices, uvs, faces = rows.vertices, rows.uvs, rows.faces
     for line in lines:
         if line[:1] == b" ":
@@ -128,15 +136,33 @@ def _sort_lines(lines: list[bytes]) -> _Rows:
             if is_new_run:
                 rows.runs.append((len(faces), len(vertices), len(uvs)))
                 rows.materials.append(material)
+                rows.names.append((name, group_name))
                 is_new_run = False
             faces.append(line[2:])
         elif key in (b"us", b"mt"):
-            word, _, name = line.partition(b" ")
+            word, _, text = line.partition(b" ")
             if word == b"usemtl":
-                material, is_new_run = decode_text(name).strip(), True
+                material, is_new_run = decode_text(text).strip(), True
             elif word == b"mtllib":
-                rows.libraries.append(decode_text(name).strip())
+                rows.libraries.append(decode_text(text).strip())
+        elif keeps_names and key in (b"o ", b"o\t", b"g ", b"g\t", b"g"):
+            is_new_run = True
+            if line[:1] == b"o":
+                name, group_name = decode_text(line[2:]).strip(), ""
+            else:
+                group_name = decode_text(line[2:]).strip()
     return rows
+
+
+def _named_nodes(names: list[tuple[str, str]]) -> tuple[list[tuple[Node, ...]], np.ndarray]:
+    """Object and group of each run of faces → the nodes of each different pair, and the pair of each run (R,)."""
+    numbers: dict[tuple[str, ...], int] = {}
+    pairs: dict[tuple[str, str], tuple[Node, ...]] = {}
+    for pair in names:
+        keys = [pair[:1], pair] if pair[1] else [pair[:1]]
+        pairs[pair] = tuple(Node(numbers.setdefault(key, len(numbers)), key[-1]) for key in keys if key[-1])
+    order = {pair: index for index, pair in enumerate(pairs)}
+    return list(pairs.values()), np.array([order[pair] for pair in names], dtype=np.int64)
 
 
 def _without_comments(lines: list[bytes]) -> bytes:

@@ -1,8 +1,8 @@
-"""What `describe` and `embed` share: their options, and the way of many files through the model in batches."""
+"""Work on many files: find them in folders, read the next ones while the model works on a batch, count what became of them."""
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,13 +13,12 @@ from minigpt3d.messages import one_line
 from minigpt3d.readers_minigpt3d import NotACloudError, printable
 from minigpt3d.sources_minigpt3d import source_name
 
-from .console import FAILED, complain
+from .console import complain
 from .inference import ModelOptions, load_pipeline, read_clouds
 
 
 if TYPE_CHECKING:
     from minigpt3d.data.reading import FileResult
-
 
 # Files that belong to meshes; in a folder they are not called skipped.
 PARTS = ".mtl .bin .png .jpg .jpeg .tga .bmp .gif .tif .tiff .webp .dds .ktx2".split()
@@ -27,7 +26,7 @@ CPU_BATCH, ACCELERATOR_BATCH = 16, 64
 
 
 @dataclass(kw_only=True)
-class BatchOptions(ModelOptions):
+class FilesOptions(ModelOptions):
     """Which files, and how many at once."""
 
     paths: list[Path | str] = option(
@@ -43,8 +42,13 @@ class BatchOptions(ModelOptions):
 
 @dataclass
 class Progress:
-    """What became of the files."""
+    """What became of the files.
 
+    Args:
+        verb: what a file is that did not fail, in the summary.
+    """
+
+    verb: str = "described"
     files: list[Path | str] = field(default_factory=list)
     in_folders: set[Path] = field(default_factory=set)
     has_folder: bool = False
@@ -52,7 +56,23 @@ class Progress:
     failed: int = 0
     skipped: Counter = field(default_factory=Counter)  # by type
 
-    def add(self, path: Path | str):
+    @classmethod
+    def of(cls, paths: Collection[Path | str], own: Collection[Path] = (), verb: str = "described") -> "Progress":
+        """All files of paths; folders without any are reported as failed.
+
+        Args:
+            own: files that the command writes; in a folder they are left out.
+        """
+        progress = cls(verb)
+        for path in paths:
+            try:
+                progress.add(path, {file.resolve() for file in own})
+            except ValueError as error:
+                progress.fail(str(error))
+        progress.in_folders.difference_update(paths)
+        return progress
+
+    def add(self, path: Path | str, own: Collection[Path] = ()):
         """Add a file, a URL, or all readable files in a folder and its subfolders, sorted.
 
         Raises:
@@ -66,7 +86,7 @@ class Progress:
         self.has_folder = True
         visible = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".") and not file.is_dir()]
         special = sum(not file.is_file() for file in visible)
-        visible = [file for file in visible if file.is_file()]
+        visible = [file for file in visible if file.is_file() and not (own and file.resolve() in own)]
         readable = [file for file in visible if is_readable(file)]
         others = Counter(file.suffix.lower() for file in visible if not is_readable(file))
         if special:
@@ -84,11 +104,11 @@ class Progress:
         self.failed += 1
         complain(message)
 
-    def summary(self, done: str) -> str:
+    def summary(self) -> str:
         """3 described, 1 failed, 40 skipped: 21 .dae, 19 .fbx"""
         skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
         end = f", {skipped.total()} skipped: {by_type(skipped)}" if skipped else ""
-        return f"{self.done} {done}, {self.failed} failed{end}"
+        return f"{self.done} {self.verb}, {self.failed} failed{end}"
 
 
 def by_type(counts: Counter) -> str:
@@ -97,82 +117,85 @@ def by_type(counts: Counter) -> str:
     return ", ".join(f"{count} {printable(suffix) or 'without extension'}" for suffix, count in ordered)
 
 
-def find_files(paths: list[Path | str]) -> Progress:
-    """The files, and those in folders; folders without any are reported."""
-    progress = Progress()
-    for path in paths:
-        try:
-            progress.add(path)
-        except ValueError as error:
-            progress.fail(str(error))
-    progress.in_folders.difference_update(paths)
-    return progress
-
-
-def run_batches(
+def work_on_files(
     progress: Progress,
-    options: BatchOptions,
-    compute: Callable[[Any, list], list],
-    keep: Callable[["FileResult", Any], None],
-    product: str,
-    done: str,
-) -> int:
-    """Read every file and take the clouds through the model; returns the exit code.
+    options: FilesOptions,
+    prepare: Callable[[Any], Callable[[list], list]],
+    each_node: bool = False,
+    has_pictures: bool = False,
+    is_done: Callable[[Any], bool] = lambda source: False,
+) -> Iterator[list[tuple["FileResult", Any]]]:
+    """Batches of what came of each file, in order. Failures are printed and counted; texts that are no clouds, found in
+    folders, are counted as skipped and left out.
 
     Args:
-        progress: of `find_files`.
-        compute: (pipeline, list of clouds (P, 6), y up) → a product for each cloud.
-        keep: takes a result of `read_clouds` and its product, in the order of the files.
-        product: its name, for messages.
-        done: what has been done with a file, for the summary.
+        prepare: pipeline → a function from clouds (N, 6), y up, to an outcome for each.
+        each_node: of scenes, work on every named node by itself, a `SceneNode`.
+        has_pictures: also draw each object; the pictures by up axis are the last of a result's content.
+        is_done: whether a file or node needs no work, because an earlier run has done it; asked in order.
+
+    Its processes end when it does: close it if it is left early.
+
+    Yields:
+        Pairs of a result of `read_clouds` and its outcome; an exception if reading or working on it failed.
     """
-    if progress.files:
-        _run_files(progress, options, compute, keep, product)
-        if progress.has_folder:
-            complain(progress.summary(done))
-    return FAILED if progress.failed else 0
-
-
-def _run_files(progress: Progress, options: BatchOptions, compute: Callable, keep: Callable, product: str):
-    """The next files are read while the model works on a batch."""
     from tqdm import tqdm
 
     from minigpt3d.data.reading import FileReader
+    from minigpt3d.data.scene import load, split_scenes
     from minigpt3d.point_cloud_minigpt3d import load_orientations
 
     files = progress.files
-    with FileReader(load_orientations, limits=options.limits) as reader:  # it starts while the model loads
+    function, more = (load, {"has_picture": has_pictures}) if each_node or has_pictures else (load_orientations, {})
+    with FileReader(function, limits=options.limits) as reader:  # it starts while the model loads
         pipeline = load_pipeline(options)
+        work = prepare(pipeline)
         # Without a terminal (disable=None) nobody watches the bar, and a log keeps to its lines.
-        bar = tqdm(total=len(files), unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)
+        is_long = each_node or len(files) > 1
+        total = None if each_node else len(files)
+        bar = tqdm(total=total, unit="object", file=sys.stderr, disable=None if is_long else True)
         size = options.batch_size or (CPU_BATCH if pipeline.device.type == "cpu" else ACCELERATOR_BATCH)
-        results = read_clouds(reader, pipeline, files, options, ahead=size)
+
+        def undone() -> Iterator:
+            for source in split_scenes(reader, files) if each_node else files:
+                if is_done(source):
+                    progress.done += 1
+                    bar.total -= bar.total is not None
+                else:
+                    yield source
+
+        results = read_clouds(reader, pipeline, undone(), options, ahead=size, **more)
         with bar:
             while batch := list(islice(results, size)):
                 clouds = [result.content[0].cloud for result in batch if result.error is None]
-                products = iter(_compute(compute, pipeline, clouds))
+                outcomes = iter(one_by_one(work, clouds))
+                done = []
                 for result in batch:
+                    outcome = next(outcomes) if result.error is None else result.error
                     bar.update()
-                    made = next(products) if result.error is None else result.error
-                    if isinstance(made, NotACloudError) and result.path in progress.in_folders:
+                    if isinstance(outcome, NotACloudError) and result.path in progress.in_folders:
                         progress.skipped[result.path.suffix.lower()] += 1
-                    elif isinstance(made, Exception):
-                        unread = result.error is not None
-                        name = source_name(result.path)
-                        progress.fail(str(made) if unread else f"{name}: no {product}: {one_line(made)}")
+                        continue
+                    if isinstance(outcome, Exception):
+                        if result.error is None:
+                            outcome = ValueError(
+                                f"{source_name(result.path)}: not {progress.verb}: {one_line(outcome)}"
+                            )
+                        progress.fail(str(outcome))
                     else:
                         progress.done += 1
-                        keep(result, made)
+                    done.append((result, outcome))
+                yield done
 
 
-def _compute(compute: Callable, pipeline, clouds: list) -> list:
-    """For each cloud the product, or the exception that says why there is none."""
+def one_by_one(work: Callable[[list], list], clouds: list) -> list:
+    """What `work` returns for clouds together or, if that fails, for each alone; what fails alone gets its exception."""
     if not clouds:
         return []
     try:
-        return compute(pipeline, clouds)
+        return work(clouds)
     except Exception as error:
         if len(clouds) == 1:
             return [error]
         # Out of memory, for example: a cloud alone may fit.
-        return [made for cloud in clouds for made in _compute(compute, pipeline, [cloud])]
+        return [outcome for cloud in clouds for outcome in one_by_one(work, [cloud])]

@@ -1,52 +1,147 @@
-"""`minigpt3d describe`: say what each 3D model is."""
+"""`minigpt3d describe`: say what each 3D model is, or write a catalog of all."""
 
-import json
+import argparse
+import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
-from minigpt3d.arguments import option
+from minigpt3d.arguments import number_between, option
+from minigpt3d.catalog.rows import Question, check_questions, json_line, measure
 from minigpt3d.sources_minigpt3d import source_name
 
-from .batches import BatchOptions, find_files, run_batches
+from .batches import FilesOptions, Progress, work_on_files
+from .console import FAILED, complain
 from .inference import InferenceOptions
 
 
 HELP = "describe files, or all readable files in folders"
-DESCRIPTION = "Describe 3D models: answers on standard output, one line each; errors on standard error."
+DESCRIPTION = (
+    "Describe 3D models: answers on standard output, one line each; errors on standard error. With --out, a catalog of them: "
+    "answers, kind, sizes, colors and warnings as a table, or as a page with pictures that can be searched."
+)
 EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
 
-# Colors of a smaller share are not listed.
-LEAST_SHARE = 0.01
+
+def question(text: str) -> Question:
+    """NAME=QUESTION, for argparse."""
+    name, equals, words = (part.strip() for part in text.partition("="))
+    if not (name and words and name.isprintable()):
+        raise argparse.ArgumentTypeError(
+            f'must be a name and a question, such as style="What style is it?", got {text!r}'
+        )
+    return Question(name, words)
 
 
 @dataclass(kw_only=True)
-class Options(InferenceOptions, BatchOptions):
+class Options(FilesOptions, InferenceOptions):
     prompt: str | None = option('the question (default: "What is this?")', default=None)
     json: bool = option("print one JSON object per line: file, prompt, answer, facts and warnings", default=False)
+    each_node: bool = option(
+        "of scenes, describe every named node by itself (glTF, OBJ, 3MF, USD, and what assimp reads)", default=False
+    )
+    out: Path | None = option(
+        "write a catalog instead, .csv, .jsonl, .parquet or .html; the same command continues a run that was stopped",
+        default=None,
+        metavar="FILE",
+        group="catalog",
+    )
+    ask: list[Question] = option(
+        'a question about every object, and the name of the column for its answers, such as style="What style is it?"; '
+        "can be repeated",
+        default=[],
+        type=question,
+        action="append",
+        metavar="NAME=QUESTION",
+        group="catalog",
+    )
+    labels: Path | None = option(
+        "text file with the kinds to choose from, one on each line (default: the kinds of household objects that the bundled "
+        "model knows)",
+        default=None,
+        metavar="FILE",
+        group="catalog",
+    )
+    min_confidence: float = option(
+        "kinds whose likelihood, as a share of all kinds, is smaller are called not sure",
+        default=0.5,
+        type=number_between(0, 1),
+        metavar="SHARE",
+        group="catalog",
+    )
+    thumbnails: Path | None = option(
+        "folder for a picture of each object (a page contains them anyway)",
+        default=None,
+        metavar="DIR",
+        group="catalog",
+    )
+
+    def check(self):
+        """
+        Raises:
+            ValueError: options that exclude each other, or one that is missing.
+            ImportError: a library is missing.
+        """
+        if self.out is None:
+            given = [name for name in ("ask", "labels", "thumbnails") if getattr(self, name)]
+            if given:
+                raise ValueError(f"`{given[0]}` is for a catalog: give `out`, or leave it out")
+            return
+        from minigpt3d.catalog.forms import check_out
+
+        if self.json:
+            raise ValueError(
+                "`json` prints lines and `out` writes a catalog: give one of them (--out FILE.jsonl has both)"
+            )
+        check_out(self.out)
+        check_questions(self.ask)
+        if self.thumbnails is not None and self.thumbnails.exists() and not self.thumbnails.is_dir():
+            raise ValueError(f"`thumbnails` {self.thumbnails} is a file. Give a folder.")
 
 
 def run(options: Options, argv: list[str]) -> int:
-    """Print a line for each file; returns the exit code."""
+    """Describe every file; returns the exit code."""
+    options.check()
+    progress = Progress.of(options.paths, own=() if options.out is None else (options.out,))
+    if progress.files and options.out is not None:
+        from .catalog import write
+
+        write(progress, options)
+    elif progress.files:
+        print_answers(progress, options)
+    if progress.files and (progress.has_folder or options.out is not None):
+        complain(progress.summary())
+    return FAILED if progress.failed else 0
+
+
+def print_answers(progress: Progress, options: Options):
+    """Print a line for each file that can be described."""
     from tqdm import tqdm
 
-    progress = find_files(options.paths)
+    def prepare(pipeline):
+        return lambda clouds: ask(pipeline, clouds, options.prompt, options)
 
-    def ask(pipeline, clouds: list) -> list[str]:
-        outputs = pipeline(
-            clouds,
-            prompt=options.prompt,
-            up_axis="y",
-            clean="none",
-            batch_size=len(clouds),
-            max_new_tokens=options.max_new_tokens,
-        )
-        return [output["generated_text"] for (output,) in outputs]
+    with_name = options.each_node or len(progress.files) > 1
+    with closing(work_on_files(progress, options, prepare, options.each_node)) as batches:
+        for result, answer in chain.from_iterable(batches):
+            if not isinstance(answer, Exception):
+                tqdm.write(to_line(result, answer, options, with_name), file=sys.stdout)
+                sys.stdout.flush()
 
-    def show(result, answer: str):
-        tqdm.write(to_line(result, answer, options, with_name=len(progress.files) > 1), file=sys.stdout)
-        sys.stdout.flush()
 
-    return run_batches(progress, options, ask, show, product="answer", done="described")
+def ask(pipeline, clouds: list, prompt: str | None, options: InferenceOptions) -> list[str]:
+    """The answer to a question about each cloud, y up."""
+    outputs = pipeline(
+        clouds,
+        prompt=prompt,
+        up_axis="y",
+        clean="none",
+        batch_size=len(clouds),
+        max_new_tokens=options.max_new_tokens,
+    )
+    return [output["generated_text"] for (output,) in outputs]
 
 
 def to_line(result, answer: str, options: Options, with_name: bool) -> str:
@@ -58,25 +153,20 @@ def to_line(result, answer: str, options: Options, with_name: bool) -> str:
     from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 
     if options.json:
-        orientation, facts = result.content
         prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-        record = {"file": str(result.path), "prompt": prompt, "answer": answer} | facts._asdict()
-        record["up_axis"] = orientation.up_axis
-        return json_line(record | measure(orientation.cloud, facts.has_color) | {"warnings": result.warnings})
+        record = place_of(result.path, options) | {"prompt": prompt, "answer": answer} | facts_of(result)
+        return json_line(record | {"warnings": result.warnings})
     return f"{source_name(result.path)}: {answer}" if with_name else answer
 
 
-def measure(cloud, has_color: bool) -> dict:
-    """Sides of the bounding box relative to the longest, y up, and the shares of the main colors, for (P, 6)."""
-    from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
-
-    sides = cloud[:, :3].max(0) - cloud[:, :3].min(0)
-    sides = {axis: round(float(side), 3) for axis, side in zip("xyz", sides / sides.max(), strict=True)}
-    shares = sorted(zip(color_shares(cloud[:, 3:]), COLORS, strict=True), reverse=True) if has_color else ()
-    return {"sides": sides, "colors": {name: round(float(share), 3) for share, name in shares if share >= LEAST_SHARE}}
+def place_of(source, options: Options) -> dict:
+    """The file of a source and, if nodes are described, the name of its node, None for a whole file."""
+    file = {"file": source if isinstance(source, str) else os.fspath(source)}
+    is_path = isinstance(source, (str, Path))
+    return file | {"node": None if is_path else source.name} if options.each_node else file
 
 
-def json_line(record: dict) -> str:
-    """JSON in which letters of all languages are readable and control characters are escaped."""
-    text = json.dumps(record, ensure_ascii=False)
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+def facts_of(result) -> dict:
+    """What was read of a file, and what is measured."""
+    orientation, facts, *_ = result.content
+    return facts._asdict() | {"up_axis": orientation.up_axis} | measure(orientation.cloud, facts.has_color)

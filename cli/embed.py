@@ -1,15 +1,17 @@
 """`minigpt3d embed`: vectors of 3D models, to find similar ones."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from minigpt3d.arguments import option
 from minigpt3d.files import written_file
 from minigpt3d.sources_minigpt3d import source_name
 
-from .batches import BatchOptions, find_files, run_batches
-from .console import complain
+from .batches import FilesOptions, Progress, work_on_files
+from .console import FAILED, complain
 
 
 HELP = "write a vector for each file, to find similar objects"
@@ -21,7 +23,7 @@ EPILOG = "Exit code: 0, 1 if a file failed (the table has the others), 2 for a w
 
 
 @dataclass(kw_only=True)
-class Options(BatchOptions):
+class Options(FilesOptions):
     out: Path = option("table to write, .parquet or .npz (arrays `path` and `embedding`)", metavar="FILE")
 
 
@@ -36,21 +38,24 @@ def run(options: Options, argv: list[str]) -> int:
         raise ImportError(
             "A .parquet file is written by pyarrow: pip install 'minigpt3d[train]', or write a .npz file"
         )
-    progress = find_files(options.paths)
-    progress.files = [file for file in progress.files if isinstance(file, str) or file.resolve() != out.resolve()]
+    progress = Progress.of(options.paths, own=(out,), verb="embedded")
     paths, embeddings = [], []
-
-    def keep(result, embedding):
-        paths.append(source_name(result.path))
-        embeddings.append(embedding)
-
-    code = run_batches(progress, options, embed, keep, product="embedding", done="embedded")
+    if progress.files:
+        with closing(
+            work_on_files(progress, options, lambda pipeline: lambda clouds: embed(pipeline, clouds))
+        ) as batches:
+            for result, embedding in chain.from_iterable(batches):
+                if not isinstance(embedding, Exception):
+                    paths.append(source_name(result.path))
+                    embeddings.append(embedding)
+        if progress.has_folder:
+            complain(progress.summary())
     if paths:
         with written_file(out) as partial:
             WRITERS[suffix](partial, paths, embeddings)
     else:
         complain(f"nothing to write to {out}")
-    return code
+    return FAILED if progress.failed else 0
 
 
 def embed(pipeline, clouds: list) -> list:

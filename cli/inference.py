@@ -63,7 +63,7 @@ def load_pipeline(options: ModelOptions):
 
 
 def read_clouds(
-    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: ModelOptions, ahead: int = 1
+    reader: "FileReader", pipeline, paths: Iterable[Path | str], options: ModelOptions, ahead: int = 1, **more
 ) -> Iterator["FileResult"]:
     """A result for each file, whose content is an `Orientation`, y up, and `CloudFacts`; warnings are printed.
 
@@ -71,9 +71,10 @@ def read_clouds(
     differently, and a conversation reads its file once.
 
     Args:
-        reader: of `load_orientations`.
+        reader: of `load_orientations`, or of `load`.
+        more: arguments of its function. What else it returns follows the two in the content.
     """
-    for result in reader.read_files(paths, ahead, **pipeline.reading_arguments(**options.reading)):
+    for result in reader.read_files(paths, ahead, **pipeline.reading_arguments(**options.reading), **more):
         name = source_name(result.path)
         if result.error is None:
             result = _choose_orientation(pipeline, result)
@@ -85,14 +86,14 @@ def read_clouds(
 
 
 def _choose_orientation(pipeline, result: "FileResult") -> "FileResult":
-    orientations, facts = result.content
+    orientations, *rest = result.content
     try:
         chosen = pipeline.choose_orientation(orientations)
     except Exception as error:  # out of memory, for example
         return replace(
             result, error=ValueError(f"{source_name(result.path)}: no choice of an up axis: {one_line(error)}")
         )
-    return replace(result, content=(chosen, facts), warnings=(*result.warnings, *chosen.notes))
+    return replace(result, content=(chosen, *rest), warnings=(*result.warnings, *chosen.notes))
 
 
 def read_file(path: Path | str, options: ModelOptions) -> tuple:

@@ -13,12 +13,29 @@ from importlib.metadata import version
 from minigpt3d.arguments import Parser, add_options, normalize, read_options, with_flags
 from minigpt3d.messages import MultilineError, one_line
 
-from . import card, chat, compare, convert, describe, embed, evaluate, look, new, pack, serve, verify
+from . import (
+    card,
+    chat,
+    classify,
+    compare,
+    convert,
+    describe,
+    embed,
+    evaluate,
+    look,
+    new,
+    pack,
+    search,
+    serve,
+    verify,
+)
 from .console import FAILED, complain, warnings_in_one_line
 
 
 COMMANDS = {
     "describe": describe,
+    "classify": classify,
+    "search": search,
     "chat": chat,
     "embed": embed,
     "look": look,

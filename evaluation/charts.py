@@ -6,6 +6,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from minigpt3d.data.thumbnails import direction_matrix
 from minigpt3d.model_card.words import CONDITIONS, scaled
 
 from .metrics.table import METRICS
@@ -35,7 +36,7 @@ def draw_cloud(cloud: np.ndarray) -> bytes:
     axes.set_axis_off()
     axes.set(xlim=(-2, 2), ylim=(-1, 1))
     for center, azimuth in ((-1, 30), (1, 210)):
-        right, up, depth = _view(azimuth, elevation=20) @ coord.T / radius
+        right, up, depth = direction_matrix(azimuth, elevation=20) @ coord.T / radius
         order = np.argsort(depth)  # near points cover far ones
         color = np.repeat(0.1 + 0.35 * (1 - depth[:, None]), 3, axis=1).clip(0, 1) if plain else rgb
         axes.scatter(
@@ -43,14 +44,6 @@ def draw_cloud(cloud: np.ndarray) -> bytes:
             linewidths=0,
         )  # fmt: skip
     return _png(figure, dpi=100, num_colors=256)  # a third of the size: a page has twenty pictures
-
-
-def _view(azimuth: float, elevation: float) -> np.ndarray:
-    """(3, 3): the directions right, up and toward a viewer at these angles in degrees; y is up."""
-    a, e = np.radians([azimuth, elevation])
-    toward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
-    right = np.array([np.cos(a), 0, -np.sin(a)])
-    return np.stack([right, np.cross(toward, right), toward])
 
 
 def draw_scores(results: Results) -> bytes | None:

@@ -15,13 +15,23 @@ import gzip
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .meshes_minigpt3d import Material, Surface, check_num_faces, to_srgb
-from .readers_minigpt3d import PointCloudError, check_zip, folders_beside, import_reader, limits, too_few
+from .readers_minigpt3d import (
+    Node,
+    PointCloudError,
+    check_zip,
+    folders_beside,
+    import_reader,
+    keeps_nodes,
+    limits,
+    too_few,
+)
 from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
 
 
@@ -67,17 +77,18 @@ def _read_assimp(path: Path) -> list[Surface]:
             f"assimp-py cannot read it ({detail[:200]}). Export it as .glb or .obj, with Blender for example."
         ) from error
     placed = list(_walk(scene.root_node))
-    check_num_faces(sum(scene.meshes[index].num_faces for index, _ in placed))
+    check_num_faces(sum(scene.meshes[index].num_faces for index, _, _ in placed))
     textures = TextureFiles()
     embedded = _embedded_textures(path) if path.suffix.lower() == ".fbx" else {}
     materials: dict[int, Material | None] = {}
     surfaces = []
-    for index, matrix in placed:
+    for index, matrix, nodes in placed:
         mesh = scene.meshes[index]
         if mesh.material_index not in materials:
             properties = scene.materials[mesh.material_index]
             materials[mesh.material_index] = _assimp_material(path, properties, textures, embedded)
-        surfaces.append(_assimp_surface(mesh, matrix, materials[mesh.material_index]))
+        surface = _assimp_surface(mesh, matrix, materials[mesh.material_index])
+        surfaces.append(replace(surface, nodes=nodes) if nodes else surface)
     textures.warn_missing()
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
@@ -142,17 +153,18 @@ def _is_new_blend(path: Path) -> bool:
     return start.startswith(b"\x28\xb5\x2f\xfd") or version is not None and int(version[1] or version[2]) >= 280
 
 
-def _walk(root: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Every mesh at every place, by the number of the mesh, and its matrix (4, 4)."""
-    stack, num_nodes = [(root, np.eye(4))], 0
+def _walk(root: Any) -> Iterator[tuple[int, np.ndarray, tuple[Node, ...]]]:
+    """Every mesh at every place, by the number of the mesh, its matrix (4, 4), and its nodes, if they are asked for."""
+    stack, num_nodes = [(root, np.eye(4), ())], 0
     while stack:
-        node, matrix = stack.pop()
+        node, matrix, above = stack.pop()
         num_nodes += 1
         if num_nodes > limits().max_nodes:
             raise PointCloudError(f"its scene has more than the {limits().max_nodes:,} nodes allowed.")
         matrix = matrix @ np.array(node.transformation)
-        yield from ((index, matrix) for index in node.mesh_indices)
-        stack.extend((child, matrix) for child in reversed(node.children))
+        nodes = (*above, Node(num_nodes, node.name)) if keeps_nodes() and node.name.strip() else above
+        yield from ((index, matrix, nodes) for index in node.mesh_indices)
+        stack.extend((child, matrix, nodes) for child in reversed(node.children))
 
 
 def _assimp_surface(mesh: Any, matrix: np.ndarray, material: Material | None) -> Surface:
@@ -258,6 +270,7 @@ def _read_usd(path: Path) -> list[Surface]:
             "usd-core cannot open it. The file is corrupt or names parts that are missing."
         ) from error
     textures, surfaces, num_faces = TextureFiles(), [], 0
+    numbers: dict[str, int] = {}  # of prims by their path
     materials: dict[str, Material | None] = {}
     time = usd.TimeCode.EarliestTime()  # what is not animated has one value for all times
     transforms = geometry.XformCache(time)
@@ -296,11 +309,18 @@ def _read_usd(path: Path) -> list[Surface]:
             key = str(bound.GetPath()) if bound else ""
             if key not in materials:
                 materials[key] = _usd_material(bound, time, textures, path) if bound else None
-            surfaces.append(whole.surface(here, materials[key]))
+            surface = whole.surface(here, materials[key])
+            surfaces.append(replace(surface, nodes=_usd_nodes(prim, numbers)) if keeps_nodes() else surface)
     textures.warn_missing()
     if not surfaces:
         raise PointCloudError("it holds no mesh.")
     return surfaces
+
+
+def _usd_nodes(prim: Any, numbers: dict[str, int]) -> tuple[Node, ...]:
+    """A prim and those above it, outermost first."""
+    paths = [path for path in prim.GetPath().GetPrefixes() if path.IsPrimPath()]
+    return tuple(Node(numbers.setdefault(str(path), len(numbers)), path.name) for path in paths)
 
 
 class _UsdMesh:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .gltf_file_minigpt3d import GltfFile, Values, import_decoder, read_vector
 from .meshes_minigpt3d import Material, Surface, check_num_faces, paint, to_srgb
-from .readers_minigpt3d import PointCloudError, Points, limits, warn
+from .readers_minigpt3d import Node, PointCloudError, Points, keeps_nodes, limits, warn
 
 
 _DRACO = "KHR_draco_mesh_compression"
@@ -114,8 +114,27 @@ def _world(file: GltfFile) -> tuple[dict[int, np.ndarray], list[int]]:
     return world, in_scene
 
 
+def _named_nodes(file: GltfFile) -> dict[int, tuple[Node, ...]]:
+    """Of every node itself and those above it that have names, outermost first; nothing if they are not asked for."""
+    nodes = file.items("nodes")
+    if not keeps_nodes():
+        return dict.fromkeys(range(len(nodes)), ())
+    above = {child: index for index, node in enumerate(nodes) for child in node.get("children", ())}
+    chains: dict[int, tuple[Node, ...]] = {}
+    for index in range(len(nodes)):
+        path = [index]  # `_world` has checked that there is no cycle
+        while path[-1] in above and path[-1] not in chains:
+            path.append(above[path[-1]])
+        for number in reversed(path):
+            name = nodes[number].get("name")
+            own = (Node(number, name),) if isinstance(name, str) and name.strip() else ()
+            chains.setdefault(number, chains.get(above.get(number), ()) + own)
+    return chains
+
+
 def _placements(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) -> dict[tuple, list[np.ndarray]]:
-    """(mesh, skin, weights of its morph targets) → matrices (I, 4, 4) of the places where it stands."""
+    """(mesh, skin, weights of its morph targets, nodes) → matrices (I, 4, 4) of the places where it stands."""
+    nodes = _named_nodes(file)
     placements: dict[tuple, list[np.ndarray]] = {}
     num_instances = 0
     for index in in_scene:
@@ -142,7 +161,7 @@ def _placements(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int
             matrices = matrices @ _matrices(*parts)
         if "skin" in node:  # it stands where its joints are, wherever its node is
             matrices = np.eye(4)[None]
-        placements.setdefault((node["mesh"], node.get("skin"), tuple(weights)), []).append(matrices)
+        placements.setdefault((node["mesh"], node.get("skin"), tuple(weights), nodes[index]), []).append(matrices)
     return placements
 
 
@@ -177,6 +196,7 @@ class _Part(NamedTuple):
     matrices: np.ndarray  # (I, 4, 4)
     weights: tuple
     joints: np.ndarray | None
+    nodes: tuple[Node, ...]
 
 
 def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) -> list[_Part]:
@@ -187,7 +207,7 @@ def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) ->
     """
     parts, total = [], 0
     skins: dict[int | None, np.ndarray | None] = {None: None}
-    for (mesh, skin, weights), places in _placements(file, world, in_scene).items():
+    for (mesh, skin, weights, nodes), places in _placements(file, world, in_scene).items():
         matrices = np.concatenate(places)
         if skin not in skins:
             skins[skin] = _joints(file, skin, world)
@@ -204,7 +224,7 @@ def _parts(file: GltfFile, world: dict[int, np.ndarray], in_scene: list[int]) ->
                 raise PointCloudError(
                     f"its meshes have more than the {limits().max_primitives:,} parts allowed. Join them first."
                 )
-            parts.append(_Part(primitive, mode, elements, matrices, weights, skins[skin]))
+            parts.append(_Part(primitive, mode, elements, matrices, weights, skins[skin], nodes))
     check_num_faces(total)
     return parts
 
@@ -331,7 +351,7 @@ def _read_part(file: GltfFile, part: _Part) -> list[Surface] | list[Points]:
             stored if stored is None or len(matrices) == 1 else np.tile(stored, times) for stored in (color, uv)
         ]
         make = _points if part.mode == 0 else Surface
-        contents.append(make(corners, *content, paint_with.material))
+        contents.append(make(corners, *content, paint_with.material, part.nodes))
     return contents
 
 
@@ -344,7 +364,9 @@ def _placed(position: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return placed
 
 
-def _points(corners: np.ndarray, color: np.ndarray | None, uv: np.ndarray | None, material: Material | None) -> Points:
+def _points(
+    corners: np.ndarray, color: np.ndarray | None, uv: np.ndarray | None, material: Material | None, nodes: tuple
+) -> Points:
     coord = corners[:, 0]
     if material is None:
         return Points(coord, None if color is None else color[:, 0, :3])

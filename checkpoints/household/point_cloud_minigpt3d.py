@@ -150,8 +150,12 @@ def load_orientations(
     up_axis: str | None,
     seed: int,
     clean: str,
+    content: Points | list[Surface] | None = None,
 ) -> tuple[list[Orientation], CloudFacts]:
     """Read as `load_point_cloud` does, with the same arguments and errors; `up_axis` may also be "auto".
+
+    Args:
+        content: of the source, or a part of it, if it has been read already.
 
     Returns:
         The only orientation, or for "auto" one for each of `UP_AXES`, from which the pipeline chooses; and facts about the
@@ -170,7 +174,7 @@ def load_orientations(
     count = max(num_points, CLEANING_POINTS) if looks_closer else num_points
     try:
         with called(name):
-            content = _read(source)
+            content = _read(source) if content is None else content
             if isinstance(content, Points):
                 coord, color = _sample_points(content, count, rng)
                 counts = len(content.coord), None
@@ -204,6 +208,16 @@ def load_orientations(
                 )
             )
         return orientations, facts
+    except PointCloudError as error:
+        raise type(error)(f"{name}: {printable(str(error))}") from error
+
+
+def read_content(source: Any) -> Points | list[Surface]:
+    """What a source holds, not sampled yet. Raises as `load_point_cloud`."""
+    name = source_name(source)
+    try:
+        with called(name):
+            return _read(source)
     except PointCloudError as error:
         raise type(error)(f"{name}: {printable(str(error))}") from error
 

@@ -58,6 +58,8 @@ HELPS = [
     f"python -m minigpt3d.cli {name} --help"
     for name in (
         "describe",
+        "classify",
+        "search",
         "chat",
         "convert",
         "verify",

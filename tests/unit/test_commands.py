@@ -16,7 +16,10 @@ from minigpt3d.pipeline_minigpt3d import DEFAULT_MAX_NEW_TOKENS
 
 # Renaming or dropping one of these breaks somebody's scripts.
 OPTIONS = {
-    "describe": "batch-size clean device dtype json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
+    "describe": "ask batch-size clean device dtype each-node json labels max-memory max-new-tokens max-seconds min-confidence "
+    "missing-color model out prompt thumbnails up-axis",
+    "classify": "batch-size clean csv device dtype json labels max-memory max-seconds missing-color model phrase prompt up-axis",
+    "search": "batch-size clean device dtype json max-memory max-seconds missing-color model top up-axis",
     "chat": "clean device dtype max-memory max-new-tokens max-seconds missing-color model up-axis",
     "embed": "batch-size clean device dtype max-memory max-seconds missing-color model out up-axis",
     "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",

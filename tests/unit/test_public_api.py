@@ -22,6 +22,7 @@ PUBLIC_NAMES = [
     "PointCloudError",
     "PointCloudToTextPipeline",
     "ReadingLimits",
+    "ZeroShotPointCloudClassificationPipeline",
     "load_point_cloud",
     "prepare_tokenizer",
 ]
