@@ -10,16 +10,18 @@ from .inference import InferenceOptions, load_pipeline
 
 
 HELP = "open a page to see objects in 3D and talk about them"
-DESCRIPTION = (
-    "Serve a page: drop a file, see and turn the object, ask about it. It is served to this machine only, and files stay on it."
+DESCRIPTION = "Serve a page: drop a file, see and turn the object, ask about it. It is served to this machine only, and files stay on it."
+EPILOG = (
+    "Example: minigpt3d demo --model OWNER/NAME --space my-space --push OWNER/SPACE publishes the page as a Space."
 )
-EPILOG = "Example: minigpt3d demo --model OWNER/NAME --space my-space --push OWNER/SPACE publishes the page as a Space."
 
 
 @dataclass(kw_only=True)
 class Options(InferenceOptions):
     host: str = option("address to serve on; 0.0.0.0 serves everybody who reaches this machine", default="127.0.0.1")
-    port: int | None = option("port to serve on (default: the first free one from 7860)", default=None, type=natural_int)
+    port: int | None = option(
+        "port to serve on (default: the first free one from 7860)", default=None, type=natural_int
+    )
     space: Path | None = option(
         "write a folder that is a Space of the Hub with this page, instead of serving it", default=None, metavar="DIR"
     )

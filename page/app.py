@@ -35,13 +35,14 @@ CONTENT_POLICY = (
     "connect-src 'self' data: blob:"
 )
 CSS = """
-#viewer { height: clamp(260px, 56vh, 620px); background: var(--background-fill-secondary); border-radius: var(--radius-lg);
+#viewer { height: clamp(260px, 50vh, 620px); background: var(--background-fill-secondary); border-radius: var(--radius-lg);
   border: 1px solid var(--border-color-primary); overflow: hidden; padding: 0 }
 #viewer .cloud-viewer { position: absolute; inset: 0 }
 #viewer canvas { display: block; touch-action: none; cursor: grab }
 #viewer canvas:active { cursor: grabbing }
 #viewer canvas:focus-visible { outline: 3px solid var(--color-accent); outline-offset: -3px }
 #viewer [data-state="loading"] { opacity: 0.4 }
+#examples { gap: 0.4em }
 #facts ul { margin: 0.25em 0 0 1.2em; list-style: disc }
 #facts .error { color: var(--error-text-color, #b91c1c); font-weight: 600 }
 #scale { display: flex; gap: 0.6em; align-items: center; font-size: var(--text-sm) }
@@ -123,14 +124,31 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
         gr.Markdown(f"# MiniGPT-3D\nAsk a small language model about a 3D object. Model: `{settings.model}`")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    upload = gr.File(
+                        file_count="multiple",
+                        label="Point cloud or mesh, with its materials and textures",
+                        height=132,
+                        scale=3,
+                        elem_id="upload",
+                    )
+                    with gr.Column(scale=1, min_width=150, elem_id="examples"):
+                        examples = [(gr.Button(path.name, size="sm"), path) for path in example_files()]
+                choice = gr.Dropdown([], label="Object", visible=False)
                 viewer = _viewer()
+                facts = gr.HTML(_facts(None), elem_id="facts")
                 with gr.Row():
                     view = gr.Radio([CLOUD, ATTENTION], value=CLOUD, label="View", scale=3)
                     query = gr.Slider(
-                        0, pipeline.model.config.num_query_tokens, 0, step=1, label="Query (0: all)", visible=False, scale=2
+                        0,
+                        pipeline.model.config.num_query_tokens,
+                        0,
+                        step=1,
+                        label="Query (0: all)",
+                        visible=False,
+                        scale=2,
                     )
                 scale = gr.HTML(_scale_bar(), visible=False)
-                facts = gr.HTML(_facts(None), elem_id="facts")
                 with gr.Row():
                     choices = {
                         "up_axis": ([*UP_AXES, "auto"], reading["up_axis"] or "y"),
@@ -138,21 +156,13 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
                         "missing_color": (list(NAMED_COLORS), _color_name(reading["missing_color"])),
                     }
                     controls = [
-                        gr.Dropdown(values, value=value, label=LABELS[name]) for name, (values, value) in choices.items()
+                        gr.Dropdown(values, value=value, label=LABELS[name], min_width=90)
+                        for name, (values, value) in choices.items()
                     ]
             with gr.Column(scale=4, min_width=320):
-                upload = gr.File(
-                    file_count="multiple",
-                    label="Drop a point cloud or mesh here, with its materials and textures",
-                    height=130,
-                    elem_id="upload",
-                )
-                with gr.Row():
-                    examples = [(gr.Button(path.name, size="sm"), path) for path in example_files()]
-                choice = gr.Dropdown([], label="Object", visible=False)
                 chat = gr.Chatbot(
                     label="Conversation",
-                    height="44vh",
+                    height="54vh",
                     render_markdown=False,
                     buttons=["copy"],
                     placeholder="Ask anything about the object, or click a question below.",
@@ -162,23 +172,25 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
                     label="Question",
                     placeholder="Ask about the object",
                     submit_btn=True,
-                    autofocus=True,
                     max_lines=4,
                     elem_id="question",
                 )
                 with gr.Row():
-                    suggestions = [gr.Button(text, size="sm") for text in QUESTIONS]
+                    suggestions = [gr.Button(text, size="sm", min_width=140) for text in QUESTIONS]
                 with gr.Row():
-                    stop = gr.Button("Stop", size="sm")
-                    retry = gr.Button("Retry", size="sm")
-                    new = gr.Button("New object", size="sm")
+                    stop, new = (gr.Button(text, size="sm", min_width=90) for text in ("Stop", "New object"))
 
         looks = [view, query]
         shows = [session, viewer, view, facts, chat, choice]
         # Reading waits for reading, and the model answers one question at a time; others wait in the queue.
         reads = {"concurrency_limit": 2, "concurrency_id": "reading", "show_progress": "minimal"}
         answers = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
-        draw = {"fn": actions.draw, "inputs": [session, *looks, controls[2]], "outputs": [viewer, facts], "show_progress": "hidden"}
+        draw = {
+            "fn": actions.draw,
+            "inputs": [session, *looks, controls[2]],
+            "outputs": [viewer, facts],
+            "show_progress": "hidden",
+        }
 
         def show_surface(event):
             """A mesh is shown as a surface as soon as that is written."""
@@ -190,22 +202,31 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
         for button, path in examples:
             example = gr.State(str(path))
             event = button.click(
-                actions.open_example, [session, example, *controls], [*shows, upload], api_visibility="private", **reads
+                actions.open_example,
+                [session, example, *controls],
+                [*shows, upload],
+                api_visibility="private",
+                **reads,
             )
             show_surface(event)
-        show_surface(choice.input(actions.choose, [session, choice, *controls], shows, api_visibility="private", **reads))
+        show_surface(
+            choice.input(actions.choose, [session, choice, *controls], shows, api_visibility="private", **reads)
+        )
         for control in controls:
             event = control.input(actions.reread, [session, *controls], shows, api_visibility="private", **reads)
-            show_surface(event)
-        view.input(lambda view: (gr.update(visible=view == ATTENTION),) * 2, view, [query, scale], api_visibility="private")
+            event.then(**draw, api_visibility="private")
+        view.change(
+            lambda view: (gr.update(visible=view == ATTENTION),) * 2, view, [query, scale], api_visibility="private"
+        )
         for look in looks:
             look.input(**draw, api_visibility="private")
 
-        gr.on([question.submit], actions.ask, [session, question], [session, chat, question], api_name="ask", **answers)
+        question.submit(actions.ask, [session, question], [session, chat, question], api_name="ask", **answers)
         for button in suggestions:
-            button.click(actions.ask, [session, button], [session, chat, question], api_visibility="private", **answers)
-        for trigger in (retry.click, chat.retry):
-            trigger(actions.retry, session, [session, chat, question], api_visibility="private", **answers)
+            button.click(
+                actions.ask, [session, button], [session, chat, question], api_visibility="private", **answers
+            )
+        chat.retry(actions.retry, session, [session, chat, question], api_visibility="private", **answers)
         stop.click(actions.stop, session, None, queue=False, api_visibility="private")
         new.click(actions.close, session, [*shows, upload], api_name="close")
         chat.clear(actions.forget, session, [session, chat], api_visibility="private")
@@ -254,10 +275,13 @@ class _Actions:
     def choose(self, session: Session, name: str, *controls: str):
         """Read one of the files."""
         session.path = next(path for path in session.files if path.name == name)
-        return self.reread(session, *controls)
+        return self._read(session, *controls, view=CLOUD)
 
     def reread(self, session: Session, up_axis: str, clean: str, missing: str):
         """Read the file again; the conversation begins anew, since the model sees another cloud."""
+        return self._read(session, up_axis, clean, missing)
+
+    def _read(self, session: Session, up_axis: str, clean: str, missing: str, **view: str):
         self.stop(session)
         session.turns, session.shown, session.attention, error = [], None, None, None
         if session.path is not None:
@@ -265,19 +289,20 @@ class _Actions:
                 session.shown = self._objects.read(session.path, up_axis=up_axis, clean=clean, missing_color=missing)
             except ValueError as failure:
                 error = str(failure)
-        return self._state(session, _facts(session.shown, error))
+        return self._state(session, _facts(session.shown, error), **view)
 
     def close(self, session: Session):
         """Forget the object and the conversation about it."""
         self.stop(session)
         session.files, session.path, session.shown, session.turns, session.attention = [], None, None, [], None
-        return (*self._state(session, _facts(None)), None)
+        return *self._state(session, _facts(None), view=CLOUD), None
 
-    def _state(self, session: Session, facts: str) -> tuple:
-        """Values of session, viewer, view, facts, chat and choice."""
+    def _state(self, session: Session, facts: str, view: str | None = None) -> tuple:
+        """Values of session, viewer, view (None: it stays), facts, chat and choice."""
         shown, names = session.shown, [path.name for path in session.files]
         has_faces = shown is not None and shown.facts.num_faces is not None
-        views = gr.Radio([CLOUD, SURFACE, ATTENTION] if has_faces else [CLOUD, ATTENTION], value=CLOUD)
+        value = {} if view is None else {"value": view}
+        views = gr.Radio([CLOUD, SURFACE, ATTENTION] if has_faces else [CLOUD, ATTENTION], **value)
         choice = gr.Dropdown(names, value=session.path and session.path.name, visible=len(names) > 1)
         return session, _payload(shown, "cloud"), views, facts, [], choice
 

@@ -111,7 +111,9 @@ class Objects:
         orientations, facts = result.content
         with self._lock:
             chosen = self._pipeline.choose_orientation(orientations)
-        texts = (_without_folder(text, path).removeprefix(f"{path.name}: ") for text in (*result.warnings, *chosen.notes))
+        texts = (
+            _without_folder(text, path).removeprefix(f"{path.name}: ") for text in (*result.warnings, *chosen.notes)
+        )
         return ShownObject(path, chosen.cloud, chosen.up_axis, facts, tuple(dict.fromkeys(texts)))
 
     def surface(self, shown: ShownObject, missing_color: str | None) -> Path:

@@ -113,7 +113,9 @@ def _textured(parts: list[Surface], trimesh):
     """The look of surfaces with one textured material; colors of their vertices are multiplied."""
     material = parts[0].material
     uv = np.concatenate([part.uv for part in parts]).reshape(-1, 2).astype(np.float64)
-    visual = trimesh.visual.TextureVisuals(uv=_wrapped(uv, material) * [1, -1] + [0, 1], material=_pbr(material, trimesh))
+    visual = trimesh.visual.TextureVisuals(
+        uv=_wrapped(uv, material) * [1, -1] + [0, 1], material=_pbr(material, trimesh)
+    )
     color = np.concatenate([_own_colors(part) for part in parts])
     if not np.isnan(color).all():
         visual.vertex_attributes["color"] = _linear_bytes(np.where(np.isnan(color), 1, color)[:, :3])

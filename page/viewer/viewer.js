@@ -8,7 +8,7 @@ import {
 import { GLTFLoader } from "three/addons/loaders/GLTFLoader.js";
 import { OrbitControls } from "three/addons/controls/OrbitControls.js";
 
-const COVER = 1.5; // points of this size over the square root of their number cover an object of radius 1 without gaps
+const POINT_SIZE = 1; // over the square root of the number of points, for an object of radius 1
 const FIRST_DIRECTION = new Vector3(1, 0.6, 1.3);
 const TURN = Math.PI / 24; // for each press of an arrow key
 const ZOOM = 1.15; // for each press of + or -
@@ -155,7 +155,9 @@ class Viewer {
     geometry.setAttribute("position", new BufferAttribute(new Float32Array(decode(object.coord).buffer), 3));
     const colors = decode(object.view === "heat" ? object.heat : object.color);
     geometry.setAttribute("color", new BufferAttribute(toLinear(colors), 3));
-    const material = new PointsMaterial({ size: COVER / Math.sqrt(colors.length / 3), vertexColors: true, map: this.point, alphaTest: 0.5 });
+    const zoom = 1 / Math.tan((this.camera.fov * Math.PI) / 360); // which three.js leaves out of the size of points
+    const size = (POINT_SIZE * zoom) / Math.sqrt(colors.length / 3);
+    const material = new PointsMaterial({ size, vertexColors: true, map: this.point, alphaTest: 0.5 });
     return new Group().add(new Points(geometry, material));
   }
 
