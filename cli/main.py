@@ -13,7 +13,7 @@ from importlib.metadata import version
 from minigpt3d.arguments import Parser, add_options, normalize, read_options, with_flags
 from minigpt3d.messages import MultilineError, one_line
 
-from . import card, chat, compare, convert, demo, describe, evaluate, look, new, pack, verify
+from . import card, chat, compare, convert, describe, evaluate, look, new, pack, page, verify
 from .console import FAILED, complain, warnings_in_one_line
 
 
@@ -21,7 +21,7 @@ COMMANDS = {
     "describe": describe,
     "chat": chat,
     "look": look,
-    "demo": demo,
+    "demo": page,
     "convert": convert,
     "new": new,
     "verify": verify,

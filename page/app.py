@@ -19,7 +19,7 @@ from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import NAMED_COLORS, READABLE_SUFFIXES, UP_AXES
 
 from .conversation import Answerer, Stop
-from .objects import Objects, ShownObject, example_files
+from .shown import Objects, ShownObject, example_files
 
 
 STATIC = Path(__file__).resolve().parent / "static"

@@ -57,7 +57,7 @@ def serve(options: Options):
 
     from minigpt3d.hub import BUNDLED_MODEL, public_name
     from minigpt3d.page.app import Settings, launch
-    from minigpt3d.page.objects import Objects
+    from minigpt3d.page.shown import Objects
 
     pipeline, lock = load_pipeline(options), threading.Lock()
     settings = Settings(public_name(options.model or BUNDLED_MODEL), options.reading, options.max_new_tokens)
