@@ -65,7 +65,10 @@ def write_space(folder: Path, model: str | None):
     with written_whole(folder) as partial:
         _copy_code(partial / CODE_DIR, with_model=model is None)
         write_text(partial / "app.py", APP.format(arguments=json.dumps(arguments)))
-        write_text(partial / "requirements.txt", "".join(f"{line}\n" for line in requirements(with_adapters=model is not None)))
+        write_text(
+            partial / "requirements.txt",
+            "".join(f"{line}\n" for line in requirements(with_adapters=model is not None)),
+        )
         write_text(partial / "README.md", readme(model))
         for name in ("LICENSE", "NOTICE"):
             if (PACKAGE_DIR / name).exists():

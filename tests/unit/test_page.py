@@ -99,7 +99,9 @@ def test_a_surface_has_the_colors_of_the_cloud(tmp_path, pipeline):
 def test_colors_of_faces_and_materials_are_shown():
     corners = np.random.default_rng(0).uniform(-1, 1, (20, 3, 3))
     red, gray = np.tile([255, 0, 0, 255], (20, 1, 1)).astype(np.uint8), Material(np.array([0.5, 0.5, 0.5, 1]))
-    (mesh,) = to_scene([Surface(corners, red), Surface(corners, material=gray), Surface(corners)], (0, 0, 1)).geometry.values()
+    (mesh,) = to_scene(
+        [Surface(corners, red), Surface(corners, material=gray), Surface(corners)], (0, 0, 1)
+    ).geometry.values()
     srgb = to_srgb(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255)  # glTF stores linear colors
     expected = np.repeat([[1, 0, 0], [0.5, 0.5, 0.5], [0, 0, 1]], 60, axis=0)
     np.testing.assert_allclose(srgb, expected, atol=0.01)
@@ -175,7 +177,9 @@ def test_what_the_viewer_gets(objects, pipeline, tmp_path):
 def test_advice_names_the_controls_of_the_page():
     app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
     text = app._with_labels("set `clean` to floor and `up_axis` to y, not `other`")
-    assert "`clean`" not in text and app.LABELS["clean"] in text and app.LABELS["up_axis"] in text and "`other`" in text
+    assert (
+        "`clean`" not in text and app.LABELS["clean"] in text and app.LABELS["up_axis"] in text and "`other`" in text
+    )
 
 
 def test_the_viewer_is_bundled_from_its_source():
@@ -200,11 +204,21 @@ def test_a_space_starts_with_its_own_code(tmp_path):
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "probe.py"], cwd=tmp_path / "space", env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "probe.py"],
+        cwd=tmp_path / "space",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     code, model, has_viewer, num_examples = done.stdout.split()
-    assert code.startswith(str(tmp_path)) and model.startswith(str(tmp_path)) and has_viewer == "True" and num_examples == "3"
+    assert (
+        code.startswith(str(tmp_path))
+        and model.startswith(str(tmp_path))
+        and has_viewer == "True"
+        and num_examples == "3"
+    )
 
 
 def test_a_space_names_its_model(tmp_path, capsys):
@@ -243,17 +257,24 @@ sys.exit(main(["demo", "--space", sys.argv[1], "--model", "org/model", "--push",
 def test_a_space_is_published(tmp_path):
     pytest.importorskip("gradio")
     with serve() as hub:
-        changes = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+        changes = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_secret",
+        }
         environment = os.environ | changes | {"HF_HOME": str(tmp_path / "cache")}
         command = [sys.executable, "-c", PUSH, str(tmp_path / "space")]
         for _ in range(2):  # a second time over the first
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
         assert f"{hub.address}/spaces/org/space" in done.stdout
         files = hub.repositories["spaces", "org/space"].files("main")
         without_token = subprocess.run(
-            command, env=environment | {"HF_TOKEN": ""}, capture_output=True, text=True, timeout=120
+            command, env=environment | {"HF_TOKEN": ""}, capture_output=True, text=True, timeout=300
         )
-    written = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*") if path.is_file()
+    }
     assert written <= files.keys() and b"org/model" in files["app.py"]
     assert without_token.returncode == 1 and "hf upload" in without_token.stderr
