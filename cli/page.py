@@ -53,6 +53,7 @@ def serve(options: Options):
         ValueError: there is no such model, or it cannot be read.
         OSError: the port is taken.
     """
+    import signal
     import threading
 
     from minigpt3d.hub import BUNDLED_MODEL, public_name
@@ -61,6 +62,7 @@ def serve(options: Options):
 
     pipeline, lock = load_pipeline(options), threading.Lock()
     settings = Settings(public_name(options.model or BUNDLED_MODEL), options.reading, options.max_new_tokens)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was dropped is removed
     with Objects(pipeline, lock, options.limits) as objects:
         _, url, _ = launch(
             pipeline,

@@ -127,7 +127,7 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
                 with gr.Row():
                     upload = gr.File(
                         file_count="multiple",
-                        label="Point cloud or mesh, with its materials and textures",
+                        label="Files of an object",
                         height=132,
                         scale=3,
                         elem_id="upload",
@@ -181,7 +181,7 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
                     stop, new = (gr.Button(text, size="sm", min_width=90) for text in ("Stop", "New object"))
 
         looks = [view, query]
-        shows = [session, viewer, view, facts, chat, choice]
+        shows = [session, viewer, view, facts, chat, choice, upload]
         # Reading waits for reading, and the model answers one question at a time; others wait in the queue.
         reads = {"concurrency_limit": 2, "concurrency_id": "reading", "show_progress": "minimal"}
         answers = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
@@ -204,7 +204,7 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
             event = button.click(
                 actions.open_example,
                 [session, example, *controls],
-                [*shows, upload],
+                shows,
                 api_visibility="private",
                 **reads,
             )
@@ -228,7 +228,7 @@ def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) 
             )
         chat.retry(actions.retry, session, [session, chat, question], api_visibility="private", **answers)
         stop.click(actions.stop, session, None, queue=False, api_visibility="private")
-        new.click(actions.close, session, [*shows, upload], api_name="close")
+        new.click(actions.close, session, shows, api_name="close")
         chat.clear(actions.forget, session, [session, chat], api_visibility="private")
     return page.queue(default_concurrency_limit=4)
 
@@ -270,7 +270,7 @@ class _Actions:
 
     def open_example(self, session: Session, path: str, *controls: str):
         session.files = [Path(path)]
-        return *self.choose(session, session.files[0].name, *controls), None
+        return self.choose(session, session.files[0].name, *controls)
 
     def choose(self, session: Session, name: str, *controls: str):
         """Read one of the files."""
@@ -295,16 +295,16 @@ class _Actions:
         """Forget the object and the conversation about it."""
         self.stop(session)
         session.files, session.path, session.shown, session.turns, session.attention = [], None, None, [], None
-        return *self._state(session, _facts(None), view=CLOUD), None
+        return self._state(session, _facts(None), view=CLOUD)
 
     def _state(self, session: Session, facts: str, view: str | None = None) -> tuple:
-        """Values of session, viewer, view (None: it stays), facts, chat and choice."""
+        """Values of session, viewer, view (None: it stays), facts, chat, choice and upload, which takes the next files."""
         shown, names = session.shown, [path.name for path in session.files]
         has_faces = shown is not None and shown.facts.num_faces is not None
         value = {} if view is None else {"value": view}
         views = gr.Radio([CLOUD, SURFACE, ATTENTION] if has_faces else [CLOUD, ATTENTION], **value)
         choice = gr.Dropdown(names, value=session.path and session.path.name, visible=len(names) > 1)
-        return session, _payload(shown, "cloud"), views, facts, [], choice
+        return session, _payload(shown, "cloud"), views, facts, [], choice, None
 
     # ---- View ----
 

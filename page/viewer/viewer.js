@@ -94,7 +94,16 @@ class Viewer {
     });
   }
 
+  /** End what is left of a movement by the mouse. */
+  rest() {
+    const { enableDamping } = this.controls;
+    this.controls.enableDamping = false;
+    this.controls.update();
+    this.controls.enableDamping = enableDamping;
+  }
+
   resetCamera() {
+    this.rest();
     const half = Math.tan((this.camera.fov * Math.PI) / 360) * Math.min(1, this.camera.aspect);
     this.controls.target.set(0, 0, 0);
     this.camera.position.copy(FIRST_DIRECTION).setLength(0.95 / Math.sin(Math.atan(half)));
@@ -105,6 +114,7 @@ class Viewer {
     const turns = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     const zooms = { "+": 1 / ZOOM, "=": 1 / ZOOM, "-": ZOOM };
     if (event.ctrlKey || event.metaKey || event.altKey) return;
+    this.rest();
     const place = new Spherical().setFromVector3(this.camera.position.clone().sub(this.controls.target));
     if (event.key in turns) {
       place.theta += TURN * turns[event.key][0];

@@ -56,7 +56,7 @@ CHECKED = unique(
 # The options that documents name outside of blocks are options of these.
 HELPS = [
     f"python -m minigpt3d.cli {name} --help"
-    for name in ("describe", "chat", "convert", "verify", "pack", "evaluate", "compare", "card", "new", "look")
+    for name in ("describe", "chat", "convert", "verify", "pack", "evaluate", "compare", "card", "new", "look", "demo")
 ]
 HELPS += [
     f"python -m minigpt3d.{name} --help"

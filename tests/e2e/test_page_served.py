@@ -63,7 +63,7 @@ def open_files(client, *paths):
     """The text about what was opened."""
     from gradio_client import handle_file
 
-    _, _, facts, _, _ = client.predict([handle_file(path) for path in paths], *CONTROLS, api_name="/open")
+    _, _, facts, *_ = client.predict([handle_file(path) for path in paths], *CONTROLS, api_name="/open")
     return facts
 
 
@@ -179,7 +179,7 @@ def pixels(page):
 
 
 def share_of(image, color, within=12):
-    """The share of pixels (H, W, 3) of about this color (3,)."""
+    """The share of pixels (H, W, 3) of about this color, (3,) or one for each pixel."""
     return (np.abs(image.astype(int) - color).max(-1) <= within).mean()
 
 
@@ -220,7 +220,8 @@ def test_an_object_is_seen_turned_and_asked_about(visit):
     page.keyboard.press("ArrowLeft")
     assert (pixels(page) != turned).any(-1).mean() > 0.01, "keys turn it too"
     page.keyboard.press("Home")
-    assert (pixels(page) != cloud).any(-1).mean() < 0.001, "and back"
+    inside = slice(10, -10), slice(10, -10)  # of the frame around what has the focus
+    assert share_of(pixels(page)[inside], cloud[inside], within=40) > 0.99, "and back"
 
 
 @pytest.mark.slow

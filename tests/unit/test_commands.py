@@ -19,6 +19,7 @@ OPTIONS = {
     "describe": "batch-size clean device dtype json max-memory max-new-tokens max-seconds missing-color model prompt up-axis",
     "chat": "clean device dtype max-memory max-new-tokens max-seconds missing-color model up-axis",
     "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",
+    "demo": "clean device dtype host max-memory max-new-tokens max-seconds missing-color model port push space up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
     "new": "dtype llm out point-encoder qformer",

@@ -161,7 +161,7 @@ def test_what_the_viewer_gets(objects, pipeline, tmp_path):
     app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
     np.save(tmp_path / "<b>.npy", make_cloud(2))
     actions, session = app._Actions(pipeline, objects, threading.Lock(), 5), app.Session()
-    _, payload, _, facts, _, _ = actions.open(session, [tmp_path / "<b>.npy"], "y", "none", "black")
+    _, payload, _, facts, *_ = actions.open(session, [tmp_path / "<b>.npy"], "y", "none", "black")
     payload = json.loads(payload)
     coord = np.frombuffer(base64.b64decode(payload["coord"]), "<f4").reshape(-1, 3)
     color = np.frombuffer(base64.b64decode(payload["color"]), np.uint8).reshape(-1, 3)
