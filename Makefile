@@ -12,7 +12,7 @@ QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST := $(QUIET) $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-common test-oldest lint sync household benchmark clean
+.PHONY: help install demo app viewer test test-fast test-slow test-common test-oldest lint sync household benchmark clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,6 +27,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## describe three real objects with the bundled checkpoint
 	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) demo/demo.py
+
+app: $(INSTALLED)  ## open a page to see objects in 3D and talk about them
+	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/minigpt3d demo
+
+viewer:  ## bundle the page's 3D view with three.js (needs npm)
+	@cd page/viewer && npm ci --no-audit --no-fund && npm run --silent build
 
 test: $(INSTALLED)  ## run the tests but the slow ones: offline, on the CPU
 	@$(PYTEST) $(ARGS)

@@ -44,7 +44,7 @@ _UP_ROTATIONS = {
 }
 # What "auto" tries; "y" first: of equals the first is chosen.
 UP_AXES = ("y", "z", "x")
-_NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0)}
+NAMED_COLORS = {"black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0)}
 # What arithmetic may add to a float color of 0 or 1; it is clipped.
 COLOR_SLACK = 1e-3
 # Up to this share of 16-bit values may exceed 255 in a scan whose colors have 8 bits; they are clipped.
@@ -249,7 +249,7 @@ def _finish(
 
 
 def _read(source: Any) -> Points | list[Surface]:
-    """`Points`, or surfaces with at least one face."""
+    """What a source holds as stored, see `load_point_cloud`: `Points`, or surfaces with at least one face."""
     if is_file_like(source):
         with local_file(source) as path:
             return _read_file(path)
@@ -402,10 +402,10 @@ def _choose(count: int, num_points: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _rgb(color: str | tuple[float, float, float]) -> np.ndarray:
-    fill = np.asarray(_NAMED_COLORS.get(color, ()) if isinstance(color, str) else color, dtype=np.float64)
+    fill = np.asarray(NAMED_COLORS.get(color, ()) if isinstance(color, str) else color, dtype=np.float64)
     if fill.shape != (3,) or not ((fill >= 0) & (fill <= 1)).all():
         raise ValueError(
-            f"missing_color must be one of {', '.join(_NAMED_COLORS)} or (r, g, b) in [0, 1], got {color!r}."
+            f"missing_color must be one of {', '.join(NAMED_COLORS)} or (r, g, b) in [0, 1], got {color!r}."
         )
     return fill
 

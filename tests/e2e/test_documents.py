@@ -71,6 +71,7 @@ HELPS = [
         "look",
         "embed",
         "serve",
+        "demo",
     )
 ]
 HELPS += [

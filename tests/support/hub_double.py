@@ -2,7 +2,7 @@
 
 The client uses it if the environment has `HF_ENDPOINT=hub.address` and `HF_HUB_DISABLE_XET=1` before its import. As on the
 Hub, each commit has an id and stays readable, writing and private repositories need a token (any will do), and large files
-are on another host, which must get no token. Unlike the Hub, it has no Xet, no pull requests and no spaces, lists come in
+are on another host, which must get no token. Unlike the Hub, it has no Xet and no pull requests, does not build spaces, lists come in
 one page, and the metadata of a card are always valid.
 """
 
@@ -111,7 +111,7 @@ class Hub:
                 return refused.answer
 
     def route(self, request: Request, url: str, body: bytes) -> Answer:
-        """/api/models/org/name/…, /org/name/resolve/… and /org/name.git/…, or with datasets."""
+        """/api/models/org/name/…, /org/name/resolve/… and /org/name.git/…, or with datasets or spaces."""
         # Revisions and paths may contain a slash as %2F, so the address is split before it is unquoted.
         parts, query = [unquote(part) for part in urlsplit(url).path[1:].split("/")], parse_qs(urlsplit(url).query)
         match parts:
@@ -121,7 +121,7 @@ class Hub:
                 return as_json({"errors": [], "warnings": []})
             case ["api", "repos", "create"]:
                 return self.create(json.loads(body))
-            case ["api", kind, owner, name, *rest] | ["datasets" as kind, owner, name, *rest]:
+            case ["api", kind, owner, name, *rest] | ["datasets" | "spaces" as kind, owner, name, *rest]:
                 pass
             case [owner, name, *rest]:
                 kind = "models"

@@ -25,6 +25,7 @@ OPTIONS = {
     "look": "clean device dtype max-memory max-new-tokens max-seconds missing-color model out up-axis",
     "serve": "api-key batch-size batch-wait clean device dtype host max-body max-memory max-new-tokens max-requests max-seconds "
     "missing-color model port root timeout up-axis",
+    "demo": "clean device dtype host max-memory max-new-tokens max-seconds missing-color model port push space up-axis",
     "convert": "blip2 config dtype ignore lora out overwrite phi point-encoder revision router stage-result stage3 stage4 "
     "tinygpt-v verify yes",
     "new": "dtype llm out point-encoder qformer",

@@ -44,6 +44,7 @@ def test_notice_names_what_is_not_ours():
         ("BLIP-2", "BSD-3-Clause"),
         ("MiniGPT-3D, its authors", "CC BY-NC-SA 4.0"),
         ("MiniGPT-3D authors' data", "CC BY-NC-SA 4.0"),
+        ("three.js", "MIT"),
         ("BlendSwap-CC-0", "CC0 1.0"),
         ("sweethome3d-furniture", "CC BY 3.0"),
     ]:

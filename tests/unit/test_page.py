@@ -1,0 +1,280 @@
+"""The page of `minigpt3d demo`, without a server or a browser."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import trimesh
+from hub_double import serve
+from repository import ROOT
+from ways_in import make_cloud, make_processor, make_seeing_model
+
+from minigpt3d.cli.main import main
+from minigpt3d.meshes_minigpt3d import Material, Surface, to_srgb
+from minigpt3d.page.conversation import Answerer, Stop, to_messages
+from minigpt3d.page.shown import Objects, example_files
+from minigpt3d.page.space import write_space
+from minigpt3d.page.surface import merge_faces, to_scene, write_surface
+from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
+
+
+CHAIR = ROOT / "demo" / "objects" / "osakaChair.obj"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return PointCloudToTextPipeline(model=make_seeing_model(), processor=make_processor(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def objects(pipeline):
+    with Objects(pipeline, threading.Lock()) as objects:
+        yield objects
+    assert not objects.folder.exists()
+
+
+# ---- Objects --------------------------------------------------------------------------------------------------------
+
+
+def test_files_dropped_together_find_each_other(objects, tmp_path, pipeline):
+    uploads = []
+    for name in ("Wood_013_COLOR.jpg", "osakaChair.mtl", "osakaChair.obj"):  # gradio has a folder for each
+        (tmp_path / name).mkdir()
+        uploads.append(shutil.copy(CHAIR.parent / name, tmp_path / name / name))
+    (path,) = objects.gather(uploads)
+    shown = objects.read(path)
+    assert shown.name == "osakaChair.obj" and shown.facts.has_color and shown.warnings == ()
+    np.testing.assert_array_equal(shown.cloud, pipeline.read_point_cloud(CHAIR))
+
+
+def test_files_of_one_name_are_kept_apart(objects, tmp_path):
+    uploads = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        uploads.append(tmp_path / str(number) / "a.npy")
+        np.save(uploads[-1], make_cloud(number))
+    first, second = (objects.read(path).cloud for path in objects.gather(uploads))
+    assert not np.array_equal(first, second)
+
+
+def test_every_warning_is_told_with_the_name_that_people_know(objects, tmp_path):
+    cloud = make_cloud(0, 2000)[:, :3]
+    np.savetxt(tmp_path / "scan.xyz", np.concatenate([cloud, cloud[:3] + 50]))
+    shown = objects.read(tmp_path / "scan.xyz", clean="outliers", up_axis="z", missing_color="white")
+    assert any("no color" in text for text in shown.warnings)
+    assert any("removed 3 of 2,003 points" in text for text in shown.warnings)
+    assert not any(str(tmp_path) in text for text in shown.warnings)
+    assert shown.up_axis == "z" and (shown.cloud[:, 3:] == 1).all()
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.ply", b"ply\nnothing"), ("a.jpg", b"\xff\xd8"), ("a.glb", b"")])
+def test_a_file_that_cannot_be_read_gives_its_sentence(objects, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        objects.read(objects.gather([tmp_path / name])[0])
+    assert str(error.value).startswith(f"{name}: ") and str(objects.folder) not in str(error.value)
+
+
+def test_examples_ship(objects):
+    assert {path.name for path in example_files()} >= {"oakTable.ply", "osakaChair.obj", "drawersCabinet.npy"}
+
+
+# ---- Surfaces -------------------------------------------------------------------------------------------------------
+
+
+def test_a_surface_has_the_colors_of_the_cloud(tmp_path, pipeline):
+    """Read again, the GLB gives the same points in the same colors."""
+    write_surface(CHAIR, tmp_path / "chair.glb")
+    before, after = (pipeline.read_point_cloud(path) for path in (CHAIR, tmp_path / "chair.glb"))
+    np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-4)
+    assert np.abs(after[:, 3:] - before[:, 3:]).mean() < 0.03  # the texture is a JPEG once more
+
+
+def test_colors_of_faces_and_materials_are_shown():
+    corners = np.random.default_rng(0).uniform(-1, 1, (20, 3, 3))
+    red, gray = np.tile([255, 0, 0, 255], (20, 1, 1)).astype(np.uint8), Material(np.array([0.5, 0.5, 0.5, 1]))
+    (mesh,) = to_scene(
+        [Surface(corners, red), Surface(corners, material=gray), Surface(corners)], (0, 0, 1)
+    ).geometry.values()
+    srgb = to_srgb(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255)  # glTF stores linear colors
+    expected = np.repeat([[1, 0, 0], [0.5, 0.5, 0.5], [0, 0, 1]], 60, axis=0)
+    np.testing.assert_allclose(srgb, expected, atol=0.01)
+
+
+def test_a_surface_with_many_faces_is_merged():
+    sphere = trimesh.creation.icosphere(subdivisions=5)  # 20,480 faces
+    surface = Surface(np.asarray(sphere.vertices)[sphere.faces])
+    (same,) = merge_faces([surface], 30_000)
+    assert same.corners is surface.corners or np.array_equal(same.corners, surface.corners)
+    (merged,) = merge_faces([surface], 5_000)
+    assert 500 < len(merged.corners) <= 5_000
+    distance = np.linalg.norm(merged.corners, axis=-1)
+    np.testing.assert_allclose(distance, 1, atol=0.1)
+    area = np.linalg.norm(np.cross(*np.diff(merged.corners, axis=1).transpose(1, 0, 2)), axis=1).sum() / 2
+    assert area > 0.9 * 4 * np.pi, "it has no holes"
+
+
+# ---- Conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_streamed(pipeline):
+    cloud = pipeline.read_point_cloud(make_cloud(1))
+    texts = list(Answerer(pipeline, threading.Lock(), 20).stream(cloud, [], "What is this?", Stop()))
+    (expected,) = pipeline(cloud, prompt="What is this?", up_axis="y", clean="none", max_new_tokens=20)
+    assert texts[-1] == expected["generated_text"] and len(texts) > 3
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+
+
+def test_an_answer_is_stopped(pipeline):
+    cloud, stop = pipeline.read_point_cloud(make_cloud(1)), Stop()
+    lock = threading.Lock()
+    stream = Answerer(pipeline, lock, 200).stream(cloud, [], "What is this?", stop)
+    next(stream)
+    stop.asked = True
+    assert len(list(stream)) < 100 and not lock.locked()
+    abandoned = Answerer(pipeline, lock, 200).stream(cloud, [], "What is this?", Stop())
+    next(abandoned)
+    abandoned.close()  # the browser was closed
+    assert not lock.locked()
+
+
+def test_a_conversation_that_is_too_long_loses_its_beginning(pipeline, monkeypatch):
+    cloud, turns = pipeline.read_point_cloud(make_cloud(1)), [(f"Question {i}?", "An answer.") for i in range(8)]
+    long = pipeline.preprocess({"messages": to_messages(cloud, turns, "What?")}, up_axis="y")["input_ids"].shape[1]
+    monkeypatch.setattr(pipeline.processor.tokenizer, "model_max_length", long - 1)
+    assert list(Answerer(pipeline, threading.Lock(), 5).stream(cloud, turns, "What?", Stop()))
+    monkeypatch.setattr(pipeline.processor.tokenizer, "model_max_length", 10)
+    with pytest.raises(ValueError, match="context"):
+        list(Answerer(pipeline, threading.Lock(), 5).stream(cloud, turns, "What?", Stop()))
+
+
+# ---- What the browser gets ------------------------------------------------------------------------------------------
+
+
+def test_what_the_viewer_gets(objects, pipeline, tmp_path):
+    app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
+    np.save(tmp_path / "<b>.npy", make_cloud(2))
+    actions, session = app._Actions(pipeline, objects, threading.Lock(), 5), app.Session()
+    _, payload, _, facts, *_ = actions.open(session, [tmp_path / "<b>.npy"], "y", "none", "black")
+    payload = json.loads(payload)
+    coord = np.frombuffer(base64.b64decode(payload["coord"]), "<f4").reshape(-1, 3)
+    color = np.frombuffer(base64.b64decode(payload["color"]), np.uint8).reshape(-1, 3)
+    np.testing.assert_array_equal(coord, session.shown.cloud[:, :3])
+    np.testing.assert_allclose(color / 255, session.shown.cloud[:, 3:], atol=1 / 255)
+    assert "&lt;b&gt;.npy" in facts and "<b>.npy" not in facts
+    heat = json.loads(actions.draw(session, app.ATTENTION, 1, "black")[0])["heat"]
+    values = app.spread(session.attention, coord)[0]
+    most = np.frombuffer(base64.b64decode(heat), np.uint8).reshape(-1, 3)[values.argmax()]
+    assert most.tolist() == app._heat_colors(np.ones(1))[0].tolist(), "the most attention has the last color"
+
+
+def test_advice_names_the_controls_of_the_page():
+    app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
+    text = app._with_labels("set `clean` to floor and `up_axis` to y, not `other`")
+    assert (
+        "`clean`" not in text and app.LABELS["clean"] in text and app.LABELS["up_axis"] in text and "`other`" in text
+    )
+
+
+def test_the_viewer_is_bundled_from_its_source():
+    """`make viewer` after a change of viewer.js: names of properties and texts survive minification."""
+    source, bundle = ((ROOT / "page" / path).read_text() for path in ("viewer/viewer.js", "static/viewer.js"))
+    for line in source.splitlines():
+        for text in ("Arrow keys turn it", "This browser does not show 3D", "prefers-reduced-motion"):
+            if text in line:
+                assert text in bundle
+    assert "http-equiv" not in bundle and "Three.js Authors" in bundle
+
+
+# ---- Space ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_starts_with_its_own_code(tmp_path):
+    pytest.importorskip("gradio")
+    write_space(tmp_path / "space", None)
+    (tmp_path / "space" / "probe.py").write_text(
+        "import sys, minigpt3d, minigpt3d.hub as hub, minigpt3d.page.app as app\n"
+        "print(minigpt3d.__file__, hub.default_model(), (app.STATIC / 'viewer.js').is_file(), len(app.example_files()))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "probe.py"],
+        cwd=tmp_path / "space",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    code, model, has_viewer, num_examples = done.stdout.split()
+    assert (
+        code.startswith(str(tmp_path))
+        and model.startswith(str(tmp_path))
+        and has_viewer == "True"
+        and num_examples == "3"
+    )
+
+
+def test_a_space_names_its_model(tmp_path, capsys):
+    pytest.importorskip("gradio")
+    assert main(["demo", "--space", str(tmp_path / "space"), "--model", "org/model"]) == 0
+    assert "org/model" in (tmp_path / "space" / "app.py").read_text()
+    readme = (tmp_path / "space" / "README.md").read_text()
+    assert "sdk: gradio" in readme and "- org/model" in readme and "app_file: app.py" in readme
+    needed = (tmp_path / "space" / "requirements.txt").read_text()
+    assert "gradio" in needed and "peft" in needed and "extra" not in needed
+    assert not (tmp_path / "space" / "minigpt3d" / "checkpoints").exists()
+    assert main(["demo", "--space", str(tmp_path / "space")]) == 0, "it is written again"
+    assert (tmp_path / "space" / "minigpt3d" / "checkpoints" / "household" / "config.json").is_file()
+
+
+def test_mistakes_about_a_space_are_told(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for arguments, word in (
+        (["--push", "org/space"], "--space"),
+        (["--space", str(tmp_path)], "something else"),
+        (["--space", str(tmp_path / "new"), "--model", str(tmp_path)], "--model"),
+    ):
+        assert main(["demo", *arguments]) == 1
+        assert word in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+PUSH = """
+import sys
+from minigpt3d.cli.main import main
+
+sys.exit(main(["demo", "--space", sys.argv[1], "--model", "org/model", "--push", "org/space"]))
+"""
+
+
+def test_a_space_is_published(tmp_path):
+    pytest.importorskip("gradio")
+    with serve() as hub:
+        changes = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_secret",
+        }
+        environment = os.environ | changes | {"HF_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", PUSH, str(tmp_path / "space")]
+        for _ in range(2):  # a second time over the first
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+        assert f"{hub.address}/spaces/org/space" in done.stdout
+        files = hub.repositories["spaces", "org/space"].files("main")
+        without_token = subprocess.run(
+            command, env=environment | {"HF_TOKEN": ""}, capture_output=True, text=True, timeout=300
+        )
+    written = {
+        path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*") if path.is_file()
+    }
+    assert written <= files.keys() and b"org/model" in files["app.py"]
+    assert without_token.returncode == 1 and "hf upload" in without_token.stderr
