@@ -89,7 +89,7 @@ def _check_space(plan: ConversionPlan, output_dir: Path, dtype: torch.dtype, ada
     free = shutil.disk_usage(output_dir.parent).free
     if needed > free:
         raise OSError(
-            f"{output_dir.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB. Free some space, "
+            f"{output_dir.parent} has {free / 1e9:.3g} GB free, the result needs {needed / 1e9:.3g} GB. Free some space, "
             "or write to another disk."
         )
 

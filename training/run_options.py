@@ -135,7 +135,7 @@ class RunOptions:
         if self.push_to_hub != (self.hub_model_id is not None):
             raise ValueError("`push_to_hub` and `hub_model_id` belong together: give both, or neither.")
         if self.hub_model_id is not None and not is_hub_id(self.hub_model_id):
-            raise ValueError(f"`hub_model_id` {self.hub_model_id!r}: {HUB_ID_RULES}")
+            raise ValueError(f"`hub_model_id` {self.hub_model_id}: {HUB_ID_RULES}")
         if self.hub_every is not None and not self.push_to_hub:
             raise ValueError("`hub_every` needs `push_to_hub` and `hub_model_id`.")
 
