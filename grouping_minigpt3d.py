@@ -24,7 +24,9 @@ try:
 except ImportError:  # no GPU build of torch
     triton = None
 
-MAX_DISTANCES = 1 << 26  # held at once: 256 MB each of distances and of differences in one coordinate
+# Distances that are held at once, with as many differences in each of three coordinates: what fits into a CPU's cache, and
+# 256 MB of a GPU's memory.
+MAX_DISTANCES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 # torch 2.6 does not tell exporting from compiling; what is traced for both is right, and slower.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -216,10 +218,11 @@ def _nearest_by_tree(coord: torch.Tensor, center: torch.Tensor, num_neighbors: i
 
 
 def _nearest_neighbors_in_parts(
-    coord: torch.Tensor, center: torch.Tensor, num_neighbors: int, max_distances: int = MAX_DISTANCES
+    coord: torch.Tensor, center: torch.Tensor, num_neighbors: int, max_distances: int | None = None
 ) -> torch.Tensor:
     """By squared distances, of at most `max_distances` pairs at once (or those of one center)."""
     batch_size, num_points, _ = coord.shape
+    max_distances = max_distances or MAX_DISTANCES.get(coord.device.type, MAX_DISTANCES["cuda"])
     rows = max(1, min(center.shape[1], max_distances // num_points))  # centers of a cloud in one part
     clouds = max(1, max_distances // (num_points * rows))
     indices = coord.new_empty(batch_size, center.shape[1], num_neighbors, dtype=torch.int64)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from transformers.integrations import unset_hf_deepspeed_config
 
 from minigpt3d.files import written_whole
 
@@ -24,6 +25,8 @@ def make_accelerator(**kwargs) -> Accelerator:
         ValueError: FSDP1, which flattens the parameters that stages choose by name.
     """
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)], **kwargs)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        unset_hf_deepspeed_config()  # ZeRO-3 divides the weights after a stage has prepared them, not while they load
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator
     plugin = accelerator.state.fsdp_plugin
@@ -48,7 +51,8 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = device_batch
+        # Accelerate reads a clipping of 0 in its own configuration as the default, 1; the paper clips nothing.
+        config |= {"train_micro_batch_size_per_gpu": device_batch, "gradient_clipping": 0.0}
     return accelerator.prepare(model, optimizer)
 
 

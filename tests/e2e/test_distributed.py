@@ -85,6 +85,7 @@ def as_on_gpus(config: str, function, *args, mixed_precision: str):
     if arguments.use_deepspeed:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         environment = prepare_deepspeed_cmd_env(arguments)[1]
         state.distributed_type = DistributedType.DEEPSPEED
@@ -255,8 +256,10 @@ def test_deepspeed_equals_one_process(zero_stage, mixed_precision, tolerance, ba
     """With the configurations as they are launched. The adapter holds what the optimizer keeps in float32."""
     pytest.importorskip("deepspeed")
     stage = without_dropout(tiny(STAGES["II"]))
-    one = train(stage, options(base, tmp_path / "one", release))
-    settings = options(base, tmp_path / "two", release, device_batch=1)
+    one = train(stage, options(base, tmp_path / "one", release, device_batch=1))
+    settings = options(
+        base, tmp_path / "two", release, device_batch=1
+    )  # the second process has one sample, the first two
     config = f"deepspeed_zero{zero_stage}.yaml"
     launch(_train_and_record_dtypes, config, mixed_precision, stage, settings, tmp_path / "seen.json")
     seen = json.loads((tmp_path / "seen.json").read_text())
