@@ -12,7 +12,7 @@ QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST := $(QUIET) $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app viewer test test-fast test-slow test-common test-oldest lint sync household benchmark clean
+.PHONY: help install demo app viewer test test-fast test-slow test-common test-oldest lint sync household benchmark card clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -82,6 +82,9 @@ household: $(INSTALLED)  ## rebuild the bundled checkpoint: make household LIBRA
 
 benchmark: $(INSTALLED)  ## time the encoder beside the plain published algorithm
 	@$(PY) benchmarks/encode.py $(ARGS)
+
+card: $(INSTALLED)  ## check and time everything on a GPU within 8 minutes, into build/card.jsonl
+	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) benchmarks/card.py $(ARGS)
 
 clean:  ## remove the environment and build files
 	@rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -33,6 +33,14 @@ def seconds() -> np.ndarray:
     return np.array([sum(usage.ru_utime + usage.ru_stime for usage in usages), time.perf_counter()])
 
 
+def describe_folder(folder: Path, device: str, batch_size: int | None = None) -> list[str]:
+    """The answers of `minigpt3d describe` about the files of a folder."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        describe(Options(paths=[folder], device=device, batch_size=batch_size), [])
+    return [line.partition(": ")[2] for line in printed.getvalue().splitlines()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objects", type=int, default=100)
@@ -44,11 +52,9 @@ def main():
         for number, item in enumerate(objects):
             np.save(os.path.join(folder, f"{number:03}.npy"), item.read())
         for name in ("warm-up", "evaluate", "describe"):
-            start, printed = seconds(), io.StringIO()
+            start = seconds()
             if name == "describe":
-                with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-                    describe(Options(paths=[Path(folder)], device="cpu", batch_size=arguments.batch_size), [])
-                answers = [line.partition(": ")[2] for line in printed.getvalue().splitlines()]
+                answers = describe_folder(Path(folder), "cpu", arguments.batch_size)
             else:
                 model, processor = load_for_evaluation(default_model(), options)
                 size = 1 if name == "warm-up" else options.batch_size

@@ -11,7 +11,7 @@ The three take turns, batch by batch, so that other work on the machine slows al
 ratios of a turn, with their range. Operators and waits of a step are those of `benchmarks/operators.py`.
 
 Tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, as in these stages) and
-6N operations a token, for the N parameters of the language model without embeddings, relative to the speed of a large
+6N operations a token, for the N weights in the layers of the language model, relative to the speed of a large
 matrix product on this device in the same dtype.
 """
 
@@ -77,8 +77,7 @@ def main():
     batches = [make_samples(stage, config, args.batch, 8192, rng) for _ in range(args.steps)]
     tokens = sum(len(sample["input_ids"]) for batch in batches for sample in batch) / args.steps
     inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
-    language = [p for n, p in inner.model.language_model.named_parameters() if "embed" not in n and "lora" not in n]
-    num_parameters = sum(p.numel() for p in language)
+    num_parameters = num_weights(model)
     peak = matmul_peak(device, dtype)
 
     print(
@@ -189,6 +188,14 @@ def run(model, stage: Stage, batches: list, ways: dict[str, Way], device: torch.
         with OperatorCounter() as counter:
             step(way, batch)
         way.operators, way.waits = counter.operators.total(), counter.waits.total()
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    """Weights of the matrices in the layers of the language model, without LoRA; those in 4 bits are counted in full."""
+    inner = model.base_model.model if hasattr(model, "merge_and_unload") else model
+    modules = inner.model.language_model.named_modules()
+    linear = [m for name, m in modules if isinstance(m, torch.nn.Linear) and "lora" not in name]
+    return sum(module.in_features * module.out_features for module in linear)
 
 
 def matmul_peak(device, dtype, size: int = 4096) -> float:

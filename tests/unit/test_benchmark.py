@@ -1,6 +1,8 @@
 """The benchmarks run, and what they compare agrees. Times are not checked."""
 
 import importlib.util
+import json
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,3 +147,45 @@ def test_a_training_step_never_waits_for_the_device():
         counter = operators.count_step(RECIPES["paper"]["II"], batch=3)
     assert not counter.waits
     assert counter.operators.total() < MAX_OPERATORS
+
+
+# ---- On a GPU, here at tiny size --------------------------------------------------------------------------------------
+
+
+def card_lines(card, out, *parts, minutes="8") -> tuple[int, dict[str, dict]]:
+    """Exit code of the command, and its lines by part."""
+    code = card.main(["--only", *parts, "--minutes", minutes, "--out", str(out)])
+    return code, {line["part"]: line for line in map(json.loads, out.read_text().splitlines())}
+
+
+def test_the_card_measures_part_by_part(tmp_path, capsys):
+    parts = ("grouping", "encoder", "stage_II", "stage_IV", "fsdp2", "other_gpus")
+    with loaded("card") as card:
+        code, lines = card_lines(card, tmp_path / "card.jsonl", *parts)
+    assert code == 0 and tuple(lines) == parts
+    assert [json.loads(line)["part"] for line in capsys.readouterr().out.splitlines()] == list(parts)
+    assert lines["grouping"]["sampling_real"] == lines["grouping"]["neighbors_real"] == 1
+    assert lines["encoder"]["difference_float32"] <= 1e-5 < lines["encoder"]["difference_bfloat16"]
+    for name, batch in (("stage_II", 9), ("stage_IV", 6)):
+        assert lines[name]["status"] == "done" and lines[name]["batch"] == batch
+        assert lines[name]["loss"] == pytest.approx([math.log(51200)] * 2, rel=0.02), "of random weights"
+        assert lines[name]["samples_per_second"] > 0 and lines[name]["waits"] == 0
+    for name in ("fsdp2", "other_gpus"):
+        assert lines[name]["status"] == "left out" and lines[name]["reason"]
+
+
+def test_the_card_tells_wrong_failed_and_late_parts(tmp_path, monkeypatch):
+    def fail(card):
+        raise RuntimeError("no kernel image")
+
+    with loaded("card") as card:
+        wrong_parts = {"setup": lambda card: {"wrong": ["sampling differs"], "share": math.nan}, "encoder": fail}
+        for name, part in wrong_parts.items():
+            monkeypatch.setitem(card.PARTS, name, part)
+        code, lines = card_lines(card, tmp_path / "card.jsonl", "setup", "encoder")
+        late_code, late = card_lines(card, tmp_path / "late.jsonl", "setup", minutes="1e-9")
+    assert code == 1 and late_code == 0
+    assert lines["setup"]["status"] == "wrong" and lines["setup"]["share"] is None
+    assert lines["encoder"]["status"] == "failed" and lines["encoder"]["reason"] == "no kernel image"
+    assert "in fail" in lines["encoder"]["traceback"]
+    assert late["setup"]["status"] == "left out" and "--minutes" in late["setup"]["reason"]
