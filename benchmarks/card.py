@@ -59,7 +59,6 @@ from torch.profiler import ProfilerActivity, profile
 from train import make_samples, matmul_peak, num_weights
 from transformers.utils import is_flash_attn_2_available
 
-from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.evaluation.ask import generate
 from minigpt3d.evaluation.objects import HOUSEHOLD_FILE, read_household
@@ -401,7 +400,7 @@ def fsdp2(card: Card) -> dict:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "1"]
     command += [__file__, "--only", "fsdp2", "--minutes", f"{minutes:.2f}", "--out", str(out)]
     process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if not out.exists():
+    if not (out.exists() and out.stat().st_size):
         raise RuntimeError(f"accelerate launch ended with {process.returncode}: {process.stderr[-2000:]}")
     return json.loads(out.read_text().splitlines()[-1])
 
