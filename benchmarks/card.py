@@ -120,7 +120,10 @@ class Sizes:
 
 PAPER = Sizes({}, 8192, 512, 64, 150, (1, 64), 3, 8, 4096)
 SHALLOW = {part: fields | {"num_hidden_layers": 2} for part, fields in THIN.items() if isinstance(fields, dict)}
-TINY = Sizes(THIN | SHALLOW | {"num_query_tokens": 4}, 128, 4, 2, 8, (2,), 1, 2, 256)
+SHALLOW["text_config"] |= {
+    "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+TINY = Sizes(THIN | SHALLOW | {"num_query_tokens": 4, "point_token_id": 500}, 128, 4, 2, 8, (2,), 1, 2, 256)
 
 
 class LeftOut(Exception):

@@ -139,7 +139,7 @@ def make_samples(stage: Stage, config: MiniGPT3DConfig, count: int, num_points: 
     for _ in range(count):
         prompt = config.num_query_tokens + int(rng.integers(12, 28))
         answer = int(np.clip(rng.lognormal(np.log(median), spread), 5, 400))
-        ids = torch.from_numpy(rng.integers(100, 50_000, prompt + answer))
+        ids = torch.from_numpy(rng.integers(100, min(50_000, config.point_token_id), prompt + answer))
         ids[5 : 5 + config.num_query_tokens] = config.point_token_id
         labels = ids.clone()
         labels[:prompt] = -100
