@@ -17,9 +17,9 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli.main import main
 from minigpt3d.meshes_minigpt3d import Material, Surface, to_srgb
-from minigpt3d.page.streaming import Answerer, Stop, to_messages
 from minigpt3d.page.shown import Objects, example_files
 from minigpt3d.page.space import write_space
+from minigpt3d.page.streaming import Answerer, Stop, to_messages
 from minigpt3d.page.surface import merge_faces, to_scene, write_surface
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
