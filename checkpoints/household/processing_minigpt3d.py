@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .point_cloud_minigpt3d import load_point_cloud
@@ -291,6 +292,8 @@ class _TextOptions:
 
 _TEXT_OPTIONS = {field.name for field in dataclasses.fields(_TextOptions)}
 _READING_OPTIONS = {"up_axis", "missing_color", "clean"}
+# What processors of transformers take and this one does not do.
+_IDLE = (TextKwargs.__annotations__.keys() - _TEXT_OPTIONS) | {"images_kwargs", "videos_kwargs", "audio_kwargs"}
 # Dictionaries of options by modality, as transformers' processors take them.
 _GROUPS = {"text_kwargs", "common_kwargs"}
 _Row = dict[str, np.ndarray]  # a text's tokens: `input_ids` (T,) and other fields (T, …) by transformers' names
@@ -398,7 +401,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
         Raises:
             ValueError: texts and clouds do not match, a text is too long, or a cloud cannot be used.
-            TypeError: an argument is unknown.
+            TypeError: an argument is unknown, or this processor does not do what it asks for (`text_pair`, `stride`).
         """
         for name, value in (("images", images), ("videos", videos), ("audio", audio)):
             if value is not None:
@@ -478,7 +481,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         conversations, is_batched = _conversations(conversation)
         template = self._template(chat_template)
         _check_template_knows(template, tools=tools, documents=documents)
-        known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | {"point_clouds"}
+        known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | _IDLE | {"point_clouds"}
         arguments = (processor_kwargs or {}) | {name: kwargs.pop(name) for name in kwargs.keys() & known}
         if unused := [name for name in kwargs if name not in template]:
             warnings.warn(
@@ -742,6 +745,9 @@ def _text_options(arguments: dict[str, Any]) -> _TextOptions:
         TypeError: an argument is unknown.
         ValueError: an argument has no such value.
     """
+    # Other processors take more; what asks for nothing is as good as missing.
+    idle = {name for name in arguments.keys() & _IDLE if name == "verbose" or not arguments[name]}
+    arguments = {name: value for name, value in arguments.items() if name not in idle}
     if unknown := sorted(arguments.keys() - _TEXT_OPTIONS):
         known = ", ".join(sorted(_TEXT_OPTIONS | _READING_OPTIONS))
         raise TypeError(f"the processor has no argument {', '.join(unknown)}. It has {known}.")

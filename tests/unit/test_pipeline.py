@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import StreamerWithoutEnd
-from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipeline
+from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
 
 def make_chat(cloud, *texts: str) -> list[dict]:
@@ -166,9 +166,9 @@ def test_streaming(describe, ending, clouds, capsys):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = text_of(describe(clouds[0], streamer=streamer))
     assert "".join(streamer).strip() == answer
-    describe(clouds[0], streamer=AnswerStreamer(tokenizer))
+    describe(clouds[0], streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.strip() == answer
-    ending(clouds[0], streamer=AnswerStreamer(tokenizer))
+    ending(clouds[0], streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out == "\n"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     ending(clouds[0], streamer=streamer)

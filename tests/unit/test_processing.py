@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.processing_utils import TextKwargs
 
 from minigpt3d.processing_minigpt3d import (
     DEFAULT_PROMPT,
@@ -363,6 +364,27 @@ def test_arguments_of_tokenizers(tiny_processor):
     assert tiny_processor(text=["Hm"], padding=False, return_length=True)["length"].tolist() == [
         len(tiny_processor(text="Hm")["input_ids"][0])
     ]
+    refused = {
+        "text_pair",
+        "text_target",
+        "text_pair_target",
+        "stride",
+        "is_split_into_words",
+        "return_overflowing_tokens",
+    }
+    refused |= {"return_text_replacement_offsets", "sanitize_control_tokens"}
+    values = {"max_length": 9, "padding_side": "left", "pad_to_multiple_of": 1, "add_special_tokens": False}
+    plain = tiny_processor(text="Hm")["input_ids"]
+    for name in TextKwargs.__annotations__.keys() - {"return_tensors"}:
+        if name in refused:
+            assert tiny_processor(text="Hm", **{name: None})["input_ids"] == plain
+            with pytest.raises(TypeError, match=name):
+                tiny_processor(text="Hm", **{name: 1})
+        else:
+            assert tiny_processor(text="Hm", **{name: values.get(name, True)})["input_ids"] == plain, name
+    assert tiny_processor(text="Hm", images_kwargs={}, verbose=False)["input_ids"] == plain
+    with pytest.raises(TypeError, match="images_kwargs"):
+        tiny_processor(text="Hm", images_kwargs={"size": 3})
     with pytest.raises(TypeError, match="max_lenght"):
         tiny_processor(text="Hm", max_lenght=3)
     with pytest.raises(ValueError, match="truncation"):
