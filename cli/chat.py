@@ -46,6 +46,8 @@ def run(options: Options, argv: list[str]) -> int:
             elif command == "/reset":
                 turns = []
             elif command == "/file":
+                if not argument.strip():
+                    raise ValueError("/file needs a name: /file chair.ply")
                 points, turns = read_points(pipeline, path_or_url(argument.strip()), options), []
             elif re.fullmatch(r"/\w+", command):
                 raise ValueError(f"{command} is no command; /help lists them")

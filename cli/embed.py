@@ -8,7 +8,6 @@ from pathlib import Path
 
 from minigpt3d.arguments import option
 from minigpt3d.files import check_new_file, written_file
-from minigpt3d.sources_minigpt3d import source_name
 
 from .batches import FilesOptions, Progress, work_on_files
 from .console import FAILED, complain
@@ -45,7 +44,7 @@ def run(options: Options, argv: list[str]) -> int:
         ) as batches:
             for result, embedding in chain.from_iterable(batches):
                 if not isinstance(embedding, Exception):
-                    paths.append(source_name(result.path))
+                    paths.append(str(result.path))
                     embeddings.append(embedding)
         if progress.has_folder:
             complain(progress.summary())

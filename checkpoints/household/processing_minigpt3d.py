@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -619,22 +620,32 @@ class MiniGPT3DProcessor(ProcessorMixin):
         """A message in whose texts no mark has a meaning. Its clouds are left out: templates show only their places."""
         content = message["content"]
         if isinstance(content, str):
-            return message | {"content": self._quote(content)}
+            return message | {"content": self._quote([content])[0]}
+        content = content or []
+        texts = iter(self._quote([item["text"] for item in content if isinstance(item.get("text"), str)]))
         return message | {
             "content": [
-                item | {"text": self._quote(item["text"])}
-                if isinstance(item.get("text"), str)
-                else {"type": item["type"]}
-                for item in content or []
+                item | {"text": next(texts)} if isinstance(item.get("text"), str) else {"type": item["type"]}
+                for item in content
             ]
         }
 
-    def _quote(self, text: str) -> str:
-        """A text with `QUOTE` between the letters of each mark of a template or tokenizer."""
+    def _quote(self, texts: list[str]) -> list[str]:
+        """Texts with `QUOTE` between the letters of each mark of a template or tokenizer.
+
+        Marks that begin in one text and end in another are quoted, too, since templates join the texts of a message.
+        """
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         marks = {"[INST]", END_OF_PROMPT, END_OF_ANSWER, "<PC>", "</PC>", *(mark for mark in added if mark.strip())}
         pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
-        return re.sub(pattern, lambda mark: QUOTE.join(mark[0]), text)
+        # Looking ahead finds marks that overlap: in "#####" any three are one.
+        found = re.finditer(f"(?=({pattern}))", "".join(texts))
+        places = {place for mark in found for place in range(mark.start() + 1, mark.start() + len(mark[1]))}
+        ends = accumulate(map(len, texts), initial=0)
+        return [
+            "".join(QUOTE + letter if place in places else letter for place, letter in enumerate(text, start))
+            for text, start in zip(texts, ends, strict=False)
+        ]
 
     def _tokenize(
         self, texts: list[str], point_clouds: Any, options: _TextOptions, answer_spans: list | None
