@@ -821,14 +821,14 @@ class StreamerWithoutEnd(BaseStreamer):
 
     Args:
         streamer: of transformers.
-        tokenizer: the model's.
+        tokenizer: the model's, or its processor.
         ends: texts that end an answer. Of those that contain others, only the others count.
     """
 
     def __init__(self, streamer: BaseStreamer, tokenizer, ends: list[str]):
         ends = {end for end in ends if end}
         self.streamer = streamer
-        self.tokenizer = tokenizer
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.ends = [end for end in ends if not any(other in end for other in ends - {end})]
         self.held: list[int] | None = None  # tokens that may begin the end; None before the prompt
 

@@ -186,8 +186,10 @@ class Recorder(BaseStreamer):
         self.is_ended = True
 
 
-def test_streamers_get_all_but_the_end():
-    tokenizer = make_processor().tokenizer
+@pytest.mark.parametrize("is_processor", [True, False])
+def test_streamers_get_all_but_the_end(is_processor):
+    processor = make_processor()
+    tokenizer = processor.tokenizer
     for text, expected in (
         ("a chair.###", "a chair."),
         ("#1 of ##", "#1 of ##"),
@@ -195,7 +197,7 @@ def test_streamers_get_all_but_the_end():
         ("###", ""),
     ):
         recorder = Recorder()
-        streamer = StreamerWithoutEnd(recorder, tokenizer, ["###", ".###"])
+        streamer = StreamerWithoutEnd(recorder, processor if is_processor else tokenizer, ["###", ".###"])
         streamer.put(torch.tensor([[7]]))  # the prompt
         for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
             streamer.put(torch.tensor([token]))
