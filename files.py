@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,23 @@ from typing import Any
 # A limit of the user's (quota, `ulimit -f`) is as good as a full disk. safetensors raises its own class.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_MESSAGES = "No space left on device|Disk quota exceeded|File too large"
+
+
+def check_new_file(option: str, path: Path, sources: Iterable[Path | str] = ()):
+    """
+    Args:
+        option: that named the file, for messages.
+        sources: what is read.
+
+    Raises:
+        ValueError: no file can be written there, or it is one of the sources.
+    """
+    if path.is_dir():
+        raise ValueError(f"`{option}` {path} is a folder. Give a file.")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"`{option}` {path}: there is no folder {path.resolve().parent}")
+    if any(isinstance(source, Path) and source.resolve() == path.resolve() for source in sources):
+        raise ValueError(f"`{option}` {path} is a file to read, which would be lost. Give another name.")
 
 
 @contextmanager

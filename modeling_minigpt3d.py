@@ -11,6 +11,7 @@ D width (of whichever part the line is in), H heads, V vocabulary.
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -475,17 +476,22 @@ def pin_qformer_attention(config: MiniGPT3DConfig):
         config.qformer_config._attn_implementation = "sdpa"
 
 
+# One thread at a time changes the implementation of attention in a config that others read.
+_EAGER_ATTENTION = threading.Lock()
+
+
 @contextmanager
 def eager_attention(*configs: PreTrainedConfig) -> Iterator[None]:
     """Compute attention eagerly within the block: other implementations return no weights."""
-    implementations = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in zip(configs, implementations, strict=True):
-            config._attn_implementation = implementation
+    with _EAGER_ATTENTION:
+        implementations = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation = "eager"
+            yield
+        finally:
+            for config, implementation in zip(configs, implementations, strict=True):
+                config._attn_implementation = implementation
 
 
 def leave_alone(config: QuantizationConfigMixin | dict, modules: list[str]) -> QuantizationConfigMixin:
@@ -815,14 +821,14 @@ class StreamerWithoutEnd(BaseStreamer):
 
     Args:
         streamer: of transformers.
-        tokenizer: the model's.
+        tokenizer: the model's, or its processor.
         ends: texts that end an answer. Of those that contain others, only the others count.
     """
 
     def __init__(self, streamer: BaseStreamer, tokenizer, ends: list[str]):
         ends = {end for end in ends if end}
         self.streamer = streamer
-        self.tokenizer = tokenizer
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.ends = [end for end in ends if not any(other in end for other in ends - {end})]
         self.held: list[int] | None = None  # tokens that may begin the end; None before the prompt
 
@@ -947,14 +953,22 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             point_features=outputs.point_features,
         )
 
-    def generate(self, *args, streamer: BaseStreamer | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, streamer: BaseStreamer | None = None, **kwargs):
         """See `GenerationMixin.generate`.
 
         Args:
             streamer: gets the answer without the text that ends it; the sequences returned hold it.
-            point_clouds: with `past_key_values` of earlier turns all clouds of the conversations, or only those that
-                the cache does not hold; none if it holds all.
+            past_key_values: cache of earlier turns. `input_ids` are then (B, T) the complete conversations, or only the
+                tokens behind the cache together with the complete `attention_mask`. Not with an assistant or prompt
+                lookup.
+            point_clouds: those of all placeholders in `input_ids`. If these are complete conversations, the clouds that
+                the cache holds may be left out; None if that leaves none.
+            prefill_chunk_size: number of prompt tokens in a pass. Not with `inputs_embeds`.
+
+        Raises:
+            ValueError: the clouds do not match the placeholders, or arguments exclude each other.
         """
+        kwargs["num_cached"] = self._count_cached(inputs, **kwargs)
         tokenizer = kwargs.get("tokenizer", getattr(streamer, "tokenizer", None))
         if streamer is not None and tokenizer is not None:
             config = kwargs.get("generation_config") or self.generation_config
@@ -967,7 +981,28 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             streamer = StreamerWithoutEnd(
                 streamer, tokenizer, [*([stops] if isinstance(stops, str) else stops), *ends]
             )
-        return super().generate(*args, streamer=streamer, **kwargs)
+        return super().generate(inputs, *args, streamer=streamer, **kwargs)
+
+    @staticmethod
+    def _count_cached(
+        inputs: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> int:
+        """Count the first tokens of the text that the cache holds: 0 if the text is only what follows the cache.
+
+        As transformers tells them apart, which has dropped a mask without padding when it asks for this model's inputs.
+        """
+        if past_key_values is None:
+            return 0
+        input_ids = inputs if input_ids is None else input_ids
+        if inputs_embeds is None and input_ids is not None and attention_mask is not None:
+            if attention_mask.shape[1] != input_ids.shape[1]:
+                return 0
+        return past_key_values.get_seq_length()
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, point_clouds=None, **kwargs):
         """Leave the clouds that the cache does not hold; copy a row's clouds with the row, for beams and several answers."""
@@ -986,15 +1021,14 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         point_clouds: torch.Tensor,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
+        num_cached: int = 0,
         prompt_length: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor | None, list[int]]:
         """Choose each row's last clouds, as many as there are placeholders behind the cache.
 
         Args:
-            point_clouds: the clouds of the complete conversations (B, T), or only those that the cache does not hold.
+            point_clouds: the clouds of the text (B, T), or only those that the cache does not hold.
 
         Returns:
             The clouds, or None if the cache holds all, and their number for each row.
@@ -1004,10 +1038,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         """
         mask = self.model.find_placeholders(None if inputs_embeds is not None else input_ids, inputs_embeds)  # (B, T)
         mask = mask[:, :prompt_length]  # what an assistant has written shows no cloud
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and attention_mask.shape[1] > mask.shape[1]:
-            cached = 0  # only what follows the cache was passed
-        in_text, left = ((m.sum(1) // self.config.num_query_tokens).tolist() for m in (mask, mask[:, cached:]))
+        in_text, left = ((m.sum(1) // self.config.num_query_tokens).tolist() for m in (mask, mask[:, num_cached:]))
         if len(point_clouds) == sum(in_text):
             rows = point_clouds.split(in_text)
             point_clouds = torch.cat([row[len(row) - count :] for row, count in zip(rows, left, strict=True)])
@@ -1020,15 +1051,28 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
 
     def _prefill(self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
         """Chunks of a prompt (`prefill_chunk_size`) share its clouds, which are encoded once."""
-        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
-        if size is not None and cache is not None and model_kwargs.get("point_clouds") is not None:
-            mask = model_kwargs.get("attention_mask")  # transformers drops one without padding, and keeps its length
-            length = generation_config._mask_length if mask is None else mask.shape[1]
-            # The tokens are the complete text, or only those behind the cache.
-            new_ids = input_ids[:, cache.get_seq_length() if length == input_ids.shape[1] else 0 :]
+        size = generation_config.prefill_chunk_size
+        if size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"got prefill_chunk_size={size} with inputs_embeds, but only token ids are read in chunks. "
+                "Pass input_ids instead of inputs_embeds, or no prefill_chunk_size."
+            )
+        if size is not None and model_kwargs.get("point_clouds") is not None:
+            new_ids = input_ids[:, model_kwargs["num_cached"] :]
             embeds, _ = self.model.embed(new_ids, model_kwargs["point_clouds"])
             model_kwargs = model_kwargs | {"point_clouds": None, "prompt_chunks": iter(embeds.split(size, dim=1))}
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        """Refuse a cache of earlier turns, whose tokens transformers would read again before it checks candidates."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"got past_key_values that hold {cache.get_seq_length()} tokens together with an assistant or prompt "
+                "lookup, which must begin without a cache. Pass the complete conversation without past_key_values, or "
+                "neither assistant_model nor prompt_lookup_num_tokens."
+            )
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -1037,6 +1081,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         point_clouds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        num_cached: int = 0,
         prompt_length: int | None = None,
         prompt_chunks: Iterator[torch.Tensor] | None = None,
         **kwargs,

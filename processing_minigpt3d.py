@@ -16,11 +16,13 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .point_cloud_minigpt3d import load_point_cloud
@@ -291,6 +293,8 @@ class _TextOptions:
 
 _TEXT_OPTIONS = {field.name for field in dataclasses.fields(_TextOptions)}
 _READING_OPTIONS = {"up_axis", "missing_color", "clean"}
+# What processors of transformers take and this one does not do.
+_IDLE = (TextKwargs.__annotations__.keys() - _TEXT_OPTIONS) | {"images_kwargs", "videos_kwargs", "audio_kwargs"}
 # Dictionaries of options by modality, as transformers' processors take them.
 _GROUPS = {"text_kwargs", "common_kwargs"}
 _Row = dict[str, np.ndarray]  # a text's tokens: `input_ids` (T,) and other fields (T, …) by transformers' names
@@ -398,7 +402,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
         Raises:
             ValueError: texts and clouds do not match, a text is too long, or a cloud cannot be used.
-            TypeError: an argument is unknown.
+            TypeError: an argument is unknown, or this processor does not do what it asks for (`text_pair`, `stride`).
         """
         for name, value in (("images", images), ("videos", videos), ("audio", audio)):
             if value is not None:
@@ -478,7 +482,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
         conversations, is_batched = _conversations(conversation)
         template = self._template(chat_template)
         _check_template_knows(template, tools=tools, documents=documents)
-        known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | {"point_clouds"}
+        known = _TEXT_OPTIONS | _READING_OPTIONS | _GROUPS | _IDLE | {"point_clouds"}
         arguments = (processor_kwargs or {}) | {name: kwargs.pop(name) for name in kwargs.keys() & known}
         if unused := [name for name in kwargs if name not in template]:
             warnings.warn(
@@ -616,22 +620,32 @@ class MiniGPT3DProcessor(ProcessorMixin):
         """A message in whose texts no mark has a meaning. Its clouds are left out: templates show only their places."""
         content = message["content"]
         if isinstance(content, str):
-            return message | {"content": self._quote(content)}
+            return message | {"content": self._quote([content])[0]}
+        content = content or []
+        texts = iter(self._quote([item["text"] for item in content if isinstance(item.get("text"), str)]))
         return message | {
             "content": [
-                item | {"text": self._quote(item["text"])}
-                if isinstance(item.get("text"), str)
-                else {"type": item["type"]}
-                for item in content or []
+                item | {"text": next(texts)} if isinstance(item.get("text"), str) else {"type": item["type"]}
+                for item in content
             ]
         }
 
-    def _quote(self, text: str) -> str:
-        """A text with `QUOTE` between the letters of each mark of a template or tokenizer."""
+    def _quote(self, texts: list[str]) -> list[str]:
+        """Texts with `QUOTE` between the letters of each mark of a template or tokenizer.
+
+        Marks that begin in one text and end in another are quoted, too, since templates join the texts of a message.
+        """
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         marks = {"[INST]", END_OF_PROMPT, END_OF_ANSWER, "<PC>", "</PC>", *(mark for mark in added if mark.strip())}
         pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
-        return re.sub(pattern, lambda mark: QUOTE.join(mark[0]), text)
+        # Looking ahead finds marks that overlap: in "#####" any three are one.
+        found = re.finditer(f"(?=({pattern}))", "".join(texts))
+        places = {place for mark in found for place in range(mark.start() + 1, mark.start() + len(mark[1]))}
+        ends = accumulate(map(len, texts), initial=0)
+        return [
+            "".join(QUOTE + letter if place in places else letter for place, letter in enumerate(text, start))
+            for text, start in zip(texts, ends, strict=False)
+        ]
 
     def _tokenize(
         self, texts: list[str], point_clouds: Any, options: _TextOptions, answer_spans: list | None
@@ -742,6 +756,9 @@ def _text_options(arguments: dict[str, Any]) -> _TextOptions:
         TypeError: an argument is unknown.
         ValueError: an argument has no such value.
     """
+    # Other processors take more; what asks for nothing is as good as missing.
+    idle = {name for name in arguments.keys() & _IDLE if name == "verbose" or not arguments[name]}
+    arguments = {name: value for name, value in arguments.items() if name not in idle}
     if unknown := sorted(arguments.keys() - _TEXT_OPTIONS):
         known = ", ".join(sorted(_TEXT_OPTIONS | _READING_OPTIONS))
         raise TypeError(f"the processor has no argument {', '.join(unknown)}. It has {known}.")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minigpt3d.files import written_file
+from minigpt3d.files import check_new_file, written_file
 
 from .gallery import write_gallery
 from .rows import json_line, safe_cell, to_cells
@@ -16,20 +16,20 @@ Rows = Iterable[dict[str, Any]]
 _ROWS_AT_ONCE = 1000  # of a Parquet file
 
 
-def check_out(path: Path):
+def check_out(path: Path, sources: list[Path | str]):
     """
+    Args:
+        sources: what is read.
+
     Raises:
-        ValueError: the file's suffix is unknown, or its folder is missing.
+        ValueError: the file's suffix is unknown, or it cannot be written.
         ImportError: pyarrow is needed and missing.
     """
     if path.suffix.lower() not in WRITERS:
         raise ValueError(
             f"`out` {path}: expected a name that ends in {', '.join(WRITERS)}, for the form of the catalog."
         )
-    if path.is_dir():
-        raise ValueError(f"`out` {path} is a folder. Give a file.")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"`out` {path}: there is no folder {path.resolve().parent}")
+    check_new_file("out", path, sources)
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise ImportError("A .parquet needs pyarrow, which comes with datasets: pip install 'minigpt3d[train]'")
 

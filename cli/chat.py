@@ -46,6 +46,8 @@ def run(options: Options, argv: list[str]) -> int:
             elif command == "/reset":
                 turns = []
             elif command == "/file":
+                if not argument.strip():
+                    raise ValueError("/file needs a name: /file chair.ply")
                 points, turns = read_points(pipeline, path_or_url(argument.strip()), options), []
             elif re.fullmatch(r"/\w+", command):
                 raise ValueError(f"{command} is no command; /help lists them")
@@ -64,11 +66,11 @@ def ask(pipeline, cloud: dict, turns: list[tuple], question: str, max_new_tokens
     Raises:
         ValueError: there is no answer.
     """
-    from minigpt3d.pipeline_minigpt3d import AnswerStreamer
+    from transformers import TextStreamer
 
     kept = turns
     while True:
-        streamer = AnswerStreamer(pipeline.processor.tokenizer, pipeline.processor.end_of_answer)
+        streamer = TextStreamer(pipeline.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         messages = to_messages(cloud, kept, question)
         try:
             (output,) = pipeline(messages, up_axis="y", clean="none", max_new_tokens=max_new_tokens, streamer=streamer)

@@ -95,7 +95,7 @@ class Options(FilesOptions, InferenceOptions):
             raise ValueError(
                 "`json` prints lines and `out` writes a catalog: give one of them (--out FILE.jsonl has both)"
             )
-        check_out(self.out)
+        check_out(self.out, self.paths)
         check_questions(self.ask)
         if self.thumbnails is not None and self.thumbnails.exists() and not self.thumbnails.is_dir():
             raise ValueError(f"`thumbnails` {self.thumbnails} is a file. Give a folder.")

@@ -7,8 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from minigpt3d.arguments import option
-from minigpt3d.files import written_file
-from minigpt3d.sources_minigpt3d import source_name
+from minigpt3d.files import check_new_file, written_file
 
 from .batches import FilesOptions, Progress, work_on_files
 from .console import FAILED, complain
@@ -32,8 +31,7 @@ def run(options: Options, argv: list[str]) -> int:
     out, suffix = options.out, options.out.suffix.lower()
     if suffix not in WRITERS:
         raise ValueError(f"`out` {out}: {suffix or 'no extension'}; expected {' or '.join(WRITERS)}")
-    if not out.resolve().parent.is_dir():
-        raise ValueError(f"`out` {out}: there is no folder {out.resolve().parent}")
+    check_new_file("out", out, options.paths)
     if suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ImportError(
             "A .parquet file is written by pyarrow: pip install 'minigpt3d[train]', or write a .npz file"
@@ -46,7 +44,7 @@ def run(options: Options, argv: list[str]) -> int:
         ) as batches:
             for result, embedding in chain.from_iterable(batches):
                 if not isinstance(embedding, Exception):
-                    paths.append(source_name(result.path))
+                    paths.append(str(result.path))
                     embeddings.append(embedding)
         if progress.has_folder:
             complain(progress.summary())

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minigpt3d.arguments import option, path_or_url
-from minigpt3d.files import write_text
+from minigpt3d.files import check_new_file, write_text
 from minigpt3d.sources_minigpt3d import source_name
 
 from .inference import InferenceOptions, read_file
@@ -30,8 +30,7 @@ def run(options: Options, argv: list[str]) -> int:
     """Write the page, print the answer; returns the exit code."""
     if find_spec("plotly") is None:
         raise ImportError("The page is drawn by plotly: pip install 'minigpt3d[look]'")
-    if not options.out.resolve().parent.is_dir():
-        raise ValueError(f"`out` {options.out}: there is no folder {options.out.resolve().parent}")
+    check_new_file("out", options.out, [options.path])
     from minigpt3d.evaluation.attention import draw_page, measure_attention
 
     pipeline, cloud = read_file(options.path, options)

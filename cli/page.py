@@ -57,7 +57,7 @@ def serve(options: Options):
     import threading
 
     from minigpt3d.hub import BUNDLED_MODEL, public_name
-    from minigpt3d.page.app import Settings, launch
+    from minigpt3d.page.layout import Settings, launch
     from minigpt3d.page.shown import Objects
 
     pipeline, lock = load_pipeline(options), threading.Lock()

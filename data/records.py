@@ -107,7 +107,9 @@ def _check_turns(turns, where: str) -> list[str]:
             raise ValueError(f"{where}: expected {{'from': '{speaker}', 'value': text}}, got {turn!r:.80}.")
     texts = [turn["value"] for turn in turns]
     if texts[0].count(POINT_PLACEHOLDER) != 1 or any(POINT_PLACEHOLDER in text for text in texts[1:]):
-        raise ValueError(f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question; got {texts!r:.120}.")
+        raise ValueError(
+            f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question, and in no caption or answer; got {texts!r:.120}."
+        )
     return texts
 
 

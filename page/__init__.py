@@ -1,9 +1,9 @@
 """The page of `minigpt3d demo`: an object in 3D beside a chat about it.
 
-objects.py       files that people drop → the cloud that the model sees, and what they are told about it
+shown.py         files that people drop → the cloud that the model sees, and what they are told about it
 surface.py       the surface of a mesh as a GLB, to look at
-conversation.py  streamed answers about an object
-app.py           the layout of the page, and what happens when something is clicked
+streaming.py     streamed answers about an object
+layout.py        the layout of the page, and what happens when something is clicked
 space.py         a folder that is a Space of the Hub with this page
 viewer/          the 3D view in the browser; `make viewer` bundles it with three.js into static/viewer.js
 """

@@ -128,9 +128,9 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
         # A process without samples repeats one, uncounted: sharded models need all processes.
         chosen = assigned[first : first + batch] or addresses[:1]
         samples = [encode_sample(processor, *sources[name].read(*address), stage) for name, *address in chosen]
-        batch = pack_batch(samples, packing)
-        tokens = int((batch["labels"] != -100).sum())
-        inputs = send_to_device(batch, accelerator.device, non_blocking=True)
+        packed = pack_batch(samples, packing)
+        tokens = int((packed["labels"] != -100).sum())
+        inputs = send_to_device(packed, accelerator.device, non_blocking=True)
         loss = model(**inputs, use_cache=False, num_items_in_batch=tokens).loss
         if assigned[first : first + batch]:
             total += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64, device=accelerator.device)

@@ -247,11 +247,11 @@ def parse_settings(texts: Iterable[str]) -> dict[str, float]:
             number = kind(value)
         except ValueError:
             number = math.nan
-        if not least <= number < math.inf or (name in ("lr", "epochs") and number == 0):
+        is_positive = name in ("lr", "epochs")
+        if not least <= number < math.inf or (is_positive and number == 0):
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(
-                f"`set` {text}: {name} must be {what} of at least {least}{' and not 0' if kind is float else ''}."
-            )
+            what += " greater than 0" if is_positive else f" of at least {least}"
+            raise ValueError(f"`set` {text}: expected NAME=VALUE, and for {name} {what}.")
         if name in settings:
             raise ValueError(f"`set`: {name} is given twice.")
         settings[name] = number

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, Pipeline, PreTrainedModel
-from transformers.generation.streamers import TextStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .cleaning_minigpt3d import mirror_distance
@@ -307,18 +306,6 @@ class PointCloudToTextPipeline(Pipeline):
         return [{"generated_text": text.split(end)[0].strip()} for text in texts]
 
 
-class AnswerStreamer(TextStreamer):
-    """Prints an answer during generation, without the prompt and the final `###`."""
-
-    def __init__(self, tokenizer, end_of_answer: str = END_OF_ANSWER):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.end_of_answer = end_of_answer
-
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        # Text arrives in complete words, so the mark is never split.
-        super().on_finalized_text(text.split(self.end_of_answer)[0], stream_end)
-
-
 def flatten(nested: Iterable) -> Iterable[torch.Tensor]:
     """The tensors in nested lists."""
     for item in nested:
@@ -336,4 +323,4 @@ def register():
         )
 
 
-__all__ = ["AnswerStreamer", "PointCloudToTextPipeline", "register"]
+__all__ = ["PointCloudToTextPipeline", "register"]

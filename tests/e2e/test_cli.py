@@ -340,8 +340,8 @@ def test_chat_has_commands(run, objects, monkeypatch):
     other = objects / "more" / "a.npy"
     about_other = ask(first, path=other)[1]
     assert ask(second, f"/file {other}", first)[1] == fresh + about_other != fresh + ask(first)[1]
-    code, out, err = ask(f"/file {objects}/none.npy", "/nothing", second)
-    assert (code, out) == (1, fresh) and "none.npy" in err[0] and "/help" in err[1]
+    code, out, err = ask(f"/file {objects}/none.npy", "/nothing", "/file", second)
+    assert (code, out) == (1, fresh) and "none.npy" in err[0] and "/help" in err[1] and "name" in err[2]
     code, out, err = ask("/help")
     assert (code, err) == (0, []) and all(any(command in line for line in out) for command in chat.COMMANDS)
 

@@ -339,7 +339,9 @@ def test_a_killed_conversion_leaves_the_old_folder(merged, make_command, release
     process.start()
     process.join(timeout=120)
     assert process.exitcode == 9
-    assert contents_of(out) == before and len(list(tmp_path.iterdir())) == 2, "out, and what the killed run left"
+    assert contents_of(out) == before and len(list(tmp_path.iterdir())) == 3, (
+        "out, and what the killed run left, with its lock"
+    )
     assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "model.safetensors").read_bytes() == before["model.safetensors"]

@@ -74,3 +74,18 @@ def test_mistakes_are_found_before_the_model_is_loaded(out, words, folder, tmp_p
     assert main(["embed", str(folder / "objects"), "--out", str(tmp_path / out), "--model", "no/model"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "--out" in line and [word for word in words if word not in line] == []
+
+
+def test_what_is_read_is_not_replaced(tmp_path, capsys):
+    cloud = tmp_path / "a.npz"
+    np.savez(cloud, make_cloud(0))
+    content = cloud.read_bytes()
+    for command in ("embed", "describe"):
+        out = cloud if command == "embed" else tmp_path / "a.csv"
+        out.touch()
+        assert main([command, str(out), "--out", str(out), "--model", "no/model"]) == 1
+        assert "lost" in capsys.readouterr().err
+    assert cloud.read_bytes() == content
+    (tmp_path / "folder.npz").mkdir()
+    assert main(["embed", str(cloud), "--out", str(tmp_path / "folder.npz"), "--model", "no/model"]) == 1
+    assert "is a folder" in capsys.readouterr().err

@@ -418,7 +418,7 @@ def without_seconds(lines):
 
 
 def test_a_damaged_line_is_named(tmp_path):
-    append_lines(Lines(tmp_path).open(0), [{"n": 1}])
+    append_lines(Lines(tmp_path).open(0), [{"question": "what", "condition": "seeing", "object_id": "a"}])
     with open(tmp_path / "part-0.jsonl", "ab") as file:
         file.write(b'{"n":\n')
     with pytest.raises(ValueError, match="part-0.jsonl, line 2: not JSON"):
@@ -427,8 +427,9 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_files_of_more_processes_are_read(tmp_path):
     for rank in range(3):
-        append_lines(Lines(tmp_path).open(rank), [{"n": rank}])
-    assert [line["n"] for line in Lines(tmp_path).read()] == [0, 1, 2]
+        line = {"question": "what", "condition": "seeing", "object_id": f"object {rank}"}
+        append_lines(Lines(tmp_path).open(rank), [line])
+    assert [line["object_id"] for line in Lines(tmp_path).read()] == ["object 0", "object 1", "object 2"]
 
 
 def test_results_are_in_the_order_of_the_suite(tmp_path):
@@ -494,7 +495,12 @@ def test_min_new_tokens_allows_the_end_mark(monkeypatch):
 def test_blind_clouds_reach_the_model_as_zeros(tiny_processor, template, monkeypatch):
     model, seen = make_seeing_model(), []
     forward = model.model.point_encoder.forward
-    monkeypatch.setattr(model.model.point_encoder, "forward", lambda c, *a: seen.append(c.clone()) or forward(c, *a))
+
+    def see(clouds, *args, **kwargs):
+        seen.append(clouds.clone())
+        return forward(clouds, *args, **kwargs)
+
+    monkeypatch.setattr(model.model.point_encoder, "forward", see)
     clouds = [make_cloud(1), np.zeros((128, 6), np.float32)]
     lines = generate(model, tiny_processor, clouds, "What?", template, GREEDY | {"max_new_tokens": 3}, 0)
     assert len(lines) == 2 and seen[0][0].any() and not seen[0][1].any()

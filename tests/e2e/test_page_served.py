@@ -16,7 +16,7 @@ pytest.importorskip("gradio", reason="the page needs gradio")
 
 from minigpt3d import load_point_cloud
 from minigpt3d.hub import default_model, load_model
-from minigpt3d.page.app import Settings, launch
+from minigpt3d.page.layout import Settings, launch
 from minigpt3d.page.shown import Objects
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 

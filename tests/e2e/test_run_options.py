@@ -33,20 +33,32 @@ def test_half_precision_is_near_full_precision(run, trained, launched):
     losses, tensors = read_run(trained(stage))
     launched(mixed_precision="bf16", use_cpu="true")
     held = {}
-    load = loop.load_stage_model
+    halve = loop.halve_frozen
 
-    def load_and_look(*args):
-        model = load(*args)
+    def halve_and_look(model, half):
+        halve(model, half)
         held.update({name: (p.dtype, p.requires_grad, p.ndim) for name, p in model.named_parameters()})
-        return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_stage_model", load_and_look)
+        patch.setattr(loop, "halve_frozen", halve_and_look)
         half_losses, half = run(stage, "half")
+    assert held
     for name, (dtype, trains, ndim) in held.items():
         assert dtype == (torch.float32 if trains or ndim < 2 else torch.bfloat16), name
     assert half_losses == pytest.approx(losses, rel=0.02) and half_losses != losses
     assert all(tensor.dtype == torch.float32 for tensor in half.values()) and half.keys() == tensors.keys()
+
+
+def test_half_precision_keeps_what_earlier_stages_trained(trained, release, tmp_path, launched):
+    """Their LoRA factors are frozen matrices, which the model holds in half precision; the adapter does not."""
+    before = trained(tiny(STAGES["II"]))
+    launched(mixed_precision="bf16", use_cpu="true")
+    stage = tiny(STAGES["IV"], exports=False, starts_from="II")
+    folder = train(stage, options(before, tmp_path / "out", release, max_steps=1))
+    tensors = load_file(folder / ADAPTER)
+    kept = {name: tensor for name, tensor in load_file(before / ADAPTER).items() if "query_experts" not in name}
+    assert any("lora_A" in name for name in kept)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize("name", ["I", "II", "IV"])

@@ -238,4 +238,4 @@ def test_files_in_a_folder(tmp_path):
     names = [path.relative_to(tmp_path).as_posix() for path in progress.files]
     assert names == ["a.ply.gz", "b.OBJ", "below/c.usdz"]
     assert progress.skipped == {".md": 1, ".gz": 1, ".wrl": 1, "pipes and broken links": 2}
-    assert "2 pipes and broken links" in progress.summary("described")
+    assert "2 pipes and broken links" in progress.summary()

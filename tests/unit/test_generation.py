@@ -174,17 +174,68 @@ def test_an_answer_is_continued(model, prompt, greedy):
     assert torch.equal(second[:, -NEW:], greedy)
 
 
-@pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="5.18 reads what is in the cache again")
-def test_chunks_behind_a_cache(model, prompt):
-    """A second turn with another cloud, in chunks that split its placeholders."""
-    tokens, clouds = prompt["input_ids"], prompt["point_clouds"]
-    inputs = {"input_ids": torch.cat([tokens, tokens], dim=1), "point_clouds": clouds[[0, 1, 1, 0]]}
-    expected = model.generate(**inputs, **GREEDY)
-    for given in (inputs["point_clouds"], clouds[[1, 0]]):
-        cache = model(input_ids=tokens, point_clouds=clouds[[0, 1]]).past_key_values
-        inputs["point_clouds"] = given
-        answer = model.generate(**inputs, past_key_values=cache, prefill_chunk_size=4, **GREEDY)
-        assert torch.equal(answer, expected)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_second_turn(model, prompt, padded, size):
+    """With another cloud, behind the cache of the first; chunks split its placeholders."""
+    if size and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("5.18 reads what is in the cache again")
+    first, clouds = prompt["input_ids"], prompt["point_clouds"][[0, 1, 1, 0]]  # two a row
+    second = torch.cat([first, first[:, :2]], dim=1)
+    both = torch.cat([first, second], dim=1)
+    mask = torch.ones_like(both)
+    if padded:
+        mask[:, :15] = prompt["attention_mask"]
+    expected = model.generate(input_ids=both, attention_mask=mask, point_clouds=clouds, **GREEDY)[:, -NEW:]
+    positions = (mask[:, :15].cumsum(-1) - 1).clamp(min=0)
+    for tokens, given in ((both, clouds), (both, clouds[[1, 3]]), (second, clouds[[1, 3]])):
+        cache = model(
+            input_ids=first, attention_mask=mask[:, :15], position_ids=positions, point_clouds=clouds[[0, 2]]
+        ).past_key_values
+        answer = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            point_clouds=given,
+            past_key_values=cache,
+            prefill_chunk_size=size,
+            **GREEDY,
+        )
+        assert torch.equal(answer[:, -NEW:], expected)
+
+
+def test_beams_of_a_second_turn(model, prompt):
+    """With the cache's rows copied for the beams, as transformers expects."""
+    first, clouds = prompt["input_ids"], prompt["point_clouds"][[0, 1, 1, 0]]
+    both = torch.cat([first, first], dim=1)
+    inputs = {"attention_mask": torch.ones_like(both), **GREEDY, "num_beams": 2}
+    expected = model.generate(input_ids=both, point_clouds=clouds, **inputs)[:, -NEW:]
+    for tokens, given in ((both, clouds), (first, clouds[[1, 3]])):
+        cache = model(input_ids=first, point_clouds=clouds[[0, 2]]).past_key_values
+        cache.batch_repeat_interleave(2)
+        answer = model.generate(input_ids=tokens, point_clouds=given, past_key_values=cache, **inputs)
+        assert torch.equal(answer[:, -NEW:], expected)
+
+
+def test_arguments_that_exclude_each_other(model, prompt):
+    """Before anything is computed: candidates behind a cache of earlier turns, and chunks of embeddings."""
+    tokens, clouds = prompt["input_ids"][:1], prompt["point_clouds"]
+    both = torch.cat([tokens, tokens], dim=1)
+    for candidates in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        for ids, given in ((both, clouds), (tokens, clouds[1:])):
+            cache = model(input_ids=tokens, point_clouds=clouds[:1]).past_key_values
+            with pytest.raises(ValueError, match=r"past_key_values that hold 15 tokens.*without past_key_values"):
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(both),
+                    point_clouds=given,
+                    past_key_values=cache,
+                    **candidates,
+                    **GREEDY,
+                )
+    words = model.get_input_embeddings()(tokens)
+    for given in ({"point_clouds": clouds[:1]}, {}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=4 with inputs_embeds"):
+            model.generate(inputs_embeds=words, **given, prefill_chunk_size=4, **GREEDY)
 
 
 def test_without_a_prompt(model):

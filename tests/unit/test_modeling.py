@@ -1,5 +1,6 @@
 """Properties of the network that the goldens do not cover."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from minigpt3d.grouping_minigpt3d import (
     nearest_neighbors,
 )
 from minigpt3d.hub import load_weights
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, eager_attention
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
 
 
@@ -208,7 +209,8 @@ def test_point_features_show_what_the_model_has_seen(router_type, point_clouds):
     batch, encoder, tokens = len(point_clouds), config.point_config, 1 + config.point_config.num_groups
     assert output.last_hidden_state.shape == (batch, tokens, encoder.hidden_size)
     assert output.pooler_output.shape == (batch, config.num_query_tokens, config.text_config.hidden_size)
-    assert (output.center[:, :, None] == point_clouds[:, None, :, :3]).all(-1).any(-1).all(), "centers are points"
+    _, center = group(point_clouds, encoder.num_groups, encoder.group_size)
+    assert torch.equal(output.center, center)
     experts, weights = model.model.router(output.last_hidden_state)
     assert torch.equal(output.experts, experts)
     torch.testing.assert_close(output.router_weights.gather(1, experts), weights)
@@ -225,6 +227,46 @@ def test_point_features_show_what_the_model_has_seen(router_type, point_clouds):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     as_tuple = model.get_point_features(point_clouds, return_dict=False)
     assert torch.equal(as_tuple[0], plain.last_hidden_state) and torch.equal(as_tuple[1], plain.pooler_output)
+
+
+def test_the_centers_are_those_of_their_tokens(tiny_model, point_clouds):
+    """Moved points change the token, as the first block reads it, of their center, and no other."""
+    encoder = tiny_model.model.point_encoder.requires_grad_(False)
+    neighborhood, center = group(point_clouds, encoder.config.num_groups, encoder.config.group_size)
+    seen = []
+    hook = encoder.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(sum(inputs)))
+    encoder(point_clouds)
+    for place in (0, 5):
+        moved, shifted = neighborhood.clone(), center.clone()
+        moved[:, place] += 0.1
+        shifted[:, place] += 0.1
+        for inputs in ((moved, center), (neighborhood, shifted)):
+            encoder.encode_groups(*inputs)
+            changed = (seen[-1] != seen[0]).any(-1)  # (B, 1+G)
+            assert changed[:, 1 + place].all() and changed.sum() == len(point_clouds)
+    hook.remove()
+
+
+def test_threads_leave_the_implementation_of_attention():
+    """The first to begin ends first, so that without a lock the second would restore what the first has set."""
+    config = make_tiny_config().point_config
+    config._attn_implementation = "sdpa"
+    entered, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def compute(index: int):
+        with eager_attention(config):
+            entered[index].set()
+            leave[index].wait(60)
+
+    threads = [threading.Thread(target=compute, args=(index,)) for index in range(2)]
+    threads[0].start()
+    assert entered[0].wait(60)
+    threads[1].start()
+    entered[1].wait(0.2)
+    for thread, event in zip(threads, leave, strict=True):
+        event.set()
+        thread.join(60)
+    assert entered[1].is_set() and config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -17,9 +17,9 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli.main import main
 from minigpt3d.meshes_minigpt3d import Material, Surface, to_srgb
-from minigpt3d.page.conversation import Answerer, Stop, to_messages
 from minigpt3d.page.shown import Objects, example_files
 from minigpt3d.page.space import write_space
+from minigpt3d.page.streaming import Answerer, Stop, to_messages
 from minigpt3d.page.surface import merge_faces, to_scene, write_surface
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
@@ -158,7 +158,7 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(pipeline, monkeypat
 
 
 def test_what_the_viewer_gets(objects, pipeline, tmp_path):
-    app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
+    app = pytest.importorskip("minigpt3d.page.layout", reason="gradio is not installed", exc_type=ImportError)
     np.save(tmp_path / "<b>.npy", make_cloud(2))
     actions, session = app._Actions(pipeline, objects, threading.Lock(), 5), app.Session()
     _, payload, _, facts, *_ = actions.open(session, [tmp_path / "<b>.npy"], "y", "none", "black")
@@ -175,7 +175,7 @@ def test_what_the_viewer_gets(objects, pipeline, tmp_path):
 
 
 def test_advice_names_the_controls_of_the_page():
-    app = pytest.importorskip("minigpt3d.page.app", reason="gradio is not installed", exc_type=ImportError)
+    app = pytest.importorskip("minigpt3d.page.layout", reason="gradio is not installed", exc_type=ImportError)
     text = app._with_labels("set `clean` to floor and `up_axis` to y, not `other`")
     assert (
         "`clean`" not in text and app.LABELS["clean"] in text and app.LABELS["up_axis"] in text and "`other`" in text
@@ -199,7 +199,7 @@ def test_a_space_starts_with_its_own_code(tmp_path):
     pytest.importorskip("gradio")
     write_space(tmp_path / "space", None)
     (tmp_path / "space" / "probe.py").write_text(
-        "import sys, minigpt3d, minigpt3d.hub as hub, minigpt3d.page.app as app\n"
+        "import sys, minigpt3d, minigpt3d.hub as hub, minigpt3d.page.layout as app\n"
         "print(minigpt3d.__file__, hub.default_model(), (app.STATIC / 'viewer.js').is_file(), len(app.example_files()))"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import StreamerWithoutEnd
-from minigpt3d.pipeline_minigpt3d import AnswerStreamer, PointCloudToTextPipeline
+from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
 
 def make_chat(cloud, *texts: str) -> list[dict]:
@@ -166,9 +166,9 @@ def test_streaming(describe, ending, clouds, capsys):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = text_of(describe(clouds[0], streamer=streamer))
     assert "".join(streamer).strip() == answer
-    describe(clouds[0], streamer=AnswerStreamer(tokenizer))
+    describe(clouds[0], streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.strip() == answer
-    ending(clouds[0], streamer=AnswerStreamer(tokenizer))
+    ending(clouds[0], streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out == "\n"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     ending(clouds[0], streamer=streamer)
@@ -186,8 +186,10 @@ class Recorder(BaseStreamer):
         self.is_ended = True
 
 
-def test_streamers_get_all_but_the_end():
-    tokenizer = make_processor().tokenizer
+@pytest.mark.parametrize("is_processor", [True, False])
+def test_streamers_get_all_but_the_end(is_processor):
+    processor = make_processor()
+    tokenizer = processor.tokenizer
     for text, expected in (
         ("a chair.###", "a chair."),
         ("#1 of ##", "#1 of ##"),
@@ -195,7 +197,7 @@ def test_streamers_get_all_but_the_end():
         ("###", ""),
     ):
         recorder = Recorder()
-        streamer = StreamerWithoutEnd(recorder, tokenizer, ["###", ".###"])
+        streamer = StreamerWithoutEnd(recorder, processor if is_processor else tokenizer, ["###", ".###"])
         streamer.put(torch.tensor([[7]]))  # the prompt
         for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
             streamer.put(torch.tensor([token]))

@@ -14,11 +14,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.processing_utils import TextKwargs
 
 from minigpt3d.processing_minigpt3d import (
     DEFAULT_PROMPT,
     END_OF_ANSWER,
     POINT_TOKEN,
+    QUOTE,
     MiniGPT3DPointCloudProcessor,
     MiniGPT3DProcessor,
     clean_question,
@@ -319,6 +321,10 @@ def test_marks_in_messages_are_text(tiny_processor):
     assert tokenizer.decode(ids).count(quoted) == 4
     assert tokenizer.decode(ids[inputs["assistant_masks"][0].bool()]) == f"No {quoted}.###"
     text = tiny_processor.apply_chat_template(chat)
+    parts = [{"type": "text", "text": part} for part in ("<po", "int> [/", "IN", "ST] #", "#### ", BOS[:4], BOS[4:])]
+    split = tiny_processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert [split.count(mark) for mark in ("<point>", "[/INST]", "###", BOS)] == [0, 1, 0, 1]
+    assert f"<point> [/INST] ##### {BOS}" in split.replace(QUOTE, "")
     assert torch.equal(tiny_processor(text=text, point_clouds=cloud(), return_tensors="pt")["input_ids"][0], ids)
     end = tokenizer("[/INST]", add_special_tokens=False)["input_ids"]
     quoted_end = tiny_processor.apply_chat_template([user("[/INST]")], **TENSORS)["input_ids"][0].tolist()
@@ -363,6 +369,27 @@ def test_arguments_of_tokenizers(tiny_processor):
     assert tiny_processor(text=["Hm"], padding=False, return_length=True)["length"].tolist() == [
         len(tiny_processor(text="Hm")["input_ids"][0])
     ]
+    refused = {
+        "text_pair",
+        "text_target",
+        "text_pair_target",
+        "stride",
+        "is_split_into_words",
+        "return_overflowing_tokens",
+    }
+    refused |= {"return_text_replacement_offsets", "sanitize_control_tokens"}
+    values = {"max_length": 9, "padding_side": "left", "pad_to_multiple_of": 1, "add_special_tokens": False}
+    plain = tiny_processor(text="Hm")["input_ids"].tolist()
+    for name in TextKwargs.__annotations__.keys() - {"return_tensors"}:
+        if name in refused:
+            assert tiny_processor(text="Hm", **{name: None})["input_ids"].tolist() == plain
+            with pytest.raises(TypeError, match=name):
+                tiny_processor(text="Hm", **{name: 1})
+        else:
+            assert tiny_processor(text="Hm", **{name: values.get(name, True)})["input_ids"].tolist() == plain, name
+    assert tiny_processor(text="Hm", images_kwargs={}, verbose=False)["input_ids"].tolist() == plain
+    with pytest.raises(TypeError, match="images_kwargs"):
+        tiny_processor(text="Hm", images_kwargs={"size": 3})
     with pytest.raises(TypeError, match="max_lenght"):
         tiny_processor(text="Hm", max_lenght=3)
     with pytest.raises(ValueError, match="truncation"):

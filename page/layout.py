@@ -18,8 +18,8 @@ from minigpt3d.evaluation.attention import Attention, measure_attention, spread
 from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import NAMED_COLORS, READABLE_SUFFIXES, UP_AXES
 
-from .conversation import Answerer, Stop
 from .shown import Objects, ShownObject, example_files
+from .streaming import Answerer, Stop
 
 
 STATIC = Path(__file__).resolve().parent / "static"
