@@ -188,6 +188,6 @@ def test_the_card_tells_wrong_failed_and_late_parts(tmp_path, monkeypatch):
         late_code, late = card_lines(card, tmp_path / "late.jsonl", "setup", minutes="1e-9")
     assert code == 1 and late_code == 0
     assert lines["setup"]["status"] == "wrong" and lines["setup"]["share"] is None
-    assert lines["encoder"]["status"] == "failed" and lines["encoder"]["reason"] == "no kernel image"
+    assert lines["encoder"]["status"] == "failed" and "no kernel image" in lines["encoder"]["reason"]
     assert "in fail" in lines["encoder"]["traceback"]
     assert late["setup"]["status"] == "left out" and "--minutes" in late["setup"]["reason"]
