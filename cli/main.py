@@ -14,7 +14,6 @@ from minigpt3d.arguments import Parser, add_options, normalize, read_options, wi
 from minigpt3d.messages import MultilineError, one_line
 
 from . import (
-    card,
     chat,
     classify,
     compare,
@@ -28,6 +27,7 @@ from . import (
     page,
     search,
     serve,
+    update_card,
     verify,
 )
 from .console import FAILED, complain, warnings_in_one_line
@@ -48,7 +48,7 @@ COMMANDS = {
     "pack": pack,
     "evaluate": evaluate,
     "compare": compare,
-    "card": card,
+    "card": update_card,
 }
 INTERRUPTED = 130  # exit code
 

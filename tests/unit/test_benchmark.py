@@ -158,6 +158,7 @@ def card_lines(card, out, *parts, minutes="8") -> tuple[int, dict[str, dict]]:
     return code, {line["part"]: line for line in map(json.loads, out.read_text().splitlines())}
 
 
+@pytest.mark.slow
 def test_the_card_measures_part_by_part(tmp_path, capsys, monkeypatch, launched):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     launched(use_cpu="true")
