@@ -42,6 +42,8 @@ class MiniGPT3DPointConfig(PreTrainedConfig):
         group_size: nearest neighbors gathered around each center, itself among them.
         group_embedding_size: width of the mini-PointNet's output.
         num_channels: 3 coordinates and 3 colors.
+        absolute_coordinates: whether the mini-PointNet also reads where each point is in the cloud, not only where it is
+            in its group. A small encoder learns faster with it; the paper's has none.
         layer_norm_eps: epsilon of every LayerNorm.
     """
 
@@ -56,6 +58,7 @@ class MiniGPT3DPointConfig(PreTrainedConfig):
     group_size: int = 32
     group_embedding_size: int = 256
     num_channels: int = 6
+    absolute_coordinates: bool = False
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 

@@ -65,7 +65,7 @@ class MiniPointNet(nn.Module):
 
     def __init__(self, config: MiniGPT3DPointConfig):
         super().__init__()
-        self.point_linear_1 = nn.Linear(config.num_channels, 128)
+        self.point_linear_1 = nn.Linear(config.num_channels + 3 * config.absolute_coordinates, 128)
         self.point_linear_2 = nn.Linear(128, 256)
         self.group_linear_3 = nn.Linear(256, 512)
         self.point_linear_3 = nn.Linear(256, 512, bias=False)
@@ -194,8 +194,15 @@ class PointBert(PreTrainedModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.normal_(module.cls_position, std=self.config.initializer_range)
 
+    def add_coordinates(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+        """(B, G, K, C) → what the mini-PointNet reads: the same, or with `absolute_coordinates` (B, G, K, C+3)."""
+        if not self.config.absolute_coordinates:
+            return neighborhood
+        return torch.cat([neighborhood, neighborhood[..., :3] + center[:, :, None]], dim=-1)
+
     def encode_groups(self, neighborhood: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Neighborhoods (B, G, K, C) around centers (B, G, 3) → (B, 1+G, D), the cls token first."""
+        neighborhood = self.add_coordinates(neighborhood, center)
         tokens = self.group_projection(self.mini_pointnet(neighborhood))  # (B, G, D)
         cls_token, cls_position = (
             x.expand(tokens.shape[0], -1, -1).to(tokens) for x in (self.cls_token, self.cls_position)

@@ -48,8 +48,8 @@ class RunOptions:
     validation_data: str | None = option(
         "Packed data to measure the loss on, before the first step and at the end.", default=None, metavar="DATA"
     )
-    recipe: Literal["paper", "household"] = option(
-        "Rows of the stage table: the paper's, or those of the small demo model.", default="paper"
+    recipe: Literal["paper", "household", "open"] = option(
+        "Rows of the stage table: the paper's, or those of a small model.", default="paper"
     )
     max_steps: int | None = option(
         "Stop after this many optimizer steps; the learning rate schedule stays that of the full stage.",

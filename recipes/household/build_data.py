@@ -111,8 +111,8 @@ def read_pieces(libraries: Iterable[Path]) -> list[tuple[Path, Piece]]:
     return pieces
 
 
-def read_cloud(library_and_piece: tuple[Path, Piece]) -> tuple[np.ndarray | None, str]:
-    """The cloud of a piece, (8192, 6) float32 normalized; or None and the error."""
+def read_cloud(library_and_piece: tuple[Path, Piece], num_points: int = NUM_POINTS) -> tuple[np.ndarray | None, str]:
+    """The cloud of a piece, (num_points, 6) float32 normalized; or None and the error."""
     library_file, piece = library_and_piece
     torch.set_num_threads(1)
     temporary = str(library_file)
@@ -124,7 +124,7 @@ def read_cloud(library_and_piece: tuple[Path, Piece]) -> tuple[np.ndarray | None
         ):
             warnings.simplefilter("ignore")
             temporary = folder
-            cloud = load_point_cloud(library.extract(piece, folder), num_points=NUM_POINTS)
+            cloud = load_point_cloud(library.extract(piece, folder), num_points=num_points)
     except Exception as error:  # one model that cannot be read must not end the build
         # The temporary folder has another name in every run; the counts must not.
         return None, f"{type(error).__name__}: {error}".replace(temporary, piece.library)

@@ -36,6 +36,7 @@ from minigpt3d.modeling_minigpt3d import (
     MiniGPT3DForConditionalGeneration,
     MiniGPT3DModel,
     MiniPointNet,
+    PointBert,
     fold_batch_norm,
     unfolded_names,
 )
@@ -207,7 +208,8 @@ class NormedMiniPointNet(nn.Module):
 
     def __init__(self, config: MiniGPT3DPointConfig):
         super().__init__()
-        self.linear_1, self.norm_1 = nn.Linear(config.num_channels, 128), nn.BatchNorm1d(128)
+        num_inputs = config.num_channels + 3 * config.absolute_coordinates
+        self.linear_1, self.norm_1 = nn.Linear(num_inputs, 128), nn.BatchNorm1d(128)
         self.linear_2 = nn.Linear(128, 256)
         self.linear_3, self.norm_2 = nn.Linear(512, 512), nn.BatchNorm1d(512)
         self.linear_4 = nn.Linear(512, config.group_embedding_size)
@@ -336,9 +338,15 @@ def train_encoder(model: MiniGPT3DModel, objects: list[Object], views: Views, st
     first = views.rng.choice(len(views.targets), 64, p=views.weights)
     normed.calibrate(torch.stack([views.neighborhoods[i][0].float() for i in first]))
     scores = _train_heads("encoder", training, objects, views, steps, batch_size, peak_lr=2e-3)
-    encoder.mini_pointnet = MiniPointNet(encoder.config)
-    encoder.mini_pointnet.load_state_dict(normed.fold())
+    fold_mini_pointnet(encoder)
     return scores
+
+
+def fold_mini_pointnet(encoder: PointBert):
+    """Replace a trained `NormedMiniPointNet` by the `MiniPointNet` that equals it."""
+    folded = MiniPointNet(encoder.config)
+    folded.load_state_dict(encoder.mini_pointnet.fold())
+    encoder.mini_pointnet = folded
 
 
 def train_qformer(model: MiniGPT3DModel, objects: list[Object], views: Views, steps: int, batch_size: int) -> dict:

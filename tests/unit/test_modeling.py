@@ -24,7 +24,7 @@ from minigpt3d.grouping_minigpt3d import (
     nearest_neighbors,
 )
 from minigpt3d.hub import load_weights
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, eager_attention
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, PointBert, eager_attention
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
 
 
@@ -365,6 +365,19 @@ def test_an_incomplete_checkpoint_with_batch_norms_is_refused(older_checkpoint):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="cannot load"):
         load_weights(folder)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_groups_know_their_place_with_absolute_coordinates(absolute):
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config |= {"num_groups": 4, "group_size": 4, "group_embedding_size": 16}
+    encoder = PointBert(MiniGPT3DPointConfig(**config, absolute_coordinates=absolute)).eval()
+    neighborhood = torch.rand(1, 1, 4, 6).expand(1, 2, 4, 6)  # the same group at two places
+    center = torch.tensor([[[0.0, 0.0, 0.0], [0.5, 0.0, 0.0]]])
+    embedding = encoder.mini_pointnet(encoder.add_coordinates(neighborhood, center))
+    assert torch.equal(embedding[:, 0], embedding[:, 1]) is not absolute
+    assert encoder(torch.rand(2, 16, 6)).shape == (2, 5, 32)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
