@@ -4,7 +4,8 @@
 
     coord.npy, color.npy       (M, 4096, 3) int16 and uint8 of all objects, to be mapped into memory
     objects.jsonl              one line per object, in that order: id, noun, kind, split, colors, extent, texts, creator, …
-    views/{id}-v{n}_8192.npy   (1024, 6) float16: variants of the training objects, of which the stages read
+    views/{id}-v{n}_8192.npy   (1024, 6) float16: variants of the training objects, of which Q-Former and stages learn
+    views.jsonl                one line per view, object by object: id, shares of the colors, proportions
     brief.json detailed.json single_round.json multi_round.json    PointLLM's records of the views
     meanings.jsonl             definitions of nouns in general, if WordNet is given
     split.json                 ids by split
@@ -25,6 +26,7 @@ from minigpt3d.arguments import option, run_script
 from minigpt3d.data.clouds import point_cloud_path
 from minigpt3d.data.records import SOURCES
 from minigpt3d.evaluation.objects import read_household
+from minigpt3d.evaluation.vocabulary.colors import color_shares
 from minigpt3d.files import write_json, write_text, written_file
 
 from .augment import augment, normalize
@@ -37,6 +39,7 @@ from .wordnet import Entry, WordNet
 
 
 SPLIT_FILE = Path(__file__).with_name("split.json")  # what the command writes for the captions of the project
+VIEWS_FILE = "views.jsonl"
 NUM_NOTHING = {"train": 300, "validation": 60, "test": 60}
 PER_VIEW = {"brief": 2, "detailed": 1, "single_round": 4, "multi_round": 1}  # records
 
@@ -147,9 +150,9 @@ def describe(
     return lines
 
 
-def read_lines(data: Path) -> list[dict]:
-    """The lines of objects.jsonl."""
-    return [json.loads(line) for line in (data / "objects.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_lines(data: Path, name: str = "objects.jsonl") -> list[dict]:
+    """The lines of objects.jsonl, or of another file."""
+    return [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
 
 
 def to_described(line: dict) -> Described:
@@ -172,6 +175,7 @@ def write_views(data: Path, coord: np.ndarray, color: np.ndarray, num_views: int
     train = [(row, to_described(line)) for row, line in enumerate(lines) if line["split"] == "train"]
     others = [item for _, item in train]
     records: dict[str, list[dict]] = {source: [] for source in SOURCES.values()}
+    facts = []
     for row, item in tqdm(train, desc="views", unit="object", mininterval=5):
         cloud = to_cloud(coord[row], color[row])
         for number in range(num_views):
@@ -181,11 +185,19 @@ def write_views(data: Path, coord: np.ndarray, color: np.ndarray, num_views: int
                 points, seen = augment(cloud, CLOUD_POINTS, rng, recolored=0)
             view = as_seen(item, f"{item.object_id}-v{number}", seen)
             np.save(point_cloud_path(folder, view.object_id), points.astype(np.float16))
+            facts.append(view_facts(view, seen))
             for source, of_source in choose(annotate(view, others, rng), rng).items():
                 records[source] += of_source
     for source, content in records.items():
         write_json(data / f"{source}.json", content, indent=None)
+    write_text(data / VIEWS_FILE, "".join(json.dumps(line) + "\n" for line in facts))
     return {source: len(content) for source, content in records.items()}
+
+
+def view_facts(view: Described, points: np.ndarray) -> dict:
+    """The line of views.jsonl: what heads are trained to name."""
+    shares = [round(float(share), 3) for share in color_shares(points[:, 3:])]
+    return {"object_id": view.object_id, "colors": shares, "shape": view.shape}
 
 
 def as_seen(item: Described, object_id: str, points: np.ndarray) -> Described:

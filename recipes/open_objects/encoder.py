@@ -5,7 +5,7 @@
 The heads name kind, noun and color shares, and predict descriptors of shape and color (see `descriptors`); a projection
 finds the object's own text among those of all training objects (captions as TF-IDF, reduced to 128 dimensions). The heads
 are discarded later. Clouds are augmented and grouped
-anew at every step. During the first part of the training the encoder sees a random half of the groups, which halves the
+anew at every step. During the first part of the training the encoder sees a random part of the groups, which lowers the
 cost. A stopped run continues from RUN/checkpoint.pt; RUN/scores.jsonl has the scores of the held-out objects.
 
 Shapes: B clouds, G groups, K neighbors, D width, M training objects.
@@ -45,7 +45,7 @@ NUM_NOUNS = 235  # three objects or more have each of them
 NOTHING_SHARE = 0.06
 PEAK_LR = 1.5e-3
 CALIBRATION_BATCHES = 8
-PARTIAL_SHARE = 0.93  # of the steps, at which the encoder sees a part of the groups
+PARTIAL_SHARE = 0.9  # of the steps, at which the encoder sees a part of the groups
 WEIGHT_DECAY = 0.1
 
 
@@ -65,7 +65,7 @@ class EncoderOptions:
         default="yes" if POINT_CONFIG["absolute_coordinates"] else "no",
     )
     kept_groups: float = option(
-        "share of the groups that the encoder sees in the first 93 % of the steps", default=0.33
+        "share of the groups that the encoder sees in the first 90 % of the steps", default=0.25
     )
     text_weight: float = option("weight of the loss that finds an object's text", default=0.5)
     descriptor_weight: float = option("weight of the loss that predicts descriptors", default=1.0)
@@ -170,6 +170,7 @@ class Batches:
             else:
                 cloud = item = normalize(cloud[rng.permutation(len(cloud))[:CLOUD_POINTS]])
             clouds.append(cloud)
+            item = item[:CLOUD_POINTS]  # in random order
             shares.append(color_shares(item[:, 3:]))
             descriptors.append(np.concatenate(list(describe(normalize(item)).values())))
         neighborhood, center = to_groups(np.stack(clouds), self.config)

@@ -41,7 +41,7 @@ def make_config(vocab_size: int, point_token_id: int, end_token_id: int) -> Mini
             "vocab_size": vocab_size,
             "hidden_size": 256,
             "intermediate_size": 1024,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "max_position_embeddings": CONTEXT,
             "resid_pdrop": 0.0,

@@ -3,17 +3,17 @@
     python -m minigpt3d.recipes.open_objects.qformer --data DATA --encoder RUN --language RUN --output_dir BASE
 
 Heads on the mean of the query tokens' outputs name kind, noun, colors and proportions, find the object's text, and each
-word of the captions by itself: what the language model is to say later. Clouds are augmented and encoded once, into
-BASE.features, and the training reads those. The projection between encoder and Q-Former is discarded: stage I trains it.
+word of the captions by itself: what the language model is to say later. The views that `build` wrote are encoded once, into
+BASE.features, for this training and for all stages. The projection between encoder and Q-Former is discarded: stage I trains it.
 
-Shapes: V views of all M training objects, G groups, D width, Q queries, W words.
+Shapes: V views of each of M training objects, G groups, D width, Q queries, W words.
 """
 
 import json
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from minigpt3d.arguments import option, run_script
-from minigpt3d.evaluation.vocabulary.colors import COLORS, color_shares
+from minigpt3d.data.clouds import point_cloud_path
+from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.files import write_json
 from minigpt3d.hub import save_pretrained
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
@@ -37,13 +38,13 @@ from minigpt3d.recipes.household.pretrain import (
     reset_projection,
 )
 
-from .augment import augment, normalize
-from .build import to_described
+from .augment import normalize
+from .build import VIEWS_FILE, read_lines, to_described
 from .captioned_objects import FURNITURE_SOURCE
 from .encoder import TEXT_SIZE, Objects, to_groups
 from .network import CLOUD_POINTS, make_config, make_processor
 from .nothing import NOTHING
-from .text import SHAPES, measure
+from .text import SHAPES
 
 
 PEAK_LR = 1e-3
@@ -59,7 +60,7 @@ class QFormerOptions:
     encoder: Path = option("folder of the encoder's run", metavar="DIR")
     language: Path = option("folder of the language model's run", metavar="DIR")
     output_dir: Path = option("folder for the base model", metavar="DIR")
-    views: int = option("variants of each object", default=6)
+    views: int = option("views of each object that are used", default=6)
     steps: int = option("steps", default=2000)
     batch_size: int = option("views of a step", default=48)
     seed: int = option("seed", default=0)
@@ -95,64 +96,53 @@ def assemble(options: QFormerOptions):
 # ---- Encoded views --------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class EncodedViews:
-    """Encoded variants of objects with what is true of them.
+    """The views that `build` wrote, encoded once: the encoder is frozen in all that follows.
 
     Args:
-        features: (V·M, 1+G, D) float16, mapped into memory; view v of object m is in row v·M + m.
-        colors: (V·M, 11) shares.
-        shapes: (V·M,) indices into `SHAPES`.
+        data: folder that `build` wrote.
+        folder: of the features.
+        views: of each object that are used, the first ones.
     """
 
-    features: np.ndarray
-    colors: torch.Tensor
-    shapes: torch.Tensor
+    def __init__(self, data: Path, folder: Path, views: int):
+        lines = [line for line in read_lines(data, VIEWS_FILE) if view_number(line["object_id"]) < views]
+        self.ids = [line["object_id"] for line in lines]
+        self.colors = torch.tensor([line["colors"] for line in lines])  # (M·V, 11) shares
+        self.shapes = torch.tensor([SHAPES.index(line["shape"]) for line in lines])  # (M·V,)
+        self.data, self.folder, self.views = data, folder, views
 
-
-@torch.no_grad()
-def encode_views(encoder: nn.Module, objects: Objects, rows: np.ndarray, views: int, folder: Path) -> EncodedViews:
-    """Encode `views` variants of the objects in `rows`; a stopped run continues."""
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [to_described(objects.lines[index]) for index in rows]
-    total, progress_file = views * len(rows), folder / "done.json"
-    shape = (total, 1 + encoder.config.num_groups, encoder.config.hidden_size)
-    done = json.loads(progress_file.read_text()) if progress_file.exists() else 0
-    widths = {"features": shape, "colors": (total, len(COLORS)), "shapes": (total,)}
-    arrays = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}.npy",
-            mode="r+" if done else "w+",
-            dtype=np.int64 if name == "shapes" else np.float16,
-            shape=size,
+    @torch.no_grad()
+    def encode(self, encoder: nn.Module):
+        """Write the features, or those that a stopped run lacks."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        progress_file = self.folder / "done.json"
+        done = json.loads(progress_file.read_text()) if progress_file.exists() else 0
+        shape = (len(self.ids), 1 + encoder.config.num_groups, encoder.config.hidden_size)
+        features = np.lib.format.open_memmap(
+            self.folder / "features.npy", mode="r+" if done else "w+", dtype=np.float16, shape=shape
         )
-        for name, size in widths.items()
-    }
-    for first in tqdm(range(done, total, BATCH), desc="encoding", unit="batch", mininterval=10):
-        last, clouds = min(first + BATCH, total), []
-        for number in range(first, last):
-            view, column = divmod(number, len(rows))
-            cloud = objects.cloud(rows[column])
-            points = seen = normalize(cloud[:CLOUD_POINTS])
-            if view:
-                points, seen = augment(cloud, CLOUD_POINTS, np.random.default_rng([view, column]))
-            clouds.append(points)
-            _, extent = measure(seen)
-            arrays["colors"][number] = color_shares(seen[:, 3:])
-            arrays["shapes"][number] = SHAPES.index(shape_of(items[column], extent))
-        groups = to_groups(np.stack(clouds), encoder.config)
-        arrays["features"][first:last] = encoder.encode_groups(*groups).half().numpy()
-        write_json(progress_file, last)
-    return EncodedViews(
-        arrays["features"],
-        torch.from_numpy(np.array(arrays["colors"])).float(),
-        torch.from_numpy(np.array(arrays["shapes"])),
-    )
+        for first in tqdm(range(done, len(self.ids), BATCH), desc="encoding", unit="batch", mininterval=10):
+            ids = self.ids[first : first + BATCH]
+            clouds = np.stack([np.load(point_cloud_path(self.data / "views", i)).astype(np.float32) for i in ids])
+            groups = to_groups(clouds, encoder.config)
+            features[first : first + len(ids)] = encoder.encode_groups(*groups).half().numpy()
+            write_json(progress_file, first + len(ids))
+
+    @property
+    def features(self) -> np.ndarray:
+        """(M·V, 1+G, D) float16, mapped into memory; view v of object m is in row m·V + v."""
+        return np.load(self.folder / "features.npy", mmap_mode="r")
 
 
-def shape_of(item, extent: tuple[float, float, float]) -> str:
-    """The proportions of an object with another extent."""
-    return replace(item, extent=extent).shape
+def view_number(object_id: str) -> int:
+    """The number in the id of a view."""
+    return int(object_id.rpartition("-v")[2])
+
+
+def features_of(base: Path) -> Path:
+    """Folder of the features beside a base model."""
+    return base.with_name(base.name + ".features")
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -200,14 +190,13 @@ def train_qformer(model, objects: Objects, views: EncodedViews, options: QFormer
     }  # fmt: skip
     network = QFormerWithHeads(model.model, sizes)
     average, optimizer, weights = MovingAverage(network, decay=0.998), adamw(network), objects.weights()
+    features = views.features
     progress = tqdm(range(options.steps), desc="Q-Former", unit="step", mininterval=10)
     for step in progress:
         rng = np.random.default_rng([options.seed, step])
         rows = rng.choice(len(weights), options.batch_size, p=weights)
-        numbers = rng.integers(options.views, size=len(rows)) * len(weights) + rows
-        outputs = network(torch.from_numpy(views.features[np.sort(numbers)]).float())
-        order = np.argsort(numbers)
-        rows, numbers = rows[order], numbers[order]
+        numbers = rows * views.views + rng.integers(views.views, size=len(rows))
+        outputs = network(torch.from_numpy(features[numbers]).float())
         loss = nn.functional.cross_entropy(outputs["kind"], targets["kind"][rows], label_smoothing=0.1)
         noun = targets["noun"][rows]
         if (noun >= 0).any():
@@ -251,13 +240,19 @@ def score(network: QFormerWithHeads, encoder: nn.Module, objects: Objects) -> di
 
 
 def pretrain(options: QFormerOptions) -> dict:
-    """Train the Q-Former and write the base model; returns its scores."""
+    """Train the Q-Former and write the base model; returns its scores.
+
+    Raises:
+        ValueError: the data have fewer views.
+    """
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     model, processor = assemble(options)
     objects = Objects(options.data)
-    folder = options.output_dir.with_name(options.output_dir.name + ".features")
-    views = encode_views(model.model.point_encoder.eval(), objects, objects.train, options.views, folder)
+    views = EncodedViews(options.data, features_of(options.output_dir), options.views)
+    if len(views.ids) != options.views * len(objects.train):
+        raise ValueError(f"`views` is {options.views}, but {options.data} has fewer of each object. Build more, or use less.")
+    views.encode(model.model.point_encoder.eval())
     report = train_qformer(model, objects, views, options)
     reset_projection(model.model)
     for expert in model.model.query_experts[1:]:
