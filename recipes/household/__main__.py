@@ -35,7 +35,7 @@ from .stage_scores import evaluate_models, to_table
 STAGES = ("I", "II", "III", "IV")
 # By default glibc returns every large tensor to the system and allocates it anew: 0.97 instead of 0.66 s per encoder step.
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+_LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
            "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "2", "--module")  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def train_stage(number: int, init: Path, packed: Path, output_dir: Path, max_ste
     options += ["--num_workers", 1, "--resume", "auto"]
     if max_steps:
         options += ["--max_steps", max_steps]
-    run_module(*LAUNCH, f"minigpt3d.training.stage{number}", *options)
+    run_module(*_LAUNCH, f"minigpt3d.training.stage{number}", *options)
 
 
 def export(source: Path, output_dir: Path):

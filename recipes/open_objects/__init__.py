@@ -10,7 +10,8 @@ augment.py            random variants of clouds, as scans spoil them
 descriptors.py        descriptors without learning, and the scores that an encoder has to beat
 encoder.py            train the 3D encoder with heads, and score it on held-out packs
 language.py           train the tokenizer and the language model on the texts
-qformer.py            train the Q-Former, and put the base model together; network.py has its sizes
+qformer.py            encode the views, train the Q-Former, and put the base model together; network.py has its sizes
+stages.py             train stages I to IV on the encoded views
 marks.py              mark a model's answers about held-out objects, by rule
 NOTES.md, STATE       experiments with their numbers; what is finished
 """

@@ -2,7 +2,7 @@
 
     python -m minigpt3d.recipes.open_objects CLOUDS [--wordnet DIR] [--work_dir build/open]
 
-A step whose result exists is skipped, and encoder, language model and stages continue where they stopped. The result is
+A step whose result exists is skipped, and encoder and language model continue where they stopped. The result is
 WORK_DIR/checkpoint; marks on the validation objects are in WORK_DIR/marks. The test objects are marked by hand, a handful
 of times: `python -m minigpt3d.recipes.open_objects.marks --split test`.
 """
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt3d.arguments import option, run_script
-from minigpt3d.data.records import SOURCES
-from minigpt3d.recipes.household.__main__ import LAUNCH, STAGES, Steps, export, run_module
+from minigpt3d.recipes.household.__main__ import Steps, run_module
 
 from .captioned_objects import CAPTIONS_FILE
 
@@ -45,8 +44,8 @@ def run_recipe(options: RecipeOptions):
         )
     work, steps = options.work_dir, Steps(options.work_dir)
     data, encoder, language, base = (work / name for name in ("data", "encoder", "language", "base"))
+    views = ["--views", 1] if options.max_steps else []
     limit = ["--steps", options.max_steps] if options.max_steps else []
-    few_views = ["--views", 1] if options.max_steps else []
     wordnet = ["--wordnet", options.wordnet] if options.wordnet else []
     build = [
         f"{PACKAGE}.build",
@@ -56,56 +55,24 @@ def run_recipe(options: RecipeOptions):
         "--captions",
         options.captions,
         *wordnet,
-        *few_views,
+        *views,
     ]
     steps.run("data", data / "report.json", lambda: run_module(*build))
     for name, folder in (("encoder", encoder), ("language", language)):
         command = [f"{PACKAGE}.{name}", "--data", data, "--output_dir", folder, *limit]
         steps.run(name, folder / "scores.json", lambda command=command: run_module(*command))
-    qformer = [
-        f"{PACKAGE}.qformer",
-        "--data",
-        data,
-        "--encoder",
-        encoder,
-        "--language",
-        language,
-        "--output_dir",
-        base,
-    ]
-    steps.run("Q-Former", base / "pretrain.json", lambda: run_module(*qformer, *few_views, *limit))
-    init = base
-    for number, stage in enumerate(STAGES, start=1):
-        folder = work / f"stage{number}"
-        command = stage_command(number, init, data, folder, options.max_steps)
-        steps.run(f"stage {stage}", folder, lambda command=command: run_module(*command))
-        init = folder
-    checkpoint = work / "checkpoint"
-    steps.run("export", checkpoint, lambda init=init: export(init, checkpoint))
+    parts = ["--encoder", encoder, "--language", language, "--output_dir", base]
+    qformer = [f"{PACKAGE}.qformer", "--data", data, *parts, *views, *limit]
+    steps.run("Q-Former", base / "pretrain.json", lambda: run_module(*qformer))
+    few_steps = ["--steps", *[options.max_steps] * 4] if options.max_steps else []
+    stages = [f"{PACKAGE}.stages", "--data", data, "--base", base, "--output_dir", work, *views, *few_steps]
+    steps.run("stages", work / "checkpoint", lambda: run_module(*stages))
     (work / "marks").mkdir(exist_ok=True)
     for name in ("stage1", "stage2", "stage3", "checkpoint"):
         marks = work / "marks" / f"{name}.json"
         command = [f"{PACKAGE}.marks", "--model", work / name, "--data", data, "--out", marks]
         steps.run(f"marks of {name}", marks, lambda command=command: run_module(*command))
-    print(f"{checkpoint} is done; minutes: {json.dumps(steps.times)}, sum {sum(steps.times.values()):.1f}")
-
-
-def stage_command(number: int, init: Path, data: Path, output_dir: Path, max_steps: int | None) -> list:
-    """The command of a stage, which continues a stopped run."""
-    annotations = [data / f"{source}.json" for source in SOURCES.values()]
-    command = [
-        *LAUNCH,
-        f"minigpt3d.training.stage{number}",
-        "--recipe",
-        "open",
-        "--init",
-        init,
-        "--data",
-        data / "views",
-    ]
-    command += ["--annotations", *annotations, "--output_dir", output_dir, "--num_workers", 1, "--resume", "auto"]
-    command += ["--save_every", 100]
-    return command + (["--max_steps", max_steps] if max_steps else [])
+    print(f"{work / 'checkpoint'} is done; minutes: {json.dumps(steps.times)}, sum {sum(steps.times.values()):.1f}")
 
 
 def main(argv: list[str] | None = None):

@@ -45,7 +45,7 @@ NUM_NOUNS = 235  # three objects or more have each of them
 NOTHING_SHARE = 0.06
 PEAK_LR = 1.5e-3
 CALIBRATION_BATCHES = 8
-PARTIAL_SHARE = 0.9  # of the steps, at which the encoder sees a part of the groups
+PARTIAL_SHARE = 0.95  # of the steps, at which the encoder sees a part of the groups
 WEIGHT_DECAY = 0.1
 
 
@@ -65,7 +65,7 @@ class EncoderOptions:
         default="yes" if POINT_CONFIG["absolute_coordinates"] else "no",
     )
     kept_groups: float = option(
-        "share of the groups that the encoder sees in the first 90 % of the steps", default=0.25
+        "share of the groups that the encoder sees in the first 95 % of the steps", default=0.25
     )
     text_weight: float = option("weight of the loss that finds an object's text", default=0.5)
     descriptor_weight: float = option("weight of the loss that predicts descriptors", default=1.0)

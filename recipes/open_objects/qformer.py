@@ -4,7 +4,8 @@
 
 Heads on the mean of the query tokens' outputs name kind, noun, colors and proportions, find the object's text, and each
 word of the captions by itself: what the language model is to say later. The views that `build` wrote are encoded once, into
-BASE.features, for this training and for all stages. The projection between encoder and Q-Former is discarded: stage I trains it.
+BASE.features, for this training and for all stages. Stage I trains the projection
+between encoder and Q-Former further.
 
 Shapes: V views of each of M training objects, G groups, D width, Q queries, W words.
 """
@@ -71,14 +72,12 @@ class QFormerOptions:
 
 
 def assemble(options: QFormerOptions):
-    """A model of the trained encoder and language model, all else random, and its processor."""
+    """A model with the trained encoder, all else random, and its processor."""
     tokenizer = prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(options.language / "tokenizer"))
     processor = make_processor(tokenizer)
     torch.manual_seed(options.seed)
     config = make_config(len(tokenizer), processor.point_token_id, tokenizer.eos_token_id)
     model = MiniGPT3DForConditionalGeneration(config)
-    language = nn.ModuleList([model.model.language_model, model.lm_head])
-    language.load_state_dict(torch.load(options.language / "checkpoint.pt", weights_only=True)["language"])
     average = torch.load(options.encoder / "checkpoint.pt", weights_only=True)["average"]
     prefix = "point_encoder."
     encoder = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
@@ -91,6 +90,12 @@ def assemble(options: QFormerOptions):
             module.reset_parameters()
     reset_projection(model.model)
     return model, processor
+
+
+def load_language(model, run: Path):
+    """Load the trained language model."""
+    language = nn.ModuleList([model.model.language_model, model.lm_head])
+    language.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["language"])
 
 
 # ---- Encoded views --------------------------------------------------------------------------------------------------
@@ -251,10 +256,12 @@ def pretrain(options: QFormerOptions) -> dict:
     objects = Objects(options.data)
     views = EncodedViews(options.data, features_of(options.output_dir), options.views)
     if len(views.ids) != options.views * len(objects.train):
-        raise ValueError(f"`views` is {options.views}, but {options.data} has fewer of each object. Build more, or use less.")
+        raise ValueError(
+            f"`views` is {options.views}, but {options.data} has fewer of each object. Build more, or use less."
+        )
     views.encode(model.model.point_encoder.eval())
     report = train_qformer(model, objects, views, options)
-    reset_projection(model.model)
+    load_language(model, options.language)  # as it is now: it may have been trained meanwhile
     for expert in model.model.query_experts[1:]:
         expert.load_state_dict(model.model.query_experts[0].state_dict())
     save_pretrained(model.eval(), processor, options.output_dir)

@@ -12,7 +12,8 @@ from minigpt3d.data.records import read_annotations
 from minigpt3d.data.sources import open_sources
 from minigpt3d.evaluation.objects import read_household
 from minigpt3d.evaluation.vocabulary.colors import COLORS, main_color
-from minigpt3d.recipes.open_objects import build as build_module, encoder, language, marks
+from minigpt3d.hub import load_model
+from minigpt3d.recipes.open_objects import build as build_module, encoder, language, marks, qformer, stages
 from minigpt3d.recipes.open_objects.augment import augment, normalize
 from minigpt3d.recipes.open_objects.build import BuildOptions, as_seen, build, read_lines
 from minigpt3d.recipes.open_objects.captioned_objects import FURNITURE_SOURCE, NUM_POINTS, read_captions, read_clouds
@@ -279,6 +280,11 @@ def test_the_command_writes_views_with_true_texts_and_resumes(few_objects):
     (folder / "data" / "report.json").unlink()  # as if it had been stopped at the end
     assert build(replace(options, clouds=folder / "absent")) == report  # the arrays are there already
     assert (folder / "data" / "brief.json").read_bytes() == before
+    views = read_lines(folder / "data", "views.jsonl")
+    assert [view["object_id"][-3:] for view in views[:4]] == ["-v0", "-v1", "-v2", "-v0"] and len(views) == 3 * len(
+        trained
+    )
+    assert all(sum(view["colors"]) == pytest.approx(1, abs=0.01) and view["shape"] in SHAPES for view in views)
 
 
 def test_the_encoder_trains_scores_and_resumes(few_objects):
@@ -311,8 +317,36 @@ def test_a_step_of_the_language_model_moves_its_weights(few_objects, monkeypatch
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: sizes.append(clip(*args)) or sizes[-1])
     scores = language.train(options)
-    assert scores["step"] == 1 and 0 < sizes[0] < 1e3  # eight layers without a path of exploding gradients
+    assert scores["step"] == 1 and 0 < sizes[0] < 1e3  # no path of exploding gradients
     assert (folder / "run" / "tokenizer" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_encoded_views_lead_from_the_parts_to_a_model_that_answers(few_objects, monkeypatch):
+    folder, _ = few_objects
+    data, base, run = folder / "data", folder / "base", folder / "stages"
+    build(BuildOptions(clouds=folder, output_dir=data, views=2))
+    encoder.train(encoder.EncoderOptions(data=data, output_dir=folder / "encoder", batch_size=2, steps=1))
+    language.train(language.LanguageOptions(data=data, output_dir=folder / "language", batch_size=2, steps=1))
+    options = qformer.QFormerOptions(
+        data=data, encoder=folder / "encoder", language=folder / "language", output_dir=base, views=2, steps=1
+    )
+    with pytest.raises(ValueError, match="`views` is 3"):
+        qformer.pretrain(replace(options, views=3))
+    assert {"qformer_kind", "qformer_color"} <= qformer.pretrain(options).keys()
+    stages.train_stages(stages.StageOptions(data=data, base=base, output_dir=run, views=2, steps=[1, 1, 1, 1]))
+    model, processor = load_model(run / "checkpoint", dtype=torch.float32)
+    assert model.config.router_type == "sparse"
+    # What the stages read in place of a view's cloud is what the complete model makes of the cloud.
+    view = np.load(data / "views" / f"{read_lines(data, 'views.jsonl')[1]['object_id']}_8192.npy").astype(np.float32)
+    features = np.load(folder / "base.features" / "features.npy")[1]
+    torch.testing.assert_close(
+        model.model.point_encoder(torch.from_numpy(view[None]))[0],
+        torch.from_numpy(features).float(),
+        atol=5e-3,
+        rtol=5e-3,
+    )
+    assert len(Asker(model, processor).ask([view], ["What is this?"])) == 1
 
 
 # ---- Marks ----------------------------------------------------------------------------------------------------------
