@@ -63,7 +63,7 @@ def class_log_likelihoods(
     texts = [phrase.replace(NAME_MARK, name) for name in classes for phrase in phrases]
     prompt, ids = encode_answers(processor, question, texts, template)
     scores = [
-        _score(model, read_clouds(processor, clouds[first : first + batch_size], up_axis), prompt, ids)
+        answer_log_likelihoods(model, read_clouds(processor, clouds[first : first + batch_size], up_axis), prompt, ids)
         for first in range(0, len(clouds), batch_size)
     ]
     shape = (len(classes), len(phrases))
@@ -127,7 +127,7 @@ def check_texts(classes: Sequence[str], phrases: Sequence[str]):
             raise ValueError(f"`phrase` must contain {NAME_MARK} once, for the name of a class; got {phrase!r}.")
 
 
-def _score(
+def answer_log_likelihoods(
     model: MiniGPT3DForConditionalGeneration, point_clouds: torch.Tensor, prompt: list[int], answers: list[list[int]]
 ) -> np.ndarray:
     """Clouds (B, P, 6), ids of the prompt and of each answer → log-likelihood of each answer, (B, answers) float64."""

@@ -3,6 +3,7 @@
     python -m minigpt3d.recipes.open_objects.marks --model MODEL --data DATA --out FILE.json [--split validation]
 
     kind, noun        the first known noun of the answer to "What is this?" is of the object's kind, or is its noun
+    kind_top5         the kind is among the five that the answer to "What kind of thing is it?" most likely begins with
     color             the first color of the answer to "What is its main color?" is the main color of the points
     shape             the proportions that the answer names are those of the points
     yes_no            the answer begins with the right word of yes and no; half are no
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 
 from minigpt3d.arguments import option, run_script
+from minigpt3d.evaluation.conditions import read_clouds
+from minigpt3d.evaluation.likelihood import answer_log_likelihoods, encode_answers
 from minigpt3d.evaluation.statistics import wilson
 from minigpt3d.evaluation.vocabulary.articles import with_article
 from minigpt3d.evaluation.vocabulary.colors import first_color, names_color
@@ -35,7 +38,7 @@ from .augment import make_floor, make_outliers
 from .build import read_lines, to_described
 from .captioned_objects import FURNITURE_SOURCE, to_cloud
 from .nothing import NOTHING
-from .text import NAMING_KINDS, NOT_SURE, SHAPES, Described, yes_no
+from .text import KIND_QUESTIONS, NAMING_KINDS, NOT_SURE, SHAPES, Described, yes_no
 
 
 BATCH = 25
@@ -154,6 +157,18 @@ class Asker:
         ]
 
 
+def rank_kinds(model, processor: MiniGPT3DProcessor, clouds: list[np.ndarray], kinds: list[str]) -> np.ndarray:
+    """Kinds by the likelihood that the answer to a question for the kind begins with them: (B, kinds), the first first."""
+    prompt, ids = encode_answers(processor, KIND_QUESTIONS[0], [f"{kind.capitalize()}: this." for kind in kinds])
+    decode = processor.tokenizer.decode
+    starts = [tokens[: 1 + next(i for i in range(len(tokens)) if ":" in decode(tokens[: i + 1]))] for tokens in ids]
+    scores = [
+        answer_log_likelihoods(model, read_clouds(processor, clouds[first : first + BATCH], None), prompt, starts)
+        for first in range(0, len(clouds), BATCH)
+    ]
+    return np.argsort(-np.concatenate(scores), axis=1, kind="stable")
+
+
 def mark_answers(items: list[Described], sources: list[str], answers: dict[str, list[str]], asked: list, nouns: Nouns):
     """Marks by name: share, interval and number of objects.
 
@@ -217,6 +232,8 @@ def mark(options: MarksOptions) -> dict:
     about, talked = order[:MOST_YES_NO], order[:MOST_TALKS]
     pairs = [yes_no(items[i], items, rng) for i in about]
     prompts = {"what": "What is this?", "color": "What is its main color?", "shape": "What shape is it?"}
+    packs = [i for i, source in enumerate(sources) if source not in (FURNITURE_SOURCE, NOTHING)]
+    kinds = sorted({line["kind"] for line in lines} - {NOTHING})
     result, nouns = {"model": Path(options.model).name, "split": options.split}, Nouns(lines)
     for condition in ("seeing", "blind"):
         asker = Asker(model, processor, condition == "blind")
@@ -228,10 +245,12 @@ def mark(options: MarksOptions) -> dict:
             item.object_id: text for item, text in zip(items, answers["what"], strict=True)
         }
         print(condition, json.dumps(result[condition]), flush=True)
-    asker, packs = (
-        Asker(model, processor),
-        [i for i, source in enumerate(sources) if source not in (FURNITURE_SOURCE, NOTHING)],
-    )
+    with torch.inference_mode():
+        ranked = rank_kinds(model, processor, [clouds[i] for i in packs], kinds)
+    truth = np.array([kinds.index(items[i].kind) for i in packs])
+    result["seeing"]["kind_top5"] = share((ranked[:, :5] == truth[:, None]).any(1).tolist())
+    print("kind_top5", json.dumps(result["seeing"]["kind_top5"]), flush=True)
+    asker = Asker(model, processor)
     for condition in ("outliers", "floor", "z up"):
         spoiled = [spoil(clouds[i], condition, rng) for i in packs]
         what = asker.ask(spoiled, [prompts["what"]] * len(spoiled))

@@ -399,6 +399,22 @@ def test_a_model_is_asked_in_batches_and_in_talks(tiny_model, tiny_processor, mo
     assert len(set(blind)) == 1
 
 
+def test_kinds_are_ranked_by_the_likelihood_of_their_whole_name(tiny_model, tiny_processor, monkeypatch):
+    kinds, clouds = (
+        ["car", "boat", "carpet of wool"],
+        [box(np.random.default_rng(seed), (1, seed, 1)) for seed in (1, 2)],
+    )
+    asked = []
+
+    def fake(model, point_clouds, prompt, answers):
+        asked[:] = [tiny_processor.tokenizer.decode(ids) for ids in answers]
+        return np.array([[-2.0, -1.0, -3.0]] * len(point_clouds))
+
+    monkeypatch.setattr(marks, "answer_log_likelihoods", fake)
+    assert marks.rank_kinds(tiny_model, tiny_processor, clouds, kinds).tolist() == [[1, 0, 2]] * 2
+    assert [text.strip() for text in asked] == ["Car:", "Boat:", "Carpet of wool:"]
+
+
 def test_a_talk_agrees_if_it_says_yes_and_keeps_its_color(monkeypatch):
     asker = Asker.__new__(Asker)
     replies = iter(
