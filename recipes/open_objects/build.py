@@ -167,7 +167,7 @@ def write_views(data: Path, coord: np.ndarray, color: np.ndarray, num_views: int
     """Write views of the training objects and records about them; returns the numbers of records by source.
 
     Proportions and colors are measured on each view, so that its texts are true of it. The first view is the object as it
-    is.
+    is; every other view has new colors, since packs have palettes of their own, and an object is not known by its color.
     """
     folder = data / "views"
     folder.mkdir(exist_ok=True)
@@ -182,8 +182,8 @@ def write_views(data: Path, coord: np.ndarray, color: np.ndarray, num_views: int
             rng = np.random.default_rng([seed, number, *item.object_id.encode()])
             points = seen = normalize(cloud[:CLOUD_POINTS])
             if number:
-                points, seen = augment(cloud, CLOUD_POINTS, rng, recolored=0)
-            view = as_seen(item, f"{item.object_id}-v{number}", seen)
+                points, seen = augment(cloud, CLOUD_POINTS, rng, recolored=number % 2)
+            view = as_seen(item, f"{item.object_id}-v{number}", seen, recolored=bool(number % 2))
             np.save(point_cloud_path(folder, view.object_id), points.astype(np.float16))
             facts.append(view_facts(view, seen))
             for source, of_source in choose(annotate(view, others, rng), rng).items():
@@ -200,11 +200,11 @@ def view_facts(view: Described, points: np.ndarray) -> dict:
     return {"object_id": view.object_id, "colors": shares, "shape": view.shape}
 
 
-def as_seen(item: Described, object_id: str, points: np.ndarray) -> Described:
-    """The object with the proportions and colors of its points; a black cloud loses the texts that name other colors."""
+def as_seen(item: Described, object_id: str, points: np.ndarray, recolored: bool = False) -> Described:
+    """The object with the proportions and colors of its points; new colors or none lose the texts that name others."""
     colors, extent = measure(points)
     view = replace(item, object_id=object_id, colors=colors, extent=extent)
-    if points[:, 3:].any():
+    if points[:, 3:].any() and not recolored:
         return view
     return replace(view, brief="", detailed="", questions=())
 
