@@ -341,7 +341,7 @@ def test_encoded_views_lead_from_the_parts_to_a_model_that_answers(few_objects, 
     view = np.load(data / "views" / f"{read_lines(data, 'views.jsonl')[1]['object_id']}_8192.npy").astype(np.float32)
     features = np.load(folder / "base.features" / "features.npy")[1]
     torch.testing.assert_close(
-        model.model.point_encoder(torch.from_numpy(view[None]))[0],
+        model.model.point_encoder(torch.from_numpy(view[None])).last_hidden_state[0],
         torch.from_numpy(features).float(),
         atol=5e-3,
         rtol=5e-3,
