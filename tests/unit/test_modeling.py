@@ -377,7 +377,7 @@ def test_groups_know_their_place_with_absolute_coordinates(absolute):
     center = torch.tensor([[[0.0, 0.0, 0.0], [0.5, 0.0, 0.0]]])
     embedding = encoder.mini_pointnet(encoder.add_coordinates(neighborhood, center))
     assert torch.equal(embedding[:, 0], embedding[:, 1]) is not absolute
-    assert encoder(torch.rand(2, 16, 6)).shape == (2, 5, 32)
+    assert encoder(torch.rand(2, 16, 6)).last_hidden_state.shape == (2, 5, 32)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
