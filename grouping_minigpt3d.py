@@ -57,19 +57,11 @@ def farthest_point_sampling(
             f"a cloud of {num_points} points cannot give {num_samples} distinct centers. Pass more points "
             "(the processor repeats a small cloud up to its num_points) or lower point_config.num_groups."
         )
-    if start is None:
-        start = coord.new_zeros(batch_size, dtype=torch.int64)  # on the device: nothing is copied there
-    else:
-        start = _check_start(torch.as_tensor(start), num_points).to(coord.device).expand(batch_size).long()
+    if start is not None:
+        start = torch.as_tensor(start, device=coord.device).expand(batch_size).long()
     planes = coord.detach().float().permute(2, 0, 1).contiguous()  # (3, B, N)
     sample = _farthest_point_sampling_traced if is_exporting() else _farthest_point_sampling
     return sample(planes, num_samples, start)
-
-
-def _check_start(start: torch.Tensor, num_points: int) -> torch.Tensor:
-    if not is_exporting() and ((start < 0) | (start >= num_points)).any():
-        raise ValueError(f"fps_start must be between 0 and {num_points - 1}, got {start.tolist()}.")
-    return start
 
 
 # Operators of their own, so that compiled code calls them as they are. The package and a copy of this file from the Hub
@@ -78,20 +70,28 @@ _OPERATORS = re.sub(r"\W", "_", __name__)  # the folder of a copy may be named "
 
 
 @torch.library.custom_op(f"{_OPERATORS}::farthest_point_sampling", mutates_args=())
-def _farthest_point_sampling(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
-    """Planes (3, B, N), start (B,) → (B, G)."""
+def _farthest_point_sampling(planes: torch.Tensor, num_samples: int, start: torch.Tensor | None) -> torch.Tensor:
+    """Planes (3, B, N), start (B,) or None for 0 → (B, G)."""
+    if start is None:
+        start = planes.new_zeros(planes.shape[1], dtype=torch.int64)  # on the device, and nothing waits for a check
+    elif ((start < 0) | (start >= planes.shape[2])).any():
+        raise ValueError(f"fps_start must be between 0 and {planes.shape[2] - 1}, got {start.tolist()}.")
     if triton is not None and planes.is_cuda:
         return _farthest_point_sampling_triton(planes, num_samples, start)
     return _farthest_point_sampling_loop(planes, num_samples, start)
 
 
 @_farthest_point_sampling.register_fake
-def _(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
-    return start.new_empty(planes.shape[1], num_samples)
+def _(planes: torch.Tensor, num_samples: int, start: torch.Tensor | None) -> torch.Tensor:
+    return planes.new_empty(planes.shape[1], num_samples, dtype=torch.int64)
 
 
-def _farthest_point_sampling_traced(planes: torch.Tensor, num_samples: int, start: torch.Tensor) -> torch.Tensor:
+def _farthest_point_sampling_traced(
+    planes: torch.Tensor, num_samples: int, start: torch.Tensor | None
+) -> torch.Tensor:
     """In operations of torch alone, for `torch.export` and ONNX; every step is in the graph."""
+    if start is None:
+        start = planes.new_zeros(planes.shape[1], dtype=torch.int64)
     distance, farthest, indices = torch.full_like(planes[0], torch.inf), start, []
     for _ in range(num_samples):
         indices.append(farthest)

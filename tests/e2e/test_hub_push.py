@@ -89,7 +89,7 @@ result["rows"] = [[row["object_id"], len(row["coord"]), row["conversations"][1][
 result["samples"] = []
 for dataset in ("{DATA}", str(data)):
     sample, cloud = open_sources(["brief"], dataset, [])["brief"].read(0, 1)
-    result["samples"].append([repr(sample), cloud.shape, float(cloud.sum())])
+    result["samples"].append([sample.object_id, sample.rounds, cloud.shape, float(cloud.sum())])
 print(json.dumps(result))
 """
 
