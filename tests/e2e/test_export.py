@@ -74,6 +74,7 @@ def test_an_exported_encoder_has_operations_of_torch_alone(model, exported):
         assert torch.equal(exported.module()(clouds), model.get_point_features(clouds).pooler_output)
 
 
+@pytest.mark.slow
 def test_onnx_encoder(model, exported, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -112,6 +113,7 @@ def make_step(model, rows: int, num_words: int) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_onnx_step_of_generation(model):
     """By transformers' exporter, for any number of rows and length of the cache."""
     pytest.importorskip("onnxscript")

@@ -170,7 +170,7 @@ def test_ci_lints_and_runs_all_tests():
     assert os.access(script, os.X_OK)
     lines = [line.strip() for line in script.read_text().splitlines()]
     commands = [line for line in lines if line.startswith("make ")]
-    assert commands == ["make lint", "make test", "make test-slow", "make test-common"]
+    assert commands == ["make lint", "make test", "make test-slow"]
 
 
 def test_limits_of_reading_are_documented():
