@@ -71,7 +71,7 @@ from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 from minigpt3d.training import launch
 from minigpt3d.training.loop import Reading, make_optimizer, train_step
 from minigpt3d.training.run_options import RunOptions
-from minigpt3d.training.stages import RECIPES
+from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import Packing, pack_batch
 from minigpt3d.training.weights import (
     gather_parameters,
@@ -293,6 +293,19 @@ def answers(card: Card) -> dict:
     return result | {"example": expected[0], "wrong": wrong}
 
 
+def load_training(accelerator, stage: Stage, start: ModelFiles, options: RunOptions, compiled: bool) -> tuple:
+    """Model and optimizer as the loop prepares them, how it packs batches, and the number of its weights."""
+    model = load_stage_model(accelerator, stage, start, options)
+    if not is_sharded(accelerator):
+        halve_frozen(model, half_precision(accelerator))
+    packing, weights = Packing.of(model), num_weights(model)
+    if compiled:
+        backend = "inductor" if accelerator.device.type == "cuda" else "eager"
+        model = accelerate.utils.compile_regions(model, backend=backend)
+    prepared = launch.prepare(accelerator, model, make_optimizer(stage, model), stage.mixture[0].batch)
+    return *prepared, packing, weights
+
+
 def training(
     card: Card, name: str, four_bit: bool = False, checkpointing: bool = False, attention: str | None = None,
     compiled: bool = False,
@@ -306,22 +319,14 @@ def training(
     """
     stage, sizes = STAGES[name], card.sizes
     accelerator = launch.make_accelerator(mixed_precision="bf16")
-    device = accelerator.device
-    start = card.third_stage if name == "IV" else ModelFiles(str(card.base))
+    device, source = accelerator.device, stage.mixture[0]
     options = RunOptions(
         init=str(card.base), data="", output_dir=card.folder / "unused", load_in_4bit=four_bit,
         gradient_checkpointing=checkpointing, attn_implementation=attention,
     )  # fmt: skip
     started = time.perf_counter()
-    model = load_stage_model(accelerator, stage, start, options)
-    if not is_sharded(accelerator):
-        halve_frozen(model, half_precision(accelerator))
-    packing, weights = Packing.of(model), num_weights(model)
-    if compiled:
-        backend = "inductor" if device.type == "cuda" else "eager"
-        model = accelerate.utils.compile_regions(model, backend=backend)
-    source = stage.mixture[0]
-    model, optimizer = launch.prepare(accelerator, model, make_optimizer(stage, model), source.batch)
+    start = card.third_stage if name == "IV" else ModelFiles(str(card.base))
+    model, optimizer, packing, weights = load_training(accelerator, stage, start, options, compiled)
     loading = time.perf_counter() - started
     rng = np.random.default_rng(0)
     config = MiniGPT3DConfig(**sizes.config)

@@ -104,6 +104,22 @@ class Progress:
         self.failed += 1
         complain(message)
 
+    def count(self, result: "FileResult", outcome: Any) -> bool:
+        """Count a file as done, failed or skipped; returns whether it was an object.
+
+        Args:
+            outcome: what came of it; an exception is printed.
+        """
+        if isinstance(outcome, NotACloudError) and result.path in self.in_folders:
+            self.skipped[result.path.suffix.lower()] += 1
+            return False
+        if isinstance(outcome, Exception):
+            is_read = result.error is None
+            self.fail(f"{source_name(result.path)}: not {self.verb}: {one_line(outcome)}" if is_read else str(outcome))
+        else:
+            self.done += 1
+        return True
+
     def summary(self) -> str:
         """3 described, 1 failed, 40 skipped: 21 .dae, 19 .fbx"""
         skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
@@ -169,23 +185,9 @@ def work_on_files(
             while batch := list(islice(results, size)):
                 clouds = [result.content[0].cloud for result in batch if result.error is None]
                 outcomes = iter(one_by_one(work, clouds))
-                done = []
-                for result in batch:
-                    outcome = next(outcomes) if result.error is None else result.error
-                    bar.update()
-                    if isinstance(outcome, NotACloudError) and result.path in progress.in_folders:
-                        progress.skipped[result.path.suffix.lower()] += 1
-                        continue
-                    if isinstance(outcome, Exception):
-                        if result.error is None:
-                            outcome = ValueError(
-                                f"{source_name(result.path)}: not {progress.verb}: {one_line(outcome)}"
-                            )
-                        progress.fail(str(outcome))
-                    else:
-                        progress.done += 1
-                    done.append((result, outcome))
-                yield done
+                bar.update(len(batch))
+                pairs = [(result, next(outcomes) if result.error is None else result.error) for result in batch]
+                yield [pair for pair in pairs if progress.count(*pair)]
 
 
 def one_by_one(work: Callable[[list], list], clouds: list) -> list:

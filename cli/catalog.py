@@ -14,6 +14,7 @@ from minigpt3d.catalog.journal import Journal, Key
 from minigpt3d.catalog.labels import read_labels
 from minigpt3d.catalog.rows import NOT_SURE, Question, columns
 from minigpt3d.files import write_bytes
+from minigpt3d.messages import one_line
 
 from .batches import Progress, work_on_files
 from .classify import classifier
@@ -134,7 +135,7 @@ def make_row(result, outcome, questions: list[Question], options: "Options") -> 
     for name in ("num_points", "num_faces", "has_color", "up_axis", "sides", "colors"):
         row[name] = facts.get(name)
     row |= {"warnings": list(result.warnings), "thumbnail": None if thumbnail is None else str(thumbnail)}
-    row |= {"error": str(outcome) if is_failed else None}
+    row |= {"error": one_line(outcome) if is_failed else None}
     return row | {"picture": base64.b64encode(drawn).decode()} if drawn and is_page(options) else row
 
 

@@ -118,119 +118,162 @@ class Settings:
 def build(pipeline, objects: Objects, lock: threading.Lock, settings: Settings) -> gr.Blocks:
     """The page, not yet served."""
     actions = _Actions(pipeline, objects, lock, settings.max_new_tokens)
-    reading = pipeline.reading_arguments(**settings.reading)
     with gr.Blocks(title="MiniGPT-3D", analytics_enabled=False, fill_width=True) as page:
-        session = gr.State(Session())
         gr.Markdown(f"# MiniGPT-3D\nAsk a small language model about a 3D object. Model: `{settings.model}`")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                with gr.Row():
-                    upload = gr.File(
-                        file_count="multiple",
-                        label="Files of an object",
-                        height=132,
-                        scale=3,
-                        elem_id="upload",
-                    )
-                    with gr.Column(scale=1, min_width=150, elem_id="examples"):
-                        examples = [(gr.Button(path.name, size="sm"), path) for path in example_files()]
-                choice = gr.Dropdown([], label="Object", visible=False)
-                viewer = _viewer()
-                facts = gr.HTML(_facts(None), elem_id="facts")
-                with gr.Row():
-                    view = gr.Radio([CLOUD, ATTENTION], value=CLOUD, label="View", scale=3)
-                    query = gr.Slider(
-                        0,
-                        pipeline.model.config.num_query_tokens,
-                        0,
-                        step=1,
-                        label="Query (0: all)",
-                        visible=False,
-                        scale=2,
-                    )
-                scale = gr.HTML(_scale_bar(), visible=False)
-                with gr.Row():
-                    choices = {
-                        "up_axis": ([*UP_AXES, "auto"], reading["up_axis"] or "y"),
-                        "clean": (list(CLEANINGS), reading["clean"]),
-                        "missing_color": (list(NAMED_COLORS), _color_name(reading["missing_color"])),
-                    }
-                    controls = [
-                        gr.Dropdown(values, value=value, label=LABELS[name], min_width=90)
-                        for name, (values, value) in choices.items()
-                    ]
+                seen = _lay_out_object(pipeline, settings)
             with gr.Column(scale=4, min_width=320):
-                chat = gr.Chatbot(
-                    label="Conversation",
-                    height="54vh",
-                    render_markdown=False,
-                    buttons=["copy"],
-                    placeholder="Ask anything about the object, or click a question below.",
-                    feedback_options=None,
-                )
-                question = gr.Textbox(
-                    label="Question",
-                    placeholder="Ask about the object",
-                    submit_btn=True,
-                    max_lines=4,
-                    elem_id="question",
-                )
-                with gr.Row():
-                    suggestions = [gr.Button(text, size="sm", min_width=140) for text in QUESTIONS]
-                with gr.Row():
-                    stop, new = (gr.Button(text, size="sm", min_width=90) for text in ("Stop", "New object"))
-
-        looks = [view, query]
-        shows = [session, viewer, view, facts, chat, choice, upload]
-        # Reading waits for reading, and the model answers one question at a time; others wait in the queue.
-        reads = {"concurrency_limit": 2, "concurrency_id": "reading", "show_progress": "minimal"}
-        answers = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
-        draw = {
-            "fn": actions.draw,
-            "inputs": [session, *looks, controls[2]],
-            "outputs": [viewer, facts],
-            "show_progress": "hidden",
-        }
-
-        def show_surface(event):
-            """A mesh is shown as a surface as soon as that is written."""
-            event.success(actions.prefer_surface, session, view, api_visibility="private").then(
-                **draw, api_visibility="private"
-            )
-
-        show_surface(upload.upload(actions.open, [session, upload, *controls], shows, api_name="open", **reads))
-        for button, path in examples:
-            example = gr.State(str(path))
-            event = button.click(
-                actions.open_example,
-                [session, example, *controls],
-                shows,
-                api_visibility="private",
-                **reads,
-            )
-            show_surface(event)
-        show_surface(
-            choice.input(actions.choose, [session, choice, *controls], shows, api_visibility="private", **reads)
-        )
-        for control in controls:
-            event = control.input(actions.reread, [session, *controls], shows, api_visibility="private", **reads)
-            event.then(**draw, api_visibility="private")
-        view.change(
-            lambda view: (gr.update(visible=view == ATTENTION),) * 2, view, [query, scale], api_visibility="private"
-        )
-        for look in looks:
-            look.input(**draw, api_visibility="private")
-
-        question.submit(actions.ask, [session, question], [session, chat, question], api_name="ask", **answers)
-        for button in suggestions:
-            button.click(
-                actions.ask, [session, button], [session, chat, question], api_visibility="private", **answers
-            )
-        chat.retry(actions.retry, session, [session, chat, question], api_visibility="private", **answers)
-        stop.click(actions.stop, session, None, queue=False, api_visibility="private")
-        new.click(actions.close, session, shows, api_name="close")
-        chat.clear(actions.forget, session, [session, chat], api_visibility="private")
+                asked = _lay_out_conversation()
+        _connect(actions, gr.State(Session()), seen, asked)
     return page.queue(default_concurrency_limit=4)
+
+
+@dataclass(frozen=True)
+class _ObjectParts:
+    """What shows an object. `controls` are the choices of `LABELS`, in its order; `examples` are buttons with their files."""
+
+    upload: gr.File
+    examples: list[tuple[gr.Button, Path]]
+    choice: gr.Dropdown
+    viewer: gr.HTML
+    facts: gr.HTML
+    view: gr.Radio
+    query: gr.Slider
+    scale: gr.HTML
+    controls: list[gr.Dropdown]
+
+
+@dataclass(frozen=True)
+class _ConversationParts:
+    chat: gr.Chatbot
+    question: gr.Textbox
+    suggestions: list[gr.Button]
+    stop: gr.Button
+    new: gr.Button
+
+
+def _lay_out_object(pipeline, settings: Settings) -> _ObjectParts:
+    reading = pipeline.reading_arguments(**settings.reading)
+    with gr.Row():
+        upload = gr.File(
+            file_count="multiple",
+            label="Files of an object",
+            height=132,
+            scale=3,
+            elem_id="upload",
+        )
+        with gr.Column(scale=1, min_width=150, elem_id="examples"):
+            examples = [(gr.Button(path.name, size="sm"), path) for path in example_files()]
+    choice = gr.Dropdown([], label="Object", visible=False)
+    viewer = _viewer()
+    facts = gr.HTML(_facts(None), elem_id="facts")
+    with gr.Row():
+        view = gr.Radio([CLOUD, ATTENTION], value=CLOUD, label="View", scale=3)
+        query = gr.Slider(
+            0,
+            pipeline.model.config.num_query_tokens,
+            0,
+            step=1,
+            label="Query (0: all)",
+            visible=False,
+            scale=2,
+        )
+    scale = gr.HTML(_scale_bar(), visible=False)
+    with gr.Row():
+        choices = {
+            "up_axis": ([*UP_AXES, "auto"], reading["up_axis"] or "y"),
+            "clean": (list(CLEANINGS), reading["clean"]),
+            "missing_color": (list(NAMED_COLORS), _color_name(reading["missing_color"])),
+        }
+        controls = [
+            gr.Dropdown(values, value=value, label=LABELS[name], min_width=90)
+            for name, (values, value) in choices.items()
+        ]
+    return _ObjectParts(upload, examples, choice, viewer, facts, view, query, scale, controls)
+
+
+def _lay_out_conversation() -> _ConversationParts:
+    chat = gr.Chatbot(
+        label="Conversation",
+        height="54vh",
+        render_markdown=False,
+        buttons=["copy"],
+        placeholder="Ask anything about the object, or click a question below.",
+        feedback_options=None,
+    )
+    question = gr.Textbox(
+        label="Question",
+        placeholder="Ask about the object",
+        submit_btn=True,
+        max_lines=4,
+        elem_id="question",
+    )
+    with gr.Row():
+        suggestions = [gr.Button(text, size="sm", min_width=140) for text in QUESTIONS]
+    with gr.Row():
+        stop, new = (gr.Button(text, size="sm", min_width=90) for text in ("Stop", "New object"))
+    return _ConversationParts(chat, question, suggestions, stop, new)
+
+
+def _connect(actions: "_Actions", session: gr.State, seen: _ObjectParts, asked: _ConversationParts):
+    """Say what happens when something is clicked, dropped or chosen."""
+    looks = [seen.view, seen.query]
+    answer = [session, asked.chat, asked.question]
+    shows = [session, seen.viewer, seen.view, seen.facts, asked.chat, seen.choice, seen.upload]
+    # Reading waits for reading, and the model answers one question at a time; others wait in the queue.
+    reads = {"concurrency_limit": 2, "concurrency_id": "reading", "show_progress": "minimal"}
+    answers = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+    draw = {
+        "fn": actions.draw,
+        "inputs": [session, *looks, seen.controls[2]],
+        "outputs": [seen.viewer, seen.facts],
+        "show_progress": "hidden",
+    }
+
+    def show_surface(event):
+        """A mesh is shown as a surface as soon as that is written."""
+        event.success(actions.prefer_surface, session, seen.view, api_visibility="private").then(
+            **draw, api_visibility="private"
+        )
+
+    show_surface(
+        seen.upload.upload(actions.open, [session, seen.upload, *seen.controls], shows, api_name="open", **reads)
+    )
+    for button, path in seen.examples:
+        example = gr.State(str(path))
+        event = button.click(
+            actions.open_example,
+            [session, example, *seen.controls],
+            shows,
+            api_visibility="private",
+            **reads,
+        )
+        show_surface(event)
+    show_surface(
+        seen.choice.input(
+            actions.choose, [session, seen.choice, *seen.controls], shows, api_visibility="private", **reads
+        )
+    )
+    for control in seen.controls:
+        event = control.input(actions.reread, [session, *seen.controls], shows, api_visibility="private", **reads)
+        event.then(**draw, api_visibility="private")
+    seen.view.change(
+        lambda view: (gr.update(visible=view == ATTENTION),) * 2,
+        seen.view,
+        [seen.query, seen.scale],
+        api_visibility="private",
+    )
+    for look in looks:
+        look.input(**draw, api_visibility="private")
+
+    asked.question.submit(actions.ask, [session, asked.question], answer, api_name="ask", **answers)
+    for button in asked.suggestions:
+        button.click(actions.ask, [session, button], answer, api_visibility="private", **answers)
+    asked.chat.retry(actions.retry, session, answer, api_visibility="private", **answers)
+    asked.stop.click(actions.stop, session, None, queue=False, api_visibility="private")
+    asked.new.click(actions.close, session, shows, api_name="close")
+    asked.chat.clear(actions.forget, session, [session, asked.chat], api_visibility="private")
 
 
 def _color_name(color) -> str:

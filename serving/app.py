@@ -50,18 +50,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
     app.add_middleware(Guard, options=options, metrics=metrics)
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "minigpt3d"}
 
-    @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError):
-        return JSONResponse(error.body, error.status)
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException):
-        body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def on_other_error(request: Request, error: Exception):
-        return JSONResponse(ApiError(500, "The server failed; its log says why.").body, 500)
+    add_error_handlers(app)
 
     @app.get("/health")
     async def show_health():
@@ -96,7 +85,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
         completion = Completion(model, warnings)
         if request.stream:
             with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
-            events = stream(answer, completion, with_usage)
+            events = stream(engine, answer, completion, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
             text = await engine.batcher.complete(answer)
@@ -109,24 +98,43 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
             message = f"There is no model {name[:80]!r}; this server has {model!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
-    async def stream(answer: Answer, completion: Completion, with_usage: bool) -> AsyncIterator[bytes]:
-        yield completion.chunk({"role": "assistant", "content": ""}, warnings=completion.warnings)
-        shown = 0
-        try:
-            async with contextlib.aclosing(engine.batcher.follow(answer)) as texts:
-                async for text in texts:
-                    if len(text) > shown:
-                        yield completion.chunk({"content": text[shown:]})
-                        shown = len(text)
-        except Exception as error:
-            yield event(no_answer(error).body)
-        else:
-            yield completion.chunk({}, answer.finish_reason)
-            if with_usage:
-                yield completion.usage_chunk(usage(answer))
-        yield END_OF_STREAM
-
     return app
+
+
+def add_error_handlers(app: FastAPI):
+    """Give every error OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError):
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException):
+        body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_other_error(request: Request, error: Exception):
+        return JSONResponse(ApiError(500, "The server failed; its log says why.").body, 500)
+
+
+async def stream(engine: Engine, answer: Answer, completion: Completion, with_usage: bool) -> AsyncIterator[bytes]:
+    """The events of an answer while it is generated."""
+    yield completion.chunk({"role": "assistant", "content": ""}, warnings=completion.warnings)
+    shown = 0
+    try:
+        async with contextlib.aclosing(engine.batcher.follow(answer)) as texts:
+            async for text in texts:
+                if len(text) > shown:
+                    yield completion.chunk({"content": text[shown:]})
+                    shown = len(text)
+    except Exception as error:
+        yield event(no_answer(error).body)
+    else:
+        yield completion.chunk({}, answer.finish_reason)
+        if with_usage:
+            yield completion.usage_chunk(usage(answer))
+    yield END_OF_STREAM
 
 
 def usage(answer: Answer) -> dict:
