@@ -19,8 +19,8 @@ class ReadingOptions:
         "color of points that have none (default: black)", default=None
     )
     clean: Literal["none", "outliers", "floor", "all"] | None = option(
-        "what is removed from your files: points far from all others, a floor below the object, or both (default: for "
-        "describe, chat, look and embed the model's setting, if there is one; else none)",
+        "what is removed from your files: points far from all others, a floor below the object, or both (default: the "
+        "model's setting, if there is one; none for pack and evaluate)",
         default=None,
     )
 
