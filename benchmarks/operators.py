@@ -6,6 +6,8 @@ The model has the paper's layers with small widths, which changes no count, and 
 Views are not counted. A wait is an operator whose result the CPU needs: on a GPU it ends when all work before it is done.
 """
 
+import argparse
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -51,6 +53,7 @@ def count_step(stage: Stage, batch: int = 9) -> OperatorCounter:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{'stage':<8}{'operators':>12}{'waits':>8}")
     for name, stage in RECIPES["paper"].items():
         if name != "own":

@@ -7,6 +7,7 @@ this 3D model in detail.".
     python benchmarks/zero_shot_labels.py
 """
 
+import argparse
 import re
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     objects = read_objects(EvaluateOptions(suite="household", out=Path("unused"), device="cpu"))
     model, processor = load_model(default_model())
     describe = PointCloudToTextPipeline(model=model, processor=processor, device="cpu", dtype="auto")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,6 +52,12 @@ from minigpt3d.processing_minigpt3d import MiniGPT3DProcessor
 
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "household"
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """A random model seldom ends an answer."""
+    monkeypatch.setitem(SUITES, "own", replace(SUITES["own"], max_new_tokens=24))
 
 
 @pytest.fixture(scope="module")
@@ -666,8 +673,10 @@ def test_a_run_from_start_to_end(own_objects, model_dir, tmp_path, capsys):
     assert re.search("seed 0,.* 1", capsys.readouterr().err)
 
 
-def test_a_killed_run_resumes(own_objects, model_dir, tmp_path):
+@pytest.mark.slow
+def test_a_killed_run_resumes(own_objects, model_dir, tmp_path, monkeypatch):
     """After two SIGKILLs, the answers equal those of an uninterrupted run."""
+    monkeypatch.undo()  # other processes are killed: all have the suite's own limit
     command = [sys.executable, "-m", "minigpt3d.cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
     command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
     assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
@@ -697,6 +706,7 @@ def evaluate_in_processes(own_objects, model_dir, out):
                        "--metrics", "closed_set_accuracy", "--device", "cpu") == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(own_objects, model_dir, tmp_path):
     evaluate_in_processes(own_objects, model_dir, tmp_path / "one")
     debug_launcher(evaluate_in_processes, (own_objects, model_dir, tmp_path / "two"), num_processes=2)
@@ -710,31 +720,34 @@ def test_two_processes_give_the_answers_of_one(own_objects, model_dir, tmp_path)
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(
-    "change, name",
-    [(["--dtype", "bfloat16"], "dtype"), (["--batch-size", "3"], "batch_size"), (["--seed", "1"], "seed"), ([], "dataset"),
-     ([], "prompts")]
-)  # fmt: skip
-def test_answers_of_two_settings_are_not_mixed(change, name, own_objects, model_dir, tmp_path, capsys):
+def test_answers_of_two_settings_are_not_mixed(own_objects, model_dir, tmp_path, capsys):
     data, model, out = tmp_path / "data", tmp_path / "model", tmp_path / "out"
     shutil.copytree(own_objects.parent, data)
     shutil.copytree(model_dir, model)
     arguments = ["own", "--data", data / "objects.jsonl", "--model", model, "--greedy", "--device", "cpu", "--out", out,
                  "--metrics", "closed_set_accuracy", "--limit", 2]  # fmt: skip
     assert run_command(*arguments) == 0
-    if name == "dataset":  # not the first cloud
-        np.save(data / "box1.npy", make_cloud(99))
-    elif name == "prompts":
-        (template,) = model.glob("chat_template.jinja")
-        template.write_text(template.read_text().replace("[INST]", "[ASK]"))
-    before = sorted((out / "answers").glob("*"))[0].read_bytes()
-    assert run_command(*arguments, *change) == 1
-    assert f"answers with {name} " in capsys.readouterr().err
-    assert sorted((out / "answers").glob("*"))[0].read_bytes() == before
+    (part,) = (out / "answers").glob("*")
+    before, (template,) = part.read_bytes(), model.glob("chat_template.jinja")
+
+    def refuse(name, *change):
+        assert run_command(*arguments, *change) == 1
+        assert f"answers with {name} " in capsys.readouterr().err
+        assert part.read_bytes() == before
+
+    refuse("dtype", "--dtype", "bfloat16")
+    refuse("batch_size", "--batch-size", 3)
+    refuse("seed", "--seed", 1)
+    text = template.read_text()
+    template.write_text(text.replace("[INST]", "[ASK]"))
+    refuse("prompts")
+    template.write_text(text)
+    np.save(data / "box1.npy", make_cloud(99))  # not the first cloud
+    refuse("dataset")
     for folder in ("answers", "likelihood"):
         shutil.rmtree(out / folder)
     (out / "settings.json.tmp").write_text("{")
-    assert run_command(*arguments, *change) == 0  # allowed without answers
+    assert run_command(*arguments, "--seed", 1) == 0  # allowed without answers
 
 
 def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
@@ -881,7 +894,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     (message,) = [line for line in messages if line.startswith("m is asked up to ")]
     count = len(asked)
     # Three prompts about seven objects under four conditions, some of them equal.
-    assert "up to 84 questions" in message and 84 * 0.7 < count <= 84
+    assert "up to 84 questions" in message and 84 * 0.6 < count <= 84
     assert [line for line in messages if "no readable verdict" in line] == []  # some verdicts were readable
     judged = {score.metric: score for score in first.seeing if score.judge}
     assert set(judged) == {"open_vocabulary_accuracy", "caption_score", "correctness", "hallucination", "precision"}

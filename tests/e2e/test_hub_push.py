@@ -267,6 +267,7 @@ def test_model_pipeline_and_adapter_answer_from_the_hub_as_from_folders(read):
     assert code.startswith("transformers_modules.org."), "the code comes from the Hub too"
 
 
+@pytest.mark.slow
 def test_an_evaluation_names_the_commit_on_the_hub(run, pushed):
     models = run(EVALUATE)
     assert models[MODEL]["name"] == MODEL and models[MODEL]["fingerprint"] == pushed["commits"][1][:16]

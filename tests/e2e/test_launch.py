@@ -12,7 +12,13 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "training" / "stage4.py"
 
 
-@pytest.mark.parametrize("form", [[str(SCRIPT)], ["-m", "minigpt3d.training.stage4"]], ids=["script", "module"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param([str(SCRIPT)], id="script"),
+        pytest.param(["-m", "minigpt3d.training.stage4"], id="module", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_runs_under_accelerate(form, base, release, tmp_path):
     data_dir, (annotations,) = release
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]

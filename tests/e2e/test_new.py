@@ -36,7 +36,10 @@ def make_new(tmp_path, base, name, *arguments, qformer=True):
     return code, llm, out
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "qwen3" else pytest.param(name, marks=pytest.mark.slow) for name in LANGUAGE_MODELS],
+)
 def test_a_language_model_goes_through_the_four_stages(name, base, release, tmp_path, point_clouds):
     code, llm, folder = make_new(tmp_path, base, name)
     assert code == 0

@@ -172,6 +172,7 @@ def test_the_installed_command_describes_an_object(run_installed):
     assert "table" in run_installed(script, "describe", ROOT / "demo" / "objects" / "oakTable.ply")
 
 
+@pytest.mark.slow
 def test_the_installed_command_evaluates_the_household_objects(run_installed, tmp_path):
     script = run_installed.target / "bin" / "minigpt3d"
     printed = run_installed(script, "evaluate", "household", "--limit", "2", "--greedy", "--out", tmp_path / "out")

@@ -14,6 +14,8 @@ from training_runs import write_base, write_release
 from minigpt3d.data.shards import pack, release_entries
 
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).parents[1] / "support"
 BASE, DATA, ADAPTER, WHOLE = "org/base", "org/data", "org/adapter", "org/whole"
 

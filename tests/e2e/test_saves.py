@@ -17,6 +17,8 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 from minigpt3d.hub import save_pretrained
 
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ["model and processor", "pipeline", "save_model", "trainer/checkpoint-1", "{hub}-model", "{hub}-pipeline"]
 ADAPTED = ["merged", "adapter/checkpoint-1", "{hub}-adapter"]
 
