@@ -27,7 +27,8 @@ from torch import nn
 from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig
 from minigpt3d.grouping_minigpt3d import group
-from minigpt3d.modeling_minigpt3d import MiniGPT3DModel, MiniPointNet
+from minigpt3d.modeling_minigpt3d import MiniGPT3DModel
+from minigpt3d.point_bert_minigpt3d import MiniPointNet
 
 
 # Largest difference over largest value.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from minigpt3d.modeling_minigpt3d import FOLDED_LAYERS, folded_names, unfolded_names
+from minigpt3d.point_bert_minigpt3d import FOLDED_LAYERS, folded_names, unfolded_names
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------

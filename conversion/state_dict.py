@@ -5,13 +5,8 @@ from collections.abc import Callable
 import torch
 
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.modeling_minigpt3d import (
-    FOLDED_LAYERS,
-    MiniGPT3DForConditionalGeneration,
-    fold_batch_norm,
-    folded_names,
-    unfolded_names,
-)
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.point_bert_minigpt3d import FOLDED_LAYERS, fold_batch_norm, folded_names, unfolded_names
 
 from .accounting import Account, account, converted_shape
 from .lora import lora_scale, merge_lora_factors

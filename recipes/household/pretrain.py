@@ -31,14 +31,8 @@ from minigpt3d.evaluation.vocabulary.colors import COLORS
 from minigpt3d.evaluation.vocabulary.kinds import KINDS, head_noun
 from minigpt3d.files import write_json
 from minigpt3d.hub import save_pretrained
-from minigpt3d.modeling_minigpt3d import (
-    FOLDED_LAYERS,
-    MiniGPT3DForConditionalGeneration,
-    MiniGPT3DModel,
-    MiniPointNet,
-    fold_batch_norm,
-    unfolded_names,
-)
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel
+from minigpt3d.point_bert_minigpt3d import FOLDED_LAYERS, MiniPointNet, fold_batch_norm, unfolded_names
 from minigpt3d.processing_minigpt3d import (
     MiniGPT3DPointCloudProcessor,
     MiniGPT3DProcessor,

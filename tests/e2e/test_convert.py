@@ -296,6 +296,7 @@ def test_the_folder_has_all_that_the_hub_needs(merged):
         "README.md", "LICENSE", "NOTICE", "config.json", "generation_config.json", "processor_config.json",
         "tokenizer.json", "tokenizer_config.json", "model.safetensors", "provenance.json", "verification.json",
         "modeling_minigpt3d.py", "configuration_minigpt3d.py", "processing_minigpt3d.py", "pipeline_minigpt3d.py",
+        "point_bert_minigpt3d.py", "grouping_minigpt3d.py",
     }  # fmt: skip
     assert any("chat_template" in name for name in names)
     card = (merged / "README.md").read_text()
@@ -425,9 +426,9 @@ def test_the_adapter_is_verified_with_its_base(merged, kept):
 def test_verify_finds_what_changed(merged, tmp_path, run):
     """As if a library computed something else: the same weights, with an encoder that scales differently."""
     other = shutil.copytree(merged, tmp_path / "other")
-    source = (other / "modeling_minigpt3d.py").read_text()
+    source = (other / "point_bert_minigpt3d.py").read_text()
     assert "self.scaling = self.head_dim**-0.5" in source
-    (other / "modeling_minigpt3d.py").write_text(source.replace("self.head_dim**-0.5", "self.head_dim**-0.4", 1))
+    (other / "point_bert_minigpt3d.py").write_text(source.replace("self.head_dim**-0.5", "self.head_dim**-0.4", 1))
     code, printed = run(["verify", str(other), "--trust-remote-code"])
     assert code == 1 and "features: off by" in printed
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_model import tiny_phi_config
 from training_runs import ADAPTER, STAGES, first_batches, history, options, prepared, same_run, tiny, write_base
 
-from minigpt3d import modeling_minigpt3d
+from minigpt3d import point_bert_minigpt3d
 from minigpt3d.data.shards import pack, release_entries
 from minigpt3d.training import loop
 from minigpt3d.training.loop import make_optimizer, train
@@ -209,14 +209,14 @@ def _train_and_record_dtypes(config: str, mixed_precision: str, stage, settings,
         model.register_forward_hook(record("model"), with_kwargs=True)
         encoder = model.base_model.model.model.point_encoder
         encoder.register_forward_hook(record("encoder"), with_kwargs=True)
-        grouping = modeling_minigpt3d.group
+        grouping = point_bert_minigpt3d.group
 
         def group(point_clouds, *args):
             seen["grouping"] = str(point_clouds.dtype)
             assert torch.equal(point_clouds, clouds_of_step.pop()), "no other values than those of the data"
             return grouping(point_clouds, *args)
 
-        modeling_minigpt3d.group = group
+        point_bert_minigpt3d.group = group
         return model, optimizer
 
     clouds_of_step = []

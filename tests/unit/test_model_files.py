@@ -135,7 +135,9 @@ def test_no_model(tmp_path):
 
 def test_write_code_copies_the_flat_files(tmp_path):
     write_code(tmp_path)
-    assert {"configuration_minigpt3d.py", "modeling_minigpt3d.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"configuration_minigpt3d.py", "modeling_minigpt3d.py", "point_bert_minigpt3d.py"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 # ---- Folders that may be replaced ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from minigpt3d import modeling_minigpt3d, point_bert_minigpt3d
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPointConfig
 from minigpt3d.conversion.names import our_name
 from minigpt3d.conversion.state_dict import convert_state_dict
@@ -25,6 +26,7 @@ from minigpt3d.grouping_minigpt3d import (
 )
 from minigpt3d.hub import load_weights
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, MiniGPT3DModel, eager_attention
+from minigpt3d.point_bert_minigpt3d import PointBert
 from minigpt3d.processing_minigpt3d import MiniGPT3DPointCloudProcessor
 
 
@@ -602,3 +604,9 @@ def test_wrong_grouping_is_refused():
         farthest_point_sampling(coord, 4, 8)
     with pytest.raises(ValueError, match="has no 9 neighbors"):
         nearest_neighbors(coord, coord, 9)
+
+
+def test_the_encoder_can_be_imported_from_its_old_place():
+    own = {n: p for n, p in vars(point_bert_minigpt3d).items() if getattr(p, "__module__", "") == PointBert.__module__}
+    assert {"PointBert", "MiniPointNet", "fold_batch_norm"} <= own.keys()
+    assert all(getattr(modeling_minigpt3d, name) is part for name, part in own.items())

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tiny_model import make_tiny_model
 
-from minigpt3d.modeling_minigpt3d import MiniPointNet
+from minigpt3d.point_bert_minigpt3d import MiniPointNet
 from minigpt3d.recipes.household.pretrain import NormedMiniPointNet, Object, make_views, train_encoder
 
 

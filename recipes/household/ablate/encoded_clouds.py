@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minigpt3d.data.clouds import augment
 from minigpt3d.data.records import Sample
 from minigpt3d.files import written_file
-from minigpt3d.modeling_minigpt3d import PointBertOutput
+from minigpt3d.point_bert_minigpt3d import PointBertOutput
 from minigpt3d.training.stages import Stage
 from minigpt3d.training.stream import StageStream, encode_sample
 
