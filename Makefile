@@ -57,16 +57,23 @@ $(SOURCE): $(INSTALLED)
 	@tar -xzf $@.new/*.tar.gz -C $@.new --strip-components 1 && rm $@.new/*.tar.gz
 	@mv $@.new $@ && touch $@
 
-OLDEST := $(VENV)-oldest
+# The oldest libraries lie in front of those of VENV, which has all others. TORCH=2.6.0 adds an older torch (3 GB).
+OLDEST := $(VENV)-oldest$(addprefix -torch-,$(TORCH))
 # The tests that use these libraries most.
 OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_generation.py unit/test_pipeline.py unit/test_processing.py \
   unit/test_weights.py unit/test_train_step.py unit/test_stream.py unit/test_pack.py \
   e2e/test_cli.py e2e/test_convert.py e2e/test_hub.py e2e/test_resume.py e2e/test_saves.py e2e/test_training.py)
 
-test-oldest:  ## run the tests of models and training with the oldest versions allowed (Python 3.11)
-	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt torch -e ".[train]" pytest
-	@$(QUIET) $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(ARGS)
+test-oldest: $(OLDEST)/.installed  ## run tests with the oldest libraries allowed; with an older torch: TORCH=2.6.0
+	@$(OLDEST)/bin/python tests/tools/check_versions.py constraints-oldest.txt $(if $(TORCH),,--except torch)
+	@$(QUIET) $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+
+$(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
+	@rm -rf $(OLDEST) && $(PY) -m venv $(OLDEST)
+	@$(PY) -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+	  > $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth
+	@grep -v -e '^#' -e '^torch==' constraints-oldest.txt | xargs $(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check $(addprefix torch==,$(TORCH))
+	@touch $@
 
 lint: $(INSTALLED)  ## check style, format and the direction of imports
 	@$(PY) -m ruff check .
@@ -87,4 +94,4 @@ card: $(INSTALLED)  ## check and time everything on a GPU within 8 minutes, into
 	@HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) benchmarks/card.py $(ARGS)
 
 clean:  ## remove the environment and build files
-	@rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	@rm -rf $(VENV) $(VENV)-oldest* build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -482,6 +482,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             attention_mask=block_diagonal_mask(num_used, num_queries, like=queries) if num_used > 1 else None,
             encoder_hidden_states=self.point_projection(point_features),
             output_attentions=output_attentions,
+            return_dict=True,
         )
         of_experts = output.last_hidden_state.unflatten(1, (num_used, num_queries))  # (B, S, Q, D)
         mixed = torch.einsum("bs,bsqd->bqd", weights.to(of_experts.device, of_experts.dtype), of_experts)
@@ -503,7 +504,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         """Compute the vectors that the language model reads in place of a cloud, `pooler_output`.
 
         Args:
-            point_clouds: (B, N, 6) float32, xyz centered on the mean with largest norm 1, then rgb in [0, 1].
+            point_clouds: (B, N, 6) float32, B > 0, xyz centered on the mean with largest norm 1, then rgb in [0, 1].
             fps_start: index of the first center, one or (B,); 0 by default.
             output_attentions: whether to return attention weights of the 3D encoder and of the Q-Former. They are computed
                 eagerly, whatever the implementation of attention is.
@@ -511,13 +512,14 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             return_dict: False for a tuple of what is not None.
 
         Raises:
-            ValueError: the tensor has another shape.
+            ValueError: the tensor has another shape, or no cloud.
         """
         num_channels = self.config.point_config.num_channels
-        if point_clouds.ndim != 3 or point_clouds.shape[-1] != num_channels:
+        if point_clouds.ndim != 3 or point_clouds.shape[-1] != num_channels or point_clouds.shape[0] == 0:
             raise ValueError(
-                f"point_clouds must have shape (clouds, points, {num_channels}): xyz and rgb; "
-                f"got {tuple(point_clouds.shape)}. MiniGPT3DProcessor makes it from files, arrays and meshes."
+                f"point_clouds must have shape (clouds, points, {num_channels}): xyz and rgb of at least one cloud; "
+                f"got {tuple(point_clouds.shape)}. MiniGPT3DProcessor makes it from files, arrays and meshes; text alone "
+                "has point_clouds=None."
             )
         configs = (self.config.point_config, self.config.qformer_config)
         with eager_attention(*configs) if output_attentions else nullcontext():
@@ -526,6 +528,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
                 fps_start,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
+                return_dict=True,
             )
             queries = self.get_query_output(encoded.last_hidden_state, output_attentions)
         return MiniGPT3DPointFeatures(
@@ -584,6 +587,12 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if 0 in inputs_embeds.shape[:2]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            raise ValueError(
+                f"{name} must have at least one row of at least one token, got shape {tuple(inputs_embeds.shape[:2])}. "
+                "Leave an empty batch out."
+            )
         point_features = None
         if point_clouds is not None:
             point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
@@ -617,6 +626,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
         return MiniGPT3DModelOutputWithPast(
@@ -755,7 +765,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
                 they are then neither searched nor counted. Training passes both kinds, so that a GPU never waits.
 
         Raises:
-            ValueError: placeholders and clouds do not match, or clouds have a wrong shape.
+            ValueError: placeholders and clouds do not match, clouds have a wrong shape, or the batch is empty.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -764,6 +774,7 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -799,8 +810,11 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
             prefill_chunk_size: number of prompt tokens in a pass. Not with `inputs_embeds`.
 
         Raises:
-            ValueError: the clouds do not match the placeholders, or arguments exclude each other.
+            ValueError: the batch is empty, the clouds do not match the placeholders, or arguments exclude each other.
         """
+        for name, tensor in {"input_ids": inputs, **kwargs}.items():
+            if name in ("input_ids", "inputs_embeds", "point_clouds") and tensor is not None and not len(tensor):
+                raise ValueError(f"{name} is empty, got shape {tuple(tensor.shape)}. Leave an empty batch out.")
         kwargs["num_cached"] = self._count_cached(inputs, **kwargs)
         tokenizer = kwargs.get("tokenizer", getattr(streamer, "tokenizer", None))
         if streamer is not None and tokenizer is not None:

@@ -39,7 +39,7 @@ class Options(ReadingOptions, LimitOptions):
     out: Path = option("folder to write", metavar="DIR")
     seed: int = option("seed of the order, which is shuffled once", default=0, type=natural_int)
     max_broken: float = option(
-        "share of point clouds that may be missing or broken; they are skipped and listed",
+        "share of texts and point clouds that may be missing or broken; they are skipped and listed",
         default=0.01,
         metavar="SHARE",
     )
@@ -72,15 +72,17 @@ def pack(options: Options):
     from minigpt3d.data import shards
 
     out = options.out.resolve()
-    downloads = out.with_name(out.name + ".downloads")
+    downloads, skipped = out.with_name(out.name + ".downloads"), []
     if options.from_ is None:
-        entries = shards.release_entries(options.data, options.annotations)
+        entries = shards.release_entries(options.data, options.annotations, skipped.append)
     elif options.from_.startswith("hf://"):
         from minigpt3d.data.hub_rows import hub_entries
 
-        entries = hub_entries(options.from_, options.mesh_column, options.text_column, options.split, downloads)
+        entries = hub_entries(
+            options.from_, options.mesh_column, options.text_column, options.split, downloads, skipped.append
+        )
     else:
-        entries = shards.table_entries(Path(options.from_))
+        entries = shards.table_entries(Path(options.from_), skipped.append)
     manifest = shards.pack(
         entries,
         options.out,
@@ -92,6 +94,7 @@ def pack(options: Options):
         notify=None if options.from_ is None else lambda text: complain(f"warning: {with_flags(text, Options, '-')}"),
         limits=options.limits,
         preview=options.preview,
+        skipped=skipped,
     )
     shutil.rmtree(downloads, ignore_errors=True)
     for line in manifest["broken"]:

@@ -1,7 +1,7 @@
 """Objects of a data set on the Hub: its files are downloaded, and its rows become entries to pack."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,14 +10,21 @@ import numpy as np
 from minigpt3d.files import write_bytes, written_file
 from minigpt3d.messages import one_line
 
-from .records import to_sample
+from .records import skipping, to_sample
 from .shards import Entry, sort_entries, to_record
 
 
 ADDRESS = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<config>[\w.-]+))?/?")
 
 
-def hub_entries(address: str, mesh_column: str, text_column: str, split: str, folder: Path) -> dict[str, list[Entry]]:
+def hub_entries(
+    address: str,
+    mesh_column: str,
+    text_column: str,
+    split: str,
+    folder: Path,
+    skip: Callable[[str], None] | None = None,
+) -> dict[str, list[Entry]]:
     """Entries by source of a data set on the Hub.
 
     Args:
@@ -26,6 +33,7 @@ def hub_entries(address: str, mesh_column: str, text_column: str, split: str, fo
         text_column: a caption, or conversations in PointLLM's format.
         split: "train", for example.
         folder: where the files are kept; those of an earlier run are not downloaded again.
+        skip: gets the message about each row that is out of schema or has no file; without it, the first one is raised.
 
     Raises:
         ValueError: there is no such data set or column, or a row is out of schema.
@@ -35,11 +43,12 @@ def hub_entries(address: str, mesh_column: str, text_column: str, split: str, fo
     for index, row in enumerate(_stream(address, mesh_column, text_column, split)):
         where, text = f"{address}, row {index}", row[text_column]
         record = {"object_id": f"{index:07d}", "conversations" if isinstance(text, list) else "caption": text}
-        record = to_record(record, where)
-        source, sample = to_sample(record, where)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = _keep(row[mesh_column], folder / f"{index:07d}", where)
-        rows.append((source, Entry(sample.object_id, path, record["conversations"])))
+        with skipping(skip):
+            record = to_record(record, where)
+            source, sample = to_sample(record, where)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = _keep(row[mesh_column], folder / f"{index:07d}", where)
+            rows.append((source, Entry(sample.object_id, path, record["conversations"])))
     return sort_entries(rows)
 
 

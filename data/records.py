@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minigpt3d.files import read_json
+from minigpt3d.messages import one_line
 
 
 POINT_PLACEHOLDER = "<point>"
@@ -38,10 +40,15 @@ def read_annotations(paths: Iterable[str | Path]) -> dict[str, list[Sample]]:
     return samples
 
 
-def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dict]]:
+def read_records(
+    paths: Iterable[str | Path], skip: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, Sample, dict]]:
     """Source, sample and record, from JSON lists of `{object_id, conversation_type, conversations: [{from, value}, …]}`.
 
     The two corrupt objects are left out.
+
+    Args:
+        skip: gets the message about each record out of schema; without it, the first one is raised.
 
     Raises:
         ValueError: a file that is no JSON list, or a record out of schema; the message names its `object_id`.
@@ -51,10 +58,24 @@ def read_records(paths: Iterable[str | Path]) -> Iterator[tuple[str, Sample, dic
             try:
                 source, sample = to_sample(record, f"{path}, record {index}")
             except ValueError:
-                to_sample(record, f"{path}, line {_line_of(path, index)}, record {index}")  # raises it with the line
-                raise
+                with skipping(skip):
+                    to_sample(
+                        record, f"{path}, line {_line_of(path, index)}, record {index}"
+                    )  # raises it with the line
+                continue
             if sample.object_id not in CORRUPT_OBJECT_IDS:
                 yield source, sample, record
+
+
+@contextmanager
+def skipping(skip: Callable[[str], None] | None) -> Iterator[None]:
+    """Pass the message of a ValueError to `skip`, if there is one."""
+    try:
+        yield
+    except ValueError as error:
+        if skip is None:
+            raise
+        skip(one_line(error))
 
 
 def _line_of(path: str | Path, index: int) -> int:
@@ -99,16 +120,19 @@ def to_sample(record, where: str) -> tuple[str, Sample]:
 
 
 def _check_turns(turns, where: str) -> list[str]:
-    """The texts of a conversation, question and answer in turn."""
+    """The texts of a conversation, question and answer in turn.
+
+    `<point>` is the place of the cloud in the first question, and plain text in an answer.
+    """
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise ValueError(f"{where}: 'conversations' must be a list of question and answer in turn, got {turns!r:.80}.")
     for turn, speaker in zip(turns, ("human", "gpt") * (len(turns) // 2), strict=True):
         if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
             raise ValueError(f"{where}: expected {{'from': '{speaker}', 'value': text}}, got {turn!r:.80}.")
     texts = [turn["value"] for turn in turns]
-    if texts[0].count(POINT_PLACEHOLDER) != 1 or any(POINT_PLACEHOLDER in text for text in texts[1:]):
+    if texts[0].count(POINT_PLACEHOLDER) != 1 or any(POINT_PLACEHOLDER in text for text in texts[2::2]):
         raise ValueError(
-            f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question, and in no caption or answer; got {texts!r:.120}."
+            f"{where}: '{POINT_PLACEHOLDER}' must stand once, in the first question, and in no other; got {texts!r:.120}."
         )
     return texts
 

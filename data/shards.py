@@ -13,7 +13,7 @@ manifest has a digest of each shard's footer, which tells where the pages are an
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from minigpt3d.messages import MultilineError, one_line
 
 from .clouds import decode_cloud, load_encoded, point_cloud_path, to_glb
 from .reading import FileReader, FileResult, Limits
-from .records import SOURCES, read_records, to_sample
+from .records import SOURCES, read_records, skipping, to_sample
 from .sources import COLUMNS, MANIFEST_FILE, ROWS_PER_GROUP, footer_digest, shard_name
 from .tables import read_table
 
@@ -67,8 +67,13 @@ class Entry:
     conversations: list[dict]
 
 
-def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry]]:
+def release_entries(
+    data: Path, annotations: list[Path], skip: Callable[[str], None] | None = None
+) -> dict[str, list[Entry]]:
     """Entries by source of a release in PointLLM's layout.
+
+    Args:
+        skip: gets the message about each record out of schema; without it, the first one is raised.
 
     Raises:
         ValueError: as `read_records`; or there is no folder of clouds.
@@ -77,11 +82,11 @@ def release_entries(data: Path, annotations: list[Path]) -> dict[str, list[Entry
         raise ValueError(f"`data` {data} is no folder; it must hold the clouds {{object_id}}_8192.npy.")
     return sort_entries(
         (source, Entry(sample.object_id, str(point_cloud_path(data, sample.object_id)), record["conversations"]))
-        for source, sample, record in read_records(annotations)
+        for source, sample, record in read_records(annotations, skip)
     )
 
 
-def table_entries(path: Path) -> dict[str, list[Entry]]:
+def table_entries(path: Path, skip: Callable[[str], None] | None = None) -> dict[str, list[Entry]]:
     """Entries by source of a table of files and captions or conversations.
 
     A `.csv` has the columns `file` and `caption`, and may have `object_id`. A line of JSON is `{"file": …, "caption": …}` or
@@ -89,16 +94,22 @@ def table_entries(path: Path) -> dict[str, list[Entry]]:
     Conversations are PointLLM's; without `conversation_type` they are single_round or multi_round by their length.
     `object_id` is the file's name if not given.
 
+    Args:
+        skip: gets the message about each line out of schema; without it, the first one is raised.
+
     Raises:
         ValueError: a line out of schema, with its number.
     """
     rows = []
     for where, row in read_table(path, {"file", "caption"}):
-        if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()):
-            raise ValueError(f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}")
-        record = to_record({"object_id": Path(row["file"]).stem} | row, where)
-        source, sample = to_sample(record, where)
-        rows.append((source, Entry(sample.object_id, str(path.parent / row["file"]), record["conversations"])))
+        with skipping(skip):
+            if not (isinstance(row.get("file"), str) and row["file"].strip()):
+                raise ValueError(
+                    f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}"
+                )
+            record = to_record({"object_id": Path(row["file"]).stem} | row, where)
+            source, sample = to_sample(record, where)
+            rows.append((source, Entry(sample.object_id, str(path.parent / row["file"]), record["conversations"])))
     return sort_entries(rows)
 
 
@@ -123,8 +134,11 @@ def to_record(record: dict, where: str) -> dict:
             raise ValueError(f"{where}: 'caption' must be a text, got {record['caption']!r:.80}.")
         turns = [{"from": "human", "value": "<point>\nWhat is this?"}, {"from": "gpt", "value": record["caption"]}]
         return record | {"conversations": turns, "conversation_type": "simple_description"}
-    rounds = len(record["conversations"]) // 2 if isinstance(record["conversations"], list) else 0
-    return {"conversation_type": "multi_round" if rounds > 1 else "single_round"} | record
+    turns = record["conversations"] if isinstance(record["conversations"], list) else []
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("from") == "gpt" and not str(turn.get("value", "")).strip():
+            raise ValueError(f"{where}: an answer in 'conversations' is empty, got {turn!r:.80}.")
+    return {"conversation_type": "multi_round" if len(turns) > 3 else "single_round"} | record
 
 
 # ---- Pack -----------------------------------------------------------------------------------------------------------
@@ -147,6 +161,7 @@ def pack(
     limits: Limits | None = None,
     notify: Callable[[str], None] | None = None,
     preview: bool = False,
+    skipped: Sequence[str] = (),
 ) -> dict:
     """Write the data set; returns its manifest.
 
@@ -157,19 +172,22 @@ def pack(
         output_dir: a new folder.
         seed: of the order.
         rows_per_shard: largest length of a shard.
-        max_broken: share of rows whose clouds may be missing or unreadable; they are skipped and listed.
+        max_broken: share of rows whose texts or clouds may be missing or broken; they are skipped and listed.
         num_workers: processes; by default one for each core.
         reading: arguments of `load_point_cloud` for the files, such as `up_axis`.
         limits: of reading one file.
         notify: called with each warning about a file.
         preview: add a column of small `.glb` files, which the Hub's viewer shows.
+        skipped: messages about rows that are no entries, which count as broken and are listed with them.
 
     Raises:
-        ValueError: there is nothing to pack, too many clouds are broken, or `OUT.partial` is of another run.
+        ValueError: there is nothing to pack, too many rows are broken, or `OUT.partial` is of another run.
         ImportError: pyarrow is not installed.
     """
     _pyarrow()
     output_dir, reading = output_dir.resolve(), reading or {}
+    total = len(skipped) + sum(map(len, entries.values()))
+    check_broken(skipped, total, max_broken)
     if not any(entries.values()):
         raise ValueError("there is nothing to pack: the annotations hold no conversations.")
     with locked(output_dir):
@@ -178,8 +196,18 @@ def pack(
         partial = output_dir.with_name(output_dir.name + ".partial")
         shards = list(plan_shards(partial, entries, seed, rows_per_shard))
         plan = begin_plan(partial, shards, [seed, NUM_POINTS, reading, *(["preview"] if preview else [])])
-        facts = _write_shards(shards, plan, reading, max_broken, num_workers, limits, notify, preview)
+        facts = _write_shards(
+            shards,
+            plan,
+            reading,
+            lambda broken: check_broken([*skipped, *broken], total, max_broken),
+            num_workers,
+            limits,
+            notify,
+            preview,
+        )
         manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview}
+        manifest["broken"] = [*skipped, *manifest["broken"]]
         write_json(partial / MANIFEST_FILE, manifest)
         write_text(partial / "README.md", dataset_card(manifest))
         for left_over in partial.rglob("*.tmp"):  # of a killed run
@@ -252,13 +280,17 @@ def _write_shards(
     shards: list[Shard],
     plan: Plan,
     reading: dict,
-    max_broken: float,
+    check: Callable[[list[str]], None],
     num_workers: int | None,
     limits: Limits | None,
     notify: Callable[[str], None] | None,
     preview: bool,
 ) -> dict[Path, dict]:
-    """Write the shards that are not there yet; returns the facts of all of them."""
+    """Write the shards that are not there yet; returns the facts of all of them.
+
+    Args:
+        check: raises if too many are broken; gets the messages so far.
+    """
     total = sum(len(shard.entries) for shard in shards)
     facts = {shard.path: of_shard for shard in shards if (of_shard := plan.facts_of(shard)) is not None}
     waiting = [shard for shard in shards if shard.path not in facts]
@@ -274,14 +306,21 @@ def _write_shards(
             facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify, preview)
             plan.add(shard, facts[shard.path])
             progress.update(len(shard.entries))
-            broken = [line for of_shard in facts.values() for line in of_shard["broken"]]
-            if len(broken) > max_broken * total:
-                listed = "\n  ".join(broken[:5])
-                raise MultilineError(
-                    f"{len(broken)} of {total} clouds are missing or broken, more than `max_broken` {max_broken:g}:\n  "
-                    f"{listed}\nIf that is expected, raise `max_broken`; what is packed so far is kept."
-                )
+            check([line for of_shard in facts.values() for line in of_shard["broken"]])
     return facts
+
+
+def check_broken(broken: Sequence[str], total: int, max_broken: float):
+    """
+    Raises:
+        MultilineError: of `total` rows, more than a share of `max_broken` are broken.
+    """
+    if len(broken) > max_broken * total:
+        listed = "\n  ".join(broken[:5])
+        raise MultilineError(
+            f"{len(broken)} of {total} texts or clouds are missing or broken, more than `max_broken` {max_broken:g}:\n  "
+            f"{listed}\nIf that is expected, raise `max_broken`; what is packed so far is kept."
+        )
 
 
 def write_shard(

@@ -618,7 +618,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
 
     def _quote_message(self, message: dict) -> dict:
         """A message in whose texts no mark has a meaning. Its clouds are left out: templates show only their places."""
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, str):
             return message | {"content": self._quote([content])[0]}
         content = content or []
@@ -797,12 +797,16 @@ def _conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
         raise ValueError("The conversation is an empty list. Pass at least one message.")
     if isinstance(conversation[0], dict):
         return [conversation], False
-    return [getattr(item, "messages", item) for item in conversation], True
+    conversations = [getattr(item, "messages", item) for item in conversation]
+    for index, messages in enumerate(conversations):
+        if not len(messages):
+            raise ValueError(f"Conversation {index} is an empty list. Pass at least one message.")
+    return conversations, True
 
 
 def _message_clouds(conversations: Iterable[list[dict]]) -> list[list[Any]]:
     """The sources in the messages of each conversation, in order."""
-    contents = [[message["content"] for message in messages] for messages in conversations]
+    contents = [[message.get("content") for message in messages] for messages in conversations]
     return [
         [
             source

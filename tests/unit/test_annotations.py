@@ -50,9 +50,13 @@ BROKEN = {
         r"^object_id 'b' \(.*a.json, line 3, record 1\): half of a character.*ud83d",
     ),
     "surrogate in the id": ('[{"object_id": "\\udfff", "conversations": []}]', "a.json, line 1, record 0"),
-    "no <point>": (
+    "two <point>": (
         [record(rounds=[("<point> twice", "yes")])],
         "object_id 'a'.*'<point>' must stand once, in the first question",
+    ),
+    "a later <point>": (
+        [record(kind="multi_round", rounds=[("What?", "A box."), ("And <point>?", "A ball.")])],
+        "object_id 'a'.*and in no other",
     ),
 }
 

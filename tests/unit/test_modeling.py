@@ -1,5 +1,6 @@
 """Properties of the network that the goldens do not cover."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -604,6 +605,37 @@ def test_wrong_grouping_is_refused():
         farthest_point_sampling(coord, 4, 8)
     with pytest.raises(ValueError, match="has no 9 neighbors"):
         nearest_neighbors(coord, coord, 9)
+
+
+def test_return_dict_says_whether_a_tuple_is_returned(tiny_model, point_clouds):
+    inputs = make_inputs(point_clouds) | {"use_cache": False}
+    inputs["labels"] = inputs["input_ids"]
+    expected = tiny_model(**inputs)
+    generated = tiny_model.generate(**make_inputs(point_clouds), **GREEDY)
+    model = copy.deepcopy(tiny_model)
+    for config in (model.config, model.config.text_config, model.config.point_config):
+        config.return_dict = False
+    for output in (tiny_model(**inputs, return_dict=False), model(**inputs)):
+        assert type(output) is tuple and len(output) == 3
+        assert all(torch.equal(one, two) for one, two in zip(output, expected.to_tuple(), strict=True))
+    del inputs["labels"]
+    assert type(model.model(**inputs)) is tuple and torch.equal(
+        model(**inputs, return_dict=True).logits, expected.logits
+    )
+    assert torch.equal(model.generate(**make_inputs(point_clouds), **GREEDY), generated)
+
+
+def test_empty_batches_are_refused(tiny_model, point_clouds):
+    empty = {name: tensor[:0] for name, tensor in make_inputs(point_clouds).items()}
+    for inputs in (empty, empty | {"point_clouds": None}, {"input_ids": torch.ones(2, 0, dtype=torch.long)}):
+        with pytest.raises(ValueError, match=r"input_ids must .* got shape \([02], \d+\)"):
+            tiny_model(**inputs)
+    text_alone = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    for inputs in (empty, {"inputs_embeds": torch.ones(0, 3, 64)}, text_alone | {"point_clouds": point_clouds[:0]}):
+        with pytest.raises(ValueError, match="is empty, got shape"):
+            tiny_model.generate(**inputs)
+    with pytest.raises(ValueError, match=r"at least one cloud; got \(0, 128, 6\)"):
+        tiny_model.get_point_features(point_clouds[:0])
 
 
 def test_the_encoder_can_be_imported_from_its_old_place():

@@ -18,6 +18,7 @@ from minigpt3d.cli.main import main
 from minigpt3d.data import shards as packing
 from minigpt3d.data.clouds import decode_cloud, encode_cloud
 from minigpt3d.data.reading import Limits
+from minigpt3d.data.records import to_messages
 from minigpt3d.data.sources import open_sources, read_manifest
 from minigpt3d.files import locked
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
@@ -302,6 +303,47 @@ def test_malformed_lines_are_named(line, message, tmp_path, capsys):
     (tmp_path / "objects.jsonl").write_text(line)
     assert main(["pack", "--from", str(tmp_path / "objects.jsonl"), "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
+def test_bad_texts_are_skipped_and_marks_are_text(tmp_path, capsys, tiny_processor):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((50, 6)))
+    marks = "A <point> cloud ### of a [/INST] box </PC>"
+    good = [{"caption": marks}, {"conversations": turns("<point>Is ### it?", marks, "And [/INST]?", "Yes.")}]
+    bad = [
+        ({"caption": " "}, "'caption' must be a text"),
+        ({"caption": "A \ud83d."}, "lone surrogate"),
+        ({"caption": 3}, "'caption' must be a text"),
+        ({}, "expected either"),
+        ({"conversations": turns("<point>What?", " ")}, "answer in 'conversations' is empty"),
+        ({"conversations": turns("What?", "A box.")}, "must stand once, in the first question"),
+        ({"conversations": turns("<point>What?", "A box.", "<point>And this?", "A ball.")}, "and in no other"),
+        ({"conversations": turns("<point>What?")}, "question and answer in turn"),
+        ({"file": " ", "caption": "A box."}, "expected 'file'"),
+    ]
+    rows = [{"file": "a.npy"} | row for row in [*good, *(row for row, _ in bad)]]
+    table, out = tmp_path / "a.jsonl", tmp_path / "out"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["pack", "--from", str(table), "--out", str(out)]) == 1
+    assert f"9 of 11 texts or clouds are missing or broken, more than --max-broken 0.01:\n  {table}, line 3" in (
+        capsys.readouterr().err
+    )
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.npy"], "nothing was begun"
+    assert main(["pack", "--from", str(table), "--out", str(out), "--max-broken", "0.9"]) == 0
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minigpt3d: skipped: ")]
+    for number, (line, (_, reason)) in enumerate(zip(skipped, bad, strict=True), start=3):
+        assert f"{table}, line {number}" in line and reason in line
+    assert [f"minigpt3d: skipped: {line}" for line in read_manifest(str(out))["broken"]] == skipped
+    for source in open_sources(["brief", "multi_round"], str(out), []).values():
+        sample, cloud = source.read(0, 0)
+        encoded = tiny_processor.encode_training([to_messages(sample)], [cloud])
+        ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+        assert (ids == tiny_processor.point_token_id).sum() == tiny_processor.num_query_tokens
+        answers = tiny_processor.tokenizer.decode(labels[labels != -100])
+        assert answers == "".join(f"{answer}###" for _, answer in sample.rounds) and marks in answers
 
 
 def test_wrong_options(tmp_path, capsys):

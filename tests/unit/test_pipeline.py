@@ -206,6 +206,12 @@ def test_streamers_get_all_but_the_end(is_processor):
         assert tokenizer.decode(recorder.ids[1:]) == expected
 
 
+@pytest.mark.parametrize("inputs", [[], ()])
+def test_no_inputs_give_no_answers(describe, inputs):
+    assert describe(inputs) == describe(inputs, prompt="Why?", batch_size=2) == []
+    assert list(describe(item for item in inputs)) == []
+
+
 @pytest.mark.parametrize(
     ("inputs", "arguments", "message"),
     [

@@ -504,8 +504,17 @@ def test_empty_inputs_and_images_are_refused(tiny_processor):
     for options in ({}, TENSORS):
         with pytest.raises(ValueError, match="conversation is an empty list"):
             tiny_processor.apply_chat_template([], **options)
+        with pytest.raises(ValueError, match="Conversation 1 is an empty list"):
+            tiny_processor.apply_chat_template([[user("a")], []], **options)
     with pytest.raises(ValueError, match="conversations is an empty list"):
         tiny_processor.encode_training([])
+
+
+@pytest.mark.parametrize("message", [{}, {"content": None}, {"content": []}, {"content": ""}])
+def test_a_message_without_text(tiny_processor, message):
+    expected = tiny_processor.apply_chat_template([user("")], **TENSORS)
+    inputs = tiny_processor.apply_chat_template([{"role": "user"} | message], **TENSORS)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
 
 
 def test_unknown_paddings_are_refused(tiny_processor):
