@@ -13,7 +13,7 @@ from minigpt3d.catalog.rows import json_line, safe_cell
 from minigpt3d.sources_minigpt3d import source_name
 
 from .batches import FilesOptions, Progress, work_on_files
-from .console import FAILED, complain
+from .console import EXIT_CODES, FAILED, complain
 
 
 HELP = "choose among labels for files, or for all readable files in folders"
@@ -21,7 +21,7 @@ DESCRIPTION = (
     "Zero-shot classification: how likely the model is to answer with each label. The probabilities of a file add up to 1, "
     "so a list without the right label may still give one a high probability. Prints the three most likely labels of each file."
 )
-EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
+EPILOG = EXIT_CODES
 MOST_PRINTED = 3
 
 

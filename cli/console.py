@@ -11,6 +11,10 @@ from minigpt3d.readers_minigpt3d import printable
 
 
 FAILED = 1  # exit code
+EXIT_CODES = (
+    "Exit code: 0; 1 if a file failed, or an option names what cannot be used, such as a table of another format; 2 if the "
+    "options cannot be parsed."
+)
 
 
 def complain(message: str):

@@ -13,7 +13,7 @@ from minigpt3d.catalog.rows import Question, check_questions, json_line, measure
 from minigpt3d.sources_minigpt3d import source_name
 
 from .batches import FilesOptions, Progress, work_on_files
-from .console import FAILED, complain
+from .console import EXIT_CODES, FAILED, complain
 from .inference import InferenceOptions
 
 
@@ -22,7 +22,7 @@ DESCRIPTION = (
     "Describe 3D models: answers on standard output, one line each; errors on standard error. With --out, a catalog of them: "
     "answers, kind, sizes, colors and warnings as a table, or as a page with pictures that can be searched."
 )
-EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
+EPILOG = EXIT_CODES
 
 
 def question(text: str) -> Question:

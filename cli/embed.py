@@ -10,15 +10,15 @@ from minigpt3d.arguments import option
 from minigpt3d.files import check_new_file, written_file
 
 from .batches import FilesOptions, Progress, work_on_files
-from .console import FAILED, complain
+from .console import EXIT_CODES, FAILED, complain
 
 
 HELP = "write a vector for each file, to find similar objects"
 DESCRIPTION = (
     "Write a table with a row for each file: path and embedding. The embedding is the 3D encoder's cls token, scaled to "
-    "length 1: the inner product of two is their cosine similarity. Errors are on standard error."
+    "length 1: the inner product of two is their cosine similarity. Errors are on standard error; the table has the other files."
 )
-EPILOG = "Exit code: 0, 1 if a file failed (the table has the others), 2 for a wrong command line."
+EPILOG = EXIT_CODES
 
 
 @dataclass(kw_only=True)

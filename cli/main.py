@@ -77,7 +77,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 if it failed, 130 if it was interrupted. A wrong command line exits with 2."""
+    """Run a command; returns the exit code: 0, 1 if it failed, 130 if it was interrupted. Exits with 2 if options cannot be parsed."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(normalize(argv, "-"))
     command = COMMANDS[args.command]

@@ -11,7 +11,7 @@ from minigpt3d.sources_minigpt3d import source_name
 
 from .batches import FilesOptions, Progress, work_on_files
 from .classify import labeler
-from .console import FAILED, complain
+from .console import EXIT_CODES, FAILED, complain
 
 
 HELP = "find the files that fit a description best"
@@ -19,7 +19,7 @@ DESCRIPTION = (
     'Rank files by how likely the model is to answer with a description, such as "a red chair with arms". The score is the '
     "file's share of all likelihoods: the probability that the description is of this file, if it is of one of them."
 )
-EPILOG = "Exit code: 0, 1 if a file failed, 2 for a wrong command line."
+EPILOG = EXIT_CODES
 
 
 @dataclass(kw_only=True)

@@ -587,12 +587,6 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if 0 in inputs_embeds.shape[:2]:
-            name = "inputs_embeds" if input_ids is None else "input_ids"
-            raise ValueError(
-                f"{name} must have at least one row of at least one token, got shape {tuple(inputs_embeds.shape[:2])}. "
-                "Leave an empty batch out."
-            )
         point_features = None
         if point_clouds is not None:
             point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
@@ -620,6 +614,12 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
+        for name, tensor in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+            if tensor is not None and 0 in tensor.shape[:2]:
+                raise ValueError(
+                    f"{name} must have at least one row of at least one token, got shape {tuple(tensor.shape)}. Leave an "
+                    "empty batch out."
+                )
         inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds, point_positions)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -164,6 +164,37 @@ def test_numbers_out_of_range(arguments, option, capsys):
     assert f"argument {option}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "describe chair.ply --out chair.xyz",
+        "describe chair.ply --labels kinds.txt",
+        "classify chair.ply --labels absent.txt",
+        "search chair absent.ply",
+        "chat absent.ply",
+        "embed chair.ply --out chair.txt",
+        "look chair.ply --out absent/chair.html",
+        "serve --root absent",
+        "demo --push me/space",
+        "convert --stage4 absent.pth --tinygpt-v absent --phi absent --blip2 absent --point-encoder absent --out out",
+        "verify absent",
+        "pack --out out",
+        "evaluate own --data absent.csv --out out",
+        "compare absent",
+        "card absent",
+    ],
+)
+def test_what_cannot_be_used_exits_with_1_and_what_cannot_be_parsed_with_2(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chair.ply").touch()
+    assert cli.main(arguments.split()) == 1
+    assert capsys.readouterr().err.startswith("minigpt3d: ")
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments.split(), "--no-such-option"])
+    assert end.value.code == 2
+    assert os.listdir(tmp_path) == ["chair.ply"]
+
+
 def test_defaults_are_those_of_the_code():
     """Help must not import what has them, so they are written twice."""
     assert options_of("describe")["max_new_tokens"].help.endswith(f"(default: {DEFAULT_MAX_NEW_TOKENS})")
