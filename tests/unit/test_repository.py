@@ -154,7 +154,7 @@ def test_nothing_unpickles():
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "demo", "test", "test-fast", "test-slow", "test-common", "lint", "sync", "household"]
+    "target", ["help", "demo", "test", "test-fast", "test-slow", "test-common", "test-oldest", "lint", "sync", "household"]
 )
 def test_make_targets_exist(target):
     if shutil.which("make") is None:
@@ -170,7 +170,7 @@ def test_ci_lints_and_runs_all_tests():
     assert os.access(script, os.X_OK)
     lines = [line.strip() for line in script.read_text().splitlines()]
     commands = [line for line in lines if line.startswith("make ")]
-    assert commands == ["make lint", "make test", "make test-slow"]
+    assert commands == ["make lint", "make test", "make test-oldest", "make test-slow"]
 
 
 def test_limits_of_reading_are_documented():
