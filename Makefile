@@ -61,8 +61,7 @@ $(SOURCE): $(INSTALLED)
 OLDEST := $(VENV)-oldest$(addprefix -torch-,$(TORCH))
 # The tests that use these libraries most.
 OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_generation.py unit/test_pipeline.py unit/test_processing.py \
-  unit/test_weights.py unit/test_train_step.py unit/test_stream.py unit/test_pack.py \
-  e2e/test_cli.py e2e/test_convert.py e2e/test_hub.py e2e/test_resume.py e2e/test_saves.py e2e/test_training.py)
+  unit/test_weights.py unit/test_train_step.py unit/test_stream.py unit/test_pack.py e2e/test_hub.py e2e/test_saves.py e2e/test_training.py)
 
 test-oldest: $(OLDEST)/.installed  ## run tests with the oldest libraries allowed; with an older torch: TORCH=2.6.0
 	@$(OLDEST)/bin/python tests/tools/check_versions.py constraints-oldest.txt $(if $(TORCH),,--except torch)
