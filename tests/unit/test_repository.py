@@ -154,7 +154,8 @@ def test_nothing_unpickles():
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "demo", "test", "test-fast", "test-slow", "test-common", "test-oldest", "lint", "sync", "household"]
+    "target",
+    ["help", "demo", "test", "test-fast", "test-slow", "test-common", "test-oldest", "lint", "sync", "household"],
 )
 def test_make_targets_exist(target):
     if shutil.which("make") is None:
