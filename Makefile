@@ -58,6 +58,7 @@ $(SOURCE): $(INSTALLED)
 	@mv $@.new $@ && touch $@
 
 # The oldest libraries lie in front of those of VENV, which has all others. TORCH=2.6.0 adds an older torch (3 GB).
+# pip lists those that need newer ones, such as trl: the tests below do not import them.
 OLDEST := $(VENV)-oldest$(addprefix -torch-,$(TORCH))
 # The tests that use these libraries most.
 OLDEST_TESTS := $(addprefix tests/,golden unit/test_modeling.py unit/test_generation.py unit/test_pipeline.py unit/test_processing.py \
