@@ -48,7 +48,7 @@ from transformers.utils.output_capturing import capture_outputs
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_minigpt3d import MiniGPT3DConfig, MiniGPT3DPhiConfig, MiniGPT3DPointConfig
-from .grouping_minigpt3d import group
+from .grouping_minigpt3d import find_groups, gather_groups
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,18 +208,38 @@ class PointBert(PreTrainedModel):
 
     @capture_outputs
     def forward(
-        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None, **kwargs
+        self,
+        point_clouds: torch.Tensor,
+        fps_start: torch.Tensor | int | None = None,
+        group_indices: torch.Tensor | None = None,
+        **kwargs,
     ) -> PointBertOutput:
         """(B, N, C) float32 → (B, 1+G, D), the cls token first. The Q-Former reads all of them.
 
         Args:
             point_clouds: xyz centered on the mean with largest norm 1, then rgb in [0, 1].
             fps_start: index of the first center, one or (B,); 0 by default, where the authors draw it at random.
+            group_indices: (B, G, 1+K) of any integer type, indices into N of each group's center and then of its
+                neighbors, if they are known; found otherwise.
             output_hidden_states: whether to return the inputs of all blocks, and the last output.
             output_attentions: whether to return the attention weights of all blocks, which the eager implementation has.
+
+        Raises:
+            ValueError: the indices are of another number of clouds, groups or neighbors.
         """
         # Distances need the full precision of the coordinates, whatever the model's dtype.
-        neighborhood, center = group(point_clouds.float(), self.config.num_groups, self.config.group_size, fps_start)
+        point_clouds = point_clouds.float()
+        expected = (len(point_clouds), self.config.num_groups, 1 + self.config.group_size)
+        if group_indices is None:
+            groups = find_groups(point_clouds[..., :3], self.config.num_groups, self.config.group_size, fps_start)
+        elif group_indices.shape == expected:
+            groups = group_indices[..., 0].long(), group_indices[..., 1:].long()
+        else:
+            raise ValueError(
+                f"group_indices must have shape {expected}, a center and its neighbors for each group; got "
+                f"{tuple(group_indices.shape)}. Leave them out, and they are found."
+            )
+        neighborhood, center = gather_groups(point_clouds, *groups)
         dtype = self.cls_token.dtype
         tokens = self.encode_groups(neighborhood.to(dtype), center.to(dtype))  # (B, 1+G, D)
         return PointBertOutput(last_hidden_state=tokens, center=center)
@@ -666,6 +686,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         fps_start: torch.Tensor | int | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        group_indices: torch.Tensor | None = None,
     ) -> MiniGPT3DPointFeatures:
         """Compute the vectors that the language model reads in place of a cloud, `pooler_output`.
 
@@ -675,6 +696,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             output_attentions: whether to return attention weights of the 3D encoder and of the Q-Former. They are computed
                 eagerly, whatever the implementation of attention is.
             output_hidden_states: whether to return hidden states of the 3D encoder.
+            group_indices: see `PointBert.forward`.
             return_dict: False for a tuple of what is not None.
 
         Raises:
@@ -691,6 +713,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             encoded = self.point_encoder(
                 point_clouds,
                 fps_start,
+                group_indices=group_indices,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
@@ -741,6 +764,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         point_clouds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         point_positions: torch.Tensor | None = None,
+        group_indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embed text and clouds as the language model reads them: (B, T, D), and point features or None.
 
@@ -753,7 +777,8 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         point_features = None
         if point_clouds is not None:
-            point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
+            features = self.get_point_features(point_clouds, group_indices=group_indices, return_dict=True)
+            point_features = features.pooler_output
             point_features = point_features.to(inputs_embeds.device, inputs_embeds.dtype)
             if point_positions is None:
                 mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
@@ -775,10 +800,13 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         point_positions: torch.Tensor | None = None,
+        group_indices: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
-        inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds, point_positions)
+        inputs_embeds, point_features = self.embed(
+            input_ids, point_clouds, inputs_embeds, point_positions, group_indices
+        )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -920,6 +948,8 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
                 (1, K), the tokens that follow them.
             point_positions: (clouds*Q,) int64, positions of the placeholders in the flattened rows, if they are known:
                 they are then neither searched nor counted. Training passes both kinds, so that a GPU never waits.
+            group_indices: (clouds, G, 1+K), see `PointBert.forward`; training on data that were packed with groups passes
+                them.
 
         Raises:
             ValueError: placeholders and clouds do not match, or clouds have a wrong shape.
