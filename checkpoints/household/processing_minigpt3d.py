@@ -651,6 +651,8 @@ class MiniGPT3DProcessor(ProcessorMixin):
         """
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         marks = {"[INST]", END_OF_PROMPT, END_OF_ANSWER, "<PC>", "</PC>", *(mark for mark in added if mark.strip())}
+        if not any(mark in "".join(texts) for mark in marks):  # as a rule; what follows takes longer
+            return texts
         pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
         # Looking ahead finds marks that overlap: in "#####" any three are one.
         found = re.finditer(f"(?=({pattern}))", "".join(texts))
