@@ -61,9 +61,7 @@ def main():
 
 
 def open_stream(data: str, processor) -> stream.StageStream:
-    return stream.StageStream(
-        RECIPES["paper"]["I"], sources.open_sources(["brief"], data, []), processor, seed=0
-    )
+    return stream.StageStream(RECIPES["paper"]["I"], sources.open_sources(["brief"], data, []), processor, seed=0)
 
 
 def read_step(way: stream.StageStream, step: int) -> float:

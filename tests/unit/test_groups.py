@@ -20,7 +20,9 @@ from minigpt3d.training.loop import train
 from minigpt3d.training.stream import Packing, encode_row, pack_batch
 
 
-OBJECTS = sorted(path for path in (PACKAGE_DIR / "demo" / "objects").iterdir() if path.suffix in (".npy", ".obj", ".ply"))
+OBJECTS = sorted(
+    path for path in (PACKAGE_DIR / "demo" / "objects").iterdir() if path.suffix in (".npy", ".obj", ".ply")
+)
 
 
 def write_table(folder):
@@ -60,7 +62,9 @@ def test_packed_groups_are_those_of_the_papers_model():
     coord, color, _, groups = load_grouped(OBJECTS[0], packing.NUM_POINTS, grouping)
     assert len(groups) == 2 * 512 * 33
     cloud = torch.from_numpy(packing.decode_cloud(coord, color))[None]
-    assert torch.equal(torch.from_numpy(np.frombuffer(groups, "<i2").reshape(1, 512, 33).astype(int)), live(cloud, grouping))
+    assert torch.equal(
+        torch.from_numpy(np.frombuffer(groups, "<i2").reshape(1, 512, 33).astype(int)), live(cloud, grouping)
+    )
 
 
 @pytest.fixture(scope="module")
