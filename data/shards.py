@@ -168,7 +168,8 @@ def pack(
         grouping: add a column with the groups of each cloud.
 
     Raises:
-        ValueError: the model reads more points than are packed, there is nothing to pack, too many clouds are broken, or `OUT.partial` is of another run.
+        ValueError: the model of the grouping reads more points than are packed, there is nothing to pack, too many clouds are
+            broken, or `OUT.partial` is of another run.
         ImportError: pyarrow is not installed.
     """
     _pyarrow()
