@@ -49,8 +49,10 @@ def test_packed_groups_are_those_of_the_bundled_model(tmp_path, capsys):
     assert not any("group_indices" in sample for sample in without)
     assert use_groups(sources, grouping) is None
     samples = [encode_row(processor, source, (0, row), STAGES["I"]) for row in range(len(OBJECTS))]
-    for sample in samples:
+    for row, sample in enumerate(samples):
         assert torch.equal(sample["group_indices"].long(), live(sample["point_clouds"], grouping))
+        normalized = processor.feature_extractor(source.read(0, row)[1], return_tensors="pt")["point_clouds"]
+        assert torch.equal(sample["point_clouds"], normalized), "1024 of the points are sampled and normalized"
     packing_of_model = Packing.of(model)
     with torch.no_grad():
         losses = [model(**pack_batch(batch, packing_of_model)).loss for batch in (without, samples)]
