@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -34,6 +35,12 @@ class Parser(argparse.ArgumentParser):
         files = [word for word in self._words if re.match(r"-[^=]*\.[A-Za-z]\w*$", word)]
         files += [word for word in self._words if word.startswith("-") and os.path.exists(word)]
         hint = f" (a file of this name is written ./{files[0]})" if files else ""
+        missing = re.match("argument (--[^ ]+): expected", message)
+        if missing and not hint:
+            following = [
+                after for word, after in pairwise(self._words) if word == missing[1] and re.match("-[^-]", after)
+            ]
+            hint = f" (a name that begins with '-' is written {missing[1]}={following[0]})" if following else ""
         self.exit(2, f"{self.prog}: {message}{hint}\nRun `{self.prog} --help` for the options.\n")
 
 

@@ -500,6 +500,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         fps_start: torch.Tensor | int | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        group_indices: torch.Tensor | None = None,
     ) -> MiniGPT3DPointFeatures:
         """Compute the vectors that the language model reads in place of a cloud, `pooler_output`.
 
@@ -509,6 +510,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             output_attentions: whether to return attention weights of the 3D encoder and of the Q-Former. They are computed
                 eagerly, whatever the implementation of attention is.
             output_hidden_states: whether to return hidden states of the 3D encoder.
+            group_indices: see `PointBert.forward`.
             return_dict: False for a tuple of what is not None.
 
         Raises:
@@ -526,6 +528,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             encoded = self.point_encoder(
                 point_clouds,
                 fps_start,
+                group_indices=group_indices,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
@@ -577,6 +580,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         point_clouds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         point_positions: torch.Tensor | None = None,
+        group_indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embed text and clouds as the language model reads them: (B, T, D), and point features or None.
 
@@ -589,7 +593,8 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         point_features = None
         if point_clouds is not None:
-            point_features = self.get_point_features(point_clouds, return_dict=True).pooler_output
+            features = self.get_point_features(point_clouds, group_indices=group_indices, return_dict=True)
+            point_features = features.pooler_output
             point_features = point_features.to(inputs_embeds.device, inputs_embeds.dtype)
             if point_positions is None:
                 mask = self.get_placeholder_mask(input_ids, inputs_embeds, point_features)
@@ -611,6 +616,7 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         point_positions: torch.Tensor | None = None,
+        group_indices: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniGPT3DModelOutputWithPast:
         """Args and errors as `MiniGPT3DForConditionalGeneration.forward`; returns (B, T, D_text) hidden states."""
@@ -763,6 +769,8 @@ class MiniGPT3DForConditionalGeneration(MiniGPT3DPreTrainedModel, GenerationMixi
                 (1, K), the tokens that follow them.
             point_positions: (clouds*Q,) int64, positions of the placeholders in the flattened rows, if they are known:
                 they are then neither searched nor counted. Training passes both kinds, so that a GPU never waits.
+            group_indices: (clouds, G, 1+K), see `PointBert.forward`; training on data that were packed with groups passes
+                them.
 
         Raises:
             ValueError: placeholders and clouds do not match, clouds have a wrong shape, or the batch is empty.

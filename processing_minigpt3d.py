@@ -513,7 +513,11 @@ class MiniGPT3DProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def encode_training(
-        self, conversations: list[list[dict]], point_clouds: Any = None, max_text_length: int | None = None
+        self,
+        conversations: list[list[dict]],
+        point_clouds: Any = None,
+        max_text_length: int | None = None,
+        do_normalize: bool = True,
     ) -> BatchFeature:
         """Encode complete conversations with their labels.
 
@@ -521,6 +525,7 @@ class MiniGPT3DProcessor(ProcessorMixin):
             conversations: B lists of messages, see `apply_chat_template`, each with at least one answer.
             point_clouds: their C clouds in order, or B lists of them; by default the ones in the messages.
             max_text_length: tokens kept after the first prompt, the authors' `max_txt_len`; the rest is cut off.
+            do_normalize: False takes the clouds as they are, arrays (num_points, 6) float32 that have been normalized.
 
         Returns:
             BatchFeature of tensors: `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; labels are the
@@ -528,7 +533,8 @@ class MiniGPT3DProcessor(ProcessorMixin):
             authors' batches are as wide as the longest first prompt plus the longest remainder.
 
         Raises:
-            ValueError: as `__call__`; also a conversation without answer, or a cloud beyond `max_text_length`.
+            ValueError: as `__call__`; also a conversation without answer, a cloud beyond `max_text_length`, or one that is
+                to be taken as it is and has another size.
         """
         if not conversations:
             raise ValueError("conversations is an empty list. Pass at least one conversation.")
@@ -554,11 +560,19 @@ class MiniGPT3DProcessor(ProcessorMixin):
         data = self._pad(rows, options)
         data["labels"] = np.where(data.pop("assistant_masks"), data["input_ids"], IGNORED_LABEL)
         sources = list(_sources(point_clouds))
-        if sources:
+        if sources and do_normalize:
             # Training data stand upright and are cleaned, if at all, when they are packed.
             up_axis = "y" if self.feature_extractor.up_axis == "auto" else None
             clouds = self.feature_extractor(sources, up_axis=up_axis, clean="none")
             data["point_clouds"] = clouds["point_clouds"]
+        elif sources:
+            data["point_clouds"] = np.stack(sources)
+            expected, got = (self.feature_extractor.num_points, 6), data["point_clouds"].shape[1:]
+            if got != expected or data["point_clouds"].dtype != np.float32:
+                raise ValueError(
+                    f"With do_normalize=False a point cloud must have shape {expected} and type float32, got {got} and "
+                    f"{data['point_clouds'].dtype}. Leave do_normalize out."
+                )
         return BatchFeature(data, tensor_type="pt")
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
@@ -637,6 +651,8 @@ class MiniGPT3DProcessor(ProcessorMixin):
         """
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         marks = {"[INST]", END_OF_PROMPT, END_OF_ANSWER, "<PC>", "</PC>", *(mark for mark in added if mark.strip())}
+        if not any(mark in "".join(texts) for mark in marks):  # as a rule; what follows takes longer
+            return texts
         pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
         # Looking ahead finds marks that overlap: in "#####" any three are one.
         found = re.finditer(f"(?=({pattern}))", "".join(texts))

@@ -30,7 +30,7 @@ from encode import PlainMiniPointNet, plain_group, plain_transformer
 
 from minigpt3d.arguments import positive_int
 from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
-from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
+from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration, PointBertOutput
 from minigpt3d.training.loop import make_optimizer
 from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import Packing, pack_batch, pad_batch
@@ -83,13 +83,7 @@ def main():
     print(
         f"stage {stage.name}, {args.size}, {args.batch} samples of {tokens / args.batch:.0f} tokens, {device}, {dtype}"
     )
-    packing, encoder = Packing.of(inner), inner.model.point_encoder
-    pad = lambda samples: pad_batch(samples, config.text_config.pad_token_id)  # noqa: E731
-    ways = {
-        "plain": Way(pad, plain_encoder(encoder)),
-        "padded": Way(pad, encoder.forward),
-        "ours": Way(lambda samples: pack_batch(samples, packing), encoder.forward),
-    }
+    ways = make_ways(inner)
     run(model, stage, batches, ways, device, dtype)
     print(
         f"{'':<8}{'samples/s':>12}{'tokens/s':>12}{'MFU 4N':>9}{'MFU 6N':>9}{'peak GB':>9}{'operators':>11}{'waits':>7}{'loss':>9}"
@@ -120,14 +114,25 @@ class Way:
     loss: float = float("nan")
 
 
+def make_ways(model: MiniGPT3DForConditionalGeneration) -> dict[str, Way]:
+    """The three ways to train a model."""
+    packing, encoder = Packing.of(model), model.model.point_encoder
+    pad = lambda samples: pad_batch(samples, model.config.text_config.pad_token_id)  # noqa: E731
+    return {
+        "plain": Way(pad, plain_encoder(encoder)),
+        "padded": Way(pad, encoder.forward),
+        "ours": Way(lambda samples: pack_batch(samples, packing), encoder.forward),
+    }
+
+
 def plain_encoder(encoder: torch.nn.Module) -> Callable:
-    """The published algorithm with the weights of ours: (B, N, 6) → (B, 1+G, D)."""
+    """The published algorithm with the weights of ours, in place of its forward."""
     config, embed = encoder.config, PlainMiniPointNet(encoder.mini_pointnet)
 
     @torch.no_grad()
-    def forward(point_clouds: torch.Tensor, fps_start=None) -> torch.Tensor:
+    def forward(point_clouds: torch.Tensor, *args, **kwargs) -> PointBertOutput:
         neighborhood, center = plain_group(point_clouds, config.num_groups, config.group_size)
-        return plain_transformer(encoder, embed(neighborhood), center)
+        return PointBertOutput(last_hidden_state=plain_transformer(encoder, embed(neighborhood), center))
 
     return forward
 

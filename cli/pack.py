@@ -7,7 +7,7 @@ from pathlib import Path
 from minigpt3d.arguments import flag, natural_int, option, positive_int, with_flags
 from minigpt3d.data.reading import LimitOptions
 from minigpt3d.data.reading_options import ReadingOptions
-from minigpt3d.hub import HUB_ID_RULES, is_hub_id
+from minigpt3d.hub import BUNDLED_MODEL, HUB_ID_RULES, is_hub_id
 
 from .console import complain
 
@@ -46,6 +46,14 @@ class Options(ReadingOptions, LimitOptions):
     num_workers: int | None = option(
         "number of processes (default: one for each core)", default=None, type=positive_int, metavar="N"
     )
+    groups: str | Path | None = option(
+        "also store which points this model's 3D encoder gathers from each cloud, so that training does not have to find "
+        "them (without a value: the bundled model's)",
+        default=None,
+        nargs="?",
+        const=BUNDLED_MODEL,
+        metavar="MODEL",
+    )
     preview: bool = option("add a column of small meshes, which the Hub's viewer shows", default=False)
     push_to_hub: str | None = option(
         "upload the result as this dataset; alone with --out it uploads what is packed already",
@@ -71,6 +79,11 @@ def pack(options: Options):
     """Pack the data and print what they are."""
     from minigpt3d.data import shards
 
+    grouping = None
+    if options.groups is not None:
+        from minigpt3d.data.groups import grouping_of
+
+        grouping = grouping_of(options.groups)
     out = options.out.resolve()
     downloads, skipped = out.with_name(out.name + ".downloads"), []
     if options.from_ is None:
@@ -95,6 +108,7 @@ def pack(options: Options):
         limits=options.limits,
         preview=options.preview,
         skipped=skipped,
+        grouping=grouping,
     )
     shutil.rmtree(downloads, ignore_errors=True)
     for line in manifest["broken"]:
@@ -103,6 +117,7 @@ def pack(options: Options):
     print(
         f"{options.out}: {manifest['rows']:,} rows ({sources}) of {manifest['bytes_per_row']:,} bytes, largest error of "
         f"coordinates {manifest['max_coord_error']:.1e}; {len(manifest['broken'])} skipped"
+        + (f"; with {grouping}" if grouping else "")
     )
 
 

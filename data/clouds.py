@@ -1,5 +1,6 @@
 """Clouds of training data: read from `.npy`, pack into bytes, augment at random."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,42 @@ def decode_cloud(coord: bytes, color: bytes) -> np.ndarray:
     cloud[:, :3] = np.frombuffer(coord, "<u2").reshape(-1, 3) * np.float32(1 / 32767.5) - np.float32(1)
     cloud[:, 3:] = np.frombuffer(color, np.uint8).reshape(-1, 3) * np.float32(1 / 255)
     return cloud
+
+
+def choose_points(cloud: np.ndarray, num_points: int, seed: int) -> np.ndarray:
+    """A packed cloud (N, 6) as a model reads it, (num_points, 6) float32, normalized.
+
+    Packing has normalized a cloud of as many points; fewer are sampled as the model's processor does, with its seed.
+    """
+    return cloud if len(cloud) == num_points else load_point_cloud(cloud, num_points, seed=seed)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What the groups of a packed cloud depend on.
+
+    Args:
+        num_points, seed: of the model's processor, see `choose_points`.
+        num_groups, group_size: of its 3D encoder, G and K.
+    """
+
+    num_points: int
+    seed: int
+    num_groups: int
+    group_size: int
+
+    def __post_init__(self):
+        if not all(isinstance(number, int) for number in vars(self).values()):
+            raise TypeError(f"a grouping has whole numbers, got {self}")
+
+    @classmethod
+    def of(cls, config, processor) -> "Grouping":
+        """The one of a model, of its `MiniGPT3DConfig` and `MiniGPT3DProcessor`."""
+        extractor, encoder = processor.feature_extractor, config.point_config
+        return cls(extractor.num_points, extractor.seed, encoder.num_groups, encoder.group_size)
+
+    def __str__(self) -> str:
+        return f"{self.num_groups} groups of {self.group_size} among {self.num_points} points (seed {self.seed})"
 
 
 def to_glb(point_cloud: np.ndarray) -> bytes:

@@ -5,16 +5,17 @@
     OUT/{source}/train-00000-of-00042.parquet      rows of one source, in an order drawn by the seed
 
 A row is one conversation and its cloud: `object_id`, `coord` (uint16, three a point, [-1, 1] in 65536 steps), `color`
-(uint8, three a point, [0, 1] in 256 steps), `conversations` as in PointLLM's annotations, and `preview` if asked for. Clouds are normalized
-before they are packed, as the model's processor does anyway. Damage is noticed: every page of a shard has a checksum, and the
-manifest has a digest of each shard's footer, which tells where the pages are and holds a digest of the rows.
+(uint8, three a point, [0, 1] in 256 steps), `conversations` as in PointLLM's annotations, and if asked for `groups` (int16, the
+indices that a model's encoder gathers, see `groups`) and `preview`. Clouds are normalized before they are packed, so that
+training takes them as they are. Damage is noticed: every page of a shard has a checksum, and the manifest has a digest of
+each shard's footer, which tells where the pages are and holds a digest of the rows.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -32,10 +33,10 @@ from minigpt3d.files import (
 )
 from minigpt3d.messages import MultilineError, one_line
 
-from .clouds import decode_cloud, load_encoded, point_cloud_path, to_glb
+from .clouds import Grouping, decode_cloud, load_encoded, point_cloud_path, to_glb
 from .reading import FileReader, FileResult, Limits
 from .records import SOURCES, read_records, skipping, to_sample
-from .sources import COLUMNS, MANIFEST_FILE, ROWS_PER_GROUP, footer_digest, shard_name
+from .sources import COLUMNS, GROUPS_COLUMN, MANIFEST_FILE, ROWS_PER_GROUP, footer_digest, shard_name
 from .tables import read_table
 
 
@@ -162,6 +163,7 @@ def pack(
     notify: Callable[[str], None] | None = None,
     preview: bool = False,
     skipped: Sequence[str] = (),
+    grouping: Grouping | None = None,
 ) -> dict:
     """Write the data set; returns its manifest.
 
@@ -179,13 +181,17 @@ def pack(
         notify: called with each warning about a file.
         preview: add a column of small `.glb` files, which the Hub's viewer shows.
         skipped: messages about rows that are no entries, which count as broken and are listed with them.
+        grouping: add a column with the groups of each cloud.
 
     Raises:
-        ValueError: there is nothing to pack, too many rows are broken, or `OUT.partial` is of another run.
+        ValueError: the model of the grouping reads more points than are packed, there is nothing to pack, too many rows are
+            broken, or `OUT.partial` is of another run.
         ImportError: pyarrow is not installed.
     """
     _pyarrow()
     output_dir, reading = output_dir.resolve(), reading or {}
+    if grouping is not None and grouping.num_points > NUM_POINTS:
+        raise ValueError(f"`groups`: the model reads {grouping.num_points} points, packed clouds have {NUM_POINTS}.")
     total = len(skipped) + sum(map(len, entries.values()))
     check_broken(skipped, total, max_broken)
     if not any(entries.values()):
@@ -195,7 +201,9 @@ def pack(
             raise ValueError(f"{output_dir} exists already. Pass a new folder, or remove it.")
         partial = output_dir.with_name(output_dir.name + ".partial")
         shards = list(plan_shards(partial, entries, seed, rows_per_shard))
-        plan = begin_plan(partial, shards, [seed, NUM_POINTS, reading, *(["preview"] if preview else [])])
+        groups = asdict(grouping) if grouping is not None else None
+        settings = [seed, NUM_POINTS, reading, *(["preview"] if preview else []), *([groups] if groups else [])]
+        plan = begin_plan(partial, shards, settings)
         facts = _write_shards(
             shards,
             plan,
@@ -205,8 +213,9 @@ def pack(
             limits,
             notify,
             preview,
+            grouping,
         )
-        manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview}
+        manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview, "groups": groups}
         manifest["broken"] = [*skipped, *manifest["broken"]]
         write_json(partial / MANIFEST_FILE, manifest)
         write_text(partial / "README.md", dataset_card(manifest))
@@ -285,6 +294,7 @@ def _write_shards(
     limits: Limits | None,
     notify: Callable[[str], None] | None,
     preview: bool,
+    grouping: Grouping | None,
 ) -> dict[Path, dict]:
     """Write the shards that are not there yet; returns the facts of all of them.
 
@@ -296,14 +306,20 @@ def _write_shards(
     waiting = [shard for shard in shards if shard.path not in facts]
     paths = [entry.path for shard in waiting for entry in shard.entries]
     num_processes = max(1, min(num_workers or os.cpu_count() or 1, len(paths)))
+    load, arguments = load_encoded, {"num_points": NUM_POINTS} | reading
+    if grouping is not None:
+        from .groups import load_grouped  # imports torch
+
+        load, arguments = load_grouped, arguments | {"grouping": grouping}
     with (
         tqdm(total=total, desc="packing", unit="object", disable=None) as progress,
-        FileReader(load_encoded, num_processes, limits) as reader,
+        FileReader(load, num_processes, limits) as reader,
     ):
         progress.update(total - len(paths))
-        results = reader.read_files(paths, num_points=NUM_POINTS, **reading)
+        results = reader.read_files(paths, **arguments)
         for shard in waiting:
-            facts[shard.path] = write_shard(shard, islice(results, len(shard.entries)), notify, preview)
+            of_shard = islice(results, len(shard.entries))
+            facts[shard.path] = write_shard(shard, of_shard, notify, preview, grouping)
             plan.add(shard, facts[shard.path])
             progress.update(len(shard.entries))
             check([line for of_shard in facts.values() for line in of_shard["broken"]])
@@ -328,16 +344,18 @@ def write_shard(
     results: Iterable[FileResult],
     notify: Callable[[str], None] | None = None,
     preview: bool = False,
+    grouping: Grouping | None = None,
 ) -> dict:
     """Write the rows of one shard; returns its facts: rows, broken clouds, largest error, digest of the footer.
 
     Args:
-        results: of `load_encoded`, one for each entry.
+        results: of `load_encoded`, or with a grouping of `load_grouped`, one for each entry.
         notify: called with each warning about a file.
-        preview: see `pack`.
+        preview, grouping: see `pack`.
     """
     pa, pq = _pyarrow()
-    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    names = COLUMNS if grouping is None else (*COLUMNS, GROUPS_COLUMN)
+    columns: dict[str, list] = {name: [] for name in names}
     broken, max_error = [], 0.0
     for entry, result in zip(shard.entries, results, strict=True):
         for text in result.warnings if notify else ():
@@ -345,22 +363,25 @@ def write_shard(
         if result.error is not None:  # one file must not end the run
             broken.append(f"object_id {entry.object_id!r}: {one_line(result.error)[:200]}")
             continue
-        coord, color, error = result.content
+        coord, color, error, *groups = result.content
         max_error = max(max_error, error)
-        for name, value in zip(COLUMNS, (entry.object_id, coord, color, entry.conversations), strict=True):
+        for name, value in zip(names, (entry.object_id, coord, color, entry.conversations, *groups), strict=True):
             columns[name].append(value)
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
     fields = [
         ("object_id", pa.string()), ("coord", pa.binary()), ("color", pa.binary()), ("conversations", pa.list_(turn))
     ]  # fmt: skip
     metadata = {}
+    if grouping is not None:
+        fields.append((GROUPS_COLUMN, pa.binary()))
     if preview:
         fields.append(("preview", pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
         columns["preview"] = [
             {"bytes": to_glb(decode_cloud(coord, color)), "path": f"{object_id}.glb"}
             for object_id, coord, color in zip(*(columns[name] for name in COLUMNS[:3]), strict=True)
         ]
-        metadata["huggingface"] = json.dumps({"info": {"features": PREVIEWED_FEATURES}})
+        features = PREVIEWED_FEATURES if grouping is None else {GROUPS_COLUMN: _BINARY} | PREVIEWED_FEATURES
+        metadata["huggingface"] = json.dumps({"info": {"features": features}})
     metadata["minigpt3d"] = json.dumps({"sha256": _digest(columns)})
     table = pa.table(columns, schema=pa.schema(fields)).replace_schema_metadata(metadata)
     settings = {"row_group_size": ROWS_PER_GROUP, "compression": "lz4", "use_dictionary": False}
@@ -377,6 +398,7 @@ def _digest(columns: dict[str, list]) -> str:
     digest = hashlib.sha256()
     for object_id, coord, color, conversations in zip(*(columns[name] for name in COLUMNS), strict=True):
         digest.update(json.dumps([object_id, conversations]).encode() + coord + color)
+    digest.update(b"".join(columns.get(GROUPS_COLUMN, ())))
     return digest.hexdigest()
 
 
@@ -433,11 +455,13 @@ def dataset_card(manifest: dict) -> str:
         for source in manifest["shards"]
     )
     counts = ", ".join(f"{source} {sum(rows):,}" for source, rows in manifest["shards"].items())
+    groups = manifest["groups"]
     return (
         f"---\nconfigs:\n{configs}tags: [point-cloud, 3d, minigpt3d]\n---\n\n# Conversations about point clouds\n\n"
         f"{manifest['rows']:,} rows ({counts}), {manifest['bytes_per_row']:,} bytes each, packed by `minigpt3d pack`.\n"
         f"A row: `object_id`; `coord`, {manifest['num_points']} × 3 uint16, value / 32767.5 - 1, off by at most "
         f"{manifest['max_coord_error']:.1e}; `color`, {manifest['num_points']} × 3 uint8; `conversations`"
+        f"{f'; `groups`, {Grouping(**groups)}, int16: of each its center and its neighbors' if groups else ''}"
         f"{'; `preview`, a .glb of some points' if manifest['preview'] else ''}.\n"
     )
 

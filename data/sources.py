@@ -18,7 +18,7 @@ from minigpt3d.files import parse_json
 from minigpt3d.hub import is_hub_id
 from minigpt3d.messages import one_line
 
-from .clouds import decode_cloud, point_cloud_path, read_point_cloud
+from .clouds import Grouping, decode_cloud, point_cloud_path, read_point_cloud
 from .records import SOURCES, Sample, read_annotations, to_sample
 
 
@@ -26,6 +26,7 @@ from .records import SOURCES, Sample, read_annotations, to_sample
 ROWS_PER_GROUP = 64
 MANIFEST_FILE = "packed.json"
 COLUMNS = ("object_id", "coord", "color", "conversations")
+GROUPS_COLUMN = "groups"  # if they are packed with groups
 
 
 def open_sources(names: Iterable[str], data: str, annotations: list[Path], any_source: bool = False) -> dict:
@@ -59,6 +60,22 @@ def open_sources(names: Iterable[str], data: str, annotations: list[Path], any_s
     return {name: PackedSource(data, manifest, name) for name in present}
 
 
+def use_groups(sources: dict, grouping: Grouping) -> Grouping | None:
+    """Read the groups that are packed, if they are those of the model that trains.
+
+    Args:
+        sources: of `open_sources`.
+        grouping: of the model.
+
+    Returns:
+        Another grouping, which is packed and cannot be used; else None.
+    """
+    for source in sources.values():
+        if source.grouping == grouping:
+            source.use_groups()
+    return next((s.grouping for s in sources.values() if s.grouping not in (None, grouping)), None)
+
+
 def fingerprint(data: str, annotations: list[Path]) -> str:
     """Identifies the data: a digest of the manifest, or of the annotation files."""
     digest = hashlib.sha256()
@@ -84,6 +101,8 @@ class FolderSource:
         ValueError: clouds are missing.
     """
 
+    is_normalized, grouping = False, None
+
     def __init__(self, samples: list[Sample], data_dir: str | Path):
         self.samples, self.data_dir = samples, Path(data_dir)
         self.rows = [len(samples)]
@@ -101,6 +120,9 @@ class FolderSource:
         """The sample and its cloud, (8192, 6) float32."""
         sample = self.samples[row]
         return sample, read_point_cloud(self.data_dir, sample.object_id)
+
+    def read_groups(self, shard: int, row: int) -> None:
+        """They are found when the encoder needs them."""
 
 
 # ---- Packed shards --------------------------------------------------------------------------------------------------
@@ -133,12 +155,22 @@ def _is_manifest(manifest: dict) -> bool:
     shards, footers = manifest.get("shards"), manifest.get("footers", {})  # earlier versions wrote no footers
     if not (isinstance(shards, dict) and isinstance(footers, dict) and isinstance(manifest.get("num_points"), int)):
         return False
+    try:
+        read_grouping(manifest)
+    except TypeError:
+        return False
     return all(
         isinstance(rows, list)
         and all(isinstance(number, int) and number >= 0 for number in rows)
         and (not footers or (isinstance(footers.get(name), list) and len(footers[name]) == len(rows)))
         for name, rows in shards.items()
     )
+
+
+def read_grouping(manifest: dict) -> Grouping | None:
+    """The groups that are packed, if any; earlier versions packed none. Raises a TypeError if the manifest is damaged."""
+    groups = manifest.get("groups")
+    return None if groups is None else Grouping(**groups)
 
 
 def shard_name(source: str, index: int, count: int) -> str:
@@ -168,7 +200,8 @@ def footer_digest(file) -> str:
 class PackedSource:
     """One source of a packed data set, in a folder or on the Hub.
 
-    Row groups are read when they are needed; the ones used last are kept in memory.
+    Row groups are read when they are needed; the ones used last are kept in memory. The groups of clouds, if they are
+    packed, are read after `use_groups`.
 
     Args:
         data: folder or Hub id of the data set.
@@ -179,8 +212,11 @@ class PackedSource:
         ValueError: a shard in a folder is missing, or not the one that the manifest lists.
     """
 
+    is_normalized = True
+
     def __init__(self, data: str, manifest: dict, name: str):
         self.data, self.name = data, name
+        self.grouping, self.columns = read_grouping(manifest), COLUMNS
         self.rows = manifest["shards"].get(name, [])
         self.footers = manifest.get("footers", {}).get(name)
         self.num_points = manifest["num_points"]
@@ -211,6 +247,27 @@ class PackedSource:
             )
         return sample, decode_cloud(coord, color)
 
+    def use_groups(self):
+        """Read the groups of clouds, too, from now on."""
+        self.columns = (*COLUMNS, GROUPS_COLUMN)
+        self._groups.clear()
+
+    def read_groups(self, shard: int, row: int) -> np.ndarray | None:
+        """The groups of a cloud, (G, 1+K) int16 indices of centers and neighbors; None without `use_groups`.
+
+        Raises:
+            ValueError: the row is out of schema, or its shard damaged; the message names the place.
+        """
+        if GROUPS_COLUMN not in self.columns:
+            return None
+        number, place = divmod(row, ROWS_PER_GROUP)
+        content = self._group(shard, number)[GROUPS_COLUMN][place].as_buffer()
+        shape = self.grouping.num_groups, 1 + self.grouping.group_size
+        groups = np.frombuffer(content or b"", "<i2")
+        if groups.size != shape[0] * shape[1] or groups.min() < 0 or groups.max() >= self.grouping.num_points:
+            raise ValueError(f"{self._path(shard)}, row {row}: expected {self.grouping}, got {groups.size} indices.")
+        return groups.reshape(shape)
+
     def read_sample(self, shard: int, row: int) -> Sample:
         """The sample without its cloud. Raises as `read`."""
         number, place = divmod(row, ROWS_PER_GROUP)
@@ -229,8 +286,8 @@ class PackedSource:
         key = shard, number
         if key not in self._groups:
             with self._damage_named(shard):
-                table = self._file(shard).read_row_group(number, columns=COLUMNS, use_threads=False)
-                columns = {name: table[name] for name in COLUMNS}
+                table = self._file(shard).read_row_group(number, columns=self.columns, use_threads=False)
+                columns = {name: table[name] for name in self.columns}
             self._groups[key] = {  # usually one chunk, which need not be copied
                 name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
                 for name, column in columns.items()

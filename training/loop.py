@@ -23,7 +23,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, set_seed
 from tqdm import tqdm
 
-from minigpt3d.data.sources import fingerprint, open_sources
+from minigpt3d.data.clouds import Grouping
+from minigpt3d.data.sources import fingerprint, open_sources, use_groups
 from minigpt3d.files import folder_to_disk, full_disk_named, locked, rename_folder
 from minigpt3d.hub import ADAPTER_DIR, ModelFiles, find_model, load_processor, public_name
 from minigpt3d.model_card.readme import write_card
@@ -158,6 +159,7 @@ class Training:
 
         set_seed(options.seed)  # new LoRA factors
         model = load_stage_model(self.accelerator, self.stage, self.start, options)
+        self._use_groups(sources, Grouping.of(model.config, self.processor))
         self.accelerator.print(f"{stage.title}: {stage.teaches}.\n{trainable_table(model)}")
         if self.start.stage is None and stage.starts_from not in ("base", "any"):
             self.accelerator.print(
@@ -186,6 +188,16 @@ class Training:
         """Keep other runs out of the output folder."""
         claims.enter_context(locked(self.options.output_dir))
         self.options.check()  # another run may just have ended
+
+    def _use_groups(self, sources: dict, grouping: Grouping):
+        """Read the groups that are packed with clouds, if they are the model's and clouds stay as they are."""
+        other = use_groups(self.validation_sources, grouping)
+        if self.stage.augment and any(source.grouping for source in sources.values()):
+            self.accelerator.print("This stage changes clouds at random: the groups in `data` are not used.")
+        elif not self.stage.augment:
+            other = use_groups(sources, grouping) or other
+        if other is not None:
+            self.accelerator.print(f"The groups in the data are not used: {other}; the model has {grouping}.")
 
     def _restore_and_prepare(self, model: torch.nn.Module):
         """Weights and optimizer, from the newest checkpoint if the run resumes."""

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from .stages import Stage
-from .stream import Packing, encode_sample, pack_batch
+from .stream import Packing, encode_row, pack_batch
 from .weights import named_parameters, set_training_mode
 
 
@@ -127,7 +127,7 @@ def validate(accelerator: Accelerator, model, stage: Stage, sources: dict, proce
     for first in range(0, math.ceil(len(addresses) / accelerator.num_processes), batch):
         # A process without samples repeats one, uncounted: sharded models need all processes.
         chosen = assigned[first : first + batch] or addresses[:1]
-        samples = [encode_sample(processor, *sources[name].read(*address), stage) for name, *address in chosen]
+        samples = [encode_row(processor, sources[name], address, stage) for name, *address in chosen]
         packed = pack_batch(samples, packing)
         tokens = int((packed["labels"] != -100).sum())
         inputs = send_to_device(packed, accelerator.device, non_blocking=True)

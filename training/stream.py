@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from minigpt3d.data.clouds import augment
+from minigpt3d.data.clouds import augment, choose_points
 from minigpt3d.data.reading import end_with_parent
 from minigpt3d.data.records import Sample, to_messages
 from minigpt3d.data.sources import ROWS_PER_GROUP
@@ -146,25 +146,49 @@ class StageStream:
         return name, self.orders[name].address(int(self.turns[step, column]), order_slot)
 
     def encode(self, step: int, slot: int) -> dict[str, torch.Tensor]:
-        """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6)."""
+        """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6); see `encode_row`."""
         name, address = self.draw(step, slot)
-        sample, cloud = self.sources[name].read(*address)
         if self.stage.augment:
+            sample, cloud = self.sources[name].read(*address)
             cloud = augment(cloud, self._rng("augment", step, slot))
-        encoded = encode_sample(self.processor, sample, cloud, self.stage)
+            encoded = encode_sample(self.processor, sample, cloud, self.stage)
+        else:
+            encoded = encode_row(self.processor, self.sources[name], address, self.stage)
         if self.is_idle(step):
             encoded["labels"].fill_(-100)
         return encoded
 
 
-def encode_sample(processor, sample: Sample, cloud: np.ndarray, stage: Stage) -> dict[str, torch.Tensor]:
+def encode_row(processor, source, address: tuple[int, int], stage: Stage) -> dict[str, torch.Tensor]:
+    """The sample of a row as it is, see `encode_sample`; with `group_indices` (1, G, 1+K) if the source reads groups.
+
+    Args:
+        source: of `open_sources`.
+        address: (shard, row).
+    """
+    sample, cloud = source.read(*address)
+    encoded = encode_sample(processor, sample, cloud, stage, source.is_normalized)
+    groups = source.read_groups(*address)
+    return encoded if groups is None else encoded | {"group_indices": torch.from_numpy(groups[None].copy())}
+
+
+def encode_sample(
+    processor, sample: Sample, cloud: np.ndarray, stage: Stage, is_normalized: bool = False
+) -> dict[str, torch.Tensor]:
     """One sample: `input_ids` and `labels` (T,), `point_clouds` (1, N, 6).
+
+    Args:
+        is_normalized: whether the cloud is as it was packed.
 
     Raises:
         ValueError: it cannot be encoded; the message names the object and where it was read.
     """
     try:
-        batch = processor.encode_training([to_messages(sample)], [cloud], stage.max_text_length)
+        if is_normalized:
+            extractor = processor.feature_extractor
+            cloud = choose_points(cloud, extractor.num_points, extractor.seed)
+        messages, length = [to_messages(sample)], stage.max_text_length
+        batch = processor.encode_training(messages, [cloud], length, do_normalize=not is_normalized)
     except Exception as error:  # tokenizers have errors of their own
         raise ValueError(f"object_id {sample.object_id!r} ({sample.place}): {one_line(error)[:300]}") from error
     return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0], "point_clouds": batch["point_clouds"]}
@@ -284,7 +308,7 @@ def pack_batch(samples: list[dict], packing: Packing = PLAIN) -> dict:
     Returns:
         `input_ids` and `position_ids` (R, T); `answer_positions` (K,), where the next token belongs to an answer, as
         positions in the flattened rows, and `labels` (1, K), these next tokens, -100 for padding; `point_clouds`
-        (C, N, 6) in the order of the rows.
+        (C, N, 6) in the order of the rows; `group_indices` (C, G, 1+K) if the samples have them.
         For a model: `point_positions` (C*Q,), of the placeholders in the flattened rows.
         With `masked`: `attention_mask` (R, 1, T, T) bool.
         With `one_row`: `cu_seq_lens_q` and `cu_seq_lens_k` (samples + 1,) int32, `max_length_q` and `max_length_k` int.
@@ -324,7 +348,9 @@ def pack_batch(samples: list[dict], packing: Packing = PLAIN) -> dict:
     missing = _round_up(max(len(answers), 1)) - len(answers)
     batch["answer_positions"] = torch.nn.functional.pad(answers, (0, missing))
     batch["labels"] = torch.nn.functional.pad(following.flatten()[answers], (0, missing), value=-100)[None]
-    batch["point_clouds"] = torch.cat([samples[index]["point_clouds"] for row in rows for index in row])
+    for name in ("point_clouds", "group_indices"):
+        if name in samples[0]:
+            batch[name] = torch.cat([samples[index][name] for row in rows for index in row])
     if packing.point_token_id is not None:
         is_point = (input_ids == packing.point_token_id) & (sample_ids >= 0)
         for index, sample in enumerate(samples):

@@ -249,25 +249,50 @@ def _nearest_neighbors_traced(coord: torch.Tensor, center: torch.Tensor, num_nei
     return distance.topk(num_neighbors, largest=False).indices
 
 
-def group(
-    point_clouds: torch.Tensor, num_groups: int, group_size: int, fps_start: torch.Tensor | int | None = None
+def find_groups(
+    coord: torch.Tensor, num_groups: int, group_size: int, fps_start: torch.Tensor | int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split each cloud into overlapping neighborhoods around centers spread evenly over it.
+    """Find overlapping neighborhoods around centers spread evenly over each cloud.
 
     Args:
-        point_clouds: (B, N, C) with xyz in the first three channels.
+        coord: (B, N, 3) float coordinates.
         num_groups: G.
         group_size: K.
         fps_start: see `farthest_point_sampling`.
 
     Returns:
+        centers (B, G) and neighbors (B, G, K), the center among them, int64 indices into N.
+    """
+    centers = farthest_point_sampling(coord, num_groups, fps_start)
+    return centers, nearest_neighbors(coord, _gather(coord, centers), group_size)
+
+
+def gather_groups(
+    point_clouds: torch.Tensor, centers: torch.Tensor, neighbors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather the points of each group.
+
+    Args:
+        point_clouds: (B, N, C) with xyz in the first three channels.
+        centers, neighbors: of `find_groups`.
+
+    Returns:
         neighborhood (B, G, K, C), xyz relative to the center and the other channels as they are; center (B, G, 3).
     """
-    coord = point_clouds[..., :3]
-    indices = farthest_point_sampling(coord, num_groups, fps_start)
-    center = coord.gather(1, indices[..., None].expand(-1, -1, 3))  # (B, G, 3)
-    neighbors = nearest_neighbors(coord, center, group_size).flatten(1)  # (B, G*K)
-    neighborhood = point_clouds.gather(1, neighbors[..., None].expand(-1, -1, point_clouds.shape[-1]))
-    neighborhood = neighborhood.unflatten(1, (num_groups, group_size))  # (B, G, K, C)
+    center = _gather(point_clouds[..., :3], centers)  # (B, G, 3)
+    neighborhood = _gather(point_clouds, neighbors.flatten(1))  # (B, G*K, C)
+    neighborhood = neighborhood.unflatten(1, neighbors.shape[1:])  # (B, G, K, C)
     neighborhood[..., :3] -= center[:, :, None]
     return neighborhood, center
+
+
+def _gather(points: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(B, N, C), (B, M) → (B, M, C)."""
+    return points.gather(1, indices[..., None].expand(-1, -1, points.shape[-1]))
+
+
+def group(
+    point_clouds: torch.Tensor, num_groups: int, group_size: int, fps_start: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split each cloud (B, N, C) into groups. Arguments as of `find_groups`, results as of `gather_groups`."""
+    return gather_groups(point_clouds, *find_groups(point_clouds[..., :3], num_groups, group_size, fps_start))

@@ -22,7 +22,7 @@ from transformers.models.phi.modeling_phi import eager_attention_forward
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minigpt3d import MiniGPT3DPointConfig
-from .grouping_minigpt3d import group
+from .grouping_minigpt3d import find_groups, gather_groups
 
 
 class MiniPointNet(nn.Module):
@@ -177,18 +177,38 @@ class PointBert(PreTrainedModel):
 
     @capture_outputs
     def forward(
-        self, point_clouds: torch.Tensor, fps_start: torch.Tensor | int | None = None, **kwargs
+        self,
+        point_clouds: torch.Tensor,
+        fps_start: torch.Tensor | int | None = None,
+        group_indices: torch.Tensor | None = None,
+        **kwargs,
     ) -> PointBertOutput:
         """(B, N, C) float32 → (B, 1+G, D), the cls token first. The Q-Former reads all of them.
 
         Args:
             point_clouds: xyz centered on the mean with largest norm 1, then rgb in [0, 1].
             fps_start: index of the first center, one or (B,); 0 by default, where the authors draw it at random.
+            group_indices: (B, G, 1+K) of any integer type, indices into N of each group's center and then of its
+                neighbors, if they are known; found otherwise.
             output_hidden_states: whether to return the inputs of all blocks, and the last output.
             output_attentions: whether to return the attention weights of all blocks, which the eager implementation has.
+
+        Raises:
+            ValueError: the indices are of another number of clouds, groups or neighbors.
         """
         # Distances need the full precision of the coordinates, whatever the model's dtype.
-        neighborhood, center = group(point_clouds.float(), self.config.num_groups, self.config.group_size, fps_start)
+        point_clouds = point_clouds.float()
+        expected = (len(point_clouds), self.config.num_groups, 1 + self.config.group_size)
+        if group_indices is None:
+            groups = find_groups(point_clouds[..., :3], self.config.num_groups, self.config.group_size, fps_start)
+        elif group_indices.shape == expected:
+            groups = group_indices[..., 0].long(), group_indices[..., 1:].long()
+        else:
+            raise ValueError(
+                f"group_indices must have shape {expected}, a center and its neighbors for each group; got "
+                f"{tuple(group_indices.shape)}. Leave them out, and they are found."
+            )
+        neighborhood, center = gather_groups(point_clouds, *groups)
         dtype = self.cls_token.dtype
         tokens = self.encode_groups(neighborhood.to(dtype), center.to(dtype))  # (B, 1+G, D)
         return PointBertOutput(last_hidden_state=tokens, center=center)

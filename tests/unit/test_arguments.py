@@ -95,6 +95,14 @@ def test_a_file_name_that_looks_like_an_option_gets_a_hint(name, has_hint, tmp_p
     assert make_parser("-").parse_args(["--output-dir", "y", "--", name]).path == Path(name)
 
 
+def test_a_value_that_looks_like_an_option_gets_a_hint(capsys):
+    for value, has_hint in (("-new", True), ("--seed", False)):
+        with pytest.raises(SystemExit, match="2"):
+            make_parser("-").parse_args(["x", "--output-dir", value])
+        assert ("--output-dir=-new" in capsys.readouterr().err) is has_hint
+    assert make_parser("-").parse_args(["x", "--output-dir=-new"]).output_dir == Path("-new")
+
+
 def test_urls_stay_text():
     assert path_or_url("https://host/a.glb") == "https://host/a.glb"
     assert path_or_url("a/b.glb") == Path("a/b.glb") and path_or_url("C:/b.glb") == Path("C:/b.glb")

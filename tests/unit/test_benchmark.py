@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import make_tiny_config
@@ -39,6 +40,17 @@ def loaded(name: str):
 def encode():
     with loaded("encode") as module:
         yield module
+
+
+def test_ways_to_train_have_the_same_loss():
+    stage, config = RECIPES["paper"]["II"], make_tiny_config(router_type="none")
+    model = MiniGPT3DForConditionalGeneration(config).eval()
+    with loaded("train") as train:
+        batches = [train.make_samples(stage, config, 2, 128, np.random.default_rng(0))]
+        ways = train.make_ways(model)
+        train.run(model, stage, batches, ways, torch.device("cpu"), torch.float32)
+    losses = [way.loss for way in ways.values()]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4) and all(way.operators for way in ways.values())
 
 
 @pytest.fixture(scope="module")

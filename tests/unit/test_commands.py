@@ -30,7 +30,7 @@ OPTIONS = {
     "tinygpt-v verify yes",
     "new": "dtype llm out point-encoder qformer",
     "verify": "trust-remote-code",
-    "pack": "annotations clean data from max-broken max-memory max-seconds mesh-column missing-color num-workers out preview "
+    "pack": "annotations clean data from groups max-broken max-memory max-seconds mesh-column missing-color num-workers out preview "
     "private push-to-hub seed split text-column up-axis",
     "evaluate": "annotations answers batch-size clean data device dtype greedy judge judge-cache judge-concurrency "
     "judge-max-tokens judge-price judge-prompt judge-rpm judge-timeout judge-url limit max-memory max-seconds metrics "

@@ -417,6 +417,23 @@ def test_packed_data_stream_alike_for_any_number_of_workers_and_processes(packed
             assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_packed_clouds_are_not_normalized_again(packed, tiny_processor, monkeypatch):
+    tiny_processor.feature_extractor.num_points = 8192
+    stream = open_stream(packed, tiny_processor)
+    monkeypatch.delattr("minigpt3d.processing_minigpt3d.load_point_cloud")
+    taken = stream.encode(0, 0)["point_clouds"]
+    name, address = stream.draw(0, 0)
+    assert torch.equal(taken[0], torch.from_numpy(stream.sources[name].read(*address)[1]))
+    monkeypatch.undo()
+    stream.sources[name].is_normalized = False
+    again = stream.encode(0, 0)["point_clouds"]
+    assert 0 < (again - taken).abs().max() < 2e-5
+    for cloud in (taken[0, :10].numpy(), taken[0].double().numpy()):
+        messages = [[{"role": "user", "content": [{"type": "point_cloud"}]}, {"role": "assistant", "content": "A."}]]
+        with pytest.raises(ValueError, match=r"do_normalize=False .*\(8192, 6\) .*float32"):
+            tiny_processor.encode_training(messages, [cloud], do_normalize=False)
+
+
 def test_packed_data_stream_from_the_hub(packed, monkeypatch):
     """Row groups are read when they are needed, from a Hub on loopback."""
     files = {str(path.relative_to(packed)): path.read_bytes() for path in packed.rglob("*") if path.is_file()}
