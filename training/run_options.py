@@ -74,6 +74,9 @@ class RunOptions:
         default=None,
         metavar="NAME",
     )
+    compile: bool = _switch(
+        "Compile the layers of the encoder, the Q-Former and the language model with torch.compile, in the first steps."
+    )
     num_workers: int = option("Processes that load data; 0 loads in the main process.", default=2, metavar="N")
     seed: int = option("Seed of sampling, augmentation, new weights and dropout.", default=42, metavar="N")
     save_every: int = option(
