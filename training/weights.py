@@ -63,7 +63,9 @@ def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, 
         ValueError: the model or its adapter cannot be read or do not fit; options exclude each other.
     """
     if options.compile and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("`compile` does not go together with DeepSpeed, which runs code around every layer. Leave one out.")
+        raise ValueError(
+            "`compile` does not go together with DeepSpeed, which runs code around every layer. Leave one out."
+        )
     loading = {"dtype": torch.float32, "local_files_only": start.offline}
     if options.attn_implementation is not None:
         loading["attn_implementation"] = {"text_config": options.attn_implementation}
