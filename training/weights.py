@@ -120,6 +120,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor"):
     Layers of one kind have one code, and a length that changes becomes a variable of it. Hooks around a layer, such as those
     of FSDP, and its checkpointing are not compiled.
     """
+    # Of one layer: with gradients or without, of one cloud or more, … What exceeds the limit is not compiled.
+    torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = torch.compile(layer.forward, backend=backend)
