@@ -118,9 +118,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor"):
     """Compile every layer of encoder, Q-Former and language model by itself, in place.
 
     Layers of one kind have one code, and a length that changes becomes a variable of it. Hooks around a layer, such as those
-    of FSDP, and its checkpointing are not compiled.
+    of FSDP, are not compiled.
     """
-    # Of one layer: with gradients or without, of one cloud or more, … What exceeds the limit is not compiled.
+    # The layers' kinds, with gradients and without, of one cloud and more: what exceeds the limit would not be compiled.
     torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
