@@ -261,7 +261,10 @@ def _load_and_measure(base, stage, settings):
     growth = private_memory() - before
     size = sum(parameter.nbytes for parameter in model.parameters())
     model, _ = prepare(accelerator, model, make_optimizer(stage, model), device_batch=1)
-    weights = gather_parameters(model, named_parameters(model))
+    model = accelerator.unwrap_model(model)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which gathers only what its optimizer has
+    names = [name for name, parameter in named_parameters(model).items() if parameter.requires_grad or not deepspeed]
+    weights = gather_parameters(model, names)
     torch.save((growth, size, weights), settings.output_dir / f"{accelerator.process_index}.pt")
 
 
@@ -281,11 +284,12 @@ def test_one_process_reads_the_weights(config, release, tmp_path):
     settings = options(base, tmp_path, release)
     arguments = base, without_dropout(tiny(STAGES["II"])), settings
     launch(partial(as_on_gpus, f"{config}.yaml", mixed_precision="no"), _load_and_measure, *arguments)
-    (_, size, expected), (growth, _, weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert size > 50e6 and growth < 0.3 * size
+    (of_main, size, expected), (growth, _, weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert size > 50e6 and growth < of_main - 0.8 * size, "imports take memory in both"
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     original = load_file(base / "model.safetensors")
-    assert torch.equal(weights["lm_head.weight"], original["lm_head.weight"])
+    same = [name for name in original if name in weights]
+    assert same and all(torch.equal(weights[name], original[name]) for name in same)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
