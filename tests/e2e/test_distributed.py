@@ -285,6 +285,7 @@ def test_one_process_reads_the_weights(config, release, tmp_path):
     arguments = base, without_dropout(tiny(STAGES["II"])), settings
     launch(partial(as_on_gpus, f"{config}.yaml", mixed_precision="no"), _load_and_measure, *arguments)
     (of_main, size, expected), (growth, _, weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    print(f"{config}: weights {size / 1e6:.0f} MB, main process {of_main / 1e6:.0f} MB, other {growth / 1e6:.0f} MB")
     assert size > 50e6 and growth < of_main - 0.8 * size, "imports take memory in both"
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     original = load_file(base / "model.safetensors")

@@ -163,6 +163,7 @@ def test_layers_are_compiled_once_for_all_batches(monkeypatch):
         torch.testing.assert_close(*losses)
         sum(losses).backward()
         graphs.append(counter.frame_count)
+    print(f"{len(shapes)} shapes, graphs after each step: {graphs}")
     assert len(shapes) > 10
     assert graphs[5:] == graphs[-1:] * 25 and graphs[-1] <= 12, "four kinds of layers, some with one cloud or row, too"
     assert not torch._dynamo.utils.counters["graph_break"]
