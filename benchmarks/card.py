@@ -13,10 +13,10 @@ stage_II …     training steps in bfloat16 as `training/stage2.py` takes them: 
                time that the GPU computes, waits
 fsdp2          the same under `training/accelerate/fsdp2.yaml`, with one process
 four_bit, checkpointing, flash, compile    stage II with these
-generation     `benchmarks/generate.py` with the bundled model
 describe       files a second of `minigpt3d describe`, with loading the model
 speed          `benchmarks/encode.py`
 other_gpus     grouping and encoder on cuda:1 and so on
+generation     `benchmarks/generate.py` with the bundled model; of a static cache, transformers compiles each step on a GPU
 
 `status` of a line: done; wrong (`wrong` says what differs); failed (an error, with its traceback); left out (`reason` says why).
 The exit code is 1 if a part is wrong or failed. MFU is relative to the measured matrix product, see `benchmarks/train.py`.
@@ -45,7 +45,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import accelerate.utils
 import numpy as np
 import torch
 import transformers
@@ -74,6 +73,7 @@ from minigpt3d.training.run_options import RunOptions
 from minigpt3d.training.stages import RECIPES, Stage
 from minigpt3d.training.stream import Packing, pack_batch
 from minigpt3d.training.weights import (
+    compile_layers,
     gather_parameters,
     half_precision,
     halve_frozen,
@@ -118,7 +118,7 @@ class Sizes:
     matmul: int
 
 
-PAPER = Sizes({}, 8192, 512, 64, 150, (1, 64), 3, 8, 4096)
+PAPER = Sizes({}, 8192, 512, 64, 150, (1, 64), 3, 8, 8192)
 SHALLOW = {part: fields | {"num_hidden_layers": 2} for part, fields in THIN.items() if isinstance(fields, dict)}
 SHALLOW["text_config"] |= {
     "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1,
@@ -300,8 +300,7 @@ def load_training(accelerator, stage: Stage, start: ModelFiles, options: RunOpti
         halve_frozen(model, half_precision(accelerator))
     packing, weights = Packing.of(model), num_weights(model)
     if compiled:
-        backend = "inductor" if accelerator.device.type == "cuda" else "eager"
-        model = accelerate.utils.compile_regions(model, backend=backend)
+        compile_layers(model, "inductor" if accelerator.device.type == "cuda" else "eager")
     prepared = launch.prepare(accelerator, model, make_optimizer(stage, model), stage.mixture[0].batch)
     return *prepared, packing, weights
 
@@ -324,8 +323,8 @@ def training(
         init=str(card.base), data="", output_dir=card.folder / "unused", load_in_4bit=four_bit,
         gradient_checkpointing=checkpointing, attn_implementation=attention,
     )  # fmt: skip
-    started = time.perf_counter()
     start = card.third_stage if name == "IV" else ModelFiles(str(card.base))
+    started = time.perf_counter()
     model, optimizer, packing, weights = load_training(accelerator, stage, start, options, compiled)
     loading = time.perf_counter() - started
     rng = np.random.default_rng(0)
@@ -386,7 +385,7 @@ def count_gpu(step: Callable, seconds: float) -> dict:
     events = profiler.events()
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    waits = sum(event.name == "cudaStreamSynchronize" for event in events)
+    waits = sum(event.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for event in events)
     return {"kernels": len(kernels), "busy": busy / seconds, "waits": waits}
 
 
@@ -423,12 +422,6 @@ def flash(card: Card) -> dict:
     if not is_flash_attn_2_available():
         raise LeftOut("flash attention needs a GPU and the package flash-attn")
     return training(card, "II", attention="flash_attention_2")
-
-
-def compile_layers(card: Card) -> dict:
-    if not hasattr(accelerate.utils, "compile_regions"):
-        raise LeftOut(f"accelerate {version('accelerate')} compiles no layers: pip install -U accelerate")
-    return training(card, "II", compiled=True)
 
 
 def generation(card: Card) -> dict:
@@ -481,11 +474,11 @@ PARTS: dict[str, Callable[[Card], dict]] = {
     "stage_IV": partial(training, name="IV"),
     "checkpointing": partial(training, name="II", checkpointing=True),
     "flash": flash,
-    "generation": generation,
     "describe": describe,
-    "compile": compile_layers,
     "speed": speed,
     "other_gpus": other_gpus,
+    "compile": partial(training, name="II", compiled=True),
+    "generation": generation,
 }
 
 

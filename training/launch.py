@@ -12,6 +12,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from minigpt3d.files import written_whole
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by Accelerate's names of mixed precision
 WAIT = timedelta(hours=1)  # for a process that loads weights or writes a checkpoint while the others wait
 
 
@@ -35,7 +36,7 @@ def make_accelerator(**kwargs) -> Accelerator:
             "`fsdp_version` must be 2, as in training/accelerate/fsdp2.yaml, with accelerate 1.6 or later. FSDP1 flattens "
             "parameters, which the stages choose and save by name."
         )
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    half = HALF.get(accelerator.mixed_precision)
     if half is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -170,8 +170,9 @@ class Training:
         self.facts["data"] = fingerprint(options.data, options.annotations)
         self.adapter_names, self.lora_scales = adapter_names(model, self.start), lora_scales(model)
         # What earlier stages have trained, before it is cast.
+        main = self.accelerator.is_main_process  # which writes them
         self.kept = {
-            name: parameter.detach().cpu().clone()
+            name: parameter.detach().cpu().clone() if main else None
             for name, parameter in named_parameters(model).items()
             if name in self.adapter_names and not parameter.requires_grad
         }
@@ -353,7 +354,7 @@ class Training:
         # The other processes are done: a barrier here would time out while the main one merges and uploads.
 
     def _gather_adapter(self) -> dict[str, torch.Tensor]:
-        """The tensors of `adapter_names`, in float32; every process must call this."""
+        """The tensors of `adapter_names`, in float32; every process must call this, the main one gets all."""
         return self.kept | gather_parameters(self.inner, [n for n in self.adapter_names if n not in self.kept])
 
     def _save_result(self, tensors: dict[str, torch.Tensor]) -> Path:

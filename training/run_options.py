@@ -74,6 +74,9 @@ class RunOptions:
         default=None,
         metavar="NAME",
     )
+    compile: bool = _switch(
+        "Compile the layers of the encoder, the Q-Former and the language model with torch.compile, in the first steps."
+    )
     num_workers: int = option("Processes that load data; 0 loads in the main process.", default=2, metavar="N")
     seed: int = option("Seed of sampling, augmentation, new weights and dropout.", default=42, metavar="N")
     save_every: int = option(
@@ -130,6 +133,8 @@ class RunOptions:
             raise ValueError(f"`output_dir` {self.output_dir} exists already. Pass a new folder, or remove it.")
         if self.resume == "never" and self.work_dir.exists() and any(self.work_dir.iterdir()):
             raise ValueError(f"{self.work_dir} holds an unfinished run. Set `resume` to auto, or remove the folder.")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("`compile` and `gradient_checkpointing` do not go together: drop one of them.")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ValueError("`load_in_4bit` needs bitsandbytes: pip install 'minigpt3d[quantization]'")
         if self.push_to_hub != (self.hub_model_id is not None):

@@ -24,8 +24,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minigpt3d.configuration_minigpt3d import MiniGPT3DConfig
 from minigpt3d.conversion.lora import PEFT_PREFIX, lora_targets, peft_scale, read_lora_config, write_adapter
 from minigpt3d.conversion.release import make_plan, stage_sources
 from minigpt3d.conversion.write import write_release
@@ -34,6 +36,7 @@ from minigpt3d.hub import ADAPTER_DIR, ADAPTER_FILE, STAGE_FILE, ModelFiles, loa
 from minigpt3d.messages import one_line
 from minigpt3d.modeling_minigpt3d import MiniGPT3DForConditionalGeneration
 
+from .launch import HALF
 from .run_options import RunOptions
 from .stages import Stage, select_trainable
 
@@ -52,7 +55,17 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, options: RunOptions) -> nn.Module:
-    """Load the model of `start` in float32 and prepare it for the stage."""
+    """Load the model of `start` in float32 and prepare it for the stage.
+
+    Where the weights are sent to this process (`receives_weights`), memory is allocated for them and never touched.
+
+    Raises:
+        ValueError: the model or its adapter cannot be read or do not fit; options exclude each other.
+    """
+    if options.compile and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "`compile` does not go together with DeepSpeed, which runs code around every layer. Leave one out."
+        )
     loading = {"dtype": torch.float32, "local_files_only": start.offline}
     if options.attn_implementation is not None:
         loading["attn_implementation"] = {"text_config": options.attn_implementation}
@@ -65,10 +78,53 @@ def load_stage_model(accelerator: Accelerator, stage: Stage, start: ModelFiles, 
         )
     if options.load_in_4bit or (accelerator.device.type == "cuda" and not is_sharded(accelerator)):
         loading["device_map"] = {"": accelerator.device}  # tensor by tensor: the processes of a machine keep no copies
-    model = prepare_model(load_weights(start.base, **loading), stage, start.adapter, start.stage)
+    if receives_weights(accelerator, options):
+        half = HALF.get(accelerator.mixed_precision)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and half:
+            loading["dtype"] = half  # to which DeepSpeed casts: it would touch all memory
+        model = allocate_weights(start.base, **loading)
+    else:
+        model = load_weights(start.base, **loading)
+    model = prepare_model(model, stage, start.adapter, start.stage)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.compile:
+        compile_layers(model)
     return model
+
+
+def receives_weights(accelerator: Accelerator, options: RunOptions) -> bool:
+    """Whether `accelerator.prepare` sends the main process's weights to this one, so that it need not read them."""
+    if accelerator.is_main_process or options.load_in_4bit:
+        return False
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def allocate_weights(name: str | Path, local_files_only: bool = False, **options) -> MiniGPT3DForConditionalGeneration:
+    """The model that `load_weights` returns, with right buffers and without values in its parameters.
+
+    The system provides memory when it is first written, which is not before the weights arrive.
+    """
+    config = MiniGPT3DConfig.from_pretrained(name, local_files_only=local_files_only)
+    with init.no_init_weights():
+        model = MiniGPT3DForConditionalGeneration._from_config(config, **options)
+    model.tie_weights()
+    return model
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor"):
+    """Compile every layer of encoder, Q-Former and language model by itself, in place.
+
+    Layers of one kind have one code, and a length that changes becomes a variable of it. Hooks around a layer, such as those
+    of FSDP, are not compiled.
+    """
+    # The layers' kinds, with gradients and without, of one cloud and more: what exceeds the limit would not be compiled.
+    torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = torch.compile(layer.forward, backend=backend)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -78,8 +134,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def half_precision(accelerator: Accelerator) -> torch.dtype | None:
     """The dtype of autocast; None without it, for example for float16 on a CPU."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return half if accelerator.native_amp else None
+    return HALF.get(accelerator.mixed_precision) if accelerator.native_amp else None
 
 
 def halve_frozen(model: nn.Module, half: torch.dtype):

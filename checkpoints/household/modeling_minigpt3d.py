@@ -626,7 +626,9 @@ class MiniGPT3DModel(MiniGPT3DPreTrainedModel):
                     f"{name} must have at least one row of at least one token, got shape {tuple(tensor.shape)}. Leave an "
                     "empty batch out."
                 )
-        inputs_embeds, point_features = self.embed(input_ids, point_clouds, inputs_embeds, point_positions)
+        inputs_embeds, point_features = self.embed(
+            input_ids, point_clouds, inputs_embeds, point_positions, group_indices
+        )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

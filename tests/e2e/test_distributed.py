@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -22,16 +23,18 @@ from training_runs import ADAPTER, STAGES, first_batches, history, options, prep
 
 from minigpt3d import point_bert_minigpt3d
 from minigpt3d.data.shards import pack, release_entries
+from minigpt3d.hub import ModelFiles
 from minigpt3d.training import loop
+from minigpt3d.training.launch import make_accelerator, prepare
 from minigpt3d.training.loop import make_optimizer, train
 from minigpt3d.training.stages import Lora
 from minigpt3d.training.stream import pack_batch
-from minigpt3d.training.weights import gather_parameters, named_parameters
+from minigpt3d.training.weights import gather_parameters, load_stage_model, named_parameters
 
 
 pytestmark = pytest.mark.slow
 CONFIGS = Path(loop.__file__).parent / "accelerate"
-TIMEOUT = 180  # seconds, of the processes of one launch
+TIMEOUT = 600  # seconds, of the processes of one launch; a busy machine takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +251,46 @@ def test_fsdp2_of_accelerate_equals_one_process(mixed_precision, tolerance, base
         assert of_two["grad_norm"] == pytest.approx(of_one["grad_norm"], rel=10 * tolerance)
     for name, tensor in load_file(tmp_path / "two" / ADAPTER).items():
         assert tensor.dtype == torch.float32, name
+
+
+def _load_and_measure(base, stage, settings):
+    """Write how much more memory this process has to itself after loading, beside the size of the parameters."""
+    accelerator = make_accelerator()
+    before = private_memory()
+    model = load_stage_model(accelerator, stage, ModelFiles(str(base)), settings)
+    growth = private_memory() - before
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model, _ = prepare(accelerator, model, make_optimizer(stage, model), device_batch=1)
+    model = accelerator.unwrap_model(model)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which gathers only what its optimizer has
+    names = [name for name, parameter in named_parameters(model).items() if parameter.requires_grad or not deepspeed]
+    weights = gather_parameters(model, names)
+    torch.save((growth, size, weights), settings.output_dir / f"{accelerator.process_index}.pt")
+
+
+def private_memory() -> int:
+    """Bytes of this process that no other one shares."""
+    found = re.findall(r"Private_\w+: *([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())
+    return 1024 * sum(map(int, found))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_one_process_reads_the_weights(config, release, tmp_path):
+    """And sends them to the others, which have loaded none."""
+    if "deepspeed" in config:
+        pytest.importorskip("deepspeed")
+    base = write_base(tmp_path / "base", text_config=tiny_phi_config(vocab_size=100_000))
+    settings = options(base, tmp_path, release)
+    arguments = base, without_dropout(tiny(STAGES["II"])), settings
+    launch(partial(as_on_gpus, f"{config}.yaml", mixed_precision="no"), _load_and_measure, *arguments)
+    (of_main, size, expected), (growth, _, weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    print(f"{config}: weights {size / 1e6:.0f} MB, main process {of_main / 1e6:.0f} MB, other {growth / 1e6:.0f} MB")
+    assert size > 50e6 and growth < of_main - 0.8 * size, "imports take memory in both"
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    original = load_file(base / "model.safetensors")
+    same = [name for name in original if name in weights]
+    assert same and all(torch.equal(weights[name], original[name]) for name in same)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -78,7 +78,7 @@ HELPS += [
     f"python -m minigpt3d.{name} --help"
     for name in ("training.stage1", "training.finetune", "recipes.household", "recipes.household.ablate")
 ]
-ACCELERATE_OPTIONS = {"--config_file", "--dynamo_backend", "--quiet"}
+ACCELERATE_OPTIONS = {"--config_file", "--quiet"}
 
 
 def title(block) -> str:

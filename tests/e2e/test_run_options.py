@@ -1,10 +1,12 @@
 """How a run is carried out, option by option: dtypes, memory, compilation, trackers, held-out data, what is shown."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_runs import ADAPTER, STAGES, history, options, tiny
 
 from minigpt3d.data.shards import pack, release_entries
@@ -83,12 +85,13 @@ def test_gradient_checkpointing_keeps_fewer_activations(run):
 
 
 @pytest.mark.slow
-def test_compiled_runs_equal_plain_ones(run, trained, launched):
-    """torch.compile comes from Accelerate: `accelerate launch --dynamo_backend inductor`."""
+def test_compiled_runs_equal_plain_ones(run, trained, monkeypatch):
     stage = tiny(STAGES["II"], steps_per_epoch=2)
     losses, tensors = read_run(trained(stage))
-    launched(dynamo_backend="aot_eager", use_cpu="true")
-    compiled_losses, compiled = run(stage, "compiled")
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(weights, "compile_layers", partial(weights.compile_layers, backend=graphs))
+    compiled_losses, compiled = run(stage, "compiled", compile=True)
+    assert graphs.frame_count > 0
     assert compiled_losses == pytest.approx(losses, rel=1e-4)
     assert compiled.keys() == tensors.keys()
     for key, tensor in tensors.items():

@@ -1,6 +1,9 @@
 """Properties of the network that the goldens do not cover."""
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -547,6 +550,30 @@ def test_sampled_points_are_distinct_and_exact():
         for _ in range(63):
             chosen.append(torch.cdist(coord[row], coord[row, chosen]).amin(1).argmax().item())
         assert indices[row].tolist() == chosen
+
+
+KERNEL_IN_INTERPRETER = """
+import contextlib, torch
+from minigpt3d import grouping_minigpt3d as grouping
+torch.cuda.device = lambda device: contextlib.nullcontext()
+for num_points in (100, 9000):  # in one block, and in two
+    coord = torch.randn(3, num_points, 3, generator=torch.Generator().manual_seed(0))
+    coord[1, 5, 1] = torch.nan
+    coord[2, 7:20] = coord[2, 3]
+    arguments = coord.permute(2, 0, 1).contiguous(), 40, torch.tensor([0, 0, 3])
+    expected = grouping._farthest_point_sampling_loop(*arguments)
+    assert torch.equal(grouping._farthest_point_sampling_triton(*arguments), expected), num_points
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_the_sampling_kernel_equals_the_loop_in_tritons_interpreter():
+    """With NaN, equal points and other starts. No GPU is needed, only Triton."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", KERNEL_IN_INTERPRETER]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_repeated_points_do_not_break_grouping():

@@ -89,6 +89,7 @@ def test_a_switch_refuses_other_values(parsed):
         ({"push_to_hub": True}, "`push_to_hub` and `hub_model_id`"),
         ({"hub_model_id": "org/model"}, "`push_to_hub` and `hub_model_id`"),
         ({"hub_every": 1}, "`hub_every` needs"),
+        ({"compile": True, "gradient_checkpointing": True}, "`compile` and `gradient_checkpointing`"),
     ],
 )
 def test_wrong_options_are_named(changes, message):
