@@ -21,7 +21,9 @@ def write_mesh(path: Path, num_rings: int):
     """A sphere of `num_rings` rings with twice as many vertices each."""
     theta, phi = np.meshgrid(np.linspace(0.01, np.pi - 0.01, num_rings), np.linspace(0, 2 * np.pi, 2 * num_rings))
     radius = 1 + 0.05 * np.sin(20 * theta) * np.sin(20 * phi)
-    xyz = radius[..., None] * np.stack([np.sin(theta) * np.cos(phi), np.cos(theta), np.sin(theta) * np.sin(phi)], axis=-1)
+    xyz = radius[..., None] * np.stack(
+        [np.sin(theta) * np.cos(phi), np.cos(theta), np.sin(theta) * np.sin(phi)], axis=-1
+    )
     corner = np.arange(theta.size).reshape(theta.shape)
     a, b, c, d = (part.ravel() for part in (corner[:-1, :-1], corner[1:, :-1], corner[1:, 1:], corner[:-1, 1:]))
     faces = np.concatenate([np.stack([a, b, c], axis=1), np.stack([a, c, d], axis=1)])
@@ -43,7 +45,9 @@ def main():
             if result.error is not None:
                 raise result.error
         _, facts = cloud.content
-        print(f"mesh: {mesh.stat().st_size / 1e6:.0f} MB, {facts.num_faces:,} faces; the surface has at most {MAX_FACES:,}")
+        print(
+            f"mesh: {mesh.stat().st_size / 1e6:.0f} MB, {facts.num_faces:,} faces; the surface has at most {MAX_FACES:,}"
+        )
         for name, result in (("cloud", cloud), ("surface", shown)):
             print(f"{name}: {result.seconds:.1f} s, {result.memory / 1e9:.2f} GB of memory")
         print(f"surface: {surface.stat().st_size / 1e6:.0f} MB")
