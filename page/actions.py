@@ -176,11 +176,12 @@ class Actions:
         try:
             for text in self._answerer.stream(session.shown.cloud, before, question, stop, sample):
                 if session.stop is not stop:
-                    return
+                    break
                 yield session, chat_about([*before, (question, text)]), gr.skip()
         except Exception as error:  # out of memory, for example
             text, problem = "", f"{NO_ANSWER}: {one_line(error)}"
-        if session.stop is not stop:
+        if session.stop is not stop:  # the browser keeps what comes last, so it must be what is said now
+            yield session, chat_about(session.turns), gr.skip()
             return
         if text:
             session.turns, session.unanswered = [*before, (question, text)], None

@@ -73,7 +73,9 @@ def write_space(folder: Path, model: str | None, options: Sequence[str] = ()):
         "requirements.txt": "".join(f"{line}\n" for line in requirements(with_adapters=model is not None)),
     }
     texts |= {
-        name: (PACKAGE_DIR / name).read_text("utf-8") for name in ("LICENSE", "NOTICE") if (PACKAGE_DIR / name).exists()
+        name: (PACKAGE_DIR / name).read_text("utf-8")
+        for name in ("LICENSE", "NOTICE")
+        if (PACKAGE_DIR / name).exists()
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

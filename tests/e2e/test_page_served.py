@@ -213,6 +213,7 @@ def visit(browser, served):
         page.set_default_timeout(LONG)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if is_local(request.url, served) else problems.append(request.url))
+        page.on("requestfailed", lambda request: problems.remove(request.url) if "csp" in request.failure else None)
         page.goto(served)
         page.wait_for_selector("#viewer canvas")
         return page
@@ -414,7 +415,7 @@ def test_the_browser_sends_nothing_elsewhere(visit):
       form.action = "http://127.0.0.1:9/";
       const image = new Image(), base = document.createElement("base");
       image.src = "http://127.0.0.1:9/", base.href = "http://127.0.0.1:9/";
-      document.head.append(base), document.body.append(form, image), form.submit();
+      document.head.prepend(base), document.body.append(form, image), form.submit();
       await new Promise((done) => setTimeout(done, 1000));
       return violated;
     }"""
@@ -429,9 +430,11 @@ def test_controls_have_their_effect(visit, tmp_path):
     drop(page, tmp_path / "scan.xyz")
     wait_for_view(page, "cloud")
     before = pixels(page)
+    picture(page, "outliers")
     choose(page, "Remove", "outliers")
     page.wait_for_function("document.querySelector('#facts').innerText.includes('removed 3 of 3,003 points')")
     cleaned = pixels(page)
+    picture(page, "cleaned")
     black = (0, 0, 0)
     assert share_of(cleaned, black, 60) > 2 * share_of(before, black, 60), (
         "without outliers, the object fills the view"
@@ -448,12 +451,12 @@ def choose(page, label, value):
 
 @pytest.mark.slow
 def test_several_objects_are_dropped(visit, tmp_path):
-    rng = np.random.default_rng(0)
+    xyz = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
     colors = {"red": (1, 0, 0), "blue": (0, 0, 1)}
     for name, color in colors.items():
         np.save(
             tmp_path / f"{name}.npy",
-            np.concatenate([rng.uniform(-1, 1, (2000, 3)), np.tile(color, (2000, 1))], axis=1),
+            np.concatenate([xyz, np.tile(color, (2000, 1))], axis=1),
         )
     page = visit()
     drop(page, *(tmp_path / f"{name}.npy" for name in colors))
@@ -475,7 +478,7 @@ def test_several_objects_are_dropped(visit, tmp_path):
     again = pixels(page)
     assert share_of(again, blue, 80) > 0.05 and share_of(turned, blue, 80) == 0
     is_blue = [np.abs(image.astype(int) - color).max(-1) <= 80 for image, color in ((first, red), (again, blue))]
-    assert (is_blue[0] == is_blue[1]).mean() > 0.9, "another file of the same name is seen from the first direction"
+    assert (is_blue[0] == is_blue[1]).mean() > 0.98, "another file of the same name is seen from the first direction"
 
 
 COUNT_TEXTURES = """
