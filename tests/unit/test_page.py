@@ -385,7 +385,7 @@ def test_mistakes_about_a_space_are_told(tmp_path, capsys, monkeypatch):
         assert main(["demo", *arguments]) == 1
         assert word in capsys.readouterr().err
     assert all((tmp_path / path).read_text() == "mine" for path in mine) and not (tmp_path / "new").exists()
-    monkeypatch.setattr("minigpt3d.cli.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("minigpt3d.cli.page.find_spec", lambda name: None)
     assert main(["demo", *new]) == 1
     assert "minigpt3d[demo]" in capsys.readouterr().err
 
