@@ -58,6 +58,7 @@ def launch(pipeline, objects: Objects, lock: threading.Lock, settings: "Settings
         quiet=True,
         share=False,
         ssr_mode=False,
+        _frontend=False,  # Gradio would ask its own address once, which fails on a busy machine or behind a proxy
         footer_links=[],
         allowed_paths=[str(STATIC), str(objects.folder)],
         max_file_size="1gb",
