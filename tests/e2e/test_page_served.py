@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 from hub_double import serve
-from peft import LoraConfig, get_peft_model
 from repository import ROOT
 from tiny_model import make_tiny_model
 from ways_in import make_processor
@@ -136,6 +135,8 @@ def test_only_names_of_this_machine_are_served(served):
 
 def save_adapter(folder):
     """The files of a tiny model, and those of an adapter for it, which is named org/base."""
+    from peft import LoraConfig, get_peft_model
+
     base = make_tiny_model()
     base.save_pretrained(folder / "base")
     make_processor().save_pretrained(folder / "base")
