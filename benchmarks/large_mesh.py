@@ -16,11 +16,11 @@ import trimesh
 
 from minigpt3d.data.reading import FileReader, FileResult
 from minigpt3d.page.surface import MAX_FACES, write_surface
-from minigpt3d.point_cloud_minigpt3d import load_orientations
+from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
 
-def write_mesh(path: Path, num_rings: int):
-    """A sphere of `num_rings` rings with twice as many vertices each."""
+def write_mesh(path: Path, num_rings: int) -> int:
+    """A sphere of `num_rings` rings with twice as many vertices each; returns the number of its faces."""
     theta, phi = np.meshgrid(np.linspace(0.01, np.pi - 0.01, num_rings), np.linspace(0, 2 * np.pi, 2 * num_rings))
     radius = 1 + 0.05 * np.sin(20 * theta) * np.sin(20 * phi)
     xyz = radius[..., None] * np.stack(
@@ -31,6 +31,7 @@ def write_mesh(path: Path, num_rings: int):
     faces = np.concatenate([np.stack([a, b, c], axis=1), np.stack([a, c, d], axis=1)])
     colors = np.rint(255 * (xyz.reshape(-1, 3) / 2.2 + 0.5)).astype(np.uint8)
     trimesh.Trimesh(xyz.reshape(-1, 3), faces, vertex_colors=colors, process=False).export(path)
+    return len(faces)
 
 
 def main():
@@ -39,11 +40,10 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mesh, surface = Path(folder) / "mesh.glb", Path(folder) / "surface.glb"
-        write_mesh(mesh, arguments.rings)
-        cloud, cloud_seconds = read(load_orientations, mesh)
+        num_faces = write_mesh(mesh, arguments.rings)
+        cloud, cloud_seconds = read(load_point_cloud, mesh)
         shown, shown_seconds = read(write_surface, mesh, target=surface, missing_color="black")
-        _, facts = cloud.content
-        print(f"mesh: {mesh.stat().st_size / 1e6:.0f} MB, {facts.num_faces:,} faces")
+        print(f"mesh: {mesh.stat().st_size / 1e6:.0f} MB, {num_faces:,} faces")
         print(f"cloud: {cloud_seconds:.1f} CPU seconds, {cloud.memory / 1e9:.2f} GB of memory")
         print(f"surface: {shown_seconds:.1f} CPU seconds, {shown.memory / 1e9:.2f} GB of memory")
         print(f"surface: {surface.stat().st_size / 1e6:.0f} MB, at most {MAX_FACES:,} faces")
