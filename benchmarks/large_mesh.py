@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from minigpt3d.data.reading import FileReader, FileResult
+from minigpt3d.data.reading import LIMITS, FileReader, FileResult
 from minigpt3d.page.surface import MAX_FACES, write_surface
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 
@@ -52,7 +52,7 @@ def main():
 def read(function: Callable, path: Path, **arguments) -> tuple[FileResult, float]:
     """What came of the file, and CPU seconds of the process that read it, with its start."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with FileReader(function) as reader:
+    with FileReader(function, limits=LIMITS._replace(seconds=3600)) as reader:  # a busy machine may take long
         (result,) = reader.read_files([path], **arguments)
     if result.error is not None:
         raise result.error
