@@ -1,10 +1,10 @@
 """`minigpt3d demo`: a page on this machine where people see an object, turn it and talk about it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from minigpt3d.arguments import natural_int, option
+from minigpt3d.arguments import flag, natural_int, option
 
 from .inference import InferenceOptions, load_pipeline
 
@@ -32,18 +32,43 @@ def run(options: Options, argv: list[str]) -> int:
     """Serve the page until it is interrupted, or write the Space; returns the exit code."""
     if options.push is not None and options.space is None:
         raise ValueError("`push` publishes the folder that `space` writes: give both")
-    if options.space is not None:
-        from minigpt3d.page.space import push_space, write_space
-
-        write_space(options.space, options.model)
-        print(f"{options.space} is a Space; try it: python {options.space / 'app.py'}")
-        if options.push is not None:
-            print(push_space(options.space, options.push))
-        return 0
     if find_spec("gradio") is None:
         raise ImportError("The page is made with gradio: pip install 'minigpt3d[demo]'")
-    serve(options)
+    if options.space is None:
+        serve(options)
+    else:
+        write(options)
     return 0
+
+
+def write(options: Options):
+    """Write the Space, and publish it if that is wanted.
+
+    Raises:
+        ValueError: an option that has no effect in a Space, a name that is none, or see `write_space` and `push_space`.
+    """
+    from minigpt3d.hub import is_hub_id
+    from minigpt3d.page.space import push_space, write_space
+
+    if options.host != Options.host or options.port is not None:
+        raise ValueError("`host` and `port`: the Hub decides where a Space is served; leave them out")
+    if options.push is not None and not is_hub_id(options.push):
+        raise ValueError(f"`push` {options.push}: not the name of a Space; pass OWNER/NAME")
+    write_space(options.space, options.model, _given(options))
+    print(f"{options.space} is a Space; try it: python {options.space / 'app.py'}")
+    if options.push is not None:
+        print(push_space(options.space, options.push))
+
+
+def _given(options: Options) -> list[str]:
+    """The options of a model and its answers that differ from their defaults, but the model itself."""
+    values = {field.name: (getattr(options, field.name), field.default) for field in fields(InferenceOptions)}
+    return [
+        word
+        for name, (value, default) in values.items()
+        if name != "model" and value != default
+        for word in (flag(name, "-"), str(value))
+    ]
 
 
 def serve(options: Options):

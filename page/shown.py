@@ -67,6 +67,7 @@ class Objects:
         self._surfaces = FileReader(write_surface, limits=limits)
         self._folder = tempfile.TemporaryDirectory(prefix="minigpt3d-")
         self.folder = Path(self._folder.name)  # of files that were dropped, and of surfaces
+        self._gathered: set[Path] = set()  # folders in it, one for files that were dropped together
 
     def __enter__(self) -> "Objects":
         return self
@@ -83,6 +84,7 @@ class Objects:
             Those that hold objects; all of them if none does, so that reading says what is wrong.
         """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self._gathered.add(folder)
         paths = []
         for upload in map(Path, uploads):
             paths.append(folder / upload.name)
@@ -93,6 +95,12 @@ class Objects:
             except OSError:  # another disk
                 shutil.copyfile(upload, paths[-1])
         return [path for path in paths if is_readable(path)] or paths
+
+    def remove(self, paths: Sequence[Path]):
+        """Delete the folders into which `gather` put these files; other files, such as the examples, stay."""
+        for folder in {parent for path in paths for parent in path.parents} & self._gathered:
+            self._gathered.discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, path: Path, **reading) -> ShownObject:
         """Read an object.
@@ -116,17 +124,19 @@ class Objects:
         )
         return ShownObject(path, chosen.cloud, chosen.up_axis, facts, tuple(dict.fromkeys(texts)))
 
-    def surface(self, shown: ShownObject, missing_color: str | None) -> Path:
+    def surface(self, shown: ShownObject, missing_color: str) -> Path:
         """A GLB with the surface of an object that has faces, not turned; written when it is first asked for.
+
+        Args:
+            missing_color: a name in `NAMED_COLORS` for faces without color.
 
         Raises:
             ValueError: it cannot be read.
         """
-        color = missing_color if isinstance(missing_color, str) else "gray"
         folder = shown.path.parent if shown.path.is_relative_to(self.folder) else self.folder
-        target = folder / f"{shown.name}.{color}.shown.glb"
+        target = folder / f"{shown.name}.{missing_color}.shown.glb"
         if not target.exists():
-            (result,) = self._surfaces.read_files([shown.path], target=target, missing_color=color)
+            (result,) = self._surfaces.read_files([shown.path], target=target, missing_color=missing_color)
             if result.error is not None:
                 raise ValueError(_without_folder(str(result.error), shown.path)) from result.error
         return target

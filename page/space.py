@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from .shown import EXAMPLES
 CODE_DIR = "minigpt3d"
 # What a Space does not run, and what is left of builds.
 _LEFT_OUT = ("__pycache__", "*.pyc", "node_modules", "recipes", "viewer", "household.parquet")
-_PORT = 7860  # on which the Hub expects a Space
+# What this command writes, as patterns; nothing else of the folder is replaced or published.
+_WRITTEN = ("README.md", "LICENSE", "NOTICE", "requirements.txt", "app.py", f"{CODE_DIR}/*")
+_MARK = "This folder was written by `minigpt3d demo --space`, which replaces what it wrote when it runs again."
 
 APP = '''"""MiniGPT-3D as a Space. It also runs on your machine: pip install -r requirements.txt && python app.py"""
 
@@ -41,15 +44,18 @@ short_description: Ask a small language model about a 3D object
 
 # MiniGPT-3D
 
-A page to see 3D objects, turn them, and ask {model} about them. `minigpt3d demo --space` wrote this folder.
+A page to see 3D objects, turn them, and ask {model} about them.
+
+{mark}
 """
 
 
-def write_space(folder: Path, model: str | None):
-    """Write the folder; it replaces one that was written before.
+def write_space(folder: Path, model: str | None, options: Sequence[str] = ()):
+    """Write the folder. In one that was written before, the same files are replaced, and others stay.
 
     Args:
         model: Hub id; None puts the bundled model into the folder.
+        options: of `minigpt3d demo`, with which the Space runs.
 
     Raises:
         ValueError: the model is a local folder, which a Space cannot load, or `folder` holds something else.
@@ -59,27 +65,57 @@ def write_space(folder: Path, model: str | None):
             f"`model` {model}: a Space loads its model from the Hub. Publish it and pass OWNER/NAME, or leave it out for the "
             "bundled one."
         )
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / CODE_DIR / "page").is_dir():
-        raise ValueError(f"`space` {folder} holds something else; pass a new folder, or one that was written before")
-    arguments = ["demo", "--host", "0.0.0.0", "--port", str(_PORT), *(["--model", model] if model else [])]
-    with written_whole(folder) as partial:
-        _copy_code(partial / CODE_DIR, with_model=model is None)
-        write_text(partial / "app.py", APP.format(arguments=json.dumps(arguments)))
-        write_text(
-            partial / "requirements.txt",
-            "".join(f"{line}\n" for line in requirements(with_adapters=model is not None)),
+    _check_free(folder)
+    arguments = ["demo", "--host", "0.0.0.0", *(["--model", model] if model else []), *options]
+    texts = {
+        "README.md": readme(model),  # first, so that a run that was interrupted can be repeated
+        "app.py": APP.format(arguments=json.dumps(arguments)),
+        "requirements.txt": "".join(f"{line}\n" for line in requirements(with_adapters=model is not None)),
+    }
+    texts |= {
+        name: (PACKAGE_DIR / name).read_text("utf-8")
+        for name in ("LICENSE", "NOTICE")
+        if (PACKAGE_DIR / name).exists()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    with written_whole(folder / CODE_DIR) as partial:
+        _copy_code(partial, with_model=model is None)
+
+
+def _check_free(folder: Path):
+    """
+    Raises:
+        ValueError: the folder has files that `write_space` would replace, and did not write.
+    """
+    advice = "pass a new folder, or one that was written before"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`space` {folder} is a file; {advice}")
+    if (folder / CODE_DIR / ".git").exists():
+        raise ValueError(f"`space` {folder}: {CODE_DIR} in it is a git repository, not a copy of the code; {advice}")
+    try:
+        is_ours = _MARK in (folder / "README.md").read_text("utf-8", errors="replace")
+    except OSError:
+        is_ours = False
+    # A clone of an empty repository has files of git only.
+    others = (
+        []
+        if is_ours or not folder.exists()
+        else [path for path in folder.iterdir() if not path.name.startswith(".git")]
+    )
+    if others:
+        raise ValueError(
+            f"`space` {folder} holds something else ({min(path.name for path in others)}), and no README.md that says that this "
+            f"command wrote it; {advice}"
         )
-        write_text(partial / "README.md", readme(model))
-        for name in ("LICENSE", "NOTICE"):
-            if (PACKAGE_DIR / name).exists():
-                shutil.copyfile(PACKAGE_DIR / name, partial / name)
 
 
 def readme(model: str | None) -> str:
     """README.md with the metadata that the Hub reads."""
     models = f"models:\n- {model}\n" if model else ""
     name = f"[{model}](https://huggingface.co/{model})" if model else "a small model, which is part of it,"
-    return README.format(gradio=version("gradio"), models=models, model=name)
+    return README.format(gradio=version("gradio"), models=models, model=name, mark=_MARK)
 
 
 def requirements(with_adapters: bool) -> list[str]:
@@ -96,7 +132,6 @@ def requirements(with_adapters: bool) -> list[str]:
 def _copy_code(target: Path, with_model: bool):
     """This package, with the objects that are examples and the bundled model if it is wanted."""
     ignore = shutil.ignore_patterns(*_LEFT_OUT)
-    target.mkdir()
     for source in sorted(PACKAGE_DIR.glob("*.py")):
         shutil.copyfile(source, target / source.name)
     folders = [path.parent.name for path in PACKAGE_DIR.glob("*/__init__.py") if path.parent.name not in _LEFT_OUT]
@@ -122,6 +157,7 @@ def push_space(folder: Path, repo_id: str) -> str:
             repo_type="space",
             folder_path=folder,
             commit_message="Update the page",
+            allow_patterns=list(_WRITTEN),
             delete_patterns=f"{CODE_DIR}/*",
         )
     except Exception as error:  # no token, no network, a name that the Hub refuses

@@ -18,7 +18,7 @@ MAX_TEXTURE_SIDE = 2048
 FINEST_GRID = 2048  # cells along the longest side
 
 
-def write_surface(source: str | Path, target: Path, missing_color: str = "gray"):
+def write_surface(source: str | Path, target: Path, missing_color: str):
     """Write what a file with faces looks like.
 
     Args:

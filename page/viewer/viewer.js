@@ -53,8 +53,11 @@ class Viewer {
     this.renderer = new WebGLRenderer({ alpha: true, antialias: true });
     this.canvas = this.renderer.domElement;
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "img");
-    host.append(this.canvas);
+    this.canvas.setAttribute("role", "application"); // screen readers leave the arrow keys to it
+    this.problem = document.createElement("p");
+    this.problem.className = "problem";
+    this.problem.setAttribute("role", "alert");
+    host.append(this.canvas, this.problem);
     this.camera = new PerspectiveCamera(35, 1, 0.01, 100);
     this.controls = new OrbitControls(this.camera, this.canvas);
     this.controls.enableDamping = !matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -133,31 +136,49 @@ class Viewer {
   /**
    * Show an object, or another view of the one that is shown, from where the camera is.
    *
-   * @param {object|null} object - `name`; `coord`, base64 of float32 (N, 3); `color`, base64 of uint8 (N, 3); `surface`, URL of a
+   * @param {object|null} object - `id`, another one for another object; `name`; `coord`, base64 of float32 (N, 3); `color`, base64 of uint8 (N, 3); `surface`, URL of a
    *   GLB or null; `up`, axis that points up in it; `view`, "cloud", "surface" or "heat"; `heat`, base64 of uint8 (N, 3) or null.
    */
   async show(object) {
     const before = this.shown;
     this.shown = object ?? {};
     this.canvas.setAttribute("aria-label", object ? `${object.name} in 3D. Arrow keys turn it, + and - zoom, Home resets.` : "empty");
-    if (before.name !== this.shown.name) this.resetCamera();
+    if (before.id !== this.shown.id) this.resetCamera();
     let content = null;
+    let problem = "";
     if (object?.view === "surface") {
       this.host.dataset.state = "loading";
-      content = await this.loadSurface(object);
-      if (this.shown !== object) return; // something else was asked for meanwhile
-    } else if (object) {
-      content = this.makePoints(object);
+      try {
+        content = await this.loadSurface(object);
+      } catch (error) {
+        console.error(error);
+        problem = "The surface cannot be loaded. This is the cloud.";
+      }
+      if (this.shown !== object) return this.dispose(content); // something else was asked for meanwhile
     }
-    if (this.content) {
-      this.scene.remove(this.content);
-      this.content.traverse((part) => part.geometry?.dispose());
-    }
+    if (object) content ??= this.makePoints(object);
+    this.dispose(this.content);
     this.content = content;
     this.grid.visible = content !== null;
     if (content) this.fit(content);
-    this.host.dataset.state = object?.view ?? "empty";
+    this.problem.textContent = problem;
+    this.host.dataset.state = problem ? "failed" : (object?.view ?? "empty");
     this.requestFrame();
+  }
+
+  /** Remove content from the scene, and what it occupies on the graphics card. */
+  dispose(content) {
+    if (!content) return;
+    this.scene.remove(content);
+    content.traverse((part) => {
+      part.geometry?.dispose();
+      for (const material of [part.material ?? []].flat()) {
+        for (const value of Object.values(material)) {
+          if (value?.isTexture && value !== this.point) value.dispose();
+        }
+        material.dispose();
+      }
+    });
   }
 
   makePoints(object) {

@@ -1,15 +1,22 @@
 """The page of `minigpt3d demo`, served: through gradio's client, and in a browser."""
 
 import io
+import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
+from hub_double import serve
 from repository import ROOT
+from tiny_model import make_tiny_model
+from ways_in import make_processor
 
 
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -18,6 +25,8 @@ from minigpt3d import load_point_cloud
 from minigpt3d.hub import default_model, load_model
 from minigpt3d.page.layout import Settings, launch
 from minigpt3d.page.shown import Objects
+from minigpt3d.page.space import write_space
+from minigpt3d.page.streaming import Stop
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
 
@@ -113,6 +122,69 @@ def test_two_visitors_have_objects_of_their_own(served):
     assert "table" in answers[0] and "cabinet" in answers[1]
 
 
+def test_only_names_of_this_machine_are_served(served):
+    """A page elsewhere, whose name is made to lead here, gets nothing (DNS rebinding)."""
+    port = urlsplit(served).port
+    assert [
+        httpx.get(served, headers={"Host": f"{name}:{port}"}).status_code for name in ("127.0.0.1", "evil.example")
+    ] == [200, 400]
+
+
+# ---- A Space --------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(folder):
+    """The files of a tiny model, and those of an adapter for it, which is named org/base."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_tiny_model()
+    base.save_pretrained(folder / "base")
+    make_processor().save_pretrained(folder / "base")
+    get_peft_model(base, LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)).save_pretrained(
+        folder / "adapter"
+    )
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/base"
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return [
+        {
+            path.relative_to(folder / name).as_posix(): path.read_bytes()
+            for path in (folder / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("base", "adapter")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [None, "org/adapter"])
+def test_a_space_runs(tmp_path, model):
+    """With its own code: the bundled model, and an adapter that is on the Hub, as its base is."""
+    from gradio_client import Client
+
+    write_space(tmp_path / "space", model, ["--max-new-tokens", "20"])
+    actions = tmp_path / "space" / "minigpt3d" / "page" / "actions.py"
+    actions.write_text(actions.read_text().replace("Choose an object first", "Nothing to see in this Space"))
+    with serve() as hub:
+        for name, files in zip(("base", "adapter"), save_adapter(tmp_path), strict=True):
+            hub.add("models", f"org/{name}", files)
+        offline = {"HF_HUB_OFFLINE": "1"} if model is None else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address}
+        environment = os.environ | offline | {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+        with subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True
+        ) as running:
+            try:
+                url = next((line.split()[4] for line in running.stdout if line.startswith("The page is at")), None)
+                assert url is not None, f"it ended with {running.wait()}"
+                client = Client(url.replace("0.0.0.0", "127.0.0.1"), verbose=False)
+                assert "in this Space" in ask(client, "What is this?")[-1][0], "it runs its own code"
+                open_files(client, TABLE)
+                answer = ask(client, "What is this?")[-1][1]
+                assert "table" in answer if model is None else not answer.startswith("No answer")
+            finally:
+                running.terminate()
+
+
 # ---- In a browser ---------------------------------------------------------------------------------------------------
 
 SHADERS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox")  # WebGL without a GPU
@@ -135,12 +207,14 @@ def visit(browser, served):
     """`visit(**settings)` opens the page in a new window; what goes wrong in it, or leaves this machine, fails the test."""
     problems, contexts = [], []
 
-    def open_page(**settings):
+    def open_page(init_script="", **settings):
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | settings))
+        contexts[-1].add_init_script(init_script)
         page = contexts[-1].new_page()
         page.set_default_timeout(LONG)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if is_local(request.url, served) else problems.append(request.url))
+        page.on("requestfailed", lambda request: problems.remove(request.url) if "csp" in request.failure else None)
         page.goto(served)
         page.wait_for_selector("#viewer canvas")
         return page
@@ -272,23 +346,249 @@ def test_two_tabs_at_the_same_time(visit):
         read_chat(page, word)
 
 
+@pytest.fixture
+def slow_answers(monkeypatch):
+    """Half a second for each token."""
+    look = Stop.__call__
+
+    def wait(self, *arguments, **more):
+        time.sleep(0.5)
+        return look(self, *arguments, **more)
+
+    monkeypatch.setattr(Stop, "__call__", wait)
+
+
+def read_messages(page):
+    return page.locator('[aria-label="chatbot conversation"] .message').all_inner_texts()
+
+
 @pytest.mark.slow
-def test_an_answer_is_stopped_and_a_new_object_begins_anew(visit):
+def test_stop_keeps_what_there_is_of_an_answer(visit, slow_answers):
     page = visit()
     page.get_by_role("button", name="oakTable.ply").click()
     wait_for_view(page, "cloud")
-    page.get_by_role("button", name="What is this?").click()
-    read_chat(page, "table")
-    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("button", name="Caption this 3D model in detail.").click()
+    page.wait_for_function(
+        "document.querySelectorAll('[data-testid=bot]').length && !document.querySelector('[data-testid=bot]').innerText.includes('…')"
+    )
     page.get_by_role("button", name="Stop").click()
-    page.get_by_role("button", name="New object").click()
-    wait_for_view(page, "empty")
-    assert "table" not in page.locator('[aria-label="chatbot conversation"]').inner_text()
+    page.wait_for_timeout(3000)
+    stopped = read_messages(page)
+    page.wait_for_timeout(3000)
+    assert read_messages(page) == stopped and 0 < len(stopped[-1].split()) < 8, "ten words take longer"
 
 
 @pytest.mark.slow
-def test_a_narrow_dark_screen_without_motion(visit):
-    page = visit(viewport={"width": 390, "height": 844}, color_scheme="dark", reduced_motion="reduce")
+@pytest.mark.parametrize("button", ["New object", "Clear"])
+def test_an_answer_that_is_no_longer_wanted_does_not_come(visit, slow_answers, button):
+    page = visit()
+    page.get_by_role("button", name="oakTable.ply").click()
+    wait_for_view(page, "cloud")
+    page.get_by_role("button", name="Caption this 3D model in detail.").click()
+    page.wait_for_selector("[data-testid=bot]")
+    page.get_by_role("button", name=button).first.click()
+    if button == "New object":
+        wait_for_view(page, "empty")
+    page.wait_for_timeout(4000)
+    assert read_messages(page) == []
+
+
+@pytest.mark.slow
+def test_texts_of_a_chat_are_no_markup(visit):
+    page = visit()
+    page.get_by_role("button", name="oakTable.ply").click()
+    wait_for_view(page, "cloud")
+    text = "<img src=x onerror='window.ran = 1'><b>bold</b> & so on"
+    page.fill("#question textarea", text)
+    page.keyboard.press("Enter")
+    read_chat(page, text)
+    assert page.locator("[data-testid=user] :is(img, b)").count() == 0 and not page.evaluate("window.ran")
+
+
+@pytest.mark.slow
+def test_the_browser_sends_nothing_elsewhere(visit):
+    page = visit()
+    script = """async () => {
+      const violated = [];
+      document.addEventListener("securitypolicyviolation", (event) => violated.push(event.effectiveDirective));
+      await fetch("http://127.0.0.1:9/").catch(() => {});
+      const form = document.createElement("form");
+      form.action = "http://127.0.0.1:9/";
+      const image = new Image(), base = document.createElement("base");
+      image.src = "http://127.0.0.1:9/", base.href = "http://127.0.0.1:9/";
+      document.head.prepend(base), document.body.append(form, image), form.submit();
+      await new Promise((done) => setTimeout(done, 1000));
+      return violated;
+    }"""
+    assert {"connect-src", "form-action", "img-src", "base-uri"} <= set(page.evaluate(script))
+
+
+@pytest.mark.slow
+def test_controls_have_their_effect(visit, tmp_path):
+    cloud = np.random.default_rng(0).uniform(-1, 1, (1000, 3))
+    np.savetxt(tmp_path / "scan.xyz", np.concatenate([cloud, cloud[:3] + 50]))
+    page = visit()
+    drop(page, tmp_path / "scan.xyz")
+    wait_for_view(page, "cloud")
+    before = pixels(page)
+    picture(page, "outliers")
+    choose(page, "Remove", "outliers")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('removed 3 of 1,003 points')")
+    cleaned = pixels(page)
+    picture(page, "cleaned")
+    black = (0, 0, 0)
+    assert share_of(cleaned, black, 60) > 2 * share_of(before, black, 60), (
+        "without outliers, the object fills the view"
+    )
+    choose(page, "Missing color", "white")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('all points are white')")
+    assert share_of(pixels(page), black, 60) < share_of(cleaned, black, 60) / 2
+
+
+def choose(page, label, value):
+    page.get_by_label(label).click()
+    page.get_by_role("option", name=value, exact=True).click()
+
+
+@pytest.mark.slow
+def test_several_objects_are_dropped(visit, tmp_path):
+    xyz = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
+    colors = {"red": (1, 0, 0), "blue": (0, 0, 1)}
+    for name, color in colors.items():
+        np.save(
+            tmp_path / f"{name}.npy",
+            np.concatenate([xyz, np.tile(color, (2000, 1))], axis=1),
+        )
+    page = visit()
+    drop(page, *(tmp_path / f"{name}.npy" for name in colors))
+    wait_for_view(page, "cloud")
+    red, blue = (np.multiply(color, 255) for color in colors.values())
+    first = pixels(page)
+    assert share_of(first, red, 80) > 0.05 and share_of(first, blue, 80) == 0
+    choose(page, "Object", "blue.npy")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('blue.npy')")
+    assert share_of(pixels(page), blue, 80) > 0.05
+    drop(page, tmp_path / "red.npy")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('red.npy')")
+    page.locator("#viewer canvas").press("ArrowLeft")
+    turned = pixels(page)
+    (tmp_path / "red.npy").write_bytes((tmp_path / "blue.npy").read_bytes())
+    drop(page, tmp_path / "red.npy")
+    end = time.monotonic() + LONG / 1000
+    while share_of(again := pixels(page), blue, 80) < 0.05:
+        assert time.monotonic() < end, "the second file of this name is not shown"
+    assert share_of(turned, blue, 80) == 0
+    points = [mask_of(image, color) for image, color in ((first, red), (turned, red), (again, blue))]
+    as_first, as_turned = ((mask != points[2]).mean() for mask in points[:2])
+    assert as_first < as_turned / 2, "another file of the same name is seen from the first direction"
+
+
+def mask_of(image, color):
+    """Which pixels (H, W, 3) have about this color."""
+    return np.abs(image.astype(int) - color).max(-1) <= 80
+
+
+COUNT_TEXTURES = """
+window.textures = 0;
+const { createTexture, deleteTexture } = WebGL2RenderingContext.prototype;
+WebGL2RenderingContext.prototype.createTexture = function () { window.textures += 1; return createTexture.call(this); };
+WebGL2RenderingContext.prototype.deleteTexture = function (texture) { window.textures -= 1; deleteTexture.call(this, texture); };
+"""
+
+
+@pytest.mark.slow
+def test_a_surface_of_any_name_is_loaded_and_its_textures_are_freed(visit, tmp_path):
+    chair = (OBJECTS / "osakaChair.obj").read_text()
+    (tmp_path / "50% #1 chair.obj").write_text(chair)
+    page = visit(init_script=COUNT_TEXTURES)
+    drop(page, tmp_path / "50% #1 chair.obj", OBJECTS / "osakaChair.mtl", OBJECTS / "Wood_013_COLOR.jpg")
+    wait_for_view(page, "surface")
+    counts = []
+    for label, state in (("Cloud", "cloud"), ("Surface", "surface")) * 3:
+        page.locator("#viewer ~ *").get_by_label(label, exact=True).or_(
+            page.get_by_label(label, exact=True)
+        ).first.click()
+        wait_for_view(page, state)
+        pixels(page)
+        counts.append(page.evaluate("window.textures"))
+    assert counts[-1] == counts[1] and counts[-1] > counts[-2]
+
+
+@pytest.mark.slow
+def test_a_surface_that_cannot_be_loaded_is_told(visit):
+    page = visit()
+    page.route("**/*.glb", lambda route: route.abort())
+    page.get_by_role("button", name="osakaChair.obj").click()
+    wait_for_view(page, "failed")
+    assert "cloud" in page.locator("#viewer [role=alert]").inner_text()
+    assert len(np.unique(pixels(page).reshape(-1, 3), axis=0)) > 100, "the cloud is seen"
+    page.get_by_role("button", name="New object").click()
+    wait_for_view(page, "empty")
+    assert page.locator("#viewer [role=alert]").inner_text() == ""
+
+
+@pytest.mark.slow
+def test_everything_is_reached_with_the_keyboard(visit):
+    page = visit()
+    page.get_by_role("button", name="osakaChair.obj").press("Enter")
+    wait_for_view(page, "surface")
+    page.evaluate("document.activeElement.blur()")
+    reached = set()
+    for _ in range(50):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate(
+                "((e) => e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.tagName)(document.activeElement)"
+            ).strip()
+        )
+    wanted = [
+        "oakTable.ply",
+        "osakaChair.obj in 3D",
+        "Surface",
+        "Remove",
+        "Missing color",
+        "Up axis",
+        "Question",
+        "Stop",
+        "New object",
+    ]
+    missing = [name for name in (*wanted, "What is this?") if not any(name in text for text in reached)]
+    assert missing == [], reached
+
+
+COUNT_FRAMES = """
+window.frames_drawn = 0;
+const { drawArrays } = WebGL2RenderingContext.prototype;
+WebGL2RenderingContext.prototype.drawArrays = function (...rest) { window.frames_drawn += 1; return drawArrays.apply(this, rest); };
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_nothing_moves_by_itself_if_the_system_asks_for_it(visit, motion):
+    page = visit(reduced_motion=motion, init_script=COUNT_FRAMES)
+    page.get_by_role("button", name="oakTable.ply").click()
+    wait_for_view(page, "cloud")
+    pixels(page)
+    box = page.locator("#viewer canvas").bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 320, box["y"] + 260, steps=3)
+    script = """async () => {
+      const canvas = document.querySelector("#viewer canvas");
+      await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+      const before = window.frames_drawn;
+      await new Promise((done) => setTimeout(done, 1500));
+      return [window.frames_drawn - before, getComputedStyle(document.querySelector("button")).transitionProperty];
+    }"""
+    frames, transition = page.evaluate(script)
+    page.mouse.up()
+    assert (frames == 0, transition == "none") == ((motion == "reduce"),) * 2
+
+
+@pytest.mark.slow
+def test_a_narrow_dark_screen(visit):
+    page = visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
     page.get_by_role("button", name="oakTable.ply").click()
     wait_for_view(page, "cloud")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing is cut off"

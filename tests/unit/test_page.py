@@ -1,12 +1,14 @@
 """The page of `minigpt3d demo`, without a server or a browser."""
 
 import base64
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from repository import ROOT
 from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.cli.main import main
+from minigpt3d.evaluation.attention import spread
 from minigpt3d.meshes_minigpt3d import Material, Surface, to_srgb
+from minigpt3d.page.content import LABELS, chat_about, file_url, heat_colors, with_labels
 from minigpt3d.page.shown import Objects, example_files
 from minigpt3d.page.space import write_space
 from minigpt3d.page.streaming import Answerer, Stop, to_messages
@@ -25,6 +29,7 @@ from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 
 
 CHAIR = ROOT / "demo" / "objects" / "osakaChair.obj"
+CONTROLS = ("y", "none", "black")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,21 @@ def objects(pipeline):
     with Objects(pipeline, threading.Lock()) as objects:
         yield objects
     assert not objects.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The module of what happens on the page."""
+    return pytest.importorskip("minigpt3d.page.actions", reason="gradio is not installed", exc_type=ImportError)
+
+
+@pytest.fixture
+def talk(page, pipeline, objects, tmp_path):
+    """Actions, and a session that has an object open."""
+    np.save(tmp_path / "a.npy", make_cloud(2))
+    actions, session = page.Actions(pipeline, objects, threading.Lock(), 5), page.Session()
+    actions.open(session, [tmp_path / "a.npy"], *CONTROLS)
+    return actions, session
 
 
 # ---- Objects --------------------------------------------------------------------------------------------------------
@@ -90,7 +110,7 @@ def test_examples_ship(objects):
 
 def test_a_surface_has_the_colors_of_the_cloud(tmp_path, pipeline):
     """Read again, the GLB gives the same points in the same colors."""
-    write_surface(CHAIR, tmp_path / "chair.glb")
+    write_surface(CHAIR, tmp_path / "chair.glb", "black")
     before, after = (pipeline.read_point_cloud(path) for path in (CHAIR, tmp_path / "chair.glb"))
     np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-4)
     assert np.abs(after[:, 3:] - before[:, 3:]).mean() < 0.03  # the texture is a JPEG once more
@@ -157,68 +177,134 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(pipeline, monkeypat
 # ---- What the browser gets ------------------------------------------------------------------------------------------
 
 
-def test_what_the_viewer_gets(objects, pipeline, tmp_path):
-    app = pytest.importorskip("minigpt3d.page.layout", reason="gradio is not installed", exc_type=ImportError)
+def test_what_the_viewer_gets(page, objects, pipeline, tmp_path):
     np.save(tmp_path / "<b>.npy", make_cloud(2))
-    actions, session = app._Actions(pipeline, objects, threading.Lock(), 5), app.Session()
-    _, payload, _, facts, *_ = actions.open(session, [tmp_path / "<b>.npy"], "y", "none", "black")
+    session = page.Session()
+    actions = page.Actions(pipeline, objects, threading.Lock(), 5)
+    _, payload, _, facts, *_ = actions.open(session, [tmp_path / "<b>.npy"], *CONTROLS)
     payload = json.loads(payload)
     coord = np.frombuffer(base64.b64decode(payload["coord"]), "<f4").reshape(-1, 3)
     color = np.frombuffer(base64.b64decode(payload["color"]), np.uint8).reshape(-1, 3)
     np.testing.assert_array_equal(coord, session.shown.cloud[:, :3])
     np.testing.assert_allclose(color / 255, session.shown.cloud[:, 3:], atol=1 / 255)
     assert "&lt;b&gt;.npy" in facts and "<b>.npy" not in facts
-    heat = json.loads(actions.draw(session, app.ATTENTION, 1, "black")[0])["heat"]
-    values = app.spread(session.attention, coord)[0]
+    heat = json.loads(actions.draw(session, page.ATTENTION, 1, "black")[0])["heat"]
+    values = spread(session.attention, coord)[0]
     most = np.frombuffer(base64.b64decode(heat), np.uint8).reshape(-1, 3)[values.argmax()]
-    assert most.tolist() == app._heat_colors(np.ones(1))[0].tolist(), "the most attention has the last color"
+    assert most.tolist() == heat_colors(np.ones(1))[0].tolist(), "the most attention has the last color"
 
 
 def test_advice_names_the_controls_of_the_page():
-    app = pytest.importorskip("minigpt3d.page.layout", reason="gradio is not installed", exc_type=ImportError)
-    text = app._with_labels("set `clean` to floor and `up_axis` to y, not `other`")
-    assert (
-        "`clean`" not in text and app.LABELS["clean"] in text and app.LABELS["up_axis"] in text and "`other`" in text
-    )
+    text = with_labels("set `clean` to floor and `up_axis` to y, not `other`")
+    assert "`clean`" not in text and LABELS["clean"] in text and LABELS["up_axis"] in text and "`other`" in text
 
 
 def test_the_viewer_is_bundled_from_its_source():
-    """`make viewer` after a change of viewer.js: names of properties and texts survive minification."""
-    source, bundle = ((ROOT / "page" / path).read_text() for path in ("viewer/viewer.js", "static/viewer.js"))
-    for line in source.splitlines():
-        for text in ("Arrow keys turn it", "This browser does not show 3D", "prefers-reduced-motion"):
-            if text in line:
-                assert text in bundle
-    assert "http-equiv" not in bundle and "Three.js Authors" in bundle
+    """Run `make viewer` after a change."""
+    digest, bundle = hashlib.sha256(), (ROOT / "page" / "static" / "viewer.js").read_text()
+    for name in ("viewer.js", "build.js", "package-lock.json"):
+        digest.update((ROOT / "page" / "viewer" / name).read_bytes())
+    assert digest.hexdigest() in bundle.splitlines()[0] and "Three.js Authors" in bundle
+
+
+def test_names_and_texts_are_no_markup():
+    assert file_url(Path("/a b/50%#1?.glb")).endswith("=/a%20b/50%25%231%3F.glb")
+    asked, answered = chat_about([("<img src=x onerror=alert(1)>", "It's <b>red</b> & new.")])
+    assert "<" not in asked["content"] + answered["content"] and "It's &lt;b&gt;" in answered["content"]
+
+
+# ---- Conversations --------------------------------------------------------------------------------------------------
+
+
+def stream_of(monkeypatch, *pieces):
+    """Let the model answer with these texts; an exception is raised. Returns the calls' questions and whether they drew."""
+    calls = []
+
+    def stream(self, cloud, turns, question, stop, sample=False):
+        calls.append((question, sample))
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    monkeypatch.setattr(Answerer, "stream", stream)
+    return calls
+
+
+@pytest.mark.parametrize("ending", ["close", "forget", "open", "reread"])
+def test_an_answer_does_not_outlive_its_conversation(talk, monkeypatch, tmp_path, ending):
+    actions, session = talk
+    stream_of(monkeypatch, "A", "A table.")
+    answer = actions.ask(session, "What is this?")
+    for _ in range(2):
+        next(answer)
+    arguments = {"open": ([tmp_path / "a.npy"], *CONTROLS), "reread": CONTROLS}.get(ending, ())
+    getattr(actions, ending)(session, *arguments)
+    assert [chat for _, chat, _ in answer] == [[]] and session.turns == []
+
+
+def test_what_was_wanted_last_is_shown(talk, page, objects, monkeypatch, tmp_path):
+    """Reading and drawing take time; a visitor who goes on meanwhile does not get what they showed."""
+    actions, session = talk
+    meanwhile, skipped = [], [page.gr.skip()] * 7
+
+    def slow(function):
+        def call(*arguments, **more):
+            result = function(*arguments, **more)
+            if meanwhile:
+                meanwhile.pop()()
+            return result
+
+        return call
+
+    np.save(tmp_path / "b.npy", make_cloud(3))
+    monkeypatch.setattr(objects, "read", slow(objects.read))
+    monkeypatch.setattr(page, "measure_attention", slow(page.measure_attention))
+    meanwhile.append(lambda: actions.open(session, [tmp_path / "b.npy"], *CONTROLS))
+    assert list(actions.reread(session, *CONTROLS)) == skipped and session.shown.name == "b.npy"
+    meanwhile.append(lambda: actions.open(session, [tmp_path / "a.npy"], *CONTROLS))
+    assert list(actions.draw(session, page.ATTENTION, 0, "black")) == skipped[:2] and session.attention is None
+    meanwhile.append(lambda: actions.close(session))
+    assert list(actions.reread(session, *CONTROLS)) == skipped and session.shown is None
+
+
+def test_retry_asks_the_question_that_failed(talk, monkeypatch):
+    actions, session = talk
+    stream_of(monkeypatch, "A table.")
+    list(actions.ask(session, "What is this?"))
+    for failure in ([RuntimeError("no memory")], ["Half", RuntimeError("no memory")], []):
+        stream_of(monkeypatch, *failure)
+        *_, (_, chat, _) = actions.ask(session, "What color is it?")
+        assert chat[-1]["content"].startswith("No answer") and ("no memory" in chat[-1]["content"]) == bool(failure)
+        calls = stream_of(monkeypatch, "Brown.")
+        *_, (_, chat, _) = actions.retry(session)
+        assert calls == [("What color is it?", False)]
+        assert [turn["content"] for turn in chat] == ["What is this?", "A table.", "What color is it?", "Brown."]
+        calls = stream_of(monkeypatch, "Red.")
+        *_, (_, chat, _) = actions.retry(session)
+        assert calls == [("What color is it?", True)] and len(session.turns) == 2, "another answer is drawn"
+        session.turns.pop()
+
+
+@pytest.mark.parametrize("ending", ["close", "open", "leave"])
+def test_files_are_deleted_with_their_object(talk, tmp_path, ending):
+    actions, session = talk
+    folder = session.path.parent
+    assert folder.is_dir()
+    getattr(actions, ending)(session, *(([tmp_path / "a.npy"], *CONTROLS) if ending == "open" else ()))
+    assert not folder.exists() and (tmp_path / "a.npy").exists()
+
+
+def test_only_gathered_files_are_deleted(objects, tmp_path):
+    others = [tmp_path / "a" / "example.ply", objects.folder / "kept" / "surface.glb"]
+    for path in others:
+        path.parent.mkdir()
+        path.write_text("kept")
+    objects.remove(others)
+    assert all(path.exists() for path in others)
 
 
 # ---- Space ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_space_starts_with_its_own_code(tmp_path):
-    pytest.importorskip("gradio")
-    write_space(tmp_path / "space", None)
-    (tmp_path / "space" / "probe.py").write_text(
-        "import sys, minigpt3d, minigpt3d.hub as hub, minigpt3d.page.layout as app\n"
-        "print(minigpt3d.__file__, hub.default_model(), (app.STATIC / 'viewer.js').is_file(), len(app.example_files()))"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "probe.py"],
-        cwd=tmp_path / "space",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    code, model, has_viewer, num_examples = done.stdout.split()
-    assert (
-        code.startswith(str(tmp_path))
-        and model.startswith(str(tmp_path))
-        and has_viewer == "True"
-        and num_examples == "3"
-    )
 
 
 def test_a_space_names_its_model(tmp_path, capsys):
@@ -234,28 +320,92 @@ def test_a_space_names_its_model(tmp_path, capsys):
     assert (tmp_path / "space" / "minigpt3d" / "checkpoints" / "household" / "config.json").is_file()
 
 
-def test_mistakes_about_a_space_are_told(tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
+def test_a_space_has_the_options_that_were_given(tmp_path):
+    pytest.importorskip("gradio")
+    options = [
+        "--up-axis",
+        "z",
+        "--max-new-tokens",
+        "20",
+        "--max-seconds",
+        "5.0",
+        "--clean",
+        "floor",
+        "--dtype",
+        "float32",
+    ]
+    assert main(["demo", "--space", str(tmp_path / "space"), "--model", "org/model", *options]) == 0
+    program = (tmp_path / "space" / "app.py").read_text()
+    arguments = json.loads(program[program.index("[") : program.rindex("]") + 1])
+    assert arguments[:5] == ["demo", "--host", "0.0.0.0", "--model", "org/model"]
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert dict(zip(arguments[5::2], arguments[6::2], strict=True)) == given
+
+
+def test_what_others_wrote_into_a_space_stays(tmp_path):
+    pytest.importorskip("gradio")
+    space = tmp_path / "space"
+    for path in (".git/config", ".gitattributes"):  # a clone of an empty repository
+        (space / path).parent.mkdir(parents=True, exist_ok=True)
+        (space / path).write_text("mine")
+    write_space(space, "org/model")
+    (space / "notes.txt").write_text("mine")
+    (space / "minigpt3d" / "old.py").write_text("")
+    write_space(space, "org/model")
+    assert all((space / path).read_text() == "mine" for path in (".git/config", ".gitattributes", "notes.txt"))
+    assert not (space / "minigpt3d" / "old.py").exists()
+    (space / "minigpt3d" / ".git").mkdir()
+    with pytest.raises(ValueError, match="git repository"):
+        write_space(space, "org/model")
+
+
+def test_mistakes_about_a_space_are_told(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+    mine = (
+        "notes.txt",
+        "README.md",
+        "minigpt3d/page/layout.py",
+        "minigpt3d/.git/config",
+    )  # beside a clone of this project
+    for path in mine:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    new = ["--space", str(tmp_path / "new")]
     for arguments, word in (
         (["--push", "org/space"], "--space"),
-        (["--space", str(tmp_path)], "something else"),
-        (["--space", str(tmp_path / "new"), "--model", str(tmp_path)], "--model"),
+        (["--space", str(tmp_path)], "git repository"),
+        (["--space", str(tmp_path / "minigpt3d")], "something else"),
+        (["--space", str(tmp_path / "notes.txt")], "is a file"),
+        ([*new, "--model", str(tmp_path)], "--model"),
+        ([*new, "--port", "8000"], "--port"),
+        ([*new, "--host", "0.0.0.0"], "--host"),
+        ([*new, "--push", "space"], "OWNER/NAME"),
+        ([*new, "--push", "org/a/b"], "OWNER/NAME"),
     ):
         assert main(["demo", *arguments]) == 1
         assert word in capsys.readouterr().err
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert all((tmp_path / path).read_text() == "mine" for path in mine) and not (tmp_path / "new").exists()
+    monkeypatch.setattr("minigpt3d.cli.page.find_spec", lambda name: None)
+    assert main(["demo", *new]) == 1
+    assert "minigpt3d[demo]" in capsys.readouterr().err
 
 
 PUSH = """
-import sys
+import os, sys
 from minigpt3d.cli.main import main
 
-sys.exit(main(["demo", "--space", sys.argv[1], "--model", "org/model", "--push", "org/space"]))
+command = ["demo", "--space", sys.argv[1], "--model", "org/model", "--push", "org/space"]
+codes = [main(command), main(command)]  # a second time over the first
+os.environ["HF_TOKEN"] = ""
+print(*codes, main(command))
 """
 
 
 def test_a_space_is_published(tmp_path):
     pytest.importorskip("gradio")
+    space = tmp_path / "space"
+    write_space(space, "org/model")
+    (space / ".env").write_text("mine")
     with serve() as hub:
         changes = {
             "HF_ENDPOINT": hub.address,
@@ -263,18 +413,15 @@ def test_a_space_is_published(tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "HF_TOKEN": "hf_secret",
         }
-        environment = os.environ | changes | {"HF_HOME": str(tmp_path / "cache")}
-        command = [sys.executable, "-c", PUSH, str(tmp_path / "space")]
-        for _ in range(2):  # a second time over the first
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr
-        assert f"{hub.address}/spaces/org/space" in done.stdout
-        files = hub.repositories["spaces", "org/space"].files("main")
-        without_token = subprocess.run(
-            command, env=environment | {"HF_TOKEN": ""}, capture_output=True, text=True, timeout=300
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(space)],
+            env=os.environ | changes | {"HF_HOME": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-    written = {
-        path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*") if path.is_file()
-    }
-    assert written <= files.keys() and b"org/model" in files["app.py"]
-    assert without_token.returncode == 1 and "hf upload" in without_token.stderr
+        files = hub.repositories["spaces", "org/space"].files("main")
+    assert done.stdout.splitlines()[-1] == "0 0 1" and "hf upload" in done.stderr, done.stderr
+    assert f"{hub.address}/spaces/org/space" in done.stdout
+    written = {path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file()}
+    assert written - {".env"} == files.keys() - {".gitattributes"} and b"org/model" in files["app.py"]
