@@ -73,7 +73,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
     @app.post(CHAT)
     async def complete_chat(http_request: Request):
         with tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True) as name:
-            body, attachments = await read_body(http_request, Path(name))
+            body, attachments = await read_body(http_request, Path(name), options.max_body_bytes)
             request = await asyncio.to_thread(parse_request, body)
             del body
             check_model(request.model)
@@ -148,7 +148,7 @@ def no_answer(error: Exception) -> ApiError:
     return ApiError(500, f"The model gave no answer: {one_line(error)}")
 
 
-async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Path]]:
+async def read_body(request: Request, folder: Path, max_bytes: int) -> tuple[bytes, dict[str, Path]]:
     """The JSON of a request, and the files of a multipart form, which are written to a folder.
 
     Raises:
@@ -161,7 +161,7 @@ async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Pa
         raise ApiError(415, f"Expected application/json or multipart/form-data, got {kind[:80] or 'no type'}.")
     files, body = {}, None
     try:
-        form = await request.form(max_files=MOST_FILES, max_fields=1)
+        form = await request.form(max_files=MOST_FILES, max_fields=1, max_part_size=max_bytes)
     except ValueError as error:  # of python-multipart; Starlette passes some on
         raise ApiError(400, f"The form cannot be read: {one_line(error)}") from error
     try:

@@ -23,6 +23,8 @@ from .errors import ApiError
 from .protocol import ChatRequest, PointCloudUrl
 
 
+# Clouds of a conversation; each may take the seconds of a file.
+MOST_CLOUDS = 32
 EXPECTED = (
     "Expected data:[;name=FILE];base64,…, https://…, attachment:NAME of a multipart form, or a file of the server"
 )
@@ -89,6 +91,8 @@ def make_conversation(
         sources[:0] = shown
         first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "point_cloud"}] * len(shown)
+    if len(sources) > MOST_CLOUDS:
+        raise ApiError(400, f"The messages show {len(sources)} clouds; at most {MOST_CLOUDS} are allowed.", "messages")
     question = messages[-1]["content"]
     if not any(part["type"] == "text" and part["text"].strip() for part in question):
         if not sources:

@@ -45,6 +45,11 @@ def source_name(source: Any) -> str:
     return f"the given {type(source).__name__}"
 
 
+def is_url(source: Any) -> bool:
+    """Whether a source is a URL, of any scheme."""
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
 def is_file_like(source: Any) -> bool:
     """Whether a source holds the content of a file, wherever it is."""
     return (

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bad_readers
 import openai
 import pytest
 import torch
@@ -15,11 +16,12 @@ import uvicorn
 
 from minigpt3d.cli import main as cli
 from minigpt3d.cli.serve import Options, bind
+from minigpt3d.data.reading import FileReader
 from minigpt3d.hub import default_model, load_model
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 from minigpt3d.point_cloud_minigpt3d import load_point_cloud
 from minigpt3d.serving.app import make_app
-from minigpt3d.serving.conversation import Conversation
+from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation
 from minigpt3d.serving.engine import Engine, Settings
 from minigpt3d.serving.generation import Answer, Decoding, answer_batch
 from minigpt3d.serving.metrics import Metrics
@@ -70,7 +72,7 @@ class Running:
         """A request on a connection of its own."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + content)
         return connection
 
@@ -182,6 +184,9 @@ def test_uploads(running, expected):
         upload(running, files[:1] * 2, user(COLOR))
     with pytest.raises(openai.BadRequestError, match="osakaChair.mtl"):
         upload(running, files[1:2], user(COLOR))
+    large = cloud(f"data:;name=a.xyz,{'0 0 0%0A' * 200_000}")  # a part of the form may have more than a megabyte
+    with pytest.raises(openai.BadRequestError, match="a.xyz"):
+        upload(running, files[:1], user(COLOR, large))
 
 
 def test_requests_that_arrive_together_share_batches_and_keep_their_order(running, expected):
@@ -418,6 +423,47 @@ def test_the_size_of_a_request(running, monkeypatch):
     parts = iter([json.dumps(question).encode()])  # without a length
     answer = running.http("POST", "/v1/chat/completions", content=parts, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413 and "10,000" in answer.json()["error"]["message"]
+
+
+@pytest.fixture
+def sleeper(running, monkeypatch):
+    """One process reads, and sleeps over files that are called so."""
+    with FileReader(bad_readers.load_orientations) as reader:
+        monkeypatch.setattr(running.engine, "_reader", reader)
+        yield cloud(data_url(TABLE).replace(TABLE.name, "sleeps.ply"))
+        wait_until(lambda: running.count("requests_in_progress") == 0)
+
+
+def test_clouds_that_nobody_waits_for_are_not_read(running, sleeper, expected):
+    """The client left, or another cloud of the request cannot be read."""
+    start = time.monotonic()
+    connection = running.send({"messages": [user(QUESTION, sleeper)]})
+    wait_until(lambda: running.engine._reader._idle.empty())
+    time.sleep(0.3)  # it reads
+    connection.close()
+    assert running.ask(user(QUESTION, cloud(data_url(TABLE)))).choices[0].message.content == expected[TABLE, QUESTION]
+    with pytest.raises(openai.BadRequestError, match="bad.ply"):
+        running.ask(user(QUESTION, cloud("data:;name=bad.ply,ply%0Anonsense"), *[sleeper] * 3))
+    assert running.ask(user(QUESTION, cloud(data_url(TABLE)))).choices[0].message.content == expected[TABLE, QUESTION]
+    assert time.monotonic() - start < 40  # a file may take 60
+
+
+def test_the_number_of_clouds(running):
+    few = "0 0 0%0A1 0 0%0A0 1 0%0A0 0 1"
+    with pytest.raises(openai.BadRequestError, match=f"{MOST_CLOUDS + 1} clouds.*{MOST_CLOUDS}"):
+        running.ask(user(QUESTION, *[cloud(f"data:;name=a.xyz,{few}")] * (MOST_CLOUDS + 1)))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("evil.example:8000", 421), ("[", 421), ("\xff", 421)],
+)  # fmt: skip
+def test_a_page_of_another_host_gets_no_answer(running, monkeypatch, host, status):
+    """Its name may lead to this machine (DNS rebinding), but it does not know a key."""
+    assert running.http("GET", "/v1/models", headers={"Host": host.encode("latin-1")}).status_code == status
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    headers = {"Host": host.encode("latin-1"), "Authorization": "Bearer secret"}
+    assert running.http("GET", "/v1/models", headers=headers).status_code == 200
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from minigpt3d.point_cloud_minigpt3d import load_orientations as load_all, load_
 
 
 def misbehave(path):
-    name = Path(path).stem if isinstance(path, (str, Path)) else None  # the pipeline passes arrays
+    name = Path(path).stem if isinstance(path, (str, os.PathLike)) else None  # the pipeline passes arrays
     if name == "sleeps":
         time.sleep(1000)
     elif name == "loops":  # in C, holding Python's lock
