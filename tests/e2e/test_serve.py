@@ -1,5 +1,6 @@
 """`minigpt3d serve`: one server with the bundled model, and OpenAI's client."""
 
+import asyncio
 import base64
 import json
 import socket
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bad_readers
+import numpy as np
 import openai
 import pytest
 import torch
@@ -19,9 +21,9 @@ from minigpt3d.cli.serve import Options, bind
 from minigpt3d.data.reading import FileReader
 from minigpt3d.hub import default_model, load_model
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
-from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.point_cloud_minigpt3d import load_orientations, load_point_cloud
 from minigpt3d.serving.app import make_app
-from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation
+from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation, Source
 from minigpt3d.serving.engine import Engine, Settings
 from minigpt3d.serving.generation import Answer, Decoding, answer_batch
 from minigpt3d.serving.metrics import Metrics
@@ -260,8 +262,26 @@ def test_reading_options_and_warnings(running, tmp_path):
     url = f"data:;name=bare.xyz,{points}".replace(" ", "%20").replace("\n", "%0A")
     answer = running.ask(user(COLOR, cloud(url, missing_color="white", up_axis="z", clean="none")))
     assert any("bare.xyz" in text and "white" in text for text in answer.warnings)
-    assert any("auto" not in text for text in running.ask(user(QUESTION, cloud(url, up_axis="auto"))).warnings)
     assert "no message" in running.ask(user(QUESTION)).warnings[0]
+
+
+def test_clouds_are_read_as_the_request_says(running, tmp_path):
+    path = tmp_path / "bare.xyz"
+    path.write_text("\n".join(f"{x} {y} {z}" for x in range(5) for y in range(5) for z in range(9)))
+
+    def read(**reading) -> np.ndarray:
+        (points,), warnings = asyncio.run(running.engine.read([Source(path, "my.xyz", "param", reading)]))
+        assert all(text.startswith("my.xyz: ") for text in warnings)
+        return points
+
+    for reading in (
+        {"up_axis": "z"},
+        {"up_axis": "x", "missing_color": "white"},
+        {"up_axis": "auto", "clean": "none"},
+    ):
+        orientations, _ = load_orientations(path, **running.pipeline.reading_arguments(**reading))
+        np.testing.assert_array_equal(read(**reading), running.pipeline.choose_orientation(orientations).cloud)
+    assert len({read(up_axis=axis).tobytes() for axis in "xyz"}) > 1
 
 
 def test_files_below_root(running, expected):
