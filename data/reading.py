@@ -246,8 +246,10 @@ class _Process:
 
     def _start(self):
         self._is_ready, self._log = False, tempfile.TemporaryFile()
+        # Of its own, since a process that is ended leaves what it has downloaded or unpacked.
+        self._folder = tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True)
         # Threads of BLAS reserve address space for each core, and reading has no use for them.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TMPDIR": self._folder.name}
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, *sys.path],
             stdin=subprocess.PIPE,
@@ -338,6 +340,7 @@ class _Process:
         for stream in (self._process.stdin, self._log):
             with contextlib.suppress(OSError):  # what was not sent yet
                 stream.close()
+        self._folder.cleanup()
 
 
 # ---- In the process -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minigpt3d.messages import one_line
 
@@ -20,7 +21,7 @@ from .conversation import make_conversation, save
 from .engine import Engine
 from .errors import ApiError
 from .generation import Answer
-from .guard import CHAT, Guard
+from .guard import CHAT, CLIENT_LEFT, Guard
 from .metrics import Metrics
 from .protocol import END_OF_STREAM, Completion, count_tokens, event, parse_request
 from .serve_options import ServeOptions
@@ -52,7 +53,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
 
     add_error_handlers(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def show_health():
         is_well = not app.state.work.done()
         return JSONResponse({"status": "ok" if is_well else "failed", "model": model}, 200 if is_well else 503)
@@ -108,6 +109,10 @@ def add_error_handlers(app: FastAPI):
     async def on_api_error(request: Request, error: ApiError):
         return JSONResponse(error.body, error.status)
 
+    @app.exception_handler(ClientDisconnect)
+    async def on_departure(request: Request, error: ClientDisconnect):
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
+
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException):
         body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body
@@ -154,6 +159,8 @@ async def read_body(request: Request, folder: Path, max_bytes: int) -> tuple[byt
     Raises:
         ApiError: it is of another type, or the form has no part `request`.
     """
+    if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(415, f"The encoding {encoding[:80]} is not read. Send the request as it is.")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         return await request.body(), {}

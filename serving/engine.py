@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigpt3d.data.reading import FileReader, Limits
-from minigpt3d.messages import one_line
 from minigpt3d.point_cloud_minigpt3d import load_orientations
 from minigpt3d.readers_minigpt3d import printable
-from minigpt3d.sources_minigpt3d import source_name
+from minigpt3d.sources_minigpt3d import HOW_TO_ALLOW, source_name
 
 from .batching import Batcher
 from .conversation import Conversation, Source
-from .errors import ApiError
+from .errors import INVALID, ApiError
 from .generation import Decoding, answer_batch
 from .metrics import Metrics
 from .protocol import ChatRequest
@@ -96,7 +95,8 @@ class Engine:
         result = await self._reader.read(source.path, **arguments)
         self._metrics.reading.observe(result.seconds)
         if result.error is not None:
-            raise ApiError(400, _called(str(result.error), source), source.param, "invalid_point_cloud")
+            text = str(result.error).replace(HOW_TO_ALLOW, "Send the file with the request.")
+            raise ApiError(400, _called(text, source), source.param, INVALID)
         orientations, _ = result.content
         if len(orientations) == 1:
             (chosen,) = orientations
@@ -129,8 +129,9 @@ class Engine:
                 max_length=2**31,  # what is too long is refused below
             )
         except Exception as error:  # of jinja, which has a class of its own
+            reason = " ".join(str(error).split())
             raise ApiError(
-                400, f"The model's chat template does not take these messages: {one_line(error)}", "messages"
+                400, f"The model's chat template does not take these messages: {reason}", "messages"
             ) from error
         (ids,) = np.asarray(encoded["input_ids"]).reshape(1, -1).tolist()
         if len(ids) >= self._context:

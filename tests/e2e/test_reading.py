@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,15 +59,18 @@ def test_bad_files_cost_themselves_only(num_processes, tmp_path):
     )
 
 
-def test_reading_that_is_not_wanted_any_more_ends(tmp_path):
-    """Whether it has begun or waits for a process."""
+def test_reading_that_is_not_wanted_any_more_ends(tmp_path, monkeypatch):
+    """Whether it has begun or waits for a process; and no temporary file is left."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     sleeps, good = write_clouds(tmp_path, ["sleeps", "good"])
 
     async def leave(reader):
         first = await reader.read(good, num_points=60)
         tasks = [asyncio.ensure_future(reader.read(sleeps)) for _ in range(3)]
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         pid = reader._processes[0]._process.pid
+        assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -78,6 +82,7 @@ def test_reading_that_is_not_wanted_any_more_ends(tmp_path):
         first, second, pid = asyncio.run(leave(reader))
     assert first.error is second.error is None and not is_running(pid)
     np.testing.assert_array_equal(first.content, second.content)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_libraries_print_stays_in_the_process(tmp_path, capfd):

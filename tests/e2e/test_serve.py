@@ -23,10 +23,11 @@ from minigpt3d.hub import default_model, load_model
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
 from minigpt3d.point_cloud_minigpt3d import load_orientations, load_point_cloud
 from minigpt3d.serving.app import make_app
-from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation, Source
+from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation, Source, make_conversation
 from minigpt3d.serving.engine import Engine, Settings
 from minigpt3d.serving.generation import Answer, Decoding, answer_batch
 from minigpt3d.serving.metrics import Metrics
+from minigpt3d.serving.protocol import parse_request
 from minigpt3d.serving.serve_options import KEY_VARIABLE
 
 
@@ -313,7 +314,7 @@ def test_without_root_no_file_is_read(running, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("https://127.0.0.1/a.ply", ["https://127.0.0.1/a.ply", "public"]),
+        ("https://127.0.0.1/a.ply", ["https://127.0.0.1/a.ply", "public", "Send the file"]),
         ("https://169.254.169.254/latest", ["public"]),
         ("http://example.com/a.ply", ["http", "https"]),
         ("ftp://example.com/a.ply", ["ftp", "https"]),
@@ -333,7 +334,7 @@ def test_clouds_that_cannot_be_read(running, url, words):
         running.ask(user(QUESTION, cloud(url)))
     message = caught.value.body["message"]
     assert [word for word in words if word not in message] == [] and "/tmp" not in message
-    assert caught.value.type == "invalid_request_error"
+    assert caught.value.type == "invalid_request_error" and "MINIGPT3D" not in message
 
 
 @pytest.mark.parametrize(
@@ -377,6 +378,39 @@ def test_requests_that_cannot_be_answered(running, change, param):
     error = caught.value.body
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 500
     assert param is None or error["param"] == param, error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stop": 5}, ["text or a list", "got 5"]),
+        ({"messages": [{"role": "user", "content": None}]}, ["text or a list of parts", "got null"]),
+        ({"messages": [user("a", {"type": "image_url", "image_url": {"url": "x"}})]}, ["'point_cloud_url'", '"image_url"']),
+        ({"messages": [user("a", cloud("data:;base64,"))]}, ["empty"]),
+        ({"messages": [{"role": "tool", "content": "a"}, user("b")]}, ["template"]),
+    ],
+)  # fmt: skip
+def test_messages_of_errors_say_what_is_expected(running, change, words):
+    with pytest.raises(openai.BadRequestError) as caught:
+        running.client.post("/chat/completions", cast_to=object, body={"messages": [user(QUESTION)]} | change)
+    message = caught.value.body["message"]
+    assert [word for word in words if word not in message] == [] and "Error" not in message, message
+
+
+def test_a_developer_is_a_system_and_blanks_are_no_question(running, expected):
+    system = [running.engine.encode(make_conversation(parse_request(json.dumps({"messages": [
+        {"role": role, "content": "Be brief."}, user(QUESTION)]}).encode()), {}, None, None)) for role in ("system", "developer")]  # fmt: skip
+    assert system[0] == system[1]
+    answer = running.ask(user("  ", cloud(data_url(TABLE))))
+    assert (
+        answer.choices[0].message.content == running.ask(user("", cloud(data_url(TABLE)))).choices[0].message.content
+    )
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": [user(QUESTION)]}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert running.http("POST", "/v1/chat/completions", content=body, headers=headers).status_code == 200
+    headers |= {"Content-Encoding": "gzip"}
+    assert running.http("POST", "/v1/chat/completions", content=body, headers=headers).status_code == 415
+    assert running.http("HEAD", "/health").status_code == 200
 
 
 def test_neutral_arguments_are_accepted(running):
@@ -498,6 +532,18 @@ def slow(running, monkeypatch):
     monkeypatch.setattr(running.engine.batcher, "_answer", wait_for_departure)
     yield asked
     wait_until(lambda: running.count("requests_in_progress") == 0)
+
+
+@pytest.mark.parametrize("body", [b"{", b"--a\r\nContent-Disposition: form-data; name=request\r\n\r\n{"])
+def test_a_client_that_leaves_while_it_sends(running, body, caplog):
+    left = running.count("requests_total", status="499")
+    kind = "application/json" if body == b"{" else "multipart/form-data; boundary=a"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port), timeout=WAIT) as connection:
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: running.count("requests_in_progress"))
+    wait_until(lambda: running.count("requests_total", status="499") == left + 1)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("stream", [False, True])
