@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,18 @@ from .readers_minigpt3d import (
     keeps_nodes,
     limits,
     too_few,
+    warn,
 )
-from .surfaces_minigpt3d import TextureFiles, check_indices, says_color, split_groups, split_polygons
+from .surfaces_minigpt3d import (
+    OUTSIDE,
+    TextureFiles,
+    check_indices,
+    list_missing,
+    says_color,
+    split_groups,
+    split_polygons,
+    why_not_found,
+)
 
 
 _ASSIMP_SUFFIXES = (
@@ -60,6 +71,11 @@ _DIFFUSE, _BASE_COLOR = 1, 12  # kinds of textures
 
 def _read_assimp(path: Path) -> list[Surface]:
     assimp = import_reader("assimp_py", "assimp-py")
+    if path.suffix.lower() == ".x3d" and re.search(rb"<\s*([\w.-]+:)?Inline\b", path.read_bytes().replace(b"\0", b"")):
+        # assimp opens what it names, wherever it is, but not the lists of names that X3D prescribes
+        raise PointCloudError(
+            "it shows other files (Inline), which are not read. Export it as .glb, with everything in it."
+        )
     if path.suffix.lower() in (".dae", ".zae", ".x3d", ".amf"):
         _check_num_places(path)
     try:
@@ -259,16 +275,99 @@ def _check_usd(path: Path):
                 raise too_few(f"{num_sections:,} sections from byte {start:,}", f"it has {len(part):,} bytes")
 
 
+class _UsdFolder:
+    """A USD file, and what it names in its folder.
+
+    usd-core opens whatever a layer names (sublayers, references, payloads, value clips): absolute paths, those that lead out
+    of the folder, and names that are in the working directory only. So each layer is opened alone first, and names of other
+    layers are taken out of it, in memory. usd-core then composes these very layers. Textures are checked where they are read.
+
+    Attributes:
+        root: the layer of the file.
+        missing: the names that were taken out, and why.
+    """
+
+    def __init__(self, path: Path):
+        self._sdf, self._ar, self._utils = (
+            import_reader(f"pxr.{name}", "usd-core") for name in ("Sdf", "Ar", "UsdUtils")
+        )
+        self._folder = path.parent.resolve()
+        self._checked: set[str] = set()
+        self.missing: dict[str, str] = {}
+        self._layers: dict[str, Any] = {}  # usd-core forgets a layer that nobody holds
+        self._waiting: list[Any] = []
+        self.root = self._open(str(path.absolute()))
+        while self._waiting:
+            layer = self._waiting.pop()
+            self._utils.ModifyAssetPaths(layer, partial(self._confine, layer))
+
+    def has(self, resolved: str) -> bool:
+        """Whether a file, which may be in a package, is in the folder."""
+        file = self._ar.SplitPackageRelativePathOuter(resolved)[0]
+        return bool(file) and Path(file).resolve().is_relative_to(self._folder)
+
+    def _open(self, identifier: str) -> Any:
+        file = self._ar.SplitPackageRelativePathOuter(identifier)[0]
+        if file not in self._checked:
+            self._checked.add(file)
+            _check_usd(Path(file))
+        layer = self._sdf.Layer.FindOrOpen(identifier)
+        if layer.identifier not in self._layers:
+            self._layers[layer.identifier] = layer
+            self._waiting.append(layer)
+        return layer
+
+    def _confine(self, layer: Any, name: str) -> str:
+        """What stands in a layer for the path of a file: of another layer its own path, or nothing if it is not read.
+
+        Raises:
+            PointCloudError: it leads out of a package, in which nothing can be replaced.
+        """
+        bare = self._sdf.Layer.SplitIdentifier(name)[0]
+        suffix = bare and self._sdf.FileFormat.GetFileExtension(bare)
+        if not suffix or self._sdf.FileFormat.FindByExtension(suffix) is None:
+            return name
+        path = layer.ComputeAbsolutePath(bare)
+        resolved = self._ar.GetResolver().Resolve(path).GetPathString()
+        package, packed = self._ar.SplitPackageRelativePathOuter(layer.realPath)
+        is_template = "#" in bare and not resolved  # of value clips, with digits in their place
+        if packed or layer.GetFileFormat().IsPackage():
+            if self._ar.SplitPackageRelativePathOuter(resolved or path)[0] != package and (resolved or is_template):
+                raise PointCloudError(
+                    f"a file in this package names {name!r}, which is outside of it. Export it again."
+                )
+            return name
+        if is_template:
+            resolved = str(Path(layer.realPath).parent / bare)
+        if not resolved:
+            self.missing[name] = why_not_found(name)
+        elif not self.has(resolved):
+            self.missing[name] = OUTSIDE
+        elif is_template:
+            return resolved
+        else:
+            try:
+                return self._open(resolved).identifier
+            except (_usd_error(), PointCloudError):
+                self.missing[name] = "corrupt"
+        return ""
+
+
+def _usd_error() -> type[Exception]:
+    """What usd-core raises; the text has several lines."""
+    return import_reader("pxr.Tf", "usd-core").ErrorException
+
+
 def _read_usd(path: Path) -> list[Surface]:
     usd = import_reader("pxr.Usd", "usd-core")
     geometry, shading = import_reader("pxr.UsdGeom", "usd-core"), import_reader("pxr.UsdShade", "usd-core")
-    _check_usd(path)
     try:
-        stage = usd.Stage.Open(str(path))
-    except Exception as error:  # pxr.Tf.ErrorException, with a report of several lines
-        raise PointCloudError(
-            "usd-core cannot open it. The file is corrupt or names parts that are missing."
-        ) from error
+        folder = _UsdFolder(path)
+        stage = usd.Stage.Open(folder.root)
+    except _usd_error() as error:
+        raise PointCloudError("usd-core cannot open it. The file is corrupt; export it again.") from error
+    if folder.missing:
+        warn(f"parts are missing: {list_missing(folder.missing)}.")
     textures, surfaces, num_faces = TextureFiles(), [], 0
     numbers: dict[str, int] = {}  # of prims by their path
     materials: dict[str, Material | None] = {}
@@ -308,7 +407,7 @@ def _read_usd(path: Path) -> list[Surface]:
             bound = shading.MaterialBindingAPI(owner_prim).ComputeBoundMaterial()[0]
             key = str(bound.GetPath()) if bound else ""
             if key not in materials:
-                materials[key] = _usd_material(bound, time, textures, path) if bound else None
+                materials[key] = _usd_material(bound, time, textures, folder, path) if bound else None
             surface = whole.surface(here, materials[key])
             surfaces.append(replace(surface, nodes=_usd_nodes(prim, numbers)) if keeps_nodes() else surface)
     textures.warn_missing()
@@ -366,7 +465,7 @@ class _UsdMesh:
         return Surface(self.corners[here], np.concatenate([color, np.ones_like(color[..., :1])], axis=-1))
 
 
-def _usd_material(bound: Any, time: Any, textures: TextureFiles, path: Path) -> Material | None:
+def _usd_material(bound: Any, time: Any, textures: TextureFiles, folder: _UsdFolder, path: Path) -> Material | None:
     """The texture or color of a UsdPreviewSurface."""
     shader = bound.ComputeSurfaceSource()[0]
     entry = shader.GetInput("diffuseColor") if shader else None
@@ -378,9 +477,9 @@ def _usd_material(bound: Any, time: Any, textures: TextureFiles, path: Path) -> 
         asset = file.Get(time) if file else None
         name = asset.path if asset else ""
         resolution = import_reader("pxr.Ar", "usd-core")
-        resolved = resolution.ResolvedPath(asset.resolvedPath) if asset and asset.resolvedPath else None
-        is_inside = asset and Path(asset.resolvedPath).resolve().is_relative_to(path.parent.resolve())
-        opened = resolution.GetResolver().OpenAsset(resolved) if resolved and is_inside else None
+        resolved = asset.resolvedPath if asset else ""
+        is_inside = folder.has(resolved)
+        opened = resolution.GetResolver().OpenAsset(resolution.ResolvedPath(resolved)) if is_inside else None
         if opened is not None:
             texture = textures.decode(name, bytes(opened.GetBuffer()))
         else:

@@ -19,6 +19,7 @@ from .surfaces_minigpt3d import (
     count_words,
     decode_text,
     find_file,
+    list_missing,
     parse_numbers,
     read_lines,
     says_color,
@@ -308,9 +309,7 @@ def _read_libraries(path: Path, lines: list[str], uses_materials: bool) -> tuple
             files += [file] if (file := find_file(name, folders_beside(path))) else []
         missing = [] if files else missing
     if missing:
-        names = [f"{name[:200]!r} ({why_not_found(name)})" for name in missing]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warn(f"material files are missing: {', '.join(names[:3])}{more}.")
+        warn(f"material files are missing: {list_missing({name: why_not_found(name) for name in missing})}.")
     paints = _Paints()
     for file in dict.fromkeys(files):
         if file.stat().st_size > limits().max_material_bytes:

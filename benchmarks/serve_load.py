@@ -98,7 +98,7 @@ def main():
         everything = list(range(len(clouds)))
         asyncio.run(ask_all(address, clouds, [everything[:10]]))  # warm-up
         print("clients  requests/s  p50 s  p95 s  batch  other answers  MB")
-        rate = 0.0
+        rate, num_others = 0.0, 0
         rng = np.random.default_rng(0)
         for number in range(arguments.rounds + 1):
             shares = [everything]
@@ -114,6 +114,7 @@ def main():
                 for share, texts in zip(shares, answers, strict=True)
                 for item, answer in zip(share, texts, strict=True)
             )
+            num_others += others
             p50, p95 = np.quantile(times, [0.5, 0.95])
             print(
                 f"{len(shares):7}{len(times) / seconds:12.1f}{p50:7.2f}{p95:7.2f}{questions / count:7.1f}{others:15}"
@@ -123,6 +124,8 @@ def main():
     finally:
         process.terminate()
         process.wait(60)
+    if num_others:
+        sys.exit(f"{num_others} answers differ from those to the same questions one by one.")
 
 
 if __name__ == "__main__":

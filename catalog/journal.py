@@ -1,5 +1,6 @@
 """What a run has finished, on disk: lines of JSON that are appended as the model answers, so that a stopped run continues."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ class Key(NamedTuple):
     """An object, and the state of its file.
 
     Args:
-        file: path or URL.
+        file: path, or a hash of a URL, which may hold a password.
         node: number of the node in the scene, None for the whole file.
         size: bytes; None for URLs and missing files, which are read again.
         modified: nanoseconds.
@@ -30,7 +31,7 @@ class Key(NamedTuple):
             state = None if isinstance(source, str) else os.stat(source)
         except (OSError, ValueError):
             state = None
-        file = source if isinstance(source, str) else os.fspath(source)
+        file = hashlib.sha256(source.encode()).hexdigest() if isinstance(source, str) else os.fspath(source)
         return cls(file, node, *((None, None) if state is None else (state.st_size, state.st_mtime_ns)))
 
 

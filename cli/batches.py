@@ -1,5 +1,6 @@
 """Work on many files: find them in folders, read the next ones while the model works on a batch, count what became of them."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -125,6 +126,11 @@ class Progress:
         skipped = Counter({suffix: count for suffix, count in self.skipped.items() if suffix not in PARTS})
         end = f", {skipped.total()} skipped: {by_type(skipped)}" if skipped else ""
         return f"{self.done} {self.verb}, {self.failed} failed{end}"
+
+
+def file_of(source: Path | str) -> str:
+    """What a table calls a file: its path as it is, or its URL without user, password and query."""
+    return source_name(source) if isinstance(source, str) else os.fspath(source)
 
 
 def by_type(counts: Counter) -> str:

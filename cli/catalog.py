@@ -16,7 +16,7 @@ from minigpt3d.catalog.rows import NOT_SURE, Question, columns
 from minigpt3d.files import write_bytes
 from minigpt3d.messages import one_line
 
-from .batches import Progress, work_on_files
+from .batches import Progress, file_of, work_on_files
 from .classify import classifier
 from .console import complain
 from .describe import ask, facts_of, place_of
@@ -142,7 +142,8 @@ def make_row(result, outcome, questions: list[Question], options: "Options") -> 
 def thumbnail_name(source) -> str:
     """A name for the picture of an object, different for every one and harmless everywhere."""
     key = key_of(source)
-    stem = re.sub(r"[^\w.-]", "_", Path(key.file).name if key.node is None else source.name, flags=re.ASCII)[:80]
+    name = Path(file_of(source)).name if key.node is None else source.name
+    stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:80]
     return f"{stem}-{hashlib.sha256(os.fsencode(f'{key.file} {key.node}')).hexdigest()[:8]}.png"
 
 

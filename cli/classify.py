@@ -12,7 +12,7 @@ from minigpt3d.arguments import non_empty, option
 from minigpt3d.catalog.rows import json_line, safe_cell
 from minigpt3d.sources_minigpt3d import source_name
 
-from .batches import FilesOptions, Progress, work_on_files
+from .batches import FilesOptions, Progress, file_of, work_on_files
 from .console import EXIT_CODES, FAILED, complain
 
 
@@ -79,7 +79,7 @@ def print_labels(progress: Progress, names: dict, options: Options):
                 cells = [name, label, probability, *(probabilities[of_label] for of_label in names)]
                 table.writerow(map(safe_cell, cells))
             elif options.json:
-                record = {"file": str(result.path), "label": label, "probability": probability}
+                record = {"file": file_of(result.path), "label": label, "probability": probability}
                 out.write(json_line(record | {"probabilities": probabilities, "warnings": result.warnings}))
             else:
                 best = list(probabilities.items())[:MOST_PRINTED]

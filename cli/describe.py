@@ -1,7 +1,6 @@
 """`minigpt3d describe`: say what each 3D model is, or write a catalog of all."""
 
 import argparse
-import os
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from minigpt3d.arguments import number_between, option
 from minigpt3d.catalog.rows import Question, check_questions, json_line, measure
 from minigpt3d.sources_minigpt3d import source_name
 
-from .batches import FilesOptions, Progress, work_on_files
+from .batches import FilesOptions, Progress, file_of, work_on_files
 from .console import EXIT_CODES, FAILED, complain
 from .inference import InferenceOptions
 
@@ -161,7 +160,7 @@ def to_line(result, answer: str, options: Options, with_name: bool) -> str:
 
 def place_of(source, options: Options) -> dict:
     """The file of a source and, if nodes are described, the name of its node, None for a whole file."""
-    file = {"file": source if isinstance(source, str) else os.fspath(source)}
+    file = {"file": file_of(source)}
     is_path = isinstance(source, (str, Path))
     return file | {"node": None if is_path else source.name} if options.each_node else file
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from minigpt3d.arguments import option
 from minigpt3d.files import check_new_file, written_file
 
-from .batches import FilesOptions, Progress, work_on_files
+from .batches import FilesOptions, Progress, file_of, work_on_files
 from .console import EXIT_CODES, FAILED, complain
 
 
@@ -44,7 +44,7 @@ def run(options: Options, argv: list[str]) -> int:
         ) as batches:
             for result, embedding in chain.from_iterable(batches):
                 if not isinstance(embedding, Exception):
-                    paths.append(str(result.path))
+                    paths.append(file_of(result.path))
                     embeddings.append(embedding)
         if progress.has_folder:
             complain(progress.summary())

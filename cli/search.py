@@ -9,7 +9,7 @@ from minigpt3d.arguments import non_empty, option, positive_int
 from minigpt3d.catalog.rows import json_line
 from minigpt3d.sources_minigpt3d import source_name
 
-from .batches import FilesOptions, Progress, work_on_files
+from .batches import FilesOptions, Progress, file_of, work_on_files
 from .classify import labeler
 from .console import EXIT_CODES, FAILED, complain
 
@@ -70,7 +70,7 @@ def print_best(found: list[tuple], options: Options):
     for index in np.argsort(-shares, kind="stable")[: options.top]:
         source, share = found[index][0], float(shares[index])
         print(
-            json_line({"file": str(source), "score": round(share, 6)})
+            json_line({"file": file_of(source), "score": round(share, 6)})
             if options.json
             else f"{share:.2f} {source_name(source)}"
         )

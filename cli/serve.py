@@ -17,7 +17,6 @@ DESCRIPTION = (
     "together are answered in one batch."
 )
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 # Seconds that requests in progress get when the server is stopped.
 GRACE = 10
 
@@ -35,7 +34,7 @@ def run(options: Options, argv: list[str]) -> int:
         raise ValueError(f"`root` {options.root}: there is no such folder")
     with bind(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        if options.host not in LOCAL and options.key is None:
+        if not options.is_local and options.key is None:
             complain(
                 f"warning: everybody who reaches {options.host} may use this server; set --api-key or {KEY_VARIABLE}"
             )

@@ -5,6 +5,7 @@ through its standard input and output. `multiprocessing` is not used: its pool b
 the caller's main module again. A process imports what reading needs, which takes 0.3 s; with torch it would take 2 s.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -26,7 +27,8 @@ from typing import Any, NamedTuple
 
 from minigpt3d.arguments import number_between, option
 from minigpt3d.messages import one_line
-from minigpt3d.readers_minigpt3d import PointCloudError, printable
+from minigpt3d.readers_minigpt3d import PointCloudError, ReadingLimits, limited, printable
+from minigpt3d.sources_minigpt3d import is_url, local_file, source_name
 
 
 # Paths that wait for each process; more would only hold more results in memory.
@@ -40,27 +42,36 @@ class CrashError(PointCloudError):
 
 
 class Limits(NamedTuple):
-    """What reading one file may take; large files are allowed more (docs/reading.md lists the values).
+    """What reading one file may take; large files are allowed more (docs/reading.md lists the values). A URL is downloaded
+    first, within limits of its own.
 
     Args:
         seconds: by the clock.
         memory: bytes of address space.
         seconds_per_mb: more seconds for each megabyte of the file.
         memory_per_byte: more memory for each byte of the file.
+        max_download_seconds, max_download_bytes: see `ReadingLimits`.
     """
 
     seconds: float = 60
     memory: int = 4 * 1024**3
     seconds_per_mb: float = 1
     memory_per_byte: int = 16
+    max_download_seconds: float = ReadingLimits.max_download_seconds
+    max_download_bytes: int = ReadingLimits.max_download_bytes
 
     def of(self, path: str | Path) -> tuple[float, int]:
-        """Seconds and bytes for this file."""
+        """Seconds and bytes of memory for this file; for a URL, whose size is not known yet, the most seconds."""
+        if is_url(path):
+            return self.max_download_seconds + self._seconds(self.max_download_bytes), self.memory
         try:
             size = os.stat(path).st_size
         except (OSError, ValueError):  # the reader says what is wrong with it
             size = 0
-        return self.seconds + self.seconds_per_mb * size / 1e6, self.memory + self.memory_per_byte * size
+        return self._seconds(size), self.memory + self.memory_per_byte * size
+
+    def _seconds(self, size: int) -> float:
+        return self.seconds + self.seconds_per_mb * size / 1e6
 
 
 LIMITS = Limits()
@@ -146,9 +157,17 @@ class FileReader:
             process.close()
         self._threads.shutdown(cancel_futures=True)
 
-    def submit(self, path: str | Path, **arguments) -> "Future[FileResult]":
-        """Read one file as soon as a process is free. The future raises as `read_files`."""
-        return self._threads.submit(self._read, path, arguments)
+    def _submit(self, task: "_Task") -> "Future[FileResult]":
+        return self._threads.submit(self._read, task)
+
+    async def read(self, path: str | Path, **arguments) -> FileResult:
+        """Read one file as soon as a process is free. If this is cancelled, reading ends. Raises as `read_files`."""
+        task = _Task(path, arguments)
+        try:
+            return await asyncio.wrap_future(self._submit(task))
+        except asyncio.CancelledError:
+            task.stop()
+            raise
 
     def read_files(self, paths: Iterable[str | Path], ahead: int = LOOKAHEAD, **arguments) -> Iterator[FileResult]:
         """Results in the order of the paths. While one is looked at, the next `ahead` for each process are read.
@@ -159,7 +178,7 @@ class FileReader:
         waiting = deque()
         try:
             for path in paths:
-                waiting.append(self.submit(path, **arguments))
+                waiting.append(self._submit(_Task(path, arguments)))
                 if len(waiting) > ahead * len(self._processes):
                     yield _result(waiting.popleft())
             while waiting:
@@ -168,10 +187,10 @@ class FileReader:
             for future in waiting:
                 future.cancel()
 
-    def _read(self, path: str | Path, arguments: dict) -> FileResult:
+    def _read(self, task: "_Task") -> FileResult:
         process = self._idle.get()
         try:
-            return process.read(path, arguments)
+            return process.read(task)
         finally:
             self._idle.put(process)
 
@@ -181,6 +200,37 @@ def _result(future: Future) -> FileResult:
     while not wait([future], timeout=0.5).done:
         pass
     return future.result()
+
+
+class _Task:
+    """A file that is to be read.
+
+    Attributes:
+        process: what reads it, while it does.
+    """
+
+    def __init__(self, path: str | Path, arguments: dict):
+        self.path, self.arguments = path, arguments
+        self.process: subprocess.Popen | None = None
+        self.is_stopped, self._lock = False, threading.Lock()
+
+    def stop(self):
+        """End the process that reads it, or let none begin."""
+        with self._lock:
+            self.is_stopped = True
+            if self.process is not None:
+                self.process.kill()
+
+    @contextlib.contextmanager
+    def read_by(self, process: subprocess.Popen) -> Iterator[bool]:
+        """Whether it is to be read; within this context `stop` ends the process."""
+        with self._lock:
+            self.process = None if self.is_stopped else process
+        try:
+            yield self.process is not None
+        finally:
+            with self._lock:
+                self.process = None
 
 
 class _Process:
@@ -196,8 +246,10 @@ class _Process:
 
     def _start(self):
         self._is_ready, self._log = False, tempfile.TemporaryFile()
+        # Of its own, since a process that is ended leaves what it has downloaded or unpacked.
+        self._folder = tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True)
         # Threads of BLAS reserve address space for each core, and reading has no use for them.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TMPDIR": self._folder.name}
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, *sys.path],
             stdin=subprocess.PIPE,
@@ -208,20 +260,28 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):  # it is noticed when it does not answer
             self._send(self._function)
 
-    def read(self, path: str | Path, arguments: dict) -> FileResult:
+    def read(self, task: _Task) -> FileResult:
         if self._process.poll() is not None and self._is_ready:
             self._discard()
             if self._closed:
                 raise RuntimeError("This reader is closed.")
             self._start()
         self._wait_until_ready()
+        with task.read_by(self._process) as is_wanted:
+            if not is_wanted:
+                return FileResult(
+                    task.path, error=PointCloudError(f"{source_name(task.path)}: reading it was stopped.")
+                )
+            return self._answer(task.path, task.arguments)
+
+    def _answer(self, path: str | Path, arguments: dict) -> FileResult:
         seconds, memory = self._limits.of(path)
         self._has_expired = False
         timer = threading.Timer(seconds, self._expire)
         start = time.monotonic()
         timer.start()
         try:
-            self._send((path, arguments, seconds + GRACE_SECONDS, memory))
+            self._send((path, arguments, self._limits))
             result = pickle.load(self._process.stdout)
         except Exception:  # the end of its output, or the beginning of a result
             result = FileResult(path, error=self._post_mortem(path, seconds, memory))
@@ -264,11 +324,10 @@ class _Process:
     def _post_mortem(self, path: str | Path, seconds: float, memory: int) -> CrashError:
         self._process.kill()
         code = self._process.wait()
-        name = printable(str(path))
+        name = source_name(path)
         if self._has_expired or code == -getattr(signal, "SIGALRM", 0):
-            return CrashError(
-                f"{name}: it was not read within {seconds:.0f} seconds. It is damaged, or far too detailed."
-            )
+            allowed = "the time allowed for its size" if is_url(path) else f"{seconds:.0f} seconds"
+            return CrashError(f"{name}: it was not read within {allowed}. It is damaged, or far too detailed.")
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return CrashError(
             f"{name}: reading it crashed ({cause}). It is damaged, or needs more than the {memory / 1024**3:.1f} GiB of "
@@ -281,6 +340,7 @@ class _Process:
         for stream in (self._process.stdin, self._log):
             with contextlib.suppress(OSError):  # what was not sent yet
                 stream.close()
+        self._folder.cleanup()
 
 
 # ---- In the process -------------------------------------------------------------------------------------------------
@@ -300,10 +360,9 @@ def serve():
     waiting: queue.SimpleQueue[tuple] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, waiting), daemon=True).start()
     while True:
-        path, arguments, seconds, memory = waiting.get()
-        _limit(seconds, memory)
-        result = _read(function, path, arguments)
-        _limit(0, memory)
+        path, arguments, limits = waiting.get()
+        result = _read(function, path, arguments, limits)
+        _limit(0, limits.memory)
         _send(results, result)
 
 
@@ -328,6 +387,42 @@ def _receive(requests, waiting: queue.SimpleQueue):
         os._exit(0)
 
 
+@dataclass(frozen=True)
+class _Download(os.PathLike):
+    """A file, and what messages call it."""
+
+    path: Path
+    name: str
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextlib.contextmanager
+def _file(source: str | Path, limits: Limits) -> Iterator[str | os.PathLike]:
+    """A source as it is or, of a URL, what is downloaded from it; this process is limited by the size of the file."""
+    seconds, memory = limits.of(source)
+    _limit(seconds + GRACE_SECONDS, memory)
+    if not is_url(source):
+        yield source
+        return
+    download = ReadingLimits(
+        max_download_seconds=limits.max_download_seconds, max_download_bytes=limits.max_download_bytes
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            with limited(download):
+                path = stack.enter_context(local_file(source))
+        except PointCloudError as error:
+            raise type(error)(f"{source_name(source)}: {printable(str(error))}") from error
+        seconds, memory = limits.of(path)
+        _limit(seconds, memory)
+        yield _Download(path, source_name(source))
+
+
 def _limit(seconds: float, memory: int):
     """Limit the memory of this process, and end it after some seconds, whatever it does then; 0 stops the clock."""
     try:
@@ -346,12 +441,13 @@ def _limit(seconds: float, memory: int):
         )
 
 
-def _read(function: Callable, path: str | Path, arguments: dict) -> FileResult:
+def _read(function: Callable, path: str | Path, arguments: dict, limits: Limits) -> FileResult:
     content = error = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            content = function(path, **arguments)
+            with _file(path, limits) as source:
+                content = function(source, **arguments)
         except PointCloudError as failure:
             error = failure
         except MemoryError:
@@ -359,8 +455,7 @@ def _read(function: Callable, path: str | Path, arguments: dict) -> FileResult:
         except BaseException as failure:  # a reader may raise anything, also what is no Exception
             error = one_line(failure)
     if isinstance(error, str):
-        name = printable(str(path))
-        error = PointCloudError(f"{name}: {printable(error.removeprefix(f'{path}: '))}")
+        error = PointCloudError(f"{source_name(path)}: {printable(error.removeprefix(f'{path}: '))}")
     texts = dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
     return FileResult(path, content, error, tuple(texts), memory=_peak_memory())
 

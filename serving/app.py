@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minigpt3d.messages import one_line
 
@@ -20,7 +21,7 @@ from .conversation import make_conversation, save
 from .engine import Engine
 from .errors import ApiError
 from .generation import Answer
-from .guard import CHAT, Guard
+from .guard import CHAT, CLIENT_LEFT, Guard
 from .metrics import Metrics
 from .protocol import END_OF_STREAM, Completion, count_tokens, event, parse_request
 from .serve_options import ServeOptions
@@ -52,7 +53,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
 
     add_error_handlers(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def show_health():
         is_well = not app.state.work.done()
         return JSONResponse({"status": "ok" if is_well else "failed", "model": model}, 200 if is_well else 503)
@@ -73,7 +74,7 @@ def make_app(engine: Engine, model: str, options: ServeOptions, metrics: Metrics
     @app.post(CHAT)
     async def complete_chat(http_request: Request):
         with tempfile.TemporaryDirectory(prefix="minigpt3d-", ignore_cleanup_errors=True) as name:
-            body, attachments = await read_body(http_request, Path(name))
+            body, attachments = await read_body(http_request, Path(name), options.max_body_bytes)
             request = await asyncio.to_thread(parse_request, body)
             del body
             check_model(request.model)
@@ -107,6 +108,10 @@ def add_error_handlers(app: FastAPI):
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError):
         return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_departure(request: Request, error: ClientDisconnect):
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException):
@@ -148,12 +153,14 @@ def no_answer(error: Exception) -> ApiError:
     return ApiError(500, f"The model gave no answer: {one_line(error)}")
 
 
-async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Path]]:
+async def read_body(request: Request, folder: Path, max_bytes: int) -> tuple[bytes, dict[str, Path]]:
     """The JSON of a request, and the files of a multipart form, which are written to a folder.
 
     Raises:
         ApiError: it is of another type, or the form has no part `request`.
     """
+    if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(415, f"The encoding {encoding[:80]} is not read. Send the request as it is.")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         return await request.body(), {}
@@ -161,7 +168,7 @@ async def read_body(request: Request, folder: Path) -> tuple[bytes, dict[str, Pa
         raise ApiError(415, f"Expected application/json or multipart/form-data, got {kind[:80] or 'no type'}.")
     files, body = {}, None
     try:
-        form = await request.form(max_files=MOST_FILES, max_fields=1)
+        form = await request.form(max_files=MOST_FILES, max_fields=1, max_part_size=max_bytes)
     except ValueError as error:  # of python-multipart; Starlette passes some on
         raise ApiError(400, f"The form cannot be read: {one_line(error)}") from error
     try:

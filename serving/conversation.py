@@ -19,10 +19,12 @@ from minigpt3d.processing_minigpt3d import DEFAULT_PROMPT
 from minigpt3d.readers_minigpt3d import printable
 from minigpt3d.sources_minigpt3d import sniff_suffix, source_name
 
-from .errors import ApiError
+from .errors import INVALID, ApiError
 from .protocol import ChatRequest, PointCloudUrl
 
 
+# Clouds of a conversation; each may take the seconds of a file.
+MOST_CLOUDS = 32
 EXPECTED = (
     "Expected data:[;name=FILE];base64,…, https://…, attachment:NAME of a multipart form, or a file of the server"
 )
@@ -83,14 +85,18 @@ def make_conversation(
                 raise ApiError(400, f"Clouds are shown by the user, got the role {message.role[:40]!r}.", param)
             sources.append(_find(part.point_cloud_url, param, attachments, folder / f"{number}-{place}", root))
             content.append({"type": "point_cloud"})
-        messages.append({"role": message.role, "content": content})
+        role = "system" if message.role == "developer" else message.role  # OpenAI's newer name
+        messages.append({"role": role, "content": content})
     if attachments and not any(source.path in attachments.values() for source in sources):
         shown = _show(attachments)
         sources[:0] = shown
         first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "point_cloud"}] * len(shown)
+    if len(sources) > MOST_CLOUDS:
+        raise ApiError(400, f"The messages show {len(sources)} clouds; at most {MOST_CLOUDS} are allowed.", "messages")
     question = messages[-1]["content"]
-    if not any(part["type"] == "text" and part["text"].strip() for part in question):
+    question[:] = [part for part in question if part["type"] != "text" or part["text"].strip()]
+    if not any(part["type"] == "text" for part in question):
         if not sources:
             raise ApiError(400, "The question is empty.", f"messages[{len(messages) - 1}].content")
         question.append({"type": "text", "text": DEFAULT_PROMPT})
@@ -131,14 +137,14 @@ def _decode(url: str, param: str) -> tuple[str, bytes]:
     """Name, which may be empty, and content of a `data:` URL (RFC 2397)."""
     header, comma, data = url.partition(",")
     if not comma:
-        raise ApiError(400, f"This data: URL has no comma before its content. {EXPECTED}.", param)
+        raise ApiError(400, f"This data: URL has no comma before its content. {EXPECTED}.", param, INVALID)
     parameters = [word.strip() for word in header.split(";")[1:]]
     names = [unquote(word[5:]) for word in parameters if word.lower().startswith("name=")]
     try:
         is_base64 = "base64" in (word.lower() for word in parameters)
         content = base64.b64decode(unquote_to_bytes(data), validate=True) if is_base64 else unquote_to_bytes(data)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"The content of this data: URL is no base64: {error}.", param) from error
+        raise ApiError(400, f"The content of this data: URL is no base64: {error}.", param, INVALID) from error
     return (names[0] if names else ""), content
 
 
@@ -166,7 +172,7 @@ def save(content: bytes | BinaryIO, name: str, folder: Path, param: str) -> Path
     except FileExistsError as error:
         raise ApiError(400, f"Two files have the name {printable(base)}. Rename one.", param) from error
     if not path.stat().st_size:
-        raise ApiError(400, f"{printable(base)} is empty (0 bytes).", param)
+        raise ApiError(400, f"{printable(base)} is empty (0 bytes).", param, INVALID)
     if path.suffix:
         return path
     suffix = sniff_suffix(path)
@@ -175,6 +181,7 @@ def save(content: bytes | BinaryIO, name: str, folder: Path, param: str) -> Path
             400,
             f"The format of {printable(base)} cannot be told from its content. Give it a name: data:;name=chair.ply;base64,…",
             param,
+            INVALID,
         )
     return path.rename(path.with_name(path.name + suffix))
 

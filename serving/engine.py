@@ -7,17 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from minigpt3d.data.reading import FileReader, Limits
-from minigpt3d.messages import one_line
+from minigpt3d.point_cloud_minigpt3d import load_orientations
 from minigpt3d.readers_minigpt3d import printable
-from minigpt3d.sources_minigpt3d import source_name
+from minigpt3d.sources_minigpt3d import HOW_TO_ALLOW, source_name
 
 from .batching import Batcher
 from .conversation import Conversation, Source
-from .errors import ApiError
+from .errors import INVALID, ApiError
 from .generation import Decoding, answer_batch
 from .metrics import Metrics
 from .protocol import ChatRequest
-from .read_cloud import read_cloud
 from .serve_options import ServeOptions
 
 
@@ -54,7 +53,10 @@ class Engine:
     def __init__(self, pipeline, settings: Settings, options: ServeOptions, metrics: Metrics):
         self._pipeline, self._processor, self._settings = pipeline, pipeline.processor, settings
         self._options, self._metrics = options, metrics
-        self._reader = FileReader(read_cloud, READERS, settings.limits)
+        limits = settings.limits._replace(
+            max_download_bytes=options.max_body_bytes, max_download_seconds=options.timeout
+        )
+        self._reader = FileReader(load_orientations, READERS, limits)
         self.batcher = Batcher(
             lambda answers, on_step: answer_batch(pipeline, answers, on_step),
             settings.batch_size,
@@ -80,22 +82,21 @@ class Engine:
         """
         if not sources:
             return [], ["no message shows a point cloud, so the answer is about none."]
-        results = await asyncio.gather(*map(self._read, sources))
+        tasks = [asyncio.ensure_future(self._read(source)) for source in sources]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:  # one failed, or the client left: the others need not be read
+            for task in tasks:
+                task.cancel()
         return [cloud for cloud, _ in results], [text for _, texts in results for text in texts]
 
     async def _read(self, source: Source) -> tuple[np.ndarray, list[str]]:
         arguments = self._pipeline.reading_arguments(**self._settings.reading | source.reading)
-        result = await asyncio.wrap_future(
-            self._reader.submit(
-                source.path,
-                max_download_bytes=self._options.max_body_bytes,
-                max_download_seconds=self._options.timeout,
-                **arguments,
-            )
-        )
+        result = await self._reader.read(source.path, **arguments)
         self._metrics.reading.observe(result.seconds)
         if result.error is not None:
-            raise ApiError(400, _called(str(result.error), source), source.param, "invalid_point_cloud")
+            text = str(result.error).replace(HOW_TO_ALLOW, "Send the file with the request.")
+            raise ApiError(400, _called(text, source), source.param, INVALID)
         orientations, _ = result.content
         if len(orientations) == 1:
             (chosen,) = orientations
@@ -128,8 +129,9 @@ class Engine:
                 max_length=2**31,  # what is too long is refused below
             )
         except Exception as error:  # of jinja, which has a class of its own
+            reason = " ".join(str(error).split())
             raise ApiError(
-                400, f"The model's chat template does not take these messages: {one_line(error)}", "messages"
+                400, f"The model's chat template does not take these messages: {reason}", "messages"
             ) from error
         (ids,) = np.asarray(encoded["input_ids"]).reshape(1, -1).tolist()
         if len(ids) >= self._context:

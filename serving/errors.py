@@ -1,5 +1,7 @@
 """Errors in the form of OpenAI's API."""
 
+INVALID = "invalid_point_cloud"  # code of errors about a cloud
+
 
 class ApiError(Exception):
     """A request that fails.

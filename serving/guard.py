@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import time
+from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .metrics import Metrics
 from .protocol import END_OF_STREAM, event
-from .serve_options import ServeOptions
+from .serve_options import LOCAL_HOSTS, ServeOptions
 
 
 CHAT = "/v1/chat/completions"
@@ -67,6 +68,8 @@ class Guard:
         if key is not None and scope["path"].startswith("/v1/"):
             if not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
                 raise ApiError(401, "This server needs its key: Authorization: Bearer KEY.", code="invalid_api_key")
+        if key is None and self._options.is_local and not _is_local(headers.get(b"host", b"")):
+            raise ApiError(421, f"This server answers as one of {', '.join(LOCAL_HOSTS)} only, unless it has a key.")
         if not is_chat:
             return
         if self._num_requests >= self._options.max_requests:
@@ -78,6 +81,14 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._options.max_body_bytes:
             raise too_large(self._options, int(length))
+
+
+def _is_local(host: bytes) -> bool:
+    """Whether a request was made for this machine. Any web page may let its own host name lead here, and then read answers."""
+    try:
+        return urlsplit(f"//{host.decode('ascii')}").hostname in LOCAL_HOSTS
+    except ValueError:
+        return False
 
 
 def too_large(options: ServeOptions, size: int) -> ApiError:

@@ -35,6 +35,8 @@ NEUTRAL = {
     "response_format": {"type": "text"},
     "tool_choice": "none",
 }
+# What may be one text or a list, and of what.
+TEXTS = {"content": "parts", "stop": "texts"}
 MOST_STOPS = 4  # as OpenAI allows
 MOST_ITEMS = 1000  # messages, and parts of each
 
@@ -114,7 +116,7 @@ def parse_request(body: bytes) -> ChatRequest:
         ApiError: it is no JSON, or no request that can be answered.
     """
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
         raise _as_api_error(error.errors(include_url=False, include_context=False)[0]) from error
     _check_extras(request.model_extra, "")
@@ -148,8 +150,13 @@ def _as_api_error(error: dict) -> ApiError:
         previous = place
     if error["type"] == "union_tag_not_found":
         error["msg"] = "A part needs a type, 'text' or 'point_cloud_url'"
+    elif error["type"] == "union_tag_invalid":
+        error["msg"] = "A part of another type than 'text' or 'point_cloud_url' is not read"
+        error["input"] = error["input"]["type"]
+    elif error["type"] == "list_type" and previous in TEXTS:
+        error["msg"] = f"Expected a text or a list of {TEXTS[previous]}"
     value = error["input"]
-    got = f", got {value!r:.80}" if isinstance(value, (str, int, float, bool, type(None))) and param else ""
+    got = f", got {json.dumps(value):.80}" if isinstance(value, (str, int, float, bool, type(None))) and param else ""
     return ApiError(400, f"{param or 'The request'}: {error['msg']}{got}.", param or None)
 
 

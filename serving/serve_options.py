@@ -8,6 +8,7 @@ from minigpt3d.arguments import natural_int, non_empty, number_between, option, 
 
 
 KEY_VARIABLE = "MINIGPT3D_API_KEY"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(kw_only=True)
@@ -44,11 +45,16 @@ class ServeOptions:
         metavar="MB",
     )
     timeout: float = option(
-        "seconds for a request, from its first byte to its answer",
+        "seconds for a request, from the end of its headers to its answer",
         default=120,
         type=number_between(0.1, 1e6),
         metavar="SECONDS",
     )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs on this machine reach the server."""
+        return self.host in LOCAL_HOSTS
 
     @property
     def key(self) -> str | None:

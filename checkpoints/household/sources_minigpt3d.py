@@ -28,6 +28,7 @@ from .readers_minigpt3d import PointCloudError, check_unpacked_size, limits, pac
 
 
 ALLOW_PRIVATE_VARIABLE = "MINIGPT3D_ALLOW_PRIVATE_URLS"
+HOW_TO_ALLOW = f"If you trust it, set {ALLOW_PRIVATE_VARIABLE}=1, or download the file and pass its path."
 _BLOCK = 1 << 20
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _URL = re.compile(r"(?i)(https?|file|ftp|s3|gs|hf)://")
@@ -43,6 +44,11 @@ def source_name(source: Any) -> str:
     if hasattr(source, "read") and isinstance(name, str):
         return printable(name)
     return f"the given {type(source).__name__}"
+
+
+def is_url(source: Any) -> bool:
+    """Whether a source is a URL, of any scheme."""
+    return isinstance(source, str) and _URL.match(source) is not None
 
 
 def is_file_like(source: Any) -> bool:
@@ -383,8 +389,5 @@ def _public_address(host: str, port: int) -> tuple[str, int]:
                 address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
             if not address.is_global or address.is_multicast:
                 alias = "" if host == str(address) else f" is {address}, which"
-                raise PointCloudError(
-                    f"{printable(host)}{alias} is not a public address. If you trust it, set "
-                    f"{ALLOW_PRIVATE_VARIABLE}=1, or download the file and pass its path."
-                )
+                raise PointCloudError(f"{printable(host)}{alias} is not a public address. {HOW_TO_ALLOW}")
     return addresses[0], port

@@ -23,6 +23,8 @@ from .readers_minigpt3d import PointCloudError, Points, limits, warn
 
 # Where programs put textures that a file names without their folder.
 _TEXTURE_FOLDERS = ("", "textures", "texture", "images", "../textures")
+# Why a file that another names is not read.
+OUTSIDE = "outside of the folder, not read"
 # What a color may exceed its range by.
 _SLACK = 1e-3
 
@@ -190,7 +192,14 @@ def leads_outside(name: str) -> bool:
 
 
 def why_not_found(name: str) -> str:
-    return "outside of the folder, not read" if leads_outside(name) else "not found"
+    return OUTSIDE if leads_outside(name) else "not found"
+
+
+def list_missing(reasons: dict[str, str]) -> str:
+    """The first names of files, with the reason why each is not read."""
+    names = [f"{name[:200]!r} ({reason})" for name, reason in reasons.items()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _walk(folder: Path, parts: list[str]) -> Path | None:
@@ -252,9 +261,7 @@ class TextureFiles:
     def warn_missing(self):
         """Warn about the textures that are missing."""
         if self._lost:
-            names = [f"{name!r} ({reason})" for name, reason in self._lost.items()]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warn(f"textures are missing: {', '.join(names[:3])}{more}.")
+            warn(f"textures are missing: {list_missing(self._lost)}.")
 
 
 # ---- OFF ------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from ways_in import make_cloud, make_processor, make_seeing_model
 
 from minigpt3d.catalog.journal import Journal, Key
 from minigpt3d.catalog.rows import Question, safe_cell, to_cells
-from minigpt3d.cli import catalog
+from minigpt3d.cli import catalog, classify, describe, embed, search
 from minigpt3d.cli.main import main
+from minigpt3d.data.reading import FileResult
 from minigpt3d.hub import save_pretrained
 
 
@@ -180,6 +181,53 @@ def test_hostile_names_are_harmless(run, tmp_path, monkeypatch):
         json.loads(line)["file"] for line in (tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()
     ] == names
     assert all(re.fullmatch(r"[\w.-]+\.png", path.name, re.ASCII) for path in (tmp_path / "pictures").iterdir())
+
+
+URL = "https://user:passw0rd@127.0.0.1/chair.ply?token=secret"
+
+
+def test_urls_are_listed_without_secrets(run, model_dir, labels, tmp_path, monkeypatch, capsys):
+    """In every form, in the journal of a run that goes on, and in names of pictures."""
+
+    def work(outcome):
+        def answer(*args, **more):
+            yield [(FileResult(URL), outcome)]
+
+        return answer
+
+    monkeypatch.setattr(describe, "facts_of", lambda result: {})
+    monkeypatch.setattr(describe, "work_on_files", work("A chair."))
+    monkeypatch.setattr(
+        classify,
+        "work_on_files",
+        work([{"label": name, "score": 0.1} for name in ("chair", "table", "washing machine")]),
+    )
+    monkeypatch.setattr(search, "work_on_files", work([-1.0]))
+    monkeypatch.setattr(embed, "work_on_files", work(np.ones(3)))
+    texts = []
+    for words in (
+        ["describe", URL, "--json"],
+        ["classify", URL, "--json", "--labels", str(labels)],
+        ["classify", URL, "--csv", "--labels", str(labels)],
+        ["search", "a", URL, "--json"],
+    ):
+        assert main([*words, "--model", str(model_dir)]) == 0
+        output = capsys.readouterr()
+        assert "https://127.0.0.1/chair.ply" in output.out
+        texts += output
+    for suffix in ("csv", "jsonl", "html"):  # not read, since its address is private
+        code, out, err = run("describe", URL, "--out", tmp_path / f"c.{suffix}")
+        texts += [*out, *err, (tmp_path / f"c.{suffix}").read_text(encoding="utf-8")]
+        assert code == 1 and "127.0.0.1/chair.ply" in texts[-1]
+    assert main(["embed", URL, "--out", str(tmp_path / "e.npz"), "--model", str(model_dir)]) == 0
+    texts += np.load(tmp_path / "e.npz")["path"].tolist()
+    with Journal(tmp_path / "c.csv", {}) as journal:
+        journal.add([(Key.of(URL), {"file": "x"})])
+        texts.append(journal.path.read_text())
+        assert Key.of(URL) in journal and Key.of(URL + "2") not in journal
+    texts.append(catalog.thumbnail_name(URL))
+    assert texts[-1].startswith("chair.ply-")
+    assert not [text for text in texts if "passw0rd" in text or "secret" in text]
 
 
 def test_each_node_has_a_row(run, tmp_path):

@@ -1,9 +1,11 @@
 """Files are read in other processes: crashes, hangs and memory bombs cost one file, and no process is left behind."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +57,32 @@ def test_bad_files_cost_themselves_only(num_processes, tmp_path):
     assert all(
         isinstance(errors[name], CrashError) and "3 seconds" in str(errors[name]) for name in ("loops", "sleeps")
     )
+
+
+def test_reading_that_is_not_wanted_any_more_ends(tmp_path, monkeypatch):
+    """Whether it has begun or waits for a process; and no temporary file is left."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    sleeps, good = write_clouds(tmp_path, ["sleeps", "good"])
+
+    async def leave(reader):
+        first = await reader.read(good, num_points=60)
+        tasks = [asyncio.ensure_future(reader.read(sleeps)) for _ in range(3)]
+        await asyncio.sleep(1)
+        pid = reader._processes[0]._process.pid
+        assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks)
+        second = await asyncio.wait_for(reader.read(good, num_points=60), 30)
+        return first, second, pid
+
+    with FileReader(bad_readers.load_point_cloud) as reader:
+        first, second, pid = asyncio.run(leave(reader))
+    assert first.error is second.error is None and not is_running(pid)
+    np.testing.assert_array_equal(first.content, second.content)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_libraries_print_stays_in_the_process(tmp_path, capfd):

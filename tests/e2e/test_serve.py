@@ -1,5 +1,6 @@
 """`minigpt3d serve`: one server with the bundled model, and OpenAI's client."""
 
+import asyncio
 import base64
 import json
 import socket
@@ -8,6 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bad_readers
+import numpy as np
 import openai
 import pytest
 import torch
@@ -15,14 +18,16 @@ import uvicorn
 
 from minigpt3d.cli import main as cli
 from minigpt3d.cli.serve import Options, bind
+from minigpt3d.data.reading import FileReader
 from minigpt3d.hub import default_model, load_model
 from minigpt3d.pipeline_minigpt3d import PointCloudToTextPipeline
-from minigpt3d.point_cloud_minigpt3d import load_point_cloud
+from minigpt3d.point_cloud_minigpt3d import load_orientations, load_point_cloud
 from minigpt3d.serving.app import make_app
-from minigpt3d.serving.conversation import Conversation
+from minigpt3d.serving.conversation import MOST_CLOUDS, Conversation, Source, make_conversation
 from minigpt3d.serving.engine import Engine, Settings
 from minigpt3d.serving.generation import Answer, Decoding, answer_batch
 from minigpt3d.serving.metrics import Metrics
+from minigpt3d.serving.protocol import parse_request
 from minigpt3d.serving.serve_options import KEY_VARIABLE
 
 
@@ -70,7 +75,7 @@ class Running:
         """A request on a connection of its own."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + content)
         return connection
 
@@ -182,6 +187,9 @@ def test_uploads(running, expected):
         upload(running, files[:1] * 2, user(COLOR))
     with pytest.raises(openai.BadRequestError, match="osakaChair.mtl"):
         upload(running, files[1:2], user(COLOR))
+    large = cloud(f"data:;name=a.xyz,{'0 0 0%0A' * 200_000}")  # a part of the form may have more than a megabyte
+    with pytest.raises(openai.BadRequestError, match="a.xyz"):
+        upload(running, files[:1], user(COLOR, large))
 
 
 def test_requests_that_arrive_together_share_batches_and_keep_their_order(running, expected):
@@ -255,8 +263,26 @@ def test_reading_options_and_warnings(running, tmp_path):
     url = f"data:;name=bare.xyz,{points}".replace(" ", "%20").replace("\n", "%0A")
     answer = running.ask(user(COLOR, cloud(url, missing_color="white", up_axis="z", clean="none")))
     assert any("bare.xyz" in text and "white" in text for text in answer.warnings)
-    assert any("auto" not in text for text in running.ask(user(QUESTION, cloud(url, up_axis="auto"))).warnings)
     assert "no message" in running.ask(user(QUESTION)).warnings[0]
+
+
+def test_clouds_are_read_as_the_request_says(running, tmp_path):
+    path = tmp_path / "bare.xyz"
+    path.write_text("\n".join(f"{x} {y} {z}" for x in range(5) for y in range(5) for z in range(9)))
+
+    def read(**reading) -> np.ndarray:
+        (points,), warnings = asyncio.run(running.engine.read([Source(path, "my.xyz", "param", reading)]))
+        assert all(text.startswith("my.xyz: ") for text in warnings)
+        return points
+
+    for reading in (
+        {"up_axis": "z"},
+        {"up_axis": "x", "missing_color": "white"},
+        {"up_axis": "auto", "clean": "none"},
+    ):
+        orientations, _ = load_orientations(path, **running.pipeline.reading_arguments(**reading))
+        np.testing.assert_array_equal(read(**reading), running.pipeline.choose_orientation(orientations).cloud)
+    assert len({read(up_axis=axis).tobytes() for axis in "xyz"}) > 1
 
 
 def test_files_below_root(running, expected):
@@ -288,7 +314,7 @@ def test_without_root_no_file_is_read(running, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("https://127.0.0.1/a.ply", ["https://127.0.0.1/a.ply", "public"]),
+        ("https://127.0.0.1/a.ply", ["https://127.0.0.1/a.ply", "public", "Send the file"]),
         ("https://169.254.169.254/latest", ["public"]),
         ("http://example.com/a.ply", ["http", "https"]),
         ("ftp://example.com/a.ply", ["ftp", "https"]),
@@ -308,7 +334,7 @@ def test_clouds_that_cannot_be_read(running, url, words):
         running.ask(user(QUESTION, cloud(url)))
     message = caught.value.body["message"]
     assert [word for word in words if word not in message] == [] and "/tmp" not in message
-    assert caught.value.type == "invalid_request_error"
+    assert caught.value.type == "invalid_request_error" and "MINIGPT3D" not in message
 
 
 @pytest.mark.parametrize(
@@ -352,6 +378,39 @@ def test_requests_that_cannot_be_answered(running, change, param):
     error = caught.value.body
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 500
     assert param is None or error["param"] == param, error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stop": 5}, ["text or a list", "got 5"]),
+        ({"messages": [{"role": "user", "content": None}]}, ["text or a list of parts", "got null"]),
+        ({"messages": [user("a", {"type": "image_url", "image_url": {"url": "x"}})]}, ["'point_cloud_url'", '"image_url"']),
+        ({"messages": [user("a", cloud("data:;base64,"))]}, ["empty"]),
+        ({"messages": [{"role": "tool", "content": "a"}, user("b")]}, ["template"]),
+    ],
+)  # fmt: skip
+def test_messages_of_errors_say_what_is_expected(running, change, words):
+    with pytest.raises(openai.BadRequestError) as caught:
+        running.client.post("/chat/completions", cast_to=object, body={"messages": [user(QUESTION)]} | change)
+    message = caught.value.body["message"]
+    assert [word for word in words if word not in message] == [] and "Error" not in message, message
+
+
+def test_a_developer_is_a_system_and_blanks_are_no_question(running, expected):
+    system = [running.engine.encode(make_conversation(parse_request(json.dumps({"messages": [
+        {"role": role, "content": "Be brief."}, user(QUESTION)]}).encode()), {}, None, None)) for role in ("system", "developer")]  # fmt: skip
+    assert system[0] == system[1]
+    answer = running.ask(user("  ", cloud(data_url(TABLE))))
+    assert (
+        answer.choices[0].message.content == running.ask(user("", cloud(data_url(TABLE)))).choices[0].message.content
+    )
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": [user(QUESTION)]}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert running.http("POST", "/v1/chat/completions", content=body, headers=headers).status_code == 200
+    headers |= {"Content-Encoding": "gzip"}
+    assert running.http("POST", "/v1/chat/completions", content=body, headers=headers).status_code == 415
+    assert running.http("HEAD", "/health").status_code == 200
 
 
 def test_neutral_arguments_are_accepted(running):
@@ -421,6 +480,47 @@ def test_the_size_of_a_request(running, monkeypatch):
 
 
 @pytest.fixture
+def sleeper(running, monkeypatch):
+    """One process reads, and sleeps over files that are called so."""
+    with FileReader(bad_readers.load_orientations) as reader:
+        monkeypatch.setattr(running.engine, "_reader", reader)
+        yield cloud(data_url(TABLE).replace(TABLE.name, "sleeps.ply"))
+        wait_until(lambda: running.count("requests_in_progress") == 0)
+
+
+def test_clouds_that_nobody_waits_for_are_not_read(running, sleeper, expected):
+    """The client left, or another cloud of the request cannot be read."""
+    start = time.monotonic()
+    connection = running.send({"messages": [user(QUESTION, sleeper)]})
+    wait_until(lambda: running.engine._reader._idle.empty())
+    time.sleep(0.3)  # it reads
+    connection.close()
+    assert running.ask(user(QUESTION, cloud(data_url(TABLE)))).choices[0].message.content == expected[TABLE, QUESTION]
+    with pytest.raises(openai.BadRequestError, match="bad.ply"):
+        running.ask(user(QUESTION, cloud("data:;name=bad.ply,ply%0Anonsense"), *[sleeper] * 3))
+    assert running.ask(user(QUESTION, cloud(data_url(TABLE)))).choices[0].message.content == expected[TABLE, QUESTION]
+    assert time.monotonic() - start < 40  # a file may take 60
+
+
+def test_the_number_of_clouds(running):
+    few = "0 0 0%0A1 0 0%0A0 1 0%0A0 0 1"
+    with pytest.raises(openai.BadRequestError, match=f"{MOST_CLOUDS + 1} clouds.*{MOST_CLOUDS}"):
+        running.ask(user(QUESTION, *[cloud(f"data:;name=a.xyz,{few}")] * (MOST_CLOUDS + 1)))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("evil.example:8000", 421), ("[", 421), ("\xff", 421)],
+)  # fmt: skip
+def test_a_page_of_another_host_gets_no_answer(running, monkeypatch, host, status):
+    """Its name may lead to this machine (DNS rebinding), but it does not know a key."""
+    assert running.http("GET", "/v1/models", headers={"Host": host.encode("latin-1")}).status_code == status
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    headers = {"Host": host.encode("latin-1"), "Authorization": "Bearer secret"}
+    assert running.http("GET", "/v1/models", headers=headers).status_code == 200
+
+
+@pytest.fixture
 def slow(running, monkeypatch):
     """The model does not answer before its client leaves; the answers that it was asked for."""
     asked = []
@@ -432,6 +532,18 @@ def slow(running, monkeypatch):
     monkeypatch.setattr(running.engine.batcher, "_answer", wait_for_departure)
     yield asked
     wait_until(lambda: running.count("requests_in_progress") == 0)
+
+
+@pytest.mark.parametrize("body", [b"{", b"--a\r\nContent-Disposition: form-data; name=request\r\n\r\n{"])
+def test_a_client_that_leaves_while_it_sends(running, body, caplog):
+    left = running.count("requests_total", status="499")
+    kind = "application/json" if body == b"{" else "multipart/form-data; boundary=a"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port), timeout=WAIT) as connection:
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: running.count("requests_in_progress"))
+    wait_until(lambda: running.count("requests_total", status="499") == left + 1)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("stream", [False, True])

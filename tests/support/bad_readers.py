@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -13,8 +14,9 @@ from minigpt3d.point_cloud_minigpt3d import load_orientations as load_all, load_
 
 
 def misbehave(path):
-    name = Path(path).stem if isinstance(path, (str, Path)) else None  # the pipeline passes arrays
+    name = Path(path).stem if isinstance(path, (str, os.PathLike)) else None  # the pipeline passes arrays
     if name == "sleeps":
+        tempfile.mkstemp()  # as downloads and archives do
         time.sleep(1000)
     elif name == "loops":  # in C, holding Python's lock
         re.match(r"(a+)+$", "a" * 60 + "b")

@@ -13,12 +13,14 @@ import time
 import types
 import warnings
 
+import bad_readers
 import numpy as np
 import pytest
 from point_cases import CASES, make_object, what_is_seen
 from test_scans import COLORED, PCD_FIELDS, RGB, pcd_bytes, ply_bytes, write_las
 
 from minigpt3d import sources_minigpt3d
+from minigpt3d.data.reading import FileReader, Limits
 from minigpt3d.point_cloud_minigpt3d import PointCloudError, ReadingLimits, is_readable, load_point_cloud
 
 
@@ -201,6 +203,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "/my%20cloud.ply": (200, PLY),
             "/short.ply": (200, PLY),
             "/huge.ply": (200, b""),
+            "/sleeps.ply": (200, PLY),
         }
         status, body = routes.get(self.path.partition("?")[0], (404, b""))
         location = {
@@ -243,7 +246,9 @@ def server(tmp_path_factory):
     """An https server on this machine, whose certificate is valid for localhost."""
     folder = tmp_path_factory.mktemp("server")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 9 -subj /CN=localhost"
-    command += f" -addext subjectAltName=DNS:localhost -keyout {folder}/key.pem -out {folder}/certificate.pem"
+    command += (
+        f" -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {folder}/key.pem -out {folder}/certificate.pem"
+    )
     try:
         subprocess.run(command.split(), check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -296,6 +301,27 @@ def test_downloads_end_in_time(trusted, path):
     start = time.perf_counter()
     refused(trusted + path, "1.5 seconds", limits=ReadingLimits(max_download_seconds=1.5))
     assert time.perf_counter() - start < 4
+
+
+def test_downloads_in_processes_have_their_own_limits(trusted):
+    """Reading is limited by the size of what was downloaded, and does not count the seconds of the download."""
+    url = trusted.replace("localhost", "127.0.0.1")
+    limits = Limits(seconds=0.5, max_download_seconds=1.5, max_download_bytes=len(PLY) + 100)
+    paths = [
+        url + path for path in ("/cloud.ply", "/slow_body.ply", "/huge.ply", "/sleeps.ply", "/absent.ply?token=secret")
+    ]
+    with FileReader(bad_readers.load_point_cloud, limits=limits) as reader:
+        start = time.perf_counter()
+        read, slow, huge, sleeps, absent = reader.read_files(paths, num_points=8)
+    assert time.perf_counter() - start < 20
+    assert read.error is None and read.path == paths[0] and read.content.shape == (8, 6)
+    assert [url + "/cloud.ply" in text and "/tmp" not in text for text in read.warnings] == [True] * len(read.warnings)
+    assert f"{url}/slow_body.ply: " in str(slow.error) and "download was not complete after 1.5 seconds" in str(
+        slow.error
+    )
+    assert f"more than the {len(PLY) + 100:,}" in str(huge.error)
+    assert "not read within" in str(sleeps.error) and sleeps.seconds < 10
+    assert "secret" not in str(absent.error) and "404" in str(absent.error)
 
 
 def test_a_url_without_a_host():

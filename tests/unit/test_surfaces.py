@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minigpt3d.formats_minigpt3d import _read_usd
 from minigpt3d.meshes_minigpt3d import Textures, image_pixels
 from minigpt3d.point_cloud_minigpt3d import PointCloudError, ReadingLimits, load_point_cloud
 from minigpt3d.scenes_minigpt3d import _ModelTarget, read_3mf
@@ -555,3 +556,121 @@ def test_usd_when_its_library_is_there(tmp_path):
     geometry.Xformable(mesh).AddTranslateOp().Set((5, 0, 0), usd.TimeCode(3))
     stage.Save()
     assert verdict(tmp_path / "a.usda") == "colored"
+
+
+def usd(faces: int, header: str = "", prims: str = "", times: str = " = {}") -> str:
+    """A layer whose default prim is a mesh of triangles, and further prims."""
+    values = {
+        "int[] faceVertexCounts": [3] * faces,
+        "int[] faceVertexIndices": [0, 1, 2] * faces,
+        "point3f[] points": [(0, 0, 0), (1, 0, 0), (0, 1, 0)],
+    }
+    mesh = 'def Mesh "mesh" {\n' + "\n".join(name + times.format(value) for name, value in values.items()) + "\n}"
+    return f'#usda 1.0\n(\ndefaultPrim = "mesh"\n{header}\n)\n{mesh if faces else ""}\n{prims}\n'
+
+
+def num_usd_faces(path: Path) -> int:
+    return sum(len(surface.corners) for surface in _read_usd(path))
+
+
+USD_WAYS = {
+    "sublayer": ("subLayers = [@{}@]", ""),
+    "reference": ("", 'def "a" (references = @{}@) {{}}'),
+    "arguments": ("", 'def "a" (references = @{}:SDF_FORMAT_ARGS:a=b@) {{}}'),
+    "expression": ('expressionVariables = {{ string X = "{}" }}', 'def "a" (references = @`"${{X}}"`@) {{}}'),
+    "payload": ("", 'def "a" (payload = @{}@</mesh>) {{}}'),
+    "variant": (
+        "",
+        'def "a" (\nvariants = {{ string v = "x" }}\nprepend variantSets = "v"\n) {{\nvariantSet "v" = {{\n"x" (payload = @{}@) '
+        "{{\n}}\n}}\n}}",
+    ),
+    "clip": (
+        "",
+        'def Mesh "a" (clips = {{ dictionary default = {{ asset[] assetPaths = [@{0}@]\nasset manifestAssetPath = @{0}@\n'
+        'double2[] active = [(0, 0)]\ndouble2[] times = [(0, 0), (1, 1)]\nstring primPath = "/mesh" }} }}) {{\n}}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", USD_WAYS)
+def test_usd_reaches_files_in_its_folder_only(tmp_path, monkeypatch, way):
+    """By a path that is relative, absolute or leads out, through a file beside it, and in the working directory."""
+    pytest.importorskip("pxr")
+    for name in ("objects/parts", "outside", "working"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "working")
+    near, far = tmp_path / "objects" / "parts" / "near.usda", tmp_path / "outside" / "far.usda"
+    content = usd(4, times=".timeSamples = {{ 0: {} }}" if way == "clip" else " = {}")
+    for path in (near, far, tmp_path / "working" / "there.usda"):
+        path.write_text(content)
+    (tmp_path / "objects" / "link.usda").symlink_to(far)
+
+    def read(target: str) -> tuple[int, str]:
+        header, prims = (text.format(target) for text in USD_WAYS[way])
+        (tmp_path / "objects" / "a.usda").write_text(usd(1 if way != "sublayer" else 0, header, prims))
+        (tmp_path / "objects" / "b.usda").write_text(usd(0, "subLayers = [@./parts/../a.usda@]"))
+        faces, texts = set(), []
+        for name in ("a.usda", "b.usda"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    faces.add(num_usd_faces(tmp_path / "objects" / name))
+                except PointCloudError as error:
+                    assert "no mesh" in str(error)
+                    faces.add(0)
+            texts.append(" ".join(str(warning.message) for warning in caught))
+        assert len(faces) == 1 and texts[0] == texts[1]
+        return *faces, texts[0]
+
+    own = 0 if way == "sublayer" else 1
+    for target in ("./parts/near.usda", "parts/near.usda", str(near), "parts/../parts/near.usda"):
+        assert read(target) == (own + 4, "")
+    for target in ("../outside/far.usda", str(far), "./parts/../../outside/far.usda", "link.usda", "there.usda"):
+        faces, text = read(target)
+        assert faces == own and "outside of the folder" in text
+    assert read("./parts/missing.usda") == (own, read("./parts/missing.usda")[1])
+    assert "not found" in read("./parts/missing.usda")[1]
+    near.write_text("#usda 1.0\nnonsense")
+    assert "corrupt" in read("./parts/near.usda")[1]
+
+
+def write_usdz(path: Path, **layers: str):
+    """A package; the content of each file begins at a multiple of 64 bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in layers.items():
+            member = zipfile.ZipInfo(f"{name}.usda")
+            gap = -(archive.fp.tell() + 30 + len(member.filename) + 4) % 64
+            member.extra = b"\x86\x19" + gap.to_bytes(2, "little") + bytes(gap)
+            archive.writestr(member, text)
+
+
+def test_packages_of_usd_are_read_and_hold_all_of_themselves(tmp_path):
+    pytest.importorskip("pxr")
+    (tmp_path / "objects").mkdir()
+    package, far = tmp_path / "objects" / "a.usdz", tmp_path / "far.usda"
+    far.write_text(usd(4))
+    write_usdz(package, a=usd(0, "subLayers = [@./b.usda@]", 'def "c" (references = @b.usda@) {}'), b=usd(2))
+    assert num_usd_faces(package) == 4
+    (tmp_path / "objects" / "b.usda").write_text(usd(1, "", 'def "a" (references = @./a.usdz@) {}'))
+    assert num_usd_faces(tmp_path / "objects" / "b.usda") == 1 + 2
+    for target in (str(far), "../far.usda", "../../far.usda"):
+        write_usdz(package, a=usd(1, "subLayers = [@./b.usda@]"), b=usd(0, f"subLayers = [@{target}@]"))
+        try:
+            assert num_usd_faces(package) == 1  # it leads nowhere within the package
+        except PointCloudError as error:
+            assert target == str(far) and "outside" in str(error)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_x3d_shows_no_other_files(tmp_path, encoding):
+    """assimp opens what Inline names."""
+    pytest.importorskip("assimp_py")
+    shape = (
+        "<Shape><IndexedFaceSet coordIndex='0 1 2 -1'><Coordinate point='0 0 0 1 0 0 0 1 0'/></IndexedFaceSet></Shape>"
+    )
+    (tmp_path / "b.x3d").write_text(f"<X3D><Scene>{shape}</Scene></X3D>")
+    assert len(load_point_cloud(tmp_path / "b.x3d", num_points=8)) == 8
+    text = f"<X3D><Scene>{shape}<Inline load='true' url='{tmp_path}/b.x3d'/></Scene></X3D>"
+    (tmp_path / "a.x3d").write_text(text, encoding=encoding)
+    with pytest.raises(PointCloudError, match="Inline"):
+        load_point_cloud(tmp_path / "a.x3d")
