@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import STAGES, history, options, same_run, tiny
 
-from minigpt3d import modeling_minigpt3d
+from minigpt3d import point_bert_minigpt3d
 from minigpt3d.cli.main import main
 from minigpt3d.data import shards as packing
 from minigpt3d.data.clouds import Grouping
@@ -85,7 +85,7 @@ def test_a_run_with_packed_groups_equals_one_that_finds_them(base, data, tmp_pat
     runs = {"validation_data": str(data), "max_steps": 2}
     found = train(stage, options(base, tmp_path / "found", (plain, []), **runs | {"validation_data": str(plain)}))
     with monkeypatch.context() as patched:
-        patched.delattr(modeling_minigpt3d, "find_groups")
+        patched.delattr(point_bert_minigpt3d, "find_groups")
         given = train(stage, options(base, tmp_path / "given", (data, []), **runs))
     assert "not used" not in capsys.readouterr().out
     assert len(history(given)) == 2 and same_run(found, given)
