@@ -198,16 +198,16 @@ class PointBert(PreTrainedModel):
         """
         # Distances need the full precision of the coordinates, whatever the model's dtype.
         point_clouds = point_clouds.float()
-        expected = (len(point_clouds), self.config.num_groups, 1 + self.config.group_size)
         if group_indices is None:
             groups = find_groups(point_clouds[..., :3], self.config.num_groups, self.config.group_size, fps_start)
-        elif group_indices.shape == expected:
-            groups = group_indices[..., 0].long(), group_indices[..., 1:].long()
         else:
-            raise ValueError(
-                f"group_indices must have shape {expected}, a center and its neighbors for each group; got "
-                f"{tuple(group_indices.shape)}. Leave them out, and they are found."
-            )
+            expected = (len(point_clouds), self.config.num_groups, 1 + self.config.group_size)
+            if group_indices.shape != expected:
+                raise ValueError(
+                    f"group_indices must have shape {expected}, a center and its neighbors for each group; got "
+                    f"{tuple(group_indices.shape)}. Leave them out, and they are found."
+                )
+            groups = group_indices[..., 0].long(), group_indices[..., 1:].long()
         neighborhood, center = gather_groups(point_clouds, *groups)
         dtype = self.cls_token.dtype
         tokens = self.encode_groups(neighborhood.to(dtype), center.to(dtype))  # (B, 1+G, D)

@@ -129,6 +129,7 @@ def test_judges_are_identified_by_the_served_name(runs, tmp_path):
     assert len(table.tests) == 2
 
 
+@pytest.mark.slow
 def test_other_encoders_or_phrases_have_separate_rows(runs, tmp_path):
     """Without tests and published scores."""
     folder = judged_run(tmp_path / "encoder", suite="caption", seed=3, name="me/encoder")

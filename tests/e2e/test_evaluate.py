@@ -760,6 +760,7 @@ def test_two_runs_in_one_folder(own_objects, model_dir, tmp_path, capsys):
     assert not (out / "answers").exists()
 
 
+@pytest.mark.slow
 def test_scores_are_added_to_earlier_ones(own_objects, model_dir, tmp_path, monkeypatch):
     """Results name all commands, and the versions of the runs that asked."""
     out, installed = tmp_path / "out", version("torch")

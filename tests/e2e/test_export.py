@@ -50,6 +50,7 @@ def exported(model):
     return torch.export.export(Encoder(model), (make_clouds(*EXPORTED),), dynamic_shapes=sizes)
 
 
+@pytest.mark.slow
 def test_encoder_and_prefill_compile_to_one_graph(model, prompt):
     """With the operators of the eager model: the same numbers."""
     torch.compiler.reset()

@@ -196,8 +196,11 @@ assert pipelines.check_task("point-cloud-to-text")[1]["impl"] is minigpt3d.Point
     "imports",
     [
         "import transformers, minigpt3d",
-        "import minigpt3d.pipeline_minigpt3d",
-        "import importlib, minigpt3d; importlib.reload(minigpt3d); import transformers; importlib.reload(minigpt3d)",
+        pytest.param("import minigpt3d.pipeline_minigpt3d", marks=pytest.mark.slow),
+        pytest.param(
+            "import importlib, minigpt3d; importlib.reload(minigpt3d); import transformers; importlib.reload(minigpt3d)",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["after transformers", "a module that imports transformers", "before transformers, reloaded"],
 )

@@ -76,6 +76,7 @@ def run(code, hub, tmp_path, *arguments):
     return done
 
 
+@pytest.mark.slow
 def test_a_data_set_is_packed_previewed_and_uploaded(hub, tmp_path):
     code = PACK_AND_UPLOAD.replace('"--preview"', '"--preview", "--max-broken", "0.4"')
     done = run(code, hub, tmp_path, tmp_path)
