@@ -109,6 +109,7 @@ def test_encoded_clouds_give_equal_gradients(tiny_processor, point_clouds):
     assert all(torch.equal(gradients[name], encoded_gradients[name]) for name in gradients)
 
 
+@pytest.mark.slow
 def test_shared_stages_are_trained_once_and_runs_resume(lab, tmp_path, monkeypatch):
     trained, train_stage = [], lab_module.train_stage
 

@@ -290,6 +290,7 @@ def test_order_of_lines_does_not_matter(runs, tmp_path):
     assert [t.low for t in tests[0]] == [t.low for t in tests[1]]
 
 
+@pytest.mark.slow
 def test_scores_other_than_hits(tmp_path):
     folders = [
         judged_run(tmp_path / name, suite="caption", seed=seed, name=name) for name, seed in (("x", 0), ("y", 1))

@@ -361,6 +361,7 @@ sys.exit(main([*sys.argv[1:], "--yes"]))
 """
 
 
+@pytest.mark.slow
 def test_without_paths_the_release_is_downloaded(released, merged, make_command, tmp_path):
     """From a Hub on loopback; the download of BLIP-2's file, which is not on the Hub, is resumed."""
     files = {PATHS[slot]: path.read_bytes() for slot, path in released.items() if slot not in ("phi", "blip2")}
@@ -405,6 +406,7 @@ def test_a_release_that_cannot_be_reached(make_command, tmp_path, run):
 # ---- Verification ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verify_agrees(merged, run):
     code, printed = run(["verify", str(merged)])
     stored = json.loads((merged / "verification.json").read_text())

@@ -789,6 +789,7 @@ def test_scores_are_added_to_earlier_ones(own_objects, model_dir, tmp_path, monk
     assert results["versions"]["torch"] == "99" and " && " not in results["command"]
 
 
+@pytest.mark.slow
 def test_incomplete_conditions_are_not_scored(own_objects, model_dir, tmp_path, capsys):
     """As after a killed run with --robustness that is resumed without it."""
     out = tmp_path / "out"
@@ -919,6 +920,7 @@ def test_a_run_with_a_judge(own_objects, model_dir, tmp_path):
     assert {score.judge for score in again.scores} == {None, "n"} and again.judge.files is None
 
 
+@pytest.mark.slow
 def test_limited_runs_are_reported_as_such(own_objects, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["own", "--data", own_objects, "--model", model_dir, "--out", out, "--greedy", "--device", "cpu"]

@@ -21,6 +21,8 @@ from minigpt3d.cli.main import main
 from minigpt3d.data import shards as packing
 
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HOUSEHOLD = ROOT / "checkpoints" / "household"
 MODEL, DATA, BASE, ADAPTER = "org/minigpt3d-household", "org/chairs", "org/tiny-base", "org/tiny-adapter"

@@ -337,7 +337,7 @@ def unknown_references(text: str) -> list[str]:
 
 
 def defines(code: str, name: str) -> bool:
-    return re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}\b.*=", code, re.M) is not None
+    return re.search(rf"^\s*(?:(?:async )?def|class) {name}\b|^\s*{name}\b.*=", code, re.M) is not None
 
 
 def unique(items: Iterable) -> list:

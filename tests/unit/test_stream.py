@@ -113,6 +113,7 @@ def test_a_sample_that_cannot_be_read_is_told_in_one_line(num_workers, release, 
         list(read_ahead(open_stream(stage, release, tiny_processor), range(4), num_workers))
 
 
+@pytest.mark.slow
 def test_flash_attention_gets_the_boundaries_of_samples(release, tiny_processor, monkeypatch):
     """A kernel for packed sequences, by the definition: it gets no mask and need not derive anything from positions."""
     calls = []
