@@ -141,7 +141,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
 def folder_to_disk(folder: Path):
     """Wait until all files of a folder, with the mode of new ones, are on disk, so that a rename can mark it as complete."""
     for path in folder.rglob("*"):
-        _to_disk(path, None if path.is_dir() else folder.stat().st_mode & ~0o111)
+        _to_disk(path, None if path.is_dir() else folder.stat().st_mode & 0o666)
     _to_disk(folder)
 
 
@@ -213,7 +213,8 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # Windows removes no open file
-            lock_file.unlink()  # before the release, so that nobody locks it in between
+            # Before the release, so that nobody locks it in between; filelock refuses a file that was opened before.
+            lock_file.unlink()
         lock.release()
 
 

@@ -1,4 +1,7 @@
-"""Count the operators that torch calls, and those whose result the CPU needs."""
+"""Count the operators that torch calls, and those whose result the CPU needs.
+
+Not seen: `tolist`, `numpy` and `cpu` of a tensor that lies on the CPU already; on a GPU they wait.
+"""
 
 from collections import Counter
 

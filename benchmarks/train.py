@@ -8,7 +8,7 @@ token belongs to an answer (`training/stream.py`). Lengths are drawn like those 
 stages III and IV, of its detailed descriptions and conversations. Clouds are noise. The losses are compared.
 
 The three take turns, batch by batch, so that other work on the machine slows all of them; rates are medians, and so are the
-ratios of a turn, with their range. Operators and waits of a step are those of `benchmarks/operators.py`.
+ratios of a turn, with their range. Operators and waits are those of this step; `benchmarks/operators.py` counts the paper's.
 
 Tokens are those of the samples, without padding. MFU counts 4N (no gradients of frozen weights, as in these stages) and
 6N operations a token, for the N weights in the layers of the language model, relative to the speed of a large

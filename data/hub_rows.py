@@ -33,7 +33,7 @@ def hub_entries(
         text_column: a caption, or conversations in PointLLM's format.
         split: "train", for example.
         folder: where the files are kept; those of an earlier run are not downloaded again.
-        skip: gets the message about each row that is out of schema or has no file; without it, the first one is raised.
+        skip: gets the message about each row that is empty or out of schema; without it, the first one is raised.
 
     Raises:
         ValueError: there is no such data set or column, or a row is out of schema.
@@ -43,9 +43,13 @@ def hub_entries(
     for index, row in enumerate(_stream(address, mesh_column, text_column, split)):
         where, text = f"{address}, row {index}", row[text_column]
         record = {"object_id": f"{index:07d}", "conversations" if isinstance(text, list) else "caption": text}
+        sample = None
         with skipping(skip):
             record = to_record(record, where)
+            if row[mesh_column] is None:
+                raise ValueError(f"{where}: column {mesh_column!r} is empty.")
             source, sample = to_sample(record, where)
+        if sample is not None:  # a download that fails ends the run: the next one continues
             folder.mkdir(parents=True, exist_ok=True)
             path = _keep(row[mesh_column], folder / f"{index:07d}", where)
             rows.append((source, Entry(sample.object_id, path, record["conversations"])))

@@ -54,14 +54,14 @@ def read_records(
         ValueError: a file that is no JSON list, or a record out of schema; the message names its `object_id`.
     """
     for path in paths:
+        lines: list[int] = []
         for index, record in enumerate(read_json(path, list, advice="`annotations` are PointLLM's JSON lists.")):
             try:
                 source, sample = to_sample(record, f"{path}, record {index}")
             except ValueError:
-                with skipping(skip):
-                    to_sample(
-                        record, f"{path}, line {_line_of(path, index)}, record {index}"
-                    )  # raises it with the line
+                lines = lines or _lines_of_records(path)
+                with skipping(skip):  # again, for a message with the line
+                    to_sample(record, f"{path}, line {lines[index]}, record {index}")
                 continue
             if sample.object_id not in CORRUPT_OBJECT_IDS:
                 yield source, sample, record
@@ -78,17 +78,16 @@ def skipping(skip: Callable[[str], None] | None) -> Iterator[None]:
         skip(one_line(error))
 
 
-def _line_of(path: str | Path, index: int) -> int:
-    """The line in which a record of a JSON list begins."""
-    text, decoder, between = (
-        Path(path).read_text("utf-8", "surrogatepass"),
-        json.JSONDecoder(),
-        re.compile(r"[\s,\[]*"),
-    )
-    position = between.match(text).end()
-    for _ in range(index):
+def _lines_of_records(path: str | Path) -> list[int]:
+    """The lines in which the records of a JSON list begin."""
+    text = Path(path).read_text("utf-8", "surrogatepass")
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[]*")
+    lines, line, counted, position = [], 1, 0, between.match(text).end()
+    while position < len(text) and text[position] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        lines.append(line)
         position = between.match(text, decoder.raw_decode(text, position)[1]).end()
-    return text.count("\n", 0, position) + 1
+    return lines
 
 
 def to_sample(record, where: str) -> tuple[str, Sample]:

@@ -104,7 +104,7 @@ def table_entries(path: Path, skip: Callable[[str], None] | None = None) -> dict
     rows = []
     for where, row in read_table(path, {"file", "caption"}):
         with skipping(skip):
-            if not (isinstance(row.get("file"), str) and row["file"].strip()):
+            if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"].strip()):
                 raise ValueError(
                     f"{where}: expected 'file' and 'caption' or 'conversations', got {json.dumps(row)[:80]}"
                 )

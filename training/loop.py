@@ -336,9 +336,9 @@ class Training:
     def finish(self):
         """Write the result, warn of known failure patterns, publish."""
         self.bar.close()
-        if self.options.report_to:
-            self.accelerator.end_training()
         tensors = self._gather_adapter()
+        if self.options.report_to:
+            self.accelerator.end_training()  # and with it the group of processes
         if self.accelerator.is_main_process:
             result = self._save_result(tensors)
             for warning in diagnose(read_history(result / HISTORY_FILE), self.stage):

@@ -212,14 +212,14 @@ def _train_and_record_dtypes(config: str, mixed_precision: str, stage, settings,
         model.register_forward_hook(record("model"), with_kwargs=True)
         encoder = model.base_model.model.model.point_encoder
         encoder.register_forward_hook(record("encoder"), with_kwargs=True)
-        grouping = point_bert_minigpt3d.group
+        grouping = point_bert_minigpt3d.find_groups
 
-        def group(point_clouds, *args):
-            seen["grouping"] = str(point_clouds.dtype)
-            assert torch.equal(point_clouds, clouds_of_step.pop()), "no other values than those of the data"
-            return grouping(point_clouds, *args)
+        def find_groups(coord, *args):
+            seen["grouping"] = str(coord.dtype)
+            assert torch.equal(coord, clouds_of_step.pop()[..., :3]), "no other values than those of the data"
+            return grouping(coord, *args)
 
-        point_bert_minigpt3d.group = group
+        point_bert_minigpt3d.find_groups = find_groups
         return model, optimizer
 
     clouds_of_step = []

@@ -292,6 +292,7 @@ def test_files_are_turned_and_colored_as_the_options_say(tmp_path, capsys):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
+        ("[1]", "line 1: expected 'file'"),
         ('{"caption": "A box."}', "line 1: expected 'file'"),
         ('{"file": "", "caption": "A box."}', "line 1: expected 'file'"),
         ('{"file": "a.glb"}', "line 1: expected either"),
