@@ -182,7 +182,8 @@ def work_on_files(
             for source in split_scenes(reader, files) if each_node else files:
                 if is_done(source):
                     progress.done += 1
-                    bar.total -= bar.total is not None
+                    if bar.total is not None:
+                        bar.total -= 1
                 else:
                     yield source
 

@@ -93,6 +93,9 @@ def encode_answers(
     """Token ids of the prompt, with the placeholders of one cloud, and of each answer with its `###`, as in training.
 
     Each answer is tokenized together with the prompt, since many tokenizers would give it another first token without.
+
+    Raises:
+        ValueError: an answer is too long for the context, or the template changes the prompt.
     """
     content = [{"type": "point_cloud"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
@@ -105,6 +108,15 @@ def encode_answers(
     prompt, *complete = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if any(ids[: len(prompt)] != prompt for ids in complete):
         raise ValueError("The chat template changes the prompt where an answer follows, so answers cannot be ranked.")
+    longest, limit = (
+        max(range(len(complete)), key=lambda index: len(complete[index])),
+        processor.tokenizer.model_max_length,
+    )
+    if len(complete[longest]) > limit:
+        raise ValueError(
+            f"The answer {answers[longest]!r:.60} has {len(complete[longest]) - len(prompt)} tokens after {len(prompt)} of the "
+            f"prompt, but the context has {limit}. Shorten it."
+        )
     return prompt, [ids[len(prompt) :] for ids in complete]
 
 

@@ -248,6 +248,28 @@ def test_each_node_has_a_row(run, tmp_path):
     assert code == 0 and "skipped" not in err[-1]
 
 
+def test_a_stopped_run_over_nodes_continues(run, tmp_path, monkeypatch):
+    scene, make_row, asked = trimesh.Scene(), catalog.make_row, []
+    for name in ("a", "b\ud83d", "c"):
+        scene.add_geometry(trimesh.creation.box(), geom_name=name, node_name=name)
+    scene.export(tmp_path / "scene.glb")
+
+    def stop(result, *args):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(result)
+        return make_row(result, *args)
+
+    words = "describe", tmp_path, "--out", tmp_path / "c.jsonl", "--each-node", "--batch-size", 1
+    with monkeypatch.context() as patched:
+        patched.setattr(catalog, "make_row", stop)
+        assert run(*words)[0] == 130
+    code, _, _ = run(*words)
+    text = (tmp_path / "c.jsonl").read_bytes().decode("utf-8")
+    nodes = [json.loads(line)["node"] for line in text.splitlines()]
+    assert code == 0 and {"a", "c"} <= set(nodes) and not any("\ud83d" in (node or "") for node in nodes)
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [

@@ -246,3 +246,9 @@ def test_bundled_model_classifies_the_demo_objects(suite):
 def test_texts_are_checked(classes, phrases, words):
     with pytest.raises(ValueError, match=words):
         check_texts(classes, phrases)
+
+
+def test_an_answer_that_is_longer_than_the_context_is_named(model, tiny_processor, clouds):
+    tiny_processor.tokenizer.model_max_length = 100
+    with pytest.raises(ValueError, match="'chair chair .* the context has"):
+        class_log_likelihoods(model, tiny_processor, clouds[:1], "What?", ["chair " * 3000, "chair"])
