@@ -678,7 +678,7 @@ def test_a_killed_run_resumes(own_objects, model_dir, tmp_path, monkeypatch):
     """After two SIGKILLs, the answers equal those of an uninterrupted run."""
     monkeypatch.undo()  # other processes are killed: all have the suite's own limit
     command = [sys.executable, "-m", "minigpt3d.cli", "evaluate", "own", "--data", own_objects, "--model", model_dir]
-    command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy"]
+    command += ["--device", "cpu", "--batch-size", "1", "--metrics", "closed_set_accuracy", "--limit", "3"]
     assert run_command(*command[4:], "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
     for num_answers in (3, 9):
