@@ -3,16 +3,16 @@
 import numpy as np
 
 
-LOST_COLOR = 0.25  # share of the clouds
+LOST_COLOR = 0.3  # share of the clouds
 
 
 def augment(
-    cloud: np.ndarray, num_points: int, rng: np.random.Generator, recolored: float = 0.35
+    cloud: np.ndarray, num_points: int, rng: np.random.Generator, recolored: float = 0.4
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn, stretch, spoil and recolor a cloud.
 
     Half of the clouds turn about the up axis y by at most 15°, the others by any angle; 15 % have another up axis. Each axis
-    is stretched by up to 15 %, a quarter are mirrored, half are bent by smooth waves. Colors: some get new ones part by part, a quarter lose them, the others
+    is stretched by up to 15 %, a quarter are mirrored, half are bent by smooth waves. Colors: some get new ones part by part, three in ten lose them, the others
     shift a little. Points: 512 to all of them, noise of up to 1 %, a side missing from a third, 1 to 5 % outliers in a
     quarter, a floor under a tenth.
 

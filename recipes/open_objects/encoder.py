@@ -55,7 +55,7 @@ class EncoderOptions:
 
     data: Path = option("folder that `build` wrote", metavar="DIR")
     output_dir: Path = option("folder of the run", metavar="DIR")
-    steps: int = option("steps", default=3000)
+    steps: int = option("steps", default=9000)
     batch_size: int = option("clouds of a step", default=32)
     width: int = option("width of the encoder", default=POINT_CONFIG["hidden_size"])
     layers: int = option("layers of the encoder", default=POINT_CONFIG["num_hidden_layers"])
@@ -199,9 +199,11 @@ class DropPath:
     def __init__(self, probability: float):
         self.probability = probability
 
-    def __call__(self, module: nn.Module, _, output: torch.Tensor) -> torch.Tensor:
+    def __call__(self, module: nn.Module, _, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         if not module.training or not self.probability:
             return output
+        if isinstance(output, tuple):  # attention also returns its weights
+            return self(module, _, output[0]), *output[1:]
         kept = torch.rand(len(output), 1, 1) >= self.probability
         return output * kept / (1 - self.probability)
 

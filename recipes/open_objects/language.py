@@ -33,8 +33,10 @@ from .text import Described, annotate, keywords
 
 
 VOCABULARY = 3000
-PEAK_LR = 1.5e-3
+PEAK_LR = 3e-3
 GENERAL_SHARE = 1 / 8
+SHORT_SHARE = 1 / 2  # of the conversations have short answers alone: of these the keywords decide the most words
+SHORT_ANSWER = 9  # words at most
 ROUNDS = (2, 8)  # fewest and most of a conversation: many answers share one list of keywords
 
 
@@ -44,7 +46,7 @@ class LanguageOptions:
 
     data: Path = option("folder that `build` wrote", metavar="DIR")
     output_dir: Path = option("folder of the run", metavar="DIR")
-    steps: int = option("steps", default=3000)
+    steps: int = option("steps", default=6000)
     batch_size: int = option("conversations of a step", default=10)
     score_every: int = option("steps between scores", default=100)
     seed: int = option("seed", default=0)
@@ -74,6 +76,8 @@ class Texts:
         for record in annotate(item, self.items, rng):
             values = [turn["value"].removeprefix("<point>\n") for turn in record["conversations"]]
             turns += list(zip(values[::2], values[1::2], strict=True))
+        if rng.random() < SHORT_SHARE:
+            turns = [turn for turn in turns if len(turn[1].split()) <= SHORT_ANSWER]
         chosen = rng.permutation(len(turns))[: rng.integers(ROUNDS[0], ROUNDS[1] + 1)]
         return to_chat([turns[i] for i in chosen], f"<PC>{keywords(hint or item, rng)}</PC> ", rng)
 
