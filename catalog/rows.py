@@ -1,7 +1,6 @@
 """The rows of a catalog, and how they become cells of a table."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -80,13 +79,6 @@ def safe_cell(value: Any) -> Any:
 
 
 def json_line(record: dict) -> str:
-    """JSON in which letters of all languages are readable and control characters are escaped.
-
-    Half a character, a lone surrogate, is no JSON for strict readers: its escape stands there as text.
-    """
-    text = re.sub(
-        "[\ud800-\udfff]",
-        lambda half: printable(half[0]).replace("\\", "\\\\"),
-        json.dumps(record, ensure_ascii=False),
-    )
+    """JSON in which letters of all languages are readable and control characters are escaped."""
+    text = json.dumps(record, ensure_ascii=False)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

@@ -159,10 +159,16 @@ def to_line(result, answer: str, options: Options, with_name: bool) -> str:
 
 
 def place_of(source, options: Options) -> dict:
-    """The file of a source and, if nodes are described, the name of its node, None for a whole file."""
+    """The file of a source and, if nodes are described, the name of its node, None for a whole file.
+
+    Half a character in a name of a node is escaped, since it is no JSON for strict readers. In a name of a file it stays, so
+    that the file can be opened.
+    """
     file = {"file": file_of(source)}
+    if not options.each_node:
+        return file
     is_path = isinstance(source, (str, Path))
-    return file | {"node": None if is_path else source.name} if options.each_node else file
+    return file | {"node": None if is_path else source.name.encode("utf-8", "backslashreplace").decode("utf-8")}
 
 
 def facts_of(result) -> dict:

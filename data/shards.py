@@ -217,14 +217,19 @@ def pack(
         )
         manifest = _manifest(shards, facts, seed) | {"reading": reading, "preview": preview, "groups": groups}
         manifest["broken"] = [*skipped, *manifest["broken"]]
-        write_json(partial / MANIFEST_FILE, manifest)
-        write_text(partial / "README.md", dataset_card(manifest))
-        for left_over in partial.rglob("*.tmp"):  # of a killed run
-            left_over.unlink()
-        folder_to_disk(partial)
-        rename_folder(partial, output_dir)
-        (output_dir / PLAN_FILE).unlink()
+        _complete(partial, output_dir, manifest)
     return manifest
+
+
+def _complete(partial: Path, output_dir: Path, manifest: dict):
+    """Write manifest and card beside the shards, and give the folder its name."""
+    write_json(partial / MANIFEST_FILE, manifest)
+    write_text(partial / "README.md", dataset_card(manifest))
+    for left_over in partial.rglob("*.tmp"):  # of a killed run
+        left_over.unlink()
+    folder_to_disk(partial)
+    rename_folder(partial, output_dir)
+    (output_dir / PLAN_FILE).unlink()
 
 
 def plan_shards(folder: Path, entries: dict[str, list[Entry]], seed: int, rows_per_shard: int) -> Iterator[Shard]:

@@ -222,7 +222,7 @@ def test_file_names_that_are_not_utf8(run, objects):
     (objects / os.fsdecode(b"bad\xff.npy")).write_bytes(b"not an array")
     code, out, err = run("describe", objects, "--json")
     assert code == 1 and len(out) == 3
-    assert json.loads(out[0])["file"] == str(objects / name)
+    assert os.fsencode(json.loads(out[0])["file"]) == os.fsencode(objects / name)
     assert len(err) == 2 and "bad\\udcff.npy: " in err[0]
     code, out, err = run("describe", objects / name, objects / "b.npy")
     assert (code, len(out), err) == (0, 2, [])
